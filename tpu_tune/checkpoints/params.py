@@ -1,0 +1,149 @@
+"""`load_params(source, architecture)`: a weight source becomes the parameter tree, streamed tensor by tensor.
+
+Each Hugging Face tensor is read, turned to (in, out), quantized or cast, and written into its layer of the stacked
+leaf. Host memory peaks at the resulting tree, one stacked leaf where the device keeps a copy of its own, and one
+tensor in float32.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.errors import UserError
+from tpu_tune.models import Architecture
+from tpu_tune.tensors import Module, QuantizedTensor
+
+log = logging.getLogger(__name__)
+
+# Tensors that some files carry and no computation needs: buffers that the architecture implies.
+_IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "masked_bias", "rope_freqs.weight")
+
+
+def load_params(
+    source: WeightSource,
+    architecture: Architecture,
+    dtype: Any = jnp.float32,
+    quantize: Callable[[jax.Array], QuantizedTensor] | None = None,
+    quantized: frozenset[str] = frozenset(),
+    place: Callable[[str, Any], Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Read all weights into a parameter tree.
+
+    Args:
+      source: an opened model.
+      architecture: what the tree must look like.
+      dtype: storage of the leaves that stay arrays.
+      quantize: float kernel (in, out) -> QuantizedTensor.
+      quantized: paths of the weight leaves to quantize.
+      place: (path, host leaf) -> leaf on its devices; by default the default device.
+      progress: called with (tensors read, tensors in all).
+
+    Raises:
+      UserError: a tensor is missing, left over, or of the wrong shape; it is named.
+    """
+    names = check_names(source, architecture)
+    place = place or (lambda path, leaf: jax.tree.map(jnp.asarray, leaf))
+    params: dict[str, Any] = {}
+    done = 0
+    for module in architecture.modules():
+        if module.tied_to:
+            continue
+        for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else []):
+            stack: Any = None
+            for layer in range(module.layers) if module.layers else [None]:
+                value = oriented(module, path, source.read(names[_name(module, path, layer)]))
+                if not isinstance(value, QuantizedTensor):
+                    if path in quantized and quantize is not None:
+                        value = quantize(jnp.asarray(value))
+                    else:
+                        value = np.asarray(value).astype(dtype, copy=False)
+                value = jax.tree.map(np.asarray, value)
+                if layer is None:
+                    stack = value
+                    break
+                if stack is None:
+                    stack = jax.tree.map(lambda part, module=module: np.empty((module.layers, *part.shape), part.dtype), value)
+                jax.tree.map(lambda whole, part, layer=layer: whole.__setitem__(layer, part), stack, value)
+            params[path] = place(path, stack)
+            done += max(1, module.layers)
+            if progress:
+                progress(done, len(names))
+    return params
+
+
+def check_names(source: WeightSource, architecture: Architecture) -> dict[str, str]:
+    """Hold a source's tensors against the architecture; return expected name -> name in the file.
+
+    Raises:
+      UserError: naming what is missing, extra or misshapen.
+    """
+    expected = torch_shapes(architecture)
+    held = {_canonical(name, expected): name for name in source.shapes}
+    tied = {f"{module.path}.weight" for module in architecture.modules() if module.tied_to}
+    missing = [name for name in expected if name not in held]
+    extra = [
+        name for canonical, name in held.items()
+        if canonical not in expected and canonical not in tied and not canonical.endswith(_IGNORED)
+    ]  # fmt: skip
+    if missing:
+        near = difflib.get_close_matches(missing[0], extra, 1)
+        hint = f" (the file has '{near[0]}')" if near else ""
+        raise UserError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}{hint}")
+    if extra:
+        raise UserError(f"{source.path}: {len(extra)} tensors are not part of a {architecture.family} model: {_some(extra)}")
+    for name, shape in expected.items():
+        if tuple(source.shapes[held[name]]) != shape:
+            raise UserError(
+                f"{source.path}: tensor '{held[name]}' has shape {tuple(source.shapes[held[name]])}, the config asks for {shape}"
+            )
+    return {name: held[name] for name in expected}
+
+
+def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return Hugging Face tensor name -> shape in torch layout."""
+    shapes = {}
+    for module in architecture.modules():
+        if module.tied_to:
+            continue
+        turn = module.kind == "linear" and not module.fan_in_fan_out
+        for name in module.names():
+            shapes[f"{name}.weight"] = module.shape[::-1] if turn else module.shape
+            if module.bias:
+                shapes[f"{name}.bias"] = module.shape[-1:]
+    return shapes
+
+
+def oriented(module: Module, path: str, value: Any) -> Any:
+    """Turn a torch-layout tensor to the tree's (in, out); a `QuantizedTensor` has it already."""
+    if isinstance(value, QuantizedTensor):
+        return value
+    return value.T if path == module.weight and module.kind == "linear" and not module.fan_in_fan_out else value
+
+
+def _name(module: Module, path: str, layer: int | None) -> str:
+    return f"{module.name(layer)}.{path.rsplit('.', 1)[1]}"
+
+
+def _canonical(name: str, expected: Mapping[str, Any]) -> str:
+    """Return the expected name for a file's: transformers 5 calls NeoX's head lm_head, base models drop a prefix."""
+    if name in expected:
+        return name
+    if name == "lm_head.weight" and "embed_out.weight" in expected:
+        return "embed_out.weight"
+    for prefix in ("model.", "gpt_neox."):
+        if prefix + name in expected:
+            return prefix + name
+    return name
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,324 @@
+"""Rows to token ids with a loss mask.
+
+`tokenize_rows` is a plain function of (rows, tokenizer, options). Its result is flat: the tokens of all examples one
+after the other, a loss mask beside them, and the offsets where each example begins, which is what packing reads and
+what the cache stores. What is left out or cut is counted by reason, and never silently trained on.
+
+The mask says which tokens are to be predicted:
+* text: every one (or, with response markers, those of the responses);
+* pair: the target and EOS (or everything with `train_on_source`), as the collator of qlora has it;
+* chat: what the assistant says (or everything with `train_on_source`).
+An example's first token is never predicted, so it is never marked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tpu_tune.data import chat as chats
+from tpu_tune.data.formats import Chat, Pair, RowError, Sample, Text, convert
+from tpu_tune.data.sources import BadRow
+from tpu_tune.errors import UserError
+
+_BATCH = 1024  # rows whose texts go to the tokenizer together; its own threads share them
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the tokens, besides rows and tokenizer. Everything here is part of the cache's key."""
+
+    format: str
+    max_length: int
+    columns: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str = ""  # the Jinja text itself
+    response_markers: tuple[str, ...] = ()
+    instruction_markers: tuple[str, ...] = ()
+    train_on_source: bool = False
+    source_max_len: int = 0  # 0: only max_length
+    target_max_len: int = 0
+    skip_bad_rows: bool = False
+
+
+@dataclass
+class TokenizedSet:
+    """Examples in flat form.
+
+    Attributes:
+      tokens: (total,) int32, the examples one after the other.
+      loss_mask: (total,) bool, the tokens to be predicted.
+      offsets: (examples + 1,) int64; example i is tokens[offsets[i]:offsets[i + 1]].
+      source_rows: (examples,) int64, the row that each example was made from (a long text makes several).
+      summary: counts of rows, examples, tokens, target tokens, and of what was cut, dropped or bad, by reason.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    offsets: np.ndarray
+    source_rows: np.ndarray
+    summary: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, (examples,) int64."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """The tokenizer's special tokens, and whether it puts BOS before a text by itself."""
+
+    bos: str
+    bos_id: int | None
+    eos: str
+    eos_id: int | None
+    adds_bos: bool
+    closing_ids: frozenset[int]
+
+
+def _read_marks(tokenizer: Any) -> _Marks:
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    first = list(tokenizer("a")["input_ids"][:1])
+    closing = frozenset(tokenizer.added_tokens_encoder.values()) | ({eos_id} - {None})
+    adds_bos = bos_id is not None and first == [bos_id]
+    # A missing token is None, which would otherwise become the word "None" when strings are joined.
+    return _Marks(tokenizer.bos_token or "", bos_id, tokenizer.eos_token or "", eos_id, adds_bos, closing)
+
+
+def tokenize_rows(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, options: Options, where: str = "row", first: int = 0
+) -> TokenizedSet:
+    """Tokenize rows of one format.
+
+    Args:
+      rows: dictionaries as `sources.read_rows` gives them.
+      tokenizer: a Hugging Face tokenizer; chats and response markers need a fast one, for its character offsets.
+      options: format, lengths and masks.
+      where: the rows' source, for messages.
+      first: index of the first row, for messages and `source_rows`.
+
+    Raises:
+      UserError: a bad row (unless `options.skip_bad_rows`), or a template from which no mask can be had.
+    """
+    if options.format in ("messages", "sharegpt") or options.response_markers:
+        if not tokenizer.is_fast:
+            raise UserError("chats and response markers need a fast tokenizer (tokenizer.json), for its offsets")
+    marks = _read_marks(tokenizer)
+    counts, dropped, bad = Counter(), Counter(), []
+    ids_list, mask_list, row_list = [], [], []
+    for start in range(0, len(rows), _BATCH):
+        samples = []
+        for index, row in enumerate(rows[start : start + _BATCH], start=first + start):
+            try:
+                samples.append((index, _prepare(convert(row, options.format, options.columns), tokenizer, options)))
+            except RowError as error:
+                bad.append(BadRow(f"{where} {index + 1}", str(error)))
+                if not options.skip_bad_rows:
+                    raise UserError(f"{bad[-1]}; fix it or set data.skip_bad_rows=True") from error
+        for index, ids, mask in _encode(samples, tokenizer, marks, options, counts, dropped):
+            ids_list.append(ids)
+            mask_list.append(mask)
+            row_list.append(index)
+    tokens = np.concatenate([np.zeros(0, np.int32), *ids_list]).astype(np.int32, copy=False)
+    loss_mask = np.concatenate([np.zeros(0, bool), *mask_list])
+    summary = {
+        "rows": len(rows),
+        "examples": len(ids_list),
+        "tokens": len(tokens),
+        "target_tokens": int(loss_mask.sum()),
+        "truncated": counts["truncated"],
+        "eos_lost": counts["eos_lost"],
+        "split": counts["split"],
+        "open_ended": counts["open_ended"],
+        "dropped": dict(sorted(dropped.items())),
+        "bad_rows": len(bad),
+        "bad_examples": [str(row) for row in bad[:5]],
+        "max_token_id": int(tokens.max(initial=-1)),
+    }
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in ids_list], dtype=np.int64)]).astype(np.int64)
+    return TokenizedSet(tokens, loss_mask, offsets, np.asarray(row_list, np.int64), summary)
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """A text with the character spans to be predicted."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+def _prepare(sample: Sample, tokenizer: Any, options: Options) -> Text | Pair | _Spans | _Encoded:
+    if isinstance(sample, Chat):
+        if chats.has_generation_tag(options.chat_template):
+            return _Encoded(*chats.encode_tagged(tokenizer, options.chat_template, sample))
+        text, spans = chats.assistant_spans(tokenizer, options.chat_template, sample)
+        return _Spans(text, tuple(spans))
+    return sample
+
+
+def _encode(
+    samples: Sequence[tuple[int, Any]],
+    tokenizer: Any,
+    marks: _Marks,
+    options: Options,
+    counts: Counter,
+    dropped: Counter,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    texts = [text for _, sample in samples for text in _texts(sample, marks)]
+    with_offsets = bool(options.response_markers) or any(isinstance(sample, _Spans) for _, sample in samples)
+    encoded = _tokenize(tokenizer, texts, with_offsets)
+    for index, sample in samples:
+        pieces = [next(encoded) for _ in _texts(sample, marks)]
+        if isinstance(sample, Text):
+            examples = _text_examples(sample, *pieces[0], marks, options, counts)
+            reason = "no response marker in the text" if options.response_markers else "empty text"
+        elif isinstance(sample, Pair):
+            examples = _pair_examples(pieces[0][0], pieces[1][0], marks, options, counts)
+            reason = "empty answer" if not sample.target else "no room for the answer within max_length"
+            if not sample.target and not options.train_on_source:
+                examples = []  # only EOS is left to learn: to say nothing
+        else:
+            examples = _chat_examples(sample, pieces, marks, options, counts)
+            reason = "nothing said by the assistant"
+            if examples and len(examples[0][0]) == options.max_length:
+                reason += " within max_length"
+        kept = 0
+        for ids, mask in examples:
+            if mask.any():
+                kept += 1
+                yield index, ids, mask
+            elif len(examples) > 1:
+                dropped["part of a long text without a response"] += 1
+        if not kept:
+            dropped[reason] += 1
+
+
+def _texts(sample: Any, marks: _Marks) -> list[str]:
+    if isinstance(sample, Pair):
+        bos = "" if marks.bos and sample.source.startswith(marks.bos) else marks.bos
+        return [bos + sample.source, sample.target + marks.eos]
+    return [] if isinstance(sample, _Encoded) else [sample.text]
+
+
+def _tokenize(tokenizer: Any, texts: list[str], with_offsets: bool) -> Iterator[tuple[np.ndarray, Any]]:
+    if not texts:
+        return
+    plain = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    extra = {"return_offsets_mapping": True} if with_offsets else {}
+    encoded = tokenizer(texts, add_special_tokens=False, **plain, **extra)
+    offsets = encoded["offset_mapping"] if with_offsets else [None] * len(texts)
+    for ids, bounds in zip(encoded["input_ids"], offsets, strict=True):
+        yield np.asarray(ids, np.int32), bounds
+
+
+def _text_examples(
+    sample: Text, ids: np.ndarray, offsets: Any, marks: _Marks, options: Options, counts: Counter
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    if not len(ids):
+        return []
+    if options.response_markers:
+        spans = response_spans(sample.text, options.response_markers, options.instruction_markers)
+        mask = chats.mask_from_spans(offsets, spans)
+        open_at_end = bool(spans) and spans[-1][1] == len(sample.text)
+    else:
+        mask, open_at_end = np.ones(len(ids), bool), True
+    if marks.adds_bos and ids[0] != marks.bos_id:
+        ids, mask = np.append(np.int32(marks.bos_id), ids), np.append(False, mask)
+    if marks.eos_id is not None and ids[-1] != marks.eos_id:
+        ids, mask = np.append(ids, np.int32(marks.eos_id)), np.append(mask, open_at_end)
+    width = options.max_length
+    counts["split"] += len(ids) > width
+    return [_example(ids[i : i + width], mask[i : i + width]) for i in range(0, len(ids), width)]
+
+
+def _pair_examples(
+    source: np.ndarray, target: np.ndarray, marks: _Marks, options: Options, counts: Counter
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    whole = len(source) + len(target)
+    source = source[: options.source_max_len or None]
+    room = max(0, options.max_length - len(source))
+    kept = target[: min(options.target_max_len or room, room)]
+    counts["truncated"] += len(source) + len(kept) < whole
+    counts["eos_lost"] += len(kept) < len(target) and marks.eos_id is not None
+    ids = np.concatenate([source, kept])[: options.max_length]
+    mask = np.ones(len(ids), bool)
+    if not options.train_on_source:
+        mask[: len(source)] = False
+    return [_example(ids, mask)]
+
+
+def _chat_examples(
+    sample: _Spans | _Encoded, pieces: list, marks: _Marks, options: Options, counts: Counter
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    if isinstance(sample, _Encoded):
+        ids, mask = sample.ids, sample.mask
+    else:
+        ids, mask = pieces[0][0], chats.mask_from_spans(pieces[0][1], sample.spans)
+    targets = np.flatnonzero(mask)
+    if len(targets):
+        counts["open_ended"] += int(ids[targets[-1]]) not in marks.closing_ids
+        counts["eos_lost"] += bool(targets[-1] >= options.max_length)
+    counts["truncated"] += len(ids) > options.max_length
+    if options.train_on_source:
+        mask = np.ones(len(ids), bool)
+    return [_example(ids[: options.max_length], mask[: options.max_length])]
+
+
+def _example(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mask = np.array(mask, bool)
+    mask[:1] = False  # nothing comes before it to predict it from
+    return ids, mask
+
+
+def response_spans(
+    text: str, response_markers: Sequence[str], instruction_markers: Sequence[str]
+) -> list[tuple[int, int]]:
+    """Find the character spans after a response marker, each up to the next instruction marker or the text's end."""
+    spans, position = [], 0
+    while True:
+        found = [(at, -len(m)) for m in response_markers if m and (at := text.find(m, position)) >= 0]
+        if not found:
+            return spans
+        at, negative = min(found)  # of markers that begin together the longest
+        start = at - negative
+        ends = [at for m in instruction_markers if m and (at := text.find(m, start)) >= 0]
+        end = min(ends, default=len(text))
+        spans.append((start, end))
+        position = end
+
+
+def merge(parts: Sequence[TokenizedSet]) -> TokenizedSet:
+    """Join the sets of consecutive rows into one; counts add up."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
+    summary: dict[str, Any] = {}
+    for key in parts[0].summary:
+        values = [part.summary[key] for part in parts]
+        if key == "dropped":
+            summary[key] = dict(sorted(sum((Counter(value) for value in values), Counter()).items()))
+        elif key == "bad_examples":
+            summary[key] = [text for value in values for text in value][:5]
+        else:
+            summary[key] = max(values) if key == "max_token_id" else sum(values)
+    return TokenizedSet(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.loss_mask for part in parts]),
+        np.concatenate([*offsets, starts[-1:]]).astype(np.int64),
+        np.concatenate([part.source_rows for part in parts]),
+        summary,
+    )

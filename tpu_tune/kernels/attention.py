@@ -1,0 +1,108 @@
+"""Causal attention with grouped heads, segments and sliding windows, in plain JAX.
+
+`reference` holds all scores at once; `blockwise` walks over blocks of queries and recomputes each block's scores in
+the backward pass, so that its memory grows linearly with the sequence. Both take the same arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tpu_tune.errors import UserError
+
+QUERY_BLOCK = 512
+_AUTO_LIMIT = 2048  # longest key sequence for which `auto` holds all scores
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query_index", "key_index", "query_segments", "key_segments"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where queries and keys stand: a query sees keys of its own segment at or before its index.
+
+    Attributes:
+      query_index, key_index: place in the row, (B, T) and (B, S).
+      query_segments, key_segments: document number; 0 is padding, and no other document sees it.
+    """
+
+    query_index: Int[Array, "B T"]
+    key_index: Int[Array, "B S"]
+    query_segments: Int[Array, "B T"]
+    key_segments: Int[Array, "B S"]
+
+    def mask(self, window: int | None) -> Bool[Array, "B T S"]:
+        """Return which keys each query sees."""
+        distance = self.query_index[:, :, None] - self.key_index[:, None, :]
+        seen = (distance >= 0) & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
+        return seen if window is None else seen & (distance < window)
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    places: Places,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T H D"]:
+    """Softmax attention; H is a multiple of K (grouped heads), scores and softmax are float32.
+
+    Args:
+      window: each query sees so many keys, its own place included; None for all.
+      scale: of the scores; D ** -0.5 by default.
+      implementation: auto | reference | blockwise.
+
+    Raises:
+      UserError: an unknown implementation.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "auto":
+        implementation = "blockwise" if k.shape[1] > _AUTO_LIMIT and q.shape[1] > QUERY_BLOCK else "reference"
+    if implementation == "reference":
+        return reference(q, k, v, places, window, scale)
+    if implementation == "blockwise":
+        return blockwise(q, k, v, places, window, scale)
+    raise UserError(f"model.attention is '{implementation}'; it must be auto, reference or blockwise")
+
+
+def reference(q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float) -> Array:
+    """Attention with all scores at once."""
+    batch, length, heads, size = q.shape
+    groups = k.shape[2]
+    q = q.reshape(batch, length, groups, heads // groups, size)
+    scores = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32) * scale
+    # A finite floor: a padded query that sees no key must give zeros to the gradient, not NaN.
+    scores = jnp.where(places.mask(window)[:, None, None], scores, jnp.float32(-1e30))
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(batch, length, heads, size)
+
+
+def blockwise(
+    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float, block: int = QUERY_BLOCK
+) -> Array:
+    """Attention over blocks of queries, scores recomputed in the backward pass."""
+    batch, length, heads, size = q.shape
+    short = -length % block
+
+    def blocks(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one_block(_: None, queries: tuple[Array, Array, Array]) -> tuple[None, Array]:
+        q_block, index, segments = queries
+        here = dataclasses.replace(places, query_index=index, query_segments=segments)
+        return None, reference(q_block, k, v, here, window, scale)
+
+    _, out = jax.lax.scan(one_block, None, (blocks(q), blocks(places.query_index), blocks(places.query_segments)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]

@@ -1,0 +1,104 @@
+"""Cross-entropy over chunks of tokens: the full logits never exist, in the forward pass or in the gradient.
+
+At small models and large vocabularies the logits are the largest array of a training step. Here each chunk's logits
+are made, reduced and turned into gradients at once: what the forward pass keeps is the gradient with respect to the
+hidden states, as large as these, so the backward pass multiplies by one number and recomputes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+IGNORED = -100  # Hugging Face's label for "no loss here"
+
+
+def token_losses(logits: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
+    """Return each token's cross-entropy in float32, 0 where the target is `IGNORED`. The plain-JAX reference."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+def chunked_cross_entropy(
+    head: Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]],
+    weights: Any,
+    hidden: Float[Array, "N D"],
+    targets: Int[Array, " N"],
+    chunk: int,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Return the summed cross-entropy (float32) and the number of right first guesses.
+
+    Args:
+      head: pure function (weights, hidden states) -> logits.
+      weights: pytree of the head's parameters; only those that are differentiated cost a gradient.
+      hidden: the last hidden states, one row a token.
+      targets: the next token's id, or `IGNORED`.
+      chunk: tokens whose logits exist at one time.
+    """
+    count = hidden.shape[0]
+    chunk = min(chunk, count)
+    short = -count % chunk
+    hidden = jnp.pad(hidden, [(0, short), (0, 0)]).reshape(-1, chunk, hidden.shape[-1])
+    targets = jnp.pad(targets, (0, short), constant_values=IGNORED).reshape(-1, chunk)
+
+    def chunk_loss(weights: Any, rows: Array, goals: Array) -> tuple[Array, Array]:
+        logits = head(weights, rows)
+        right = jnp.sum((jnp.argmax(logits, axis=-1) == goals) & (goals != IGNORED))
+        return jnp.sum(token_losses(logits, goals)), right
+
+    return _sum_of_chunks(chunk_loss, weights, hidden, targets)
+
+
+def _sum_of_chunks(chunk_loss: Callable, weights: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    leaves, structure = jax.tree.flatten(weights)
+
+    @jax.custom_vjp
+    def total(leaves: list[Array], hidden: Array) -> tuple[Array, Array]:
+        def one(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+            loss, right = chunk_loss(structure.unflatten(leaves), *chunk)
+            return (carry[0] + loss, carry[1] + right), None
+
+        return jax.lax.scan(one, (jnp.float32(0), jnp.int32(0)), (hidden, targets))[0]
+
+    def forward(leaves: list[Any], hidden: Any) -> tuple[tuple[Array, Array], tuple[list[Array | None], Array]]:
+        trained = [leaf.perturbed for leaf in leaves]  # frozen leaves get no gradient at all
+        values = [leaf.value for leaf in leaves]
+        moving = [value for value, is_trained in zip(values, trained, strict=True) if is_trained]
+
+        def rebuilt(moving: list[Array]) -> Any:
+            source = iter(moving)
+            return structure.unflatten(
+                [next(source) if is_trained else value for value, is_trained in zip(values, trained, strict=True)]
+            )
+
+        def one(carry: tuple, chunk: tuple[Array, Array]) -> tuple[tuple, Array]:
+            rows, goals = chunk
+            loss, pull, right = jax.vjp(
+                lambda moving, rows: chunk_loss(rebuilt(moving), rows, goals), moving, rows, has_aux=True
+            )
+            moving_grads, row_grads = pull(jnp.ones_like(loss))
+            sums = [total + grad.astype(jnp.float32) for total, grad in zip(carry[2], moving_grads, strict=True)]
+            return (carry[0] + loss, carry[1] + right, sums), row_grads
+
+        start = (jnp.float32(0), jnp.int32(0), [jnp.zeros(leaf.shape, jnp.float32) for leaf in moving])
+        (loss, right, sums), row_grads = jax.lax.scan(one, start, (hidden.value, targets))
+        source = iter(sums)
+        grads = [next(source) if is_trained else None for is_trained in trained]
+        return (loss, right), (grads, row_grads)
+
+    def backward(kept: tuple[list[Array | None], Array], cotangent: tuple[Array, Any]) -> tuple[list, Array]:
+        grads, row_grads = kept
+        factor = cotangent[0]
+        scaled = [
+            None if grad is None else (factor * grad).astype(leaf.dtype)
+            for grad, leaf in zip(grads, leaves, strict=True)
+        ]
+        return scaled, (factor * row_grads.astype(jnp.float32)).astype(row_grads.dtype)
+
+    total.defvjp(forward, backward, symbolic_zeros=True)
+    return total(leaves, hidden)

@@ -1,0 +1,20 @@
+"""One decoder for every family; an Architecture says how families differ."""
+
+from tpu_tune.models.architecture import Architecture, LayerKind, Names
+from tpu_tune.models.decoder import Cache, Decoder, Execution, apply_head, empty_cache
+from tpu_tune.models.families import FAMILIES, architecture
+from tpu_tune.models.rope import Rope
+
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "Cache",
+    "Decoder",
+    "Execution",
+    "LayerKind",
+    "Names",
+    "Rope",
+    "apply_head",
+    "architecture",
+    "empty_cache",
+]

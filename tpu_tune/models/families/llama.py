@@ -1,0 +1,87 @@
+"""Llama 1, 2 and 3.x, Mistral, Qwen2 and Qwen3: one lineage that differs in biases, windows and head norms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tpu_tune.models import rope
+from tpu_tune.models.architecture import Architecture, LayerKind, Names
+from tpu_tune.models.decoder import check_activation
+
+NAMES = Names(
+    embed="model.embed_tokens",
+    layers="model.layers",
+    final_norm="model.norm",
+    head="lm_head",
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    o="self_attn.o_proj",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+)
+
+
+def llama(config: Mapping[str, Any]) -> Architecture:
+    """Llama (arXiv:2302.13971, arXiv:2307.09288, arXiv:2407.21783)."""
+    return _architecture(
+        config,
+        windows=[None] * config["num_hidden_layers"],
+        qkv_bias=bool(config.get("attention_bias", False)),
+        o_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+    )
+
+
+def mistral(config: Mapping[str, Any]) -> Architecture:
+    """Mistral 7B (arXiv:2310.06825): Llama with a sliding window."""
+    return _architecture(config, windows=[config.get("sliding_window")] * config["num_hidden_layers"])
+
+
+def qwen2(config: Mapping[str, Any]) -> Architecture:
+    """Qwen2 (arXiv:2407.10671): biases on q, k and v, a window on the upper layers where the config turns it on."""
+    return _architecture(config, windows=_qwen_windows(config), qkv_bias=True)
+
+
+def qwen3(config: Mapping[str, Any]) -> Architecture:
+    """Qwen3 (arXiv:2505.09388): a norm on every head of q and k instead of biases."""
+    names = dataclasses.replace(NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+    bias = bool(config.get("attention_bias", False))
+    return _architecture(config, windows=_qwen_windows(config), names=names, qkv_bias=bias, o_bias=bias)
+
+
+def _qwen_windows(config: Mapping[str, Any]) -> list[int | None]:
+    layers = config["num_hidden_layers"]
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    kinds = config.get("layer_types")
+    if kinds:
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    first = config.get("max_window_layers", layers)
+    return [window if layer >= first else None for layer in range(layers)]
+
+
+def _architecture(config: Mapping[str, Any], windows: list[int | None], names: Names = NAMES, **facts: Any) -> Architecture:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rotary = rope.from_config(config, head_dim)
+    return Architecture(
+        family=config["model_type"],
+        names=names,
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        layer_kinds=tuple(LayerKind(window, rotary) for window in windows),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        activation=check_activation(config.get("hidden_act", "silu")),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=config.get("max_position_embeddings", 0),
+        **facts,
+    )

@@ -1,0 +1,114 @@
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) and the ways to stretch them.
+
+Frequencies follow transformers' `modeling_rope_utils`: linear (positions divided), dynamic NTK (base grows with the
+sequence beyond the trained length) and llama3 (low frequencies divided, a smooth band between).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tpu_tune.errors import UserError
+
+KINDS = ("default", "linear", "dynamic", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """One rotary embedding.
+
+    Attributes:
+      dim: rotated elements of each head, the first ones; the rest pass unchanged.
+      theta: base of the frequencies.
+      kind: default | linear | dynamic | llama3.
+      factor: by how much the context is stretched (all kinds but default).
+      original_length: positions the model was trained on (dynamic, llama3).
+      low_freq_factor, high_freq_factor: llama3's band.
+      interleaved: pairs are neighbours (GPT-J) instead of the two halves.
+    """
+
+    dim: int
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_length: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    interleaved: bool = False
+
+
+def from_config(config: Mapping[str, Any], dim: int, default_theta: float = 10000.0, layer_type: str = "") -> Rope:
+    """Read a config's rotary settings, in transformers 4's keys or in transformers 5's `rope_parameters`.
+
+    Args:
+      config: content of config.json.
+      dim: rotated elements of each head.
+      default_theta: the family's base where the config names none.
+      layer_type: which entry of a `rope_parameters` that has one per layer type.
+
+    Raises:
+      UserError: a rope type that is not implemented; it is named.
+    """
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if layer_type and layer_type in settings:
+        settings = dict(settings[layer_type])
+    theta = settings.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", default_theta)))
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind not in KINDS:
+        raise UserError(f"rope type '{kind}' is not implemented; the known ones are {', '.join(KINDS)}")
+    return Rope(
+        dim=dim,
+        theta=float(theta),
+        kind=kind,
+        factor=float(settings.get("factor") or 1.0),
+        original_length=int(
+            settings.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 0
+        ),
+        low_freq_factor=float(settings.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(settings.get("high_freq_factor", 4.0)),
+    )
+
+
+def tables(rope: Rope, positions: Int[Array, "B T"], longest: int) -> tuple[Float[Array, "B T half"], ...]:
+    """Return cosines and sines (B, T, dim/2), float32, for each token's position.
+
+    `longest` is the static length of the sequence, which the dynamic kind looks at.
+    """
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(_frequencies(rope, longest))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T H D"], rope: Rope, cos: Array, sin: Array) -> Float[Array, "B T H D"]:
+    """Rotate the first `rope.dim` elements of each head, in float32; the result has x's dtype."""
+    turned, passed = x[..., : rope.dim].astype(jnp.float32), x[..., rope.dim :]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    if rope.interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    pair = [first * cos - second * sin, second * cos + first * sin]
+    turned = jnp.stack(pair, axis=-1).reshape(turned.shape) if rope.interleaved else jnp.concatenate(pair, axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), passed], axis=-1) if rope.dim < x.shape[-1] else turned.astype(x.dtype)
+
+
+def _frequencies(rope: Rope, longest: int) -> np.ndarray:
+    theta = rope.theta
+    if rope.kind == "dynamic" and longest > rope.original_length:
+        stretch = rope.factor * longest / rope.original_length - (rope.factor - 1)
+        theta *= stretch ** (rope.dim / (rope.dim - 2))
+    frequencies = 1.0 / theta ** (np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
+    if rope.kind == "linear":
+        frequencies /= rope.factor
+    elif rope.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        smooth = np.clip((rope.original_length / wavelengths - low) / (high - low), 0.0, 1.0)
+        frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    return frequencies.astype(np.float32)

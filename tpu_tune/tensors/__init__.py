@@ -1,0 +1,24 @@
+"""Weight leaves and what they do in a product; the number formats. See DESIGN: model code asks no leaf for its kind."""
+
+from tpu_tune.tensors.formats import FORMATS, Format
+from tpu_tune.tensors.modules import Module
+from tpu_tune.tensors.ops import dense, embed, matmul, unembed
+from tpu_tune.tensors.quantized import QuantizedTensor, double_quantize, pack_block, quantize_tensor
+from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, Transposed
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "LoraTensor",
+    "Module",
+    "QuantizedTensor",
+    "SavedTensor",
+    "Transposed",
+    "dense",
+    "double_quantize",
+    "embed",
+    "matmul",
+    "pack_block",
+    "quantize_tensor",
+    "unembed",
+]

@@ -1,0 +1,164 @@
+"""`QuantizedTensor`: a frozen (in, out) kernel as codes and scales, really half a byte a weight at four bits.
+
+Invariants:
+  * `shape` is the logical (in, out); leading axes of the arrays (stacked layers) are not part of it, so a slice of a
+    stacked tensor by `jax.lax.scan` or `tree.map` is again a valid tensor.
+  * Four-bit codes are packed inside blocks of `pack_block` input rows: row k shares a byte with row k + pack_block/2.
+    A shard of whole blocks is a valid tensor of its own, which a row-parallel matmul needs.
+  * Group g holds rows g*group_size .. (g+1)*group_size - 1; the last group may be short.
+  * With double quantization `scales` are uint8, linear between 0 and one float32 maximum an output column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from tpu_tune.errors import UserError
+from tpu_tune.tensors.formats import FORMATS
+
+PACK_BLOCK = 256
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "scale_max"],
+    meta_fields=["format", "shape", "group_size", "pack_block"],
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A quantized kernel of logical shape (in, out).
+
+    Attributes:
+      codes: uint8, (..., in/2, out) packed at four bits, (..., in, out) at eight.
+      scales: (..., groups, out), each group's absolute maximum: float32, or uint8 under double quantization.
+      scale_max: (..., 1, out) float32, the column's largest scale, under double quantization; else None.
+      format: a key of `formats.FORMATS`.
+      shape: the logical (in, out).
+      group_size: input rows that share a scale.
+      pack_block: input rows packed together (see the module's docstring); 1 where codes take a byte.
+    """
+
+    codes: Array
+    scales: Array
+    scale_max: Array | None
+    format: str
+    shape: tuple[int, int]
+    group_size: int
+    pack_block: int
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: UInt8[Array, "*layers in out"],
+        scales: Float[Array, "*layers groups out"],
+        format: str,
+        group_size: int,
+    ) -> QuantizedTensor:
+        """Pack codes, one a byte as `Format.encode` gives them, with float32 scales into a tensor."""
+        shape = tuple(codes.shape[-2:])
+        block = pack_block(shape[0], format)
+        return cls(_pack(codes, block) if block > 1 else codes, scales, None, format, shape, group_size, block)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def unpacked(self) -> UInt8[Array, "*layers in out"]:
+        """Return the codes, one a byte, in row order."""
+        return _unpack(self.codes, self.pack_block) if self.pack_block > 1 else self.codes
+
+    def group_scales(self) -> Float[Array, "*layers groups out"]:
+        """Return each group's scale in float32."""
+        if self.scale_max is None:
+            return self.scales.astype(jnp.float32)
+        return self.scales.astype(jnp.float32) * (self.scale_max * jnp.float32(1 / 255))
+
+    def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "*layers in out"]:
+        """Return the weight: decoded and scaled in float32, then cast, as bitsandbytes does."""
+        values = FORMATS[self.format].decode(self.unpacked())
+        return _scale_groups(values, self.group_scales(), self.group_size, jnp.multiply).astype(dtype)
+
+
+def pack_block(rows: int, format: str) -> int:
+    """Return the number of input rows packed together for a kernel of `rows` rows.
+
+    Raises:
+      UserError: a four-bit format and an odd number of rows.
+    """
+    if FORMATS[format].bits == 8:
+        return 1
+    if rows % 2:
+        raise UserError(f"a kernel of {rows} input rows cannot be packed two codes a byte; add it to quantize.exclude")
+    return PACK_BLOCK if rows % PACK_BLOCK == 0 else rows
+
+
+@functools.partial(jax.jit, static_argnames=("format", "group_size", "double_quant"))
+def quantize_tensor(
+    weight: Float[Array, "*layers in out"], format: str, group_size: int = 64, double_quant: bool = False
+) -> QuantizedTensor:
+    """Quantize a kernel with one scale for each `group_size` input rows of each output column.
+
+    For nf4 at group 64 codes and scales equal bitsandbytes' (QLoRA, arXiv:2305.14314, section 3) on the transposed
+    torch weight where 64 divides `in`. Double quantization stores the scales as uint8, linear up to the column's
+    largest; its error equals that of bitsandbytes' dynamic map at 4 + 8/64 + 32/in bits a weight.
+
+    Raises:
+      UserError: four bits and an odd number of input rows.
+    """
+    weight = weight.astype(jnp.float32)
+    scales = _absolute_maxima(weight, group_size)
+    inverse = jnp.where(scales > 0, 1.0 / jnp.where(scales > 0, scales, 1.0), 0.0)
+    codes = FORMATS[format].encode(_scale_groups(weight, inverse, group_size, jnp.multiply))
+    tensor = QuantizedTensor.from_codes(codes, scales, format, group_size)
+    return double_quantize(tensor) if double_quant else tensor
+
+
+def double_quantize(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Store the group scales as uint8, linear between 0 and the output column's largest."""
+    scales = tensor.group_scales()
+    largest = jnp.max(scales, axis=-2, keepdims=True)
+    codes = jnp.round(scales * (255 / jnp.where(largest > 0, largest, 1.0))).astype(jnp.uint8)
+    return dataclasses.replace(tensor, scales=codes, scale_max=largest)
+
+
+def _absolute_maxima(weight: Array, group_size: int) -> Array:
+    rows = weight.shape[-2]
+    padded = _pad_rows(jnp.abs(weight), -rows % group_size)
+    return jnp.max(_grouped(padded, group_size), axis=-2)
+
+
+def _scale_groups(values: Array, scales: Array, group_size: int, operation: Any) -> Array:
+    rows = values.shape[-2]
+    if rows % group_size == 0:
+        return operation(_grouped(values, group_size), scales[..., None, :]).reshape(values.shape)
+    return operation(values, jnp.repeat(scales, group_size, axis=-2)[..., :rows, :])
+
+
+def _grouped(values: Array, size: int) -> Array:
+    *layers, rows, columns = values.shape
+    return values.reshape(*layers, rows // size, size, columns)
+
+
+def _pad_rows(values: Array, count: int) -> Array:
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, count), (0, 0)]) if count else values
+
+
+def _pack(codes: Array, block: int) -> Array:
+    blocks = _grouped(codes, block)
+    low, high = jnp.split(blocks, 2, axis=-2)
+    packed = low | (high << 4)
+    return packed.reshape(*codes.shape[:-2], codes.shape[-2] // 2, codes.shape[-1])
+
+
+def _unpack(packed: Array, block: int) -> Array:
+    blocks = _grouped(packed, block // 2)
+    codes = jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2)
+    return codes.reshape(*packed.shape[:-2], packed.shape[-2] * 2, packed.shape[-1])

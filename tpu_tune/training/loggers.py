@@ -1,0 +1,177 @@
+"""Where the metrics go: always `metrics.jsonl`; TensorBoard and Weights & Biases where `train.report_to` names them.
+
+A sink is two functions. One that cannot start or breaks later is reported once and left out, and training goes on;
+only `metrics.jsonl`, which the curves and a resumed run read, must work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpu_tune.errors import UserError
+from tpu_tune.training import run_directory
+
+
+@dataclass(frozen=True)
+class Sink:
+    """One receiver of metrics: its name, `log(row)`, and `close()`. A row is a flat dict that has "step"."""
+
+    name: str
+    log: Callable[[Mapping[str, Any]], None]
+    close: Callable[[], None] = lambda: None
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def reporters(report_to: str | Sequence[str]) -> list[str]:
+    """The reporters that `train.report_to` asks for; "none" is none, "all" those whose package is installed.
+
+    Raises:
+      UserError: an unknown name; the nearest is given.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    for name in names:
+        if name not in (*_OPENERS, "all", "none"):
+            near = difflib.get_close_matches(name, [*_OPENERS, "all", "none"], 1, 0.4)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"unknown train.report_to '{name}'; {hint}choose among {', '.join(_OPENERS)}, all, none")
+    if "all" in names:
+        return [name for name, (package, _) in _OPENERS.items() if importlib.util.find_spec(package)]
+    return [name for name in dict.fromkeys(names) if name != "none"]
+
+
+def open_sinks(
+    report_to: str | Sequence[str],
+    output_dir: str,
+    config: Mapping[str, Any] | None = None,
+    resume_step: int = 0,
+    is_main: bool = True,
+    warn: Callable[[str], None] = _warn,
+) -> list[Sink]:
+    """Open every sink.
+
+    Args:
+      report_to: `train.report_to`.
+      output_dir: the run directory, which exists.
+      config: the configuration as plain dicts, shown by Weights & Biases.
+      resume_step: updates that the restored checkpoint holds; TensorBoard forgets later ones.
+      is_main: False gives no sinks: only process 0 logs.
+      warn: receives one line for each sink that cannot start or breaks.
+
+    Raises:
+      UserError: an unknown name in `report_to`.
+    """
+    names = reporters(report_to)
+    if not is_main:
+        return []
+    sinks = [Sink("metrics.jsonl", lambda row: run_directory.append_metrics(output_dir, row))]
+    for name in names:
+        package, opener = _OPENERS[name]
+        if not importlib.util.find_spec(package):
+            warn(f"train.report_to has {name}, but the package {package} is not installed (pip install {package}); training goes on without it")
+            continue
+        try:
+            sinks.append(_guarded(opener(output_dir, config or {}, resume_step), warn))
+        except Exception as error:  # whatever a reporting service throws must not end the training
+            warn(f"{name} cannot start ({_one_line(error)}); training goes on without it")
+    return sinks
+
+
+def log(sinks: Sequence[Sink], row: Mapping[str, Any]) -> None:
+    """Send one row to every sink."""
+    for sink in sinks:
+        sink.log(row)
+
+
+def close(sinks: Sequence[Sink]) -> None:
+    """Close every sink, the last opened first."""
+    for sink in reversed(sinks):
+        sink.close()
+
+
+def tag(key: str) -> str:
+    """Hugging Face's tag of a metric: eval_loss -> eval/loss, loss -> train/loss."""
+    return f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+
+
+def _scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {key: run_directory.plain_number(value) for key, value in row.items() if key != "step"}
+    return {tag(key): value for key, value in numbers.items() if isinstance(value, (int, float))}
+
+
+def _guarded(sink: Sink, warn: Callable[[str], None]) -> Sink:
+    """The sink, silent after its first failure."""
+    broken = []
+
+    def attempt(function: Callable[..., None], *arguments: Any) -> None:
+        if broken:
+            return
+        try:
+            function(*arguments)
+        except Exception as error:
+            broken.append(error)
+            warn(f"{sink.name} stopped working ({_one_line(error)}); training goes on without it")
+
+    return Sink(sink.name, lambda row: attempt(sink.log, row), lambda: attempt(sink.close))
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _open_tensorboard(output_dir: str, config: Mapping[str, Any], resume_step: int) -> Sink:
+    from tensorboardX import SummaryWriter  # not torch's: the library never imports torch
+
+    folder = run_directory.path(output_dir, "tensorboard")
+    writer = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None)
+
+    def write(row: Mapping[str, Any]) -> None:
+        for name, value in _scalars(row).items():
+            writer.add_scalar(name, value, int(row["step"]))
+        writer.flush()
+
+    return Sink("tensorboard", write, writer.close)
+
+
+def _open_wandb(output_dir: str, config: Mapping[str, Any], resume_step: int) -> Sink:
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") in ("online", "run") and not wandb.login(prompt=False):
+        # wandb would ask for a key and wait; a run that was started and left must not.
+        raise RuntimeError("not logged in: run `wandb login`, or set WANDB_MODE=offline")
+    # A resumed run goes on in the same wandb run, whose id is kept beside the metrics.
+    id_file = run_directory.path(output_dir, "wandb_run_id")
+    identity = wandb.util.generate_id()
+    if os.path.exists(id_file):
+        with open(id_file, encoding="utf-8") as stream:
+            identity = stream.read().strip() or identity
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "tpu_tune"),
+        id=identity,
+        resume="allow",
+        dir=output_dir,
+        config=dict(config),
+    )
+    run_directory.write_aside(id_file, identity + "\n")
+    run.define_metric("train/global_step")
+    run.define_metric("*", step_metric="train/global_step")
+
+    def write(row: Mapping[str, Any]) -> None:
+        run.log({**_scalars(row), "train/global_step": int(row["step"])})
+
+    return Sink("wandb", write, run.finish)
+
+
+_OPENERS: dict[str, tuple[str, Callable[[str, Mapping[str, Any], int], Sink]]] = {  # name -> (package, opener)
+    "tensorboard": ("tensorboardX", _open_tensorboard),
+    "wandb": ("wandb", _open_wandb),
+}

@@ -1,0 +1,157 @@
+"""Optimizers by Hugging Face's names, as optax transformations over the trainable tree.
+
+The trainable tree holds float32 arrays under dotted Hugging Face names; a leaf may stack its layers on axis 0, which
+`stacked(path)` tells. Whatever computes a statistic per matrix then works layer by layer, and weight decay is decided by
+name, never by the number of axes. The learning rate of update s is `schedule(s)`; clipping is a separate function,
+because the train step also reports the norm.
+
+How each relates to torch:
+- adamw: `torch.optim.AdamW` (decay decoupled and multiplied by the learning rate, epsilon outside the root).
+- adamw_8bit: the same with both moments in 8-bit blocks; see `adam8bit`.
+- adafactor: `transformers.Adafactor` as its Trainer sets it up (relative_step and scale_parameter off, update clipped to
+  a root mean square of 1, no first moment, every matrix factored). The adapters of one module are two matrices here too.
+  DoRA's and other vectors are not factored.
+- sgd: `torch.optim.SGD` without momentum.
+- lion: bitsandbytes' Lion; its betas are `adam_beta1` and `adam_beta2`, as the Trainer passes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tpu_tune.errors import UserError
+from tpu_tune.training.adam8bit import scale_by_adam_8bit
+
+OPTIMIZERS: dict[str, tuple[str, ...]] = {  # our name -> Hugging Face's and bitsandbytes' spellings of it
+    "adamw": (
+        "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf", "paged_adamw", "paged_adamw_32bit",
+    ),
+    "adamw_8bit": ("adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"),
+    "adafactor": (),
+    "sgd": (),
+    "lion": ("lion_32bit", "paged_lion", "paged_lion_32bit"),
+}  # fmt: skip
+
+# Hugging Face's Trainer.get_decay_parameter_names. It also leaves out torch.nn.LayerNorm modules whatever their name:
+# "ln_1" and "ln_f" are those of GPT-2 and GPT-J.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)|(?:^|\.)ln_\w+(?:$|\.)")
+
+
+def canonical_name(name: str) -> str:
+    """Our name of an optimizer, from ours or one of Hugging Face's spellings.
+
+    Raises:
+      UserError: not known, or not supported here; the nearest name is given.
+    """
+    spellings = {alias: ours for ours, aliases in OPTIMIZERS.items() for alias in (ours, *aliases)}
+    if name in spellings:
+        return spellings[name]
+    near = difflib.get_close_matches(name, spellings, 1, 0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise UserError(f"unknown train.optim '{name}'; {hint}choose {', '.join(OPTIMIZERS)}")
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A JAX key path as one dotted name: ('model.layers.q_proj', 'a') -> 'model.layers.q_proj.a'."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay applies to the leaf at `path`: not to biases and norm weights; to LoRA's matrices it does."""
+    return _NO_DECAY.search(path.lower()) is None
+
+
+def make_optimizer(
+    train: Any,
+    schedule: optax.Schedule,
+    decay: Callable[[str], bool] = decays,
+    stacked: Callable[[str], bool] = lambda path: False,
+) -> optax.GradientTransformation:
+    """Build the optimizer that `train.optim` names.
+
+    Args:
+      train: the `train` part of the configuration: `optim`, `adam_beta1`, `adam_beta2`, `adam_epsilon`, `weight_decay`.
+      schedule: update index -> learning rate.
+      decay: says by a leaf's dotted path whether weight decay applies to it.
+      stacked: says by a leaf's dotted path whether its axis 0 counts layers.
+
+    Returns:
+      An optax transformation. Its updates are to be added to the parameters (`optax.apply_updates`).
+
+    Raises:
+      UserError: the optimizer is not known.
+    """
+    name = canonical_name(train.optim)
+    b1, b2, eps = train.adam_beta1, train.adam_beta2, train.adam_epsilon
+    if name == "adamw":
+        direction = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
+    elif name == "adamw_8bit":
+        direction = scale_by_adam_8bit(b1, b2, eps, stacked)
+    elif name == "adafactor":
+        # Hugging Face factors every matrix, however small. Rows and columns change roles with the sizes in optax; the
+        # product of the two factors is the same.
+        matrix = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
+        direction = per_matrix(matrix, stacked)
+    elif name == "lion":
+        direction = optax.scale_by_lion(b1, b2)
+    else:
+        direction = optax.identity()
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: decay(dotted(path)), params)
+
+    parts = [direction]
+    if train.weight_decay:
+        parts.append(optax.add_decayed_weights(train.weight_decay, mask))
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def per_matrix(inner: optax.GradientTransformation, stacked: Callable[[str], bool]) -> optax.GradientTransformation:
+    """Apply `inner` to each leaf alone, and layer by layer to those that `stacked` names.
+
+    The state is a dict from dotted path to the inner state of that leaf, whose arrays (the update count too) have a
+    leading layer axis where the leaf is stacked.
+    """
+
+    def each(function, path):
+        return jax.vmap(function) if stacked(path) else function
+
+    def init(params):
+        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+        return {dotted(path): each(inner.init, dotted(path))(leaf) for path, leaf in leaves}
+
+    def update(grads, state, params=None):
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(grads)
+        weights = treedef.flatten_up_to(params)
+        steps, new_state = [], {}
+        for (path, grad), weight in zip(leaves, weights, strict=True):
+            name = dotted(path)
+            step, new_state[name] = each(inner.update, name)(grad, state[name], weight)
+            steps.append(step)
+        return treedef.unflatten(steps), new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
+    """Scale the gradients so that their global norm is at most `max_norm`; as `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+      grads: any tree of arrays.
+      max_norm: the limit; zero or less leaves the gradients as they are.
+
+    Returns:
+      The gradients (same tree and dtypes) and their norm before clipping (float32 scalar).
+    """
+    norm = optax.global_norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))
+    if max_norm <= 0:
+        return grads, norm
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda grad: (grad * factor).astype(grad.dtype), grads), norm

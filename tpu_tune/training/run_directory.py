@@ -1,0 +1,199 @@
+"""The run directory: `config.json`, `metrics.jsonl`, and whether a start continues the run that is there.
+
+`open_run` is the first thing a start does: it holds the new configuration against the recorded one and refuses what
+would silently change a run half-way. Files are written aside and renamed, so that a kill leaves the old or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tpu_tune import config as configuration
+from tpu_tune.errors import UserError
+
+# What may differ between two starts of one run: how long it goes on, what it reports, and the machine it runs on.
+MAY_CHANGE = (
+    "output_dir", "mesh.", "data.num_workers", "data.cache_dir", "train.max_steps", "train.num_train_epochs",
+    "train.logging_", "train.save_", "train.eval_", "train.report_to", "train.per_device_eval_batch_size",
+    "train.early_stopping_patience", "train.load_best_model_at_end", "train.max_nonfinite_steps",
+)  # fmt: skip
+_SCHEDULE = ("train.max_steps", "train.num_train_epochs")
+_SEEDS = ("seed", "data.data_seed")
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What `open_run` found.
+
+    Attributes:
+      config: the configuration with seeds of -1 replaced by the recorded or freshly drawn ones.
+      resuming: whether the directory already held this run.
+      notes: lines to tell the user, e.g. that the schedule changed.
+    """
+
+    config: ConfigDict
+    resuming: bool
+    notes: list[str] = field(default_factory=list)
+
+
+def path(output_dir: str | os.PathLike, *parts: str) -> str:
+    """A path inside the run directory."""
+    return os.path.join(os.fspath(output_dir), *parts)
+
+
+def open_run(config: ConfigDict, is_main: bool = True) -> RunStart:
+    """Check the run directory against `config`, make it if needed, and write `config.json`.
+
+    Args:
+      config: the whole configuration; `config.output_dir` is the run directory. It is not modified.
+      is_main: whether this process writes (process 0 of a multi-process run). With several processes give explicit
+        seeds, or share the main process's: a seed of -1 is drawn by each process for itself.
+
+    Returns:
+      The configuration to use, whether this start resumes, and notes for the user.
+
+    Raises:
+      UserError: the directory cannot be made, its config.json is unreadable, or it belongs to another run.
+    """
+    directory, file = config.output_dir, path(config.output_dir, "config.json")
+    recorded = _read_config(file)
+    values = dict(configuration.flatten(config))
+    notes: list[str] = []
+    if recorded is not None:
+        recorded = {**dict(configuration.flatten(configuration.default())), **recorded}
+    elif os.path.isdir(path(directory, "checkpoints")):
+        raise UserError(f"{directory} holds checkpoints but no config.json, so they cannot be continued; choose another output_dir")
+    resolved = configuration.from_dict(configuration.to_dict(config))
+    for key in _SEEDS:
+        if values[key] == -1:
+            values[key] = recorded[key] if recorded is not None else secrets.randbelow(2**31)
+            configuration.assign(resolved, key, values[key])
+            notes.append(f"{key} = {values[key]}")
+    if recorded is not None:
+        notes += _compare(directory, recorded, values)
+    if is_main:
+        try:
+            os.makedirs(directory, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {directory} cannot be made: {error.strerror}") from error
+        write_aside(file, json.dumps(configuration.to_dict(resolved), indent=2) + "\n")
+    return RunStart(resolved, recorded is not None, notes)
+
+
+def _read_config(file: str) -> dict[str, Any] | None:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return dict(configuration.flatten(json.load(stream)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); choose another output_dir, or remove it") from error
+
+
+def _compare(directory: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Raise at a difference that may not be; return what is to be said about those that may."""
+    notes = []
+    different = {key: (old[key], value) for key, value in new.items() if _plain(old[key]) != _plain(value)}
+    fixed = [key for key in different if not key.startswith(MAY_CHANGE)]
+    if fixed:
+        each = "; ".join(f"{key} was {_show(different[key][0])} and is now {_show(different[key][1])}" for key in fixed)
+        raise UserError(
+            f"output_dir {directory} holds a run with another configuration: {each}. "
+            "Choose another output_dir, or set the old value to go on with that run"
+        )
+    for key in _SCHEDULE:
+        if key in different:
+            before, now = different[key]
+            notes.append(
+                f"{key} was {before} and is now {now}: from here on the learning rate follows the schedule of the new "
+                "length, while the updates already made followed the old one"
+            )
+    return notes
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value)
+
+
+def write_aside(file: str, text: str) -> None:
+    """Write a text file so that a kill or a full disk leaves either the old or the new content."""
+    aside = file + ".tmp"
+    try:
+        with open(aside, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except OSError as error:
+        if os.path.exists(aside):
+            os.unlink(aside)
+        raise UserError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def append_metrics(output_dir: str | os.PathLike, row: Mapping[str, Any]) -> None:
+    """Append one row to `metrics.jsonl`; numbers of NumPy and JAX become plain ones, non-finite ones null."""
+    line = json.dumps({key: plain_number(value) for key, value in row.items()}) + "\n"
+    with open(path(output_dir, "metrics.jsonl"), "a", encoding="utf-8") as stream:
+        stream.write(line)  # closing flushes: rows are few and each must survive a kill
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy or JAX scalar as Python's own; None for what is not finite, because JSON has no NaN."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """All whole rows of `metrics.jsonl`; an empty list if there is no such file."""
+    return [row for _, row in _rows(output_dir)]
+
+
+def truncate_metrics(output_dir: str | os.PathLike, step: int) -> int:
+    """Drop the rows past `step`, and a half-written last line, before a resumed run writes them again.
+
+    Args:
+      output_dir: the run directory.
+      step: the number of updates that the restored checkpoint holds; 0 keeps only rows of step 0.
+
+    Returns:
+      The number of rows dropped.
+    """
+    file = path(output_dir, "metrics.jsonl")
+    if not os.path.exists(file):
+        return 0
+    with open(file, encoding="utf-8", errors="replace") as stream:
+        before = stream.read()
+    kept = [line for line, row in _rows(output_dir) if row.get("step", 0) <= step]
+    after = "".join(line + "\n" for line in kept)
+    if after != before:
+        write_aside(file, after)
+    return len(before.splitlines()) - len(kept)
+
+
+def _rows(output_dir: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        with open(path(output_dir, "metrics.jsonl"), encoding="utf-8", errors="replace") as stream:
+            lines = stream.read().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # a line that a kill or a full disk cut off
+            continue
+        if isinstance(row, dict):
+            rows.append((line, row))
+    return rows

@@ -9,15 +9,13 @@ except on CI, where they fail.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import pathlib
 import platform
 from collections.abc import Callable
 
+import fetch
 import pytest
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # All of this has to stand in the environment before jax is imported. Processes that tests start inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,16 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _load_fetch():
-    spec = importlib.util.spec_from_file_location("fetch", ROOT / "launch" / "fetch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fetch = _load_fetch()
 
 
 def _compilation_cache() -> str:

@@ -56,7 +56,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not valid JSON \(.+\); fix it or set data.skip_bad_rows=True"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not valid JSON \(.+\); fix it or set data.skip"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"a\.jsonl:2: not a JSON object but a list"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', r"a\.jsonl:3: not valid UTF-8"),
         ("a.jsonl", " \n", r"a\.jsonl: the file is empty"),
@@ -203,7 +203,12 @@ def test_hub(monkeypatch):
             ),
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "gpt", "content": "b"}]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                    {"role": "gpt", "content": "b"},
+                ]
+            },
             "messages",
             Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})),
         ),
@@ -233,7 +238,7 @@ def test_columns_and_format_override():
 
 
 def test_format_complaints():
-    with pytest.raises(UserError, match=r"from its keys: foo, bar; known formats: messages \(messages\); .*text \(text\)"):
+    with pytest.raises(UserError, match=r"from its keys: foo, bar; known formats: messages \(messages\); .*text"):
         detect({"foo": 1, "bar": 2})
     with pytest.raises(UserError, match="data.format is 'text' but the first row has no 'text'; its keys: foo"):
         detect({"foo": 1}, "text")

@@ -10,7 +10,7 @@ import pytest
 
 from tpu_tune.errors import UserError
 from tpu_tune.training import adam8bit, loss_scale
-from tpu_tune.training.optimizers import canonical_name, clip_by_global_norm, decays, make_optimizer
+from tpu_tune.training.optimizers import canonical_name, clip_by_global_norm, decays, dotted, make_optimizer
 
 STACK = "model.layers.self_attn.q_proj"
 SHAPES = {
@@ -37,7 +37,7 @@ def random_tree(seed):
 
 
 def flat(tree):
-    return {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def run_ours(train, steps, schedule):
@@ -122,15 +122,17 @@ def test_lion_equals_its_formula():
 def assert_close(got, wanted, tolerance):
     assert got.keys() == wanted.keys()
     for path in got:
-        np.testing.assert_allclose(got[path], wanted[path], rtol=0, atol=tolerance * np.abs(wanted[path]).max(), err_msg=path)
+        allowed = tolerance * np.abs(wanted[path]).max()
+        np.testing.assert_allclose(got[path], wanted[path], rtol=0, atol=allowed, err_msg=path)
 
 
 def test_weight_decay_goes_by_name():
     for path in (f"{STACK}.a", f"{STACK}.b", "model.embed_tokens.weight", "lm_head.weight", f"{STACK}.lora_A.weight"):
         assert decays(path), path
     for path in (
-        f"{STACK}.bias", "model.norm.weight", "model.layers.input_layernorm.weight", "model.layers.self_attn.q_norm.weight",
-        "gpt_neox.final_layer_norm.weight", "transformer.h.ln_1.weight", "transformer.ln_f.weight",
+        f"{STACK}.bias", "model.norm.weight", "model.layers.input_layernorm.weight",
+        "model.layers.self_attn.q_norm.weight", "gpt_neox.final_layer_norm.weight",
+        "transformer.h.ln_1.weight", "transformer.ln_f.weight",
     ):  # fmt: skip
         assert not decays(path), path
 
@@ -146,7 +148,8 @@ def test_decay_names_equal_transformers():
         config = getattr(transformers, f"{kind}Config")(**sizes)
         model = getattr(transformers, kind + ("LMHeadModel" if kind == "GPT2" else "ForCausalLM"))(config)
         wanted = set(transformers.Trainer.get_decay_parameter_names(None, model))
-        assert {name for name, _ in model.named_parameters() if decays(name)} == wanted & {n for n, _ in model.named_parameters()}
+        names = {name for name, _ in model.named_parameters()}
+        assert {name for name in names if decays(name)} == wanted & names
 
 
 def test_optimizer_names():
@@ -183,7 +186,7 @@ def moments_like(kind, shape, seed=0):
 def test_map_is_bitsandbytes(signed):
     pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")
-    ours = np.asarray(adam8bit._decode_magnitude(jnp.arange(128 if signed else 256), 1 if signed else 2))
+    ours = np.asarray(adam8bit._decode_magnitude(jnp.arange(129 if signed else 256), 1 if signed else 2))
     theirs = functional.create_dynamic_map(signed=signed).numpy()
     np.testing.assert_allclose(np.sort(ours), theirs[theirs >= 0], rtol=3e-7)
 
@@ -200,15 +203,15 @@ def test_quantization_error_no_worse_than_bitsandbytes(kind, signed):
     theirs = functional.dequantize_blockwise(packed, state).numpy()
     ours = np.asarray(adam8bit.dequantize_blocks(adam8bit.quantize_blocks(jnp.asarray(x), signed), signed))
     error = lambda y: np.sqrt(np.mean((y - x) ** 2))  # noqa: E731
-    # One value in 256 more, -1, can only help; float32 rounding is the rest.
     assert error(ours) <= error(theirs) * (1 + 1e-5)
-    assert np.mean(np.abs(ours - theirs) > 1e-6 * np.abs(x).max()) < 0.01
+    # Where the two differ, its CPU search took an entry that is not the nearest.
+    assert np.all(np.abs(ours - x) <= np.abs(theirs - x) + 1e-6 * np.abs(x))
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_the_nearest(signed):
     """Against a brute-force search, on a grid over all decades and on the map's own entries."""
-    entries = np.asarray(adam8bit._decode_magnitude(jnp.arange(128 if signed else 256), 1 if signed else 2), np.float64)
+    entries = np.asarray(adam8bit._decode_magnitude(jnp.arange(129 if signed else 256), 1 if signed else 2), np.float64)
     x = np.concatenate([np.logspace(-8, 0, 3000), entries]).astype(np.float32)
     got = entries[np.asarray(adam8bit._encode_magnitude(jnp.asarray(x), 1 if signed else 2))]
     best = np.abs(entries[None] - x[:, None]).min(1)
@@ -243,11 +246,12 @@ def test_state_is_two_bytes_a_parameter_and_small_leaves_stay_float32():
 
 
 def test_adamw_8bit_follows_float32():
-    """A two-layer regression: both reach the same loss within 5%, and never part by more than 10% on the way."""
+    """A two-layer regression whose loss falls a hundredfold: the losses are within 10% at each of 150 steps."""
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(256, 64)).astype(np.float32)
     targets = np.tanh(inputs @ rng.normal(size=(64, 64)).astype(np.float32) / 8)
-    start = {"one": rng.normal(size=(64, 256)).astype(np.float32) / 8, "two": rng.normal(size=(256, 64)).astype(np.float32) / 16}
+    start = {"one": rng.normal(size=(64, 256)) / 8, "two": rng.normal(size=(256, 64)) / 16}
+    start = jax.tree.map(lambda x: x.astype(np.float32), start)
 
     def loss(params):
         return jnp.mean((jnp.tanh(inputs @ params["one"]) @ params["two"] - targets) ** 2)
@@ -265,9 +269,8 @@ def test_adamw_8bit_follows_float32():
         return np.asarray(jax.jit(lambda carry: jax.lax.scan(step, carry, length=150)[1])((start, state)))
 
     full, packed = train("adamw"), train("adamw_8bit")
-    assert full[-1] < full[0] / 10
+    assert full[-1] < full[0] / 100
     np.testing.assert_allclose(packed, full, rtol=0.1)
-    assert abs(packed[-1] / full[-1] - 1) < 0.05
 
 
 def test_a_second_moment_lost_to_rounding_does_not_explode():

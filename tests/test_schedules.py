@@ -43,7 +43,7 @@ def at_all(schedule, steps):
 
 
 @pytest.mark.parametrize("warmup", [0, 13])
-@pytest.mark.parametrize(("name", "kwargs"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(("name", "kwargs"), CASES, ids=str)
 def test_every_step_equals_transformers(name, kwargs, warmup):
     torch = pytest.importorskip("torch")
     from transformers.optimization import get_scheduler

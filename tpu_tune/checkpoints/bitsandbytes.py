@@ -52,7 +52,8 @@ def unfold(
       UserError: another quantization than bitsandbytes' NF4, or a matrix whose `in` is not whole blocks.
     """
     method = quantization.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
+    four_bits = quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")
+    if method != "bitsandbytes" or not four_bits:
         kind = "bitsandbytes int8" if method == "bitsandbytes" else method
         raise UserError(f"{path}: weights quantized by {kind} are not read; use the unquantized model or an nf4 one")
     states = {}

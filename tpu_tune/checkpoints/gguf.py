@@ -65,9 +65,7 @@ def open_gguf(path: str) -> WeightSource:
     )
 
 
-def _read(
-    file: GgufFile, stored: dict[str, str], family: GgufFamily, config: dict[str, Any], name: str
-) -> np.ndarray:
+def _read(file: GgufFile, stored: dict[str, str], family: GgufFamily, config: dict[str, Any], name: str) -> np.ndarray:
     return family.restore(name, read_gguf_tensor(file, stored[name]), config)
 
 

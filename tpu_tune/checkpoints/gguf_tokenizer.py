@@ -148,9 +148,7 @@ def _sentencepiece(path: str, metadata: dict[str, Any], tokens: list[str], types
     steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
     backend.normalizer = normalizers.Sequence(steps)
     strip = [decoders.Strip(content=" ", left=1, right=0)] * prefix
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend
 
 

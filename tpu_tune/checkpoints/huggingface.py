@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from typing import Any
 
@@ -42,15 +43,16 @@ _DTYPES = {
 }
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_SAMPLE_BYTES = 65536
+_SAMPLE_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor's bytes lie: file, absolute offset, dtype (safetensors' name for it) and shape."""
+    """Where one tensor's bytes lie: file, absolute offset, length, dtype (safetensors' name for it) and shape."""
 
     file: str
     offset: int
+    nbytes: int
     dtype: str
     shape: tuple[int, ...]
 
@@ -81,7 +83,7 @@ def open_huggingface(directory: str) -> WeightSource:
         shapes=shapes,
         read=read,
         load_tokenizer=functools.partial(load_tokenizer, directory),
-        fingerprint=_fingerprint(directory, sorted({tensor.file for tensor in tensors.values()})),
+        fingerprint=_fingerprint(directory, tensors),
     )
 
 
@@ -96,7 +98,7 @@ def load_tokenizer(directory: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers raises whatever its many loaders raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{directory}: no usable tokenizer (tokenizer.json and the like) in it: {reason}") from error
 
 
@@ -117,11 +119,11 @@ def read_header(path: str) -> dict[str, StoredTensor]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        tensors = {
-            name: StoredTensor(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-            for name, entry in header.items()
-        }
-        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            tensors[name] = StoredTensor(path, start + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
+        end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: its header is not a safetensors header; fetch the file again") from error
     if end > size:
@@ -135,11 +137,12 @@ def read_tensor(name: str, tensor: StoredTensor) -> np.ndarray:
         known = ", ".join(_DTYPES)
         raise UserError(f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not read here (known: {known})")
     dtype = np.dtype(_DTYPES[tensor.dtype])
-    count = int(np.prod(tensor.shape, dtype=np.int64))
+    if tensor.nbytes != math.prod(tensor.shape) * dtype.itemsize:
+        raise UserError(f"{tensor.file}: the header's shape and length of {name} do not agree; fetch it again")
     with open(tensor.file, "rb") as file:
         file.seek(tensor.offset)
-        flat = np.fromfile(file, dtype=np.uint8, count=count * dtype.itemsize)
-    if flat.size != count * dtype.itemsize:
+        flat = np.fromfile(file, dtype=np.uint8, count=tensor.nbytes)
+    if flat.size != tensor.nbytes:
         raise UserError(f"{tensor.file}: cut short at {name}; fetch it again")
     return flat.view(dtype).reshape(tensor.shape)
 
@@ -200,18 +203,20 @@ def _stored_tensors(directory: str) -> dict[str, StoredTensor]:
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 
-def _fingerprint(directory: str, files: list[str]) -> str:
-    """Hash of config and weights files: name, size, header, and the first and last 64 KiB of each file's data."""
+def _fingerprint(directory: str, tensors: dict[str, StoredTensor]) -> str:
+    """Hash of config.json and, for each tensor, its name, dtype, shape, file size and first 4 KiB."""
     digest = hashlib.sha256()
     with open(os.path.join(directory, "config.json"), "rb") as file:
         digest.update(file.read())
-    for path in files:
-        size = os.path.getsize(path)
-        digest.update(f"{os.path.basename(path)} {size}".encode())
+    by_file: dict[str, list[str]] = {}
+    for name in sorted(tensors):
+        by_file.setdefault(tensors[name].file, []).append(name)
+    for path, names in sorted(by_file.items()):
+        digest.update(f"{os.path.basename(path)} {os.path.getsize(path)}".encode())
         with open(path, "rb") as file:
-            header = file.read(8)
-            digest.update(header + file.read(int.from_bytes(header, "little")))
-            digest.update(file.read(_SAMPLE_BYTES))
-            file.seek(max(file.tell(), size - _SAMPLE_BYTES))
-            digest.update(file.read())
+            for name in names:
+                tensor = tensors[name]
+                digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+                file.seek(tensor.offset)
+                digest.update(file.read(min(tensor.nbytes, _SAMPLE_BYTES)))
     return digest.hexdigest()

@@ -91,7 +91,8 @@ def _draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]], title: str) -> N
 def _draw_small(axes: Any, metrics: Sequence[Mapping[str, Any]], key: str, name: str, color: str) -> None:
     steps, values = series(metrics, key)
     _dress(axes)
-    axes.plot(steps, values, color=color, linewidth=1.5, marker="o" if len(steps) < _SMOOTH_FROM else None, markersize=3)
+    marker = "o" if len(steps) < _SMOOTH_FROM else None
+    axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=3)
     axes.set_title(name, loc="left", color=_INK, fontsize=10)
     axes.set_xlabel("step")
     _limit(axes, values)

@@ -1,0 +1,6 @@
+"""Using a model: logits, generation with a key-value cache."""
+
+from tpu_tune.inference.generation import Sampling, generate_ids
+from tpu_tune.inference.model import Model, load
+
+__all__ = ["Model", "Sampling", "generate_ids", "load"]

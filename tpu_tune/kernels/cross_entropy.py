@@ -17,18 +17,18 @@ from jaxtyping import Array, Float, Int
 IGNORED = -100  # Hugging Face's label for "no loss here"
 
 
-def token_losses(logits: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
+def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
     """Return each token's cross-entropy in float32, 0 where the target is `IGNORED`. The plain-JAX reference."""
     logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen)
 
 
 def chunked_cross_entropy(
-    head: Callable[[Any, Float[Array, "N D"]], Float[Array, "N V"]],
+    head: Callable[[Any, Float[Array, "B t D"]], Float[Array, "B t V"]],
     weights: Any,
-    hidden: Float[Array, "N D"],
-    targets: Int[Array, " N"],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
     chunk: int,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the summed cross-entropy (float32) and the number of right first guesses.
@@ -36,15 +36,16 @@ def chunked_cross_entropy(
     Args:
       head: pure function (weights, hidden states) -> logits.
       weights: pytree of the head's parameters; only those that are differentiated cost a gradient.
-      hidden: the last hidden states, one row a token.
+      hidden: the last hidden states.
       targets: the next token's id, or `IGNORED`.
-      chunk: tokens whose logits exist at one time.
+      chunk: tokens of each row whose logits exist at one time; rows stay apart, because they live on different devices.
     """
-    count = hidden.shape[0]
-    chunk = min(chunk, count)
-    short = -count % chunk
-    hidden = jnp.pad(hidden, [(0, short), (0, 0)]).reshape(-1, chunk, hidden.shape[-1])
-    targets = jnp.pad(targets, (0, short), constant_values=IGNORED).reshape(-1, chunk)
+    batch, length, _ = hidden.shape
+    chunk = min(chunk, length)
+    short = -length % chunk
+    hidden = jnp.pad(hidden, [(0, 0), (0, short), (0, 0)]).reshape(batch, -1, chunk, hidden.shape[-1])
+    targets = jnp.pad(targets, [(0, 0), (0, short)], constant_values=IGNORED).reshape(batch, -1, chunk)
+    hidden, targets = jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)
 
     def chunk_loss(weights: Any, rows: Array, goals: Array) -> tuple[Array, Array]:
         logits = head(weights, rows)

@@ -102,19 +102,21 @@ def quantize_blocks(x: jax.Array, signed: bool, stacked: bool = False) -> BlockM
 
     Args:
       x: float32, any shape; nonnegative when not `signed`.
-      signed: 127 positive, 127 negative values and zero; else 255 nonnegative values.
+      signed: 128 positive values, 127 negative ones and zero; else 255 positive values and zero.
       stacked: axis 0 counts layers.
 
     Returns:
-      The codes (a sign bit and a 7-bit index, or an 8-bit index) and each block's absmax.
+      The codes (unsigned: the index in the map; signed: 0 to 128 the index of a nonnegative value, above it 128 plus
+      that of a negative one) and each block's absmax.
     """
     blocks = to_blocks(x.astype(jnp.float32), stacked)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
     scaled = jnp.abs(blocks) / jnp.where(absmax > 0, absmax, 1.0)[..., None]
     if signed:
         codes = _encode_magnitude(scaled, 1)
-        # Only one of +1 and -1 exists in the map (bitsandbytes has +1 alone), but a sign bit has room for both.
-        codes = codes | jnp.where((blocks < 0) & (codes > 0), 128, 0)
+        # Index 128 is the value one. It takes the code that would be minus zero, so minus one does not exist (nor does
+        # it in bitsandbytes): the nearest value is that of index 127.
+        codes = jnp.where((blocks < 0) & (codes > 0), jnp.minimum(codes, 127) + 128, codes)
     else:
         codes = _encode_magnitude(scaled, 2)
     return BlockMoment(_from_blocks(codes.astype(jnp.uint8), x.shape, stacked), absmax)
@@ -124,8 +126,8 @@ def dequantize_blocks(moment: BlockMoment, signed: bool, stacked: bool = False, 
     """Decode to float32 in the leaf's shape; magnitudes below `floor` of the block's absmax are raised to it."""
     codes = to_blocks(moment.codes, stacked).astype(jnp.int32)
     if signed:
-        value = _decode_magnitude(codes & 127, 1)
-        value = jnp.where(codes >= 128, -value, value)
+        value = _decode_magnitude(jnp.where(codes > 128, codes - 128, codes), 1)
+        value = jnp.where(codes > 128, -value, value)
     else:
         value = jnp.maximum(_decode_magnitude(codes, 2), floor)
     return _from_blocks(value * moment.absmax[..., None], moment.codes.shape, stacked)

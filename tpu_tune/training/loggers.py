@@ -76,7 +76,7 @@ def open_sinks(
     for name in names:
         package, opener = _OPENERS[name]
         if not importlib.util.find_spec(package):
-            warn(f"train.report_to has {name}, but the package {package} is not installed (pip install {package}); training goes on without it")
+            warn(f"{name} needs the package {package} (pip install {package}); training goes on without it")
             continue
         try:
             sinks.append(_guarded(opener(output_dir, config or {}, resume_step), warn))

@@ -1,16 +1,15 @@
 """Optimizers by Hugging Face's names, as optax transformations over the trainable tree.
 
 The trainable tree holds float32 arrays under dotted Hugging Face names; a leaf may stack its layers on axis 0, which
-`stacked(path)` tells. Whatever computes a statistic per matrix then works layer by layer, and weight decay is decided by
-name, never by the number of axes. The learning rate of update s is `schedule(s)`; clipping is a separate function,
+`stacked(path)` tells. Whatever computes a statistic per matrix then works layer by layer, and weight decay is decided
+by name, never by the number of axes. The learning rate of update s is `schedule(s)`; clipping is a separate function,
 because the train step also reports the norm.
 
 How each relates to torch:
 - adamw: `torch.optim.AdamW` (decay decoupled and multiplied by the learning rate, epsilon outside the root).
 - adamw_8bit: the same with both moments in 8-bit blocks; see `adam8bit`.
-- adafactor: `transformers.Adafactor` as its Trainer sets it up (relative_step and scale_parameter off, update clipped to
-  a root mean square of 1, no first moment, every matrix factored). The adapters of one module are two matrices here too.
-  DoRA's and other vectors are not factored.
+- adafactor: `transformers.Adafactor` as its Trainer sets it up (relative_step and scale_parameter off, update clipped
+  to a root mean square of 1, no first moment, every matrix factored, vectors not).
 - sgd: `torch.optim.SGD` without momentum.
 - lion: bitsandbytes' Lion; its betas are `adam_beta1` and `adam_beta2`, as the Trainer passes them.
 """
@@ -64,7 +63,7 @@ def dotted(path: tuple[Any, ...]) -> str:
 
 
 def decays(path: str) -> bool:
-    """Whether weight decay applies to the leaf at `path`: not to biases and norm weights; to LoRA's matrices it does."""
+    """Whether weight decay applies to the leaf at `path`: not to biases and norm weights, but to LoRA's matrices."""
     return _NO_DECAY.search(path.lower()) is None
 
 
@@ -150,7 +149,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
     Returns:
       The gradients (same tree and dtypes) and their norm before clipping (float32 scalar).
     """
-    norm = optax.global_norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad.astype(jnp.float32))) for grad in jax.tree.leaves(grads)))
     if max_norm <= 0:
         return grads, norm
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))

@@ -52,7 +52,9 @@ class Progress:
         self._bar = None
         if show and self._stream.isatty():
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
-            self._bar = tqdm(total=total, initial=initial, file=self._stream, bar_format=form, desc="train", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=initial, file=self._stream, bar_format=form, desc="train", dynamic_ncols=True
+            )
 
     def update(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
         """Say that `step` updates are made; the last given loss and rate (tokens a second) stay on show."""

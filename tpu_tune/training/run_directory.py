@@ -70,7 +70,9 @@ def open_run(config: ConfigDict, is_main: bool = True) -> RunStart:
     if recorded is not None:
         recorded = {**dict(configuration.flatten(configuration.default())), **recorded}
     elif os.path.isdir(path(directory, "checkpoints")):
-        raise UserError(f"{directory} holds checkpoints but no config.json, so they cannot be continued; choose another output_dir")
+        raise UserError(
+            f"{directory} holds checkpoints but no config.json, so they cannot be continued; choose another output_dir"
+        )
     resolved = configuration.from_dict(configuration.to_dict(config))
     for key in _SEEDS:
         if values[key] == -1:

@@ -183,7 +183,7 @@ def _cosine_warmup_with_min_lr(
     return factor
 
 
-_SHAPES: dict[str, Callable[[jax.Array, float], jax.Array]] = {  # share of the phase left -> factor, falling from 1 to 0
+_SHAPES: dict[str, Callable[[jax.Array, float], jax.Array]] = {  # share of the phase left, cycles -> factor
     "linear": lambda left, cycles: left,
     "cosine": lambda left, cycles: 0.5 * (1 + jnp.cos(jnp.pi * cycles * 2 * (1 - left))),
     "1-sqrt": lambda left, cycles: 1 - jnp.sqrt(jnp.clip(1 - left, 0, 1)),

@@ -37,8 +37,8 @@ class QuantizePolicy:
     @classmethod
     def from_config(cls, config: ConfigDict) -> QuantizePolicy:
         """Build the policy from `config.quantize`."""
-        lists = {key: value if isinstance(value, str) else tuple(value) for key, value in config.items()}
-        return cls(**lists)
+        values = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in config.items()}
+        return cls(**values)
 
     def paths(self, modules: Sequence[Module]) -> frozenset[str]:
         """Return the paths of the weight leaves to quantize.

@@ -117,13 +117,12 @@ def explain(tree: Mapping[str, Any], found: Mapping[str, Any], rules: Sequence[R
 
 
 def gathered(sharding: Any) -> Any:
-    """Return a leaf's sharding without the storage axes and without the layer axis: how a layer's body sees it."""
-
-    def drop(one: NamedSharding) -> NamedSharding:
-        spec = [_without(axes) for axes in one.spec[1:]]
-        return NamedSharding(one.mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(drop, sharding, is_leaf=lambda leaf: isinstance(leaf, NamedSharding))
+    """Return a leaf's sharding without the storage axes: how the layer that uses the leaf wants it."""
+    return jax.tree.map(
+        lambda one: NamedSharding(one.mesh, PartitionSpec(*[_without(axes) for axes in one.spec])),
+        sharding,
+        is_leaf=lambda leaf: isinstance(leaf, NamedSharding),
+    )
 
 
 def _without(axes: Any) -> Any:

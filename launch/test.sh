@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Install tpu_tune with what its tests need and run them: bash launch/test.sh [PYTEST ARGUMENTS...]
+#   bash launch/test.sh tests/test_config.py -x
+#   bash launch/test.sh -m slow
+# With CI=true or TPU_TUNE_PARITY=1, torch, peft and bitsandbytes are installed too, and compared with live; without them
+# those tests compare with stored numbers, or are skipped.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cd "$project"
+
+use_environment
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+
+# cpu_torch: whether pip would bring torch's build for the CPU. Where only the large CUDA one is at hand, go without.
+cpu_torch() {
+  local report
+  report=$(python -m pip --disable-pip-version-check install --quiet --dry-run --no-deps --ignore-installed \
+    --only-binary :all: --report - torch==2.13.0 </dev/null 2>/dev/null) &&
+    [[ "$report" =~ \"version\":\ *\"2\.13\.0\+cpu\" ]]
+}
+
+if [ "${CI:-}" != true ] && [ "${TPU_TUNE_PARITY:-}" != 1 ]; then
+  install_project test
+elif cpu_torch; then
+  install_project test,parity torch==2.13.0
+else
+  warn "no CPU build of torch is to be had for this Python: the parity tests use their stored numbers"
+  install_project test
+fi
+
+say "ruff check"
+python -m ruff check .
+say "pytest"
+exec python -m pytest "$@"

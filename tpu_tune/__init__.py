@@ -1,0 +1,40 @@
+"""tpu_tune: fine-tune an open language model with JAX on a TPU, a GPU or a CPU, with the same code.
+
+    run = tpu_tune.train(tpu_tune.config.from_file("configs/quickstart.py"))
+    model = tpu_tune.load("HuggingFaceTB/SmolLM2-135M-Instruct", adapter=run.output_dir + "/adapter")
+    model.generate(["What is AI?"])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tpu_tune import config
+from tpu_tune.errors import UserError
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "config", "load", "train"]
+
+
+def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Any:
+    """Load a model: see `tpu_tune.inference.load`."""
+    from tpu_tune.inference import load as load_model
+
+    return load_model(path, dtype, quantize, adapter)
+
+
+def train(config: Any) -> Any:
+    """Train by a configuration and draw `curves.png` on the way: see `tpu_tune.training.loop.train`.
+
+    Args:
+      config: a `ConfigDict` from `tpu_tune.config`.
+
+    Returns:
+      The run: `run.metrics` (rows of metrics.jsonl), `run.output_dir`, `run.result_dir`, `run.status`.
+    """
+    import os
+
+    from tpu_tune.curves.plot import plot_curves
+    from tpu_tune.training.loop import train as train_loop
+
+    return train_loop(config, on_eval=lambda rows: plot_curves(rows, os.path.join(config.output_dir, "curves.png")))

@@ -1,0 +1,147 @@
+"""Writing a Hugging Face model directory: sharded safetensors, config, tokenizer files as the original's.
+
+Tensors come one at a time from a tree in torch layout; a shard is written when it is full, so that memory holds one
+shard. The directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.errors import UserError
+from tpu_tune.models import Architecture
+from tpu_tune.transforms import merged_tensors, unties_head
+
+SHARD_BYTES = 5_000_000_000
+_CARRIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def write_model(
+    directory: str,
+    params: Mapping[str, Any],
+    source: WeightSource,
+    architecture: Architecture,
+    dtype: str = "",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a tree as a Hugging Face model.
+
+    Args:
+      directory: to write; an existing one is replaced when the new one is complete.
+      params: a tree, adapters and quantized leaves allowed; they are merged and dequantized.
+      source: where the base came from; config and tokenizer files are taken over from it.
+      architecture: of the model.
+      dtype: of the tensors; by default the original's (float32 where the original does not say).
+      shard_bytes: largest shard.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    untied = unties_head(params, architecture.modules())
+    name = dtype or str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix("torch.")
+    tensors = (
+        (tensor, value.astype(DTYPES[name]))
+        for tensor, value in _with_head(params, architecture, untied)
+    )
+    with whole_directory(directory) as aside:
+        _write_shards(aside, tensors, shard_bytes)
+        write_config(aside, source, name, untied)
+        write_tokenizer(aside, source)
+
+
+def _with_head(params: Mapping[str, Any], architecture: Architecture, untied: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield all tensors; a head that merging has untied from its embedding gets the weight it used."""
+    yield from merged_tensors(params, architecture.modules())
+    for module in architecture.modules():
+        if module.tied_to and untied and module.weight not in params:
+            base = params[f"{module.tied_to}.weight"].base
+            yield module.weight, np.asarray(base, np.float32)
+
+
+def write_config(directory: str, source: WeightSource, dtype: str, untied: bool = False) -> None:
+    """Write config.json: the source's, with the tensors' dtype, without a quantization that is no longer there."""
+    config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "torch_dtype")}
+    config["dtype" if "torch_dtype" not in source.config else "torch_dtype"] = dtype
+    if untied:
+        config["tie_word_embeddings"] = False
+    with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as stream:
+        json.dump(config, stream, indent=2)
+
+
+def write_tokenizer(directory: str, source: WeightSource) -> None:
+    """Copy the source's tokenizer and generation files byte for byte, or write them from a GGUF's metadata."""
+    if os.path.isdir(source.path):
+        for name in _CARRIED:
+            if os.path.isfile(os.path.join(source.path, name)):
+                shutil.copyfile(os.path.join(source.path, name), os.path.join(directory, name))
+        return
+    source.load_tokenizer().save_pretrained(directory)
+    ids = {key: source.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source.config}
+    with open(os.path.join(directory, "generation_config.json"), "w", encoding="utf-8") as stream:
+        json.dump({"_from_model_config": True, **ids}, stream, indent=2)
+
+
+def _write_shards(directory: str, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal held, size
+        if held:
+            file = os.path.join(directory, f"part-{len(shards)}.safetensors")
+            save_file({name: np.ascontiguousarray(value) for name, value in held.items()}, file, metadata={"format": "pt"})
+            shards.append(list(held))
+            held, size = {}, 0
+
+    for name, value in tensors:
+        if size + value.nbytes > shard_bytes:
+            flush()
+        held[name] = value
+        size += value.nbytes
+        total += value.nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(os.path.join(directory, "part-0.safetensors"), os.path.join(directory, "model.safetensors"))
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(os.path.join(directory, f"part-{number}.safetensors"), os.path.join(directory, file))
+        weight_map |= dict.fromkeys(names, file)
+    with open(os.path.join(directory, "model.safetensors.index.json"), "w", encoding="utf-8") as stream:
+        json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, stream, indent=2, sort_keys=True)
+
+
+@contextlib.contextmanager
+def whole_directory(directory: str) -> Iterator[str]:
+    """Yield a directory to fill, which becomes `directory` when all went well and disappears when not.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    aside = directory.rstrip("/") + ".tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.makedirs(aside)
+        yield aside
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(aside, directory)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

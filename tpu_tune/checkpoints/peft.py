@@ -1,0 +1,258 @@
+"""PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`, written and read.
+
+Files are what `peft` 0.21 writes and reads (`utils/save_and_load.py`), with few and old keys so that older versions
+read them too. Matrices are transposed between PEFT's (rank, in) and (out, rank) and the tree's (in, rank) and
+(rank, out), layers are stacked, and zero padding of uneven ranks never reaches a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16, which safetensors needs
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tpu_tune.checkpoints.huggingface_write import whole_directory
+from tpu_tune.errors import UserError
+from tpu_tune.models import Architecture
+from tpu_tune.tensors import Module
+from tpu_tune.transforms import LoraSpec, Target, Targets, find_targets
+
+PREFIX = "base_model.model."
+# Keys of adapter_config.json that change the mathematics and are not implemented; others that we do not know are ignored.
+_REFUSED = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
+    "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+_INITIAL_ONLY = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # they only shape the initial values
+
+
+def write_adapter(
+    directory: str, trainable: Mapping[str, Any], targets: Targets, architecture: Architecture, base_name: str,
+    params: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a PEFT adapter; an existing one is replaced only when the new one is complete.
+
+    Args:
+      directory: to write.
+      trainable: the trained tree (float32).
+      targets: what it adapts.
+      architecture: of the base model.
+      base_name: `base_model_name_or_path`.
+      params: the base tree; where embeddings or head are targeted, their weights are written beside the adapter as
+        PEFT's `save_embedding_layers="auto"` does, if it is given.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    with whole_directory(directory) as aside:
+        tensors = adapter_tensors(trainable, targets, architecture, params)
+        save_file(tensors, os.path.join(aside, "adapter_model.safetensors"), metadata={"format": "pt"})
+        with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as stream:
+            json.dump(adapter_config(targets, base_name), stream, indent=2, sort_keys=True)
+
+
+def adapter_config(targets: Targets, base_name: str) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`."""
+    spec = targets.spec
+    names = spec.target_modules
+    if not isinstance(names, str) or names in ("all-linear", ""):
+        # Short names, unless they would catch a module that is not meant.
+        names = sorted({target.module.path.rsplit(".")[-1] for target in targets.adapted})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": _whole(spec.alpha),
+        "lora_dropout": spec.dropout,
+        "target_modules": names,
+        "bias": spec.bias,
+        "modules_to_save": list(spec.modules_to_save) or None,
+        "fan_in_fan_out": any(target.module.fan_in_fan_out for target in targets.adapted),
+        "layers_to_transform": list(spec.layers_to_transform) or None,
+        "layers_pattern": spec.layers_pattern or None,
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": {key: _whole(value) for key, value in spec.alpha_pattern.items()},
+        "use_rslora": spec.use_rslora,
+        "use_dora": spec.use_dora,
+        "init_lora_weights": True if spec.init_lora_weights == "true" else spec.init_lora_weights,
+    }
+    if spec.exclude_modules:
+        exclude = spec.exclude_modules
+        config["exclude_modules"] = exclude if isinstance(exclude, str) else list(exclude)
+    return config
+
+
+def adapter_tensors(
+    trainable: Mapping[str, Any], targets: Targets, architecture: Architecture, params: Mapping[str, Any] | None = None
+) -> dict[str, np.ndarray]:
+    """Return PEFT's tensor names and arrays for a trained tree."""
+    tensors: dict[str, np.ndarray] = {}
+    has_embedding = False
+    for target in targets.adapted:
+        module = target.module
+        a, b = (np.asarray(trainable[f"{module.path}.{part}"]) for part in ("lora_A", "lora_B"))
+        magnitude = trainable.get(f"{module.path}.lora_magnitude_vector")
+        for place, (name, rank) in enumerate(zip(_names(target), target.ranks, strict=True)):
+            a_one, b_one = (a[place], b[place]) if target.layers else (a, b)
+            form = ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+            tensors[f"{PREFIX}{name}.{form[0]}"] = np.ascontiguousarray(a_one[:, :rank].T)
+            tensors[f"{PREFIX}{name}.{form[1]}"] = np.ascontiguousarray(b_one[:rank].T)
+            if magnitude is not None:
+                one = np.asarray(magnitude)[place] if target.layers else np.asarray(magnitude)
+                suffix = "" if module.kind == "embedding" else ".weight"
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector{suffix}"] = np.ascontiguousarray(one)
+        has_embedding |= module.kind == "embedding" or module.is_head
+    tensors |= _whole_modules(trainable, targets, architecture)
+    if has_embedding and params is not None:
+        for module in architecture.modules():
+            adapted = any(target.module is module or target.module == module for target in targets.adapted)
+            if adapted and (module.kind == "embedding" or module.is_head):
+                source = f"{module.tied_to}.weight" if module.tied_to else module.weight
+                value = np.asarray(params[source])
+                transposed = module.is_head and not module.tied_to
+                tensors[f"{PREFIX}{module.path}.base_layer.weight"] = np.ascontiguousarray(value.T if transposed else value)
+    return tensors
+
+
+def _whole_modules(trainable: Mapping[str, Any], targets: Targets, architecture: Architecture) -> dict[str, np.ndarray]:
+    """Return saved modules and biases, which PEFT stores as plain weights."""
+    tensors = {}
+    adapted = {target.module.path for target in targets.adapted}
+    for module in architecture.modules():
+        for suffix in ("weight", "bias"):
+            path = f"{module.path}.{suffix}"
+            if path not in trainable:
+                continue
+            value = np.asarray(trainable[path])
+            for place, name in enumerate(module.names()):
+                one = value[place] if module.layers else value
+                if suffix == "weight" and module.kind == "linear" and not module.fan_in_fan_out:
+                    one = one.T
+                inner = ".base_layer" if suffix == "bias" and module.path in adapted else ""
+                tensors[f"{PREFIX}{name}{inner}.{suffix}"] = np.ascontiguousarray(one)
+    return tensors
+
+
+def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, dict[str, Any]]:
+    """Read a PEFT directory into a spec and the trainable tree that `split` takes.
+
+    Raises:
+      UserError: files missing or broken, an adapter of another kind or model, or a setting that is not implemented.
+    """
+    spec = read_spec(directory)
+    file = os.path.join(directory, "adapter_model.safetensors")
+    if not os.path.isfile(file):
+        old = " (adapter_model.bin is there: convert it to safetensors with peft)" if os.path.exists(file[:-11] + "bin") else ""
+        raise UserError(f"{file}: there is no such file{old}")
+    try:
+        tensors = load_file(file)
+    except Exception as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    targets = find_targets(architecture.modules(), spec, architecture.default_targets)
+    trainable: dict[str, Any] = {}
+    used: set[str] = set()
+
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        for key in (PREFIX + name, PREFIX + name.replace(".base_layer.bias", ".bias"), PREFIX + name.removesuffix(".weight")):
+            if key in tensors:
+                used.add(key)
+                if tensors[key].shape != shape:
+                    raise UserError(f"{file}: '{key}' has shape {tensors[key].shape}, the base model asks for {shape}")
+                return np.asarray(tensors[key], np.float32)
+        raise UserError(f"{file}: '{PREFIX}{name}' is missing")
+
+    for target in targets.adapted:
+        trainable |= _read_target(target, spec, take)
+    expected = {path: module for module in architecture.modules() for path in (module.weight, f"{module.path}.bias")}
+    wanted = [path for module in targets.saved for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else [])]
+    adapted = {target.module.path for target in targets.adapted}
+    for path in [*wanted, *targets.biases]:
+        trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
+    left = [key for key in tensors if key not in used and not key.endswith(".base_layer.weight")]
+    if left:
+        raise UserError(f"{file}: {len(left)} tensors do not belong to a LoRA of this model, e.g. '{left[0]}'")
+    return spec, trainable
+
+
+def read_spec(directory: str) -> LoraSpec:
+    """Read `adapter_config.json`.
+
+    Raises:
+      UserError: it is missing or broken, or sets something that changes the mathematics and is not implemented.
+    """
+    file = os.path.join(directory, "adapter_config.json")
+    try:
+        with open(file, encoding="utf-8") as stream:
+            config = json.load(stream)
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such file; an adapter is a directory that peft has written") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {config.get('peft_type')}; only LORA is implemented")
+    for key in _REFUSED:
+        if config.get(key) and key not in _INITIAL_ONLY:
+            raise UserError(f"{file}: '{key}' is set and not implemented here")
+    how = config.get("init_lora_weights", True)
+    layers = config.get("layers_to_transform")
+    pattern = config.get("layers_pattern") or ""
+    return LoraSpec(
+        rank=config.get("r", 8),
+        alpha=float(config.get("lora_alpha", 8)),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        target_modules=config.get("target_modules") or "",
+        exclude_modules=config.get("exclude_modules") or (),
+        bias=config.get("bias", "none"),
+        modules_to_save=config.get("modules_to_save") or (),
+        layers_to_transform=([layers] if isinstance(layers, int) else layers) or (),
+        layers_pattern=pattern if isinstance(pattern, str) else "|".join(pattern),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        init_lora_weights="gaussian" if how == "gaussian" else "true",
+    )
+
+
+def _read_target(target: Target, spec: LoraSpec, take: Any) -> dict[str, Any]:
+    module = target.module
+    inner, outer = module.shape
+    form = ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    parts: dict[str, list[np.ndarray]] = {"lora_A": [], "lora_B": []}
+    for name, rank in zip(_names(target), target.ranks, strict=True):
+        short = target.rank - rank
+        parts["lora_A"].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
+        parts["lora_B"].append(np.pad(take(f"{name}.{form[1]}", (outer, rank)).T, [(0, short), (0, 0)]))
+        if spec.use_dora:
+            parts.setdefault("lora_magnitude_vector", []).append(take(f"{name}.lora_magnitude_vector.weight", (outer,)))
+    return {
+        f"{module.path}.{part}": jnp.asarray(np.stack(arrays) if target.layers else arrays[0])
+        for part, arrays in parts.items()
+    }
+
+
+def _read_whole(module: Module, path: str, take: Any, adapted: bool) -> Any:
+    suffix = path.rsplit(".", 1)[1]
+    turn = suffix == "weight" and module.kind == "linear" and not module.fan_in_fan_out
+    shape = (module.shape[::-1] if turn else module.shape) if suffix == "weight" else module.shape[-1:]
+    inner = ".base_layer" if suffix == "bias" and adapted else ""
+    values = [take(f"{name}{inner}.{suffix}", shape) for name in module.names()]
+    values = [value.T for value in values] if turn else values
+    return jnp.asarray(np.stack(values) if module.layers else values[0])
+
+
+def _names(target: Target) -> list[str]:
+    return [target.module.name(layer) for layer in target.layers] if target.layers else [target.module.path]
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

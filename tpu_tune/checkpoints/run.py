@@ -1,0 +1,148 @@
+"""Checkpoints of a run, by Orbax: asynchronous, whole or absent, restorable onto another mesh.
+
+`<run>/checkpoints/<step>/` holds the training state (trainable leaves, optimizer, counters) and a small JSON of what
+the loop remembers; never a frozen leaf, only the fingerprint of the base they belong to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from tpu_tune.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpoints:
+    """Saves and restores the state of one run. Use as a context manager: leaving it waits for the last save.
+
+    Args:
+      directory: the run's `checkpoints` directory.
+      fingerprint: of the base weights (and the quantization) that the trained leaves belong to.
+      keep: how many checkpoints stay, the best one on top; 0 keeps all.
+    """
+
+    def __init__(self, directory: str, fingerprint: str, keep: int = 0):
+        self._directory = os.path.abspath(directory)
+        self._fingerprint, self._keep = fingerprint, keep
+        self._pending: int | None = None
+        self.best_step: int | None = None
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+                ),
+            )
+        except OSError as error:
+            raise UserError(f"{directory}: checkpoints cannot be kept there: {error.strerror or error}") from error
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            try:
+                self._manager.close()
+            except Exception as error:  # a failed save was reported when it was waited for
+                log.debug("closing the checkpoint manager: %s", error)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, memory: dict[str, Any]) -> None:
+        """Start saving; the state may be donated as soon as this returns.
+
+        Raises:
+          UserError: this or the previous save failed, e.g. for a full disk; the last good step is named.
+        """
+        self.wait()
+        if step in self.steps:
+            return
+        memory = {**memory, "base_fingerprint": self._fingerprint}
+        self._guarded(
+            step,
+            lambda: self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), memory=ocp.args.JsonSave(memory))
+            ),
+        )
+        self._pending = step
+
+    def wait(self) -> None:
+        """Wait for a save in progress, then delete what `keep` no longer allows.
+
+        Raises:
+          UserError: the save failed.
+        """
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        self._guarded(step, self._manager.wait_until_finished)
+        if self._keep > 0:
+            newest = self.steps[-self._keep :]
+            for old in self.steps:
+                if old not in newest and old != self.best_step:
+                    self._manager.delete(old)
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
+        """Return (state, memory) of a step (default: the last that can be read), or None where there is none.
+
+        Args:
+          like: a state of the same structure; its arrays' shapes, dtypes and shardings are what comes back.
+          step: which one.
+
+        Raises:
+          UserError: no checkpoint can be read, or it belongs to another base model.
+        """
+        candidates = [step] if step is not None else self.steps[::-1]
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
+        problem: Exception | None = None
+        for candidate in candidates:
+            try:
+                found = self._manager.restore(
+                    candidate,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract), memory=ocp.args.JsonRestore()
+                    ),
+                )
+            except Exception as error:  # whatever is broken about it, an older one may be whole
+                log.warning("checkpoint %d cannot be read (%s)", candidate, str(error).splitlines()[0])
+                problem = error
+                continue
+            if found.memory["base_fingerprint"] != self._fingerprint:
+                raise UserError(
+                    f"{self._directory}: the base model has changed since checkpoint {candidate} was written; "
+                    "restore the model that the run began with, or choose another output_dir"
+                )
+            return found.state, found.memory
+        if problem is not None:
+            raise UserError(f"{self._directory}: no checkpoint can be read ({str(problem).splitlines()[0]})") from problem
+        return None
+
+    def _guarded(self, step: int, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:
+            good = [one for one in self.steps if one != step]
+            last = f"the last good one is step {good[-1]}, the same command goes on from there" if good else "there is no earlier one"
+            raise UserError(
+                f"{self._directory}: checkpoint {step} could not be written ({_reason(error)}); {last}"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]

@@ -1,0 +1,206 @@
+"""`tpu-tune`: one command per job. Each parses, calls one function and prints.
+
+Configuration keys are given as absl and ml_collections users know them: `--config FILE.py`, then
+`--config.train.learning_rate=1e-4` for single keys; lists and patterns also as JSON text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tpu_tune import config as configuration
+from tpu_tune.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, 1 for a user's mistake, 2 for a wrong command line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("tpu_tune").setLevel(logging.INFO)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser, overrides = _parser(), []
+    plain = []
+    while arguments:
+        word = arguments.pop(0)
+        if word.startswith("--config."):
+            key, equals, value = word[len("--config.") :].partition("=")
+            if not equals:
+                if not arguments:
+                    parser.error(f"--config.{key} needs a value")
+                value = arguments.pop(0)
+            overrides.append((key, value))
+        else:
+            plain.append(word)
+    options = parser.parse_args(plain)
+    options.overrides = overrides
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"tpu-tune: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tpu-tune: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _config(options)
+    _distributed()
+    import tpu_tune
+
+    run = tpu_tune.train(config)
+    if options.json:
+        print(json.dumps({"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir}))
+    elif run.status != "interrupted":
+        curves = os.path.join(run.output_dir, "curves.png")
+        print(f"metrics: {os.path.join(run.output_dir, 'metrics.jsonl')}" + (f"; curves: {curves}" if os.path.exists(curves) else ""))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import tpu_tune
+    from tpu_tune.inference import Sampling
+
+    prompts = options.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise UserError("no prompt; give --prompt TEXT (as often as you like), or lines on standard input")
+    sampling = Sampling(
+        options.max_new_tokens, 0.0 if options.greedy else options.temperature, options.top_k, options.top_p, options.seed
+    )
+    model = tpu_tune.load(options.model, options.dtype, options.quantize, options.adapter)
+    answers = model.generate(prompts, sampling, chat=options.chat)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if options.json else f"> {prompt}\n{answer.strip()}\n")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from tpu_tune.inference import export
+
+    figures: dict[str, Any] = {}
+    if options.base:
+        export.export_base(options.run_directory, options.output, options.merge_base or "dequantized", options.dtype or "")
+        what = "the base that PEFT should load"
+    elif options.merge:
+        figures = export.export_merged(options.run_directory, options.output, options.merge_base or "original", options.dtype or "")
+        what = f"the model merged into its {options.merge_base or 'original'} base"
+    else:
+        export.export_adapter(options.run_directory, options.output)
+        what = "the PEFT adapter"
+    if options.json:
+        print(json.dumps({"output": options.output, **figures}))
+        return 0
+    print(f"{options.output}: {what}")
+    if figures:
+        print(
+            f"against the model as it was trained: logits differ by at most {figures['max_logit_difference']:.4g} "
+            f"({figures['relative_logit_difference']:.2%} of the largest), the first guess is the same in "
+            f"{figures['same_first_guesses']:.1%} of places"
+        )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from tpu_tune.inference.inspection import inspect_model
+    from tpu_tune.transforms import LoraSpec
+
+    config = _config(options)
+    facts = inspect_model(options.model, LoraSpec.from_config(config.lora))
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"{options.model}: {facts['family']}, {facts['parameters']:,} parameters")
+    for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size"):
+        print(f"  {key}: {facts[key]:,}")
+    print("modules (N is the layer; shapes are in x out):")
+    for module in facts["modules"]:
+        layers = f"x{module['layers']}" if module["layers"] else ""
+        note = f"uses the weight of {module['tied_to']}" if module["tied_to"] else module["role"]
+        shape = " x ".join(map(str, module["shape"])) + (" + bias" if module["bias"] else "")
+        print(f"  {module['name']:<44} {shape:<20} {layers:<5} {note}")
+    lora = facts["lora"]
+    print("this LoRA configuration would train:")
+    for target in lora["targets"]:
+        print(f"  {target['name']}  rank {target['rank']}, {target['layers']} x, {target['trainable']:,} parameters")
+    share = 100 * lora["trainable"] / lora["all"]
+    print(f"trainable params: {lora['trainable']:,} || all params: {lora['all']:,} || trainable%: {share:.4f}")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> Any:
+    config = configuration.from_file(options.config) if options.config else configuration.default()
+    for key, value in options.overrides:
+        configuration.assign(config, key, value)
+    return configuration.check(config)
+
+
+def _distributed() -> None:
+    """Join the other hosts of a pod slice, where there are any; jax finds them from the environment."""
+    if os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        import jax
+
+        jax.distributed.initialize()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tpu-tune", description="Fine-tune an open language model with JAX on a TPU, a GPU or a CPU.",
+        epilog="tpu-tune COMMAND --help shows a command's options and an example.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        added.set_defaults(run=run, overrides=[])
+        added.add_argument("--json", action="store_true", help="print figures as JSON")
+        return added
+
+    train = command("train", _train, "train, or go on with a run that is in output_dir",
+                    "tpu-tune train --config configs/qlora.py --config.model.path=DIR --config.data.train=chats.jsonl")  # fmt: skip
+    train.add_argument("--config", required=True, metavar="FILE", help="config file; --config.KEY=VALUE overrides a key")
+
+    generate = command("generate", _generate, "answer prompts with a model, with or without an adapter",
+                       'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"')  # fmt: skip
+    generate.add_argument("--model", required=True, help="Hugging Face id, local directory (a merged model too), or .gguf file")
+    generate.add_argument("--adapter", help="PEFT adapter directory")
+    generate.add_argument("--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default 128)")
+    generate.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    generate.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    generate.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest (default: all)")
+    generate.add_argument("--top-p", type=float, default=0.95, help="draw among the likeliest that reach this probability (default 0.95)")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    generate.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations and weights (default float32)")
+    generate.add_argument("--quantize", choices=("int8", "int4", "nf4"), help="store the linear layers so")
+    generate.add_argument("--no-chat", dest="chat", action="store_false", help="go on from the plain text, without the chat template")
+
+    export = command("export", _export, "write a run's adapter, its merged model, or its base",
+                     "tpu-tune export output/quickstart --merge --output merged")  # fmt: skip
+    export.add_argument("run_directory", metavar="RUN", help="run directory")
+    export.add_argument("--output", required=True, help="directory to write")
+    what = export.add_mutually_exclusive_group()
+    what.add_argument("--merge", action="store_true", help="write a Hugging Face model with the adapter merged in")
+    what.add_argument("--base", action="store_true", help="write the base model that PEFT should load below the adapter")
+    export.add_argument("--merge-base", choices=("original", "dequantized"),
+                        help="weights to merge into (default original) or to write as the base (default dequantized, exact to training)")  # fmt: skip
+    export.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: the original's; float32 from a GGUF)")
+
+    inspect = command("inspect", _inspect, "show a model's modules and what a LoRA configuration would train; reads no weights",
+                      'tpu-tune inspect model.gguf --config.lora.target_modules=q_proj,v_proj --config.lora.rank=16')  # fmt: skip
+    inspect.add_argument("model", metavar="MODEL", help="Hugging Face id, local directory, or .gguf file")
+    inspect.add_argument("--config", metavar="FILE", help="config file whose lora.* is used; --config.lora.KEY=VALUE overrides")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

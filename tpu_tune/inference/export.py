@@ -1,0 +1,128 @@
+"""From a run to files that others read: the PEFT adapter, a merged Hugging Face model, or the base below the adapter.
+
+There are two schools of merging a QLoRA adapter: into the original weights, as peft's own advice goes, or into the
+dequantized ones it was trained over, which is exact to training. Both are offered, the original by default, and the
+difference in logits from the trained model is measured and told; nothing is requantized silently.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from tpu_tune import config as configuration
+from tpu_tune.checkpoints import peft
+from tpu_tune.checkpoints.huggingface_write import whole_directory, write_model
+from tpu_tune.checkpoints.params import load_params
+from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.errors import UserError
+from tpu_tune.inference.model import _logits
+from tpu_tune.models import Architecture, architecture
+from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split
+
+BASES = ("original", "dequantized")
+_PROBE_TOKENS = 64
+
+
+def read_run(directory: str) -> ConfigDict:
+    """Return the configuration of a run directory.
+
+    Raises:
+      UserError: it is none.
+    """
+    file = os.path.join(directory, "config.json")
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return configuration.from_dict(json.load(stream))
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a run directory: it has no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def export_adapter(run: str, output: str) -> None:
+    """Copy a run's PEFT adapter.
+
+    Raises:
+      UserError: the run has none yet.
+    """
+    with whole_directory(output) as aside:
+        shutil.copytree(_adapter_of(run), aside, dirs_exist_ok=True)
+
+
+def export_merged(run: str, output: str, base: str = "original", dtype: str = "") -> dict[str, Any]:
+    """Write a run's model with its adapter merged in; return figures.
+
+    Args:
+      run: run directory.
+      output: directory to write.
+      base: original | dequantized.
+      dtype: of the tensors; by default as the original's, float32 from a GGUF.
+
+    Returns:
+      `max_logit_difference` (largest absolute difference from the model as it was trained, over one probe text),
+      `relative_logit_difference` (the same over the largest logit), `same_first_guesses` (share of places).
+    """
+    config = read_run(run)
+    source, arch, policy = _opened(config)
+    if config.method == "full":
+        with whole_directory(output) as aside:
+            if not os.path.isdir(os.path.join(run, "model")):
+                raise UserError(f"{run} has no model/ yet; let the training finish first")
+            shutil.copytree(os.path.join(run, "model"), aside, dirs_exist_ok=True)
+        return {"max_logit_difference": 0.0, "relative_logit_difference": 0.0, "same_first_guesses": 1.0}
+    spec, adapters = peft.read_adapter(_adapter_of(run), arch)
+    targets = find_targets(arch.modules(), spec, arch.default_targets)
+
+    def combined(quantized: bool) -> dict[str, Any]:
+        params = load_params(source, arch, jnp.float32, policy.apply, policy.paths(arch.modules()) if quantized else frozenset())
+        return combine(*split(params, targets, adapters), targets)
+
+    # One tree at a time: the trained one gives the reference logits, then the exported one is written and measured.
+    probe = np.random.default_rng(0).integers(0, arch.vocab_size, (1, _PROBE_TOKENS))
+    trained = combined(True)
+    reference = np.asarray(_logits(arch, jnp.dtype("float32"), trained, jnp.asarray(probe, jnp.int32)))
+    write_model(output, trained if base == "dequantized" else combined(False), source, arch, dtype)
+    del trained
+    exported = open_source(output)
+    written_arch = architecture(exported.config)
+    written = load_params(exported, written_arch, jnp.float32)
+    found = np.asarray(_logits(written_arch, jnp.dtype("float32"), written, jnp.asarray(probe, jnp.int32)))
+    difference = float(np.max(np.abs(found - reference)))
+    return {
+        "max_logit_difference": difference,
+        "relative_logit_difference": difference / float(np.max(np.abs(reference))),
+        "same_first_guesses": float(np.mean(found.argmax(-1) == reference.argmax(-1))),
+    }
+
+
+def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "") -> None:
+    """Write the base model that PEFT should load below a run's adapter.
+
+    Args:
+      run: run directory.
+      output: directory to write.
+      base: dequantized (what the adapter was trained over) | original.
+      dtype: of the tensors; by default as the original's, float32 from a GGUF.
+    """
+    source, arch, policy = _opened(read_run(run))
+    chosen = policy.paths(arch.modules()) if base == "dequantized" else frozenset()
+    write_model(output, load_params(source, arch, jnp.float32, policy.apply, chosen), source, arch, dtype)
+
+
+def _opened(config: ConfigDict) -> tuple[WeightSource, Architecture, QuantizePolicy]:
+    source = open_source(config.model.path)
+    return source, architecture(source.config), QuantizePolicy.from_config(config.quantize)
+
+
+def _adapter_of(run: str) -> str:
+    adapter = os.path.join(run, "adapter")
+    if not os.path.isdir(adapter):
+        raise UserError(f"{run} has no adapter/ yet; let the training finish first (the same train command goes on)")
+    return adapter

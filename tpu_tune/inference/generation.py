@@ -1,0 +1,156 @@
+"""Generation with a key-value cache: greedy, temperature, top-k, top-p; batches of prompts of any length.
+
+Prompts are padded on the left to a common length, so that all rows write their next token at one place; padding is
+segment 0, which no token sees, and positions count from each prompt's first token. The whole loop is one jitted
+function; it stops when every row has ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tpu_tune.errors import UserError
+from tpu_tune.models import Architecture, Cache, Decoder, Execution, empty_cache
+
+_ROUND = 32  # lengths are rounded up to multiples of this, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens.
+
+    Attributes:
+      max_new_tokens: of the answer.
+      temperature: 0 is greedy.
+      top_k: only the k likeliest; 0 for all.
+      top_p: only the likeliest that together reach this probability (nucleus sampling, arXiv:1904.09751).
+      seed: of the random choices.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"max_new_tokens={self.max_new_tokens} must be at least 1, temperature={self.temperature} and "
+                f"top_k={self.top_k} at least 0, top_p={self.top_p} above 0 and at most 1"
+            )
+
+
+def generate(
+    arch: Architecture, params: dict[str, Any], tokenizer: Any, dtype: Any, prompts: Sequence[str], sampling: Sampling, chat: bool
+) -> list[str]:
+    """Return one decoded answer a prompt (see `Model.generate`)."""
+    encoded = [encode_prompt(tokenizer, prompt, chat) for prompt in prompts]
+    answers = generate_ids(arch, params, encoded, sampling, end_tokens(tokenizer), dtype)
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """Return a prompt's token ids, through the chat template or with the tokenizer's own special tokens."""
+    if not chat:
+        return list(tokenizer(prompt)["input_ids"])
+    if not tokenizer.chat_template:
+        raise UserError("this tokenizer has no chat template; use --no-chat to go on from plain text")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that end an answer: the tokenizer's EOS and the usual end-of-turn tokens that it knows."""
+    names = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>")
+    vocabulary = tokenizer.get_added_vocab()
+    found = {vocabulary[name] for name in names if name in vocabulary}
+    return tuple(sorted(found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())))
+
+
+def generate_ids(
+    arch: Architecture, params: dict[str, Any], prompts: Sequence[Sequence[int]], sampling: Sampling, ends: Sequence[int], dtype: Any
+) -> list[list[int]]:
+    """Return the new token ids of each prompt, up to and without the token that ended it.
+
+    Args:
+      arch, params: the model.
+      prompts: token ids, at least one each.
+      sampling: how to choose.
+      ends: ids that end an answer.
+      dtype: of the activations and the cache.
+
+    Raises:
+      UserError: an empty prompt.
+    """
+    if not all(prompts):
+        raise UserError("a prompt is empty; generation needs at least one token to go on from")
+    width = -(-max(len(prompt) for prompt in prompts) // _ROUND) * _ROUND
+    ids = np.zeros((len(prompts), width), np.int32)
+    real = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        real[row, width - len(prompt) :] = 1
+    steps = -(-sampling.max_new_tokens // _ROUND) * _ROUND
+    new = np.asarray(_generate(
+        arch, jnp.dtype(dtype), steps, sampling.top_k, params, ids, real, jnp.int32(sampling.max_new_tokens),
+        jnp.float32(sampling.temperature), jnp.float32(sampling.top_p), jax.random.key(sampling.seed),
+        jnp.asarray(list(ends) or [-1], jnp.int32),
+    ))  # fmt: skip
+    answers = []
+    for row in new[:, : sampling.max_new_tokens]:
+        ended = np.flatnonzero(np.isin(row, list(ends)))
+        answers.append([int(token) for token in (row[: ended[0]] if len(ended) else row)])
+    return answers
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(
+    arch: Architecture, dtype: Any, steps: int, top_k: int, params: dict[str, Any], ids: Int[Array, "B T"],
+    real: Int[Array, "B T"], limit: Array, temperature: Array, top_p: Array, key: Array, ends: Int[Array, " E"],
+) -> Int[Array, "B steps"]:  # fmt: skip
+    model = Decoder(arch, params, Execution(dtype))
+    batch, width = ids.shape
+    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    cache = empty_cache(arch, batch, width + steps, dtype)
+    hidden, cache = model.hidden(ids, positions, real, cache)
+    logits = model.logits(hidden[:, -1]).astype(jnp.float32)
+    start = (jnp.int32(0), logits, cache, jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool))
+
+    def going(carry: tuple) -> Bool[Array, ""]:
+        number, _, _, _, ended = carry
+        return (number < limit) & ~jnp.all(ended)
+
+    def one(carry: tuple) -> tuple[Array, Array, Cache, Array, Array]:
+        number, logits, cache, written, ended = carry
+        token = choose(logits, temperature, top_k, top_p, jax.random.fold_in(key, number))
+        written = written.at[:, number].set(token)
+        ended |= jnp.any(token[:, None] == ends, axis=1)
+        place = positions[:, -1:] + 1 + number
+        hidden, cache = model.hidden(token[:, None], place, jnp.ones((batch, 1), jnp.int32), cache)
+        return number + 1, model.logits(hidden[:, -1]).astype(jnp.float32), cache, written, ended
+
+    return jax.lax.while_loop(going, one, start)[3]
+
+
+def choose(logits: Float[Array, "B V"], temperature: Array, top_k: int, top_p: Array, key: Array) -> Int[Array, " B"]:
+    """Choose one token a row: the likeliest at temperature 0, else a draw among those that top-k and top-p leave."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    if top_k:
+        smallest = jax.lax.top_k(scaled, min(top_k, scaled.shape[-1]))[0][:, -1:]
+        scaled = jnp.where(scaled < smallest, -jnp.inf, scaled)
+    ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the first token that reaches top_p stays
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    drawn = jax.random.categorical(key, jnp.where(scaled < least, -jnp.inf, scaled), axis=-1).astype(jnp.int32)
+    return jnp.where(temperature > 0, drawn, greedy)

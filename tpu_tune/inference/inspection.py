@@ -1,0 +1,85 @@
+"""What is in a model, and what a LoRA configuration would train of it; no weight is read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tpu_tune.checkpoints.source import open_source
+from tpu_tune.models import Architecture, architecture
+from tpu_tune.tensors import Module
+from tpu_tune.transforms import LoraSpec, find_targets
+
+ROLES = {
+    "embed": "turns token ids into vectors",
+    "q": "attention: queries",
+    "k": "attention: keys",
+    "v": "attention: values",
+    "qkv": "attention: queries, keys and values in one",
+    "o": "attention: output",
+    "gate": "MLP: gate",
+    "up": "MLP: up",
+    "down": "MLP: down",
+    "head": "turns vectors into logits",
+}
+
+
+def inspect_model(path: str, spec: LoraSpec) -> dict[str, Any]:
+    """Return the facts that `tpu-tune inspect` prints.
+
+    Returns:
+      `family`, `hidden_size`, `num_layers`, `num_heads`, `num_kv_heads`, `vocab_size`, `parameters`, `modules` (a list
+      of `name`, `shape` (in, out), `layers`, `kind`, `role`), and `lora`: `targets`, `trainable`, `all`.
+    """
+    source = open_source(path)
+    arch = architecture(source.config)
+    targets = find_targets(arch.modules(), spec, arch.default_targets)
+    total = sum(math.prod(shape) for shape in arch.leaf_shapes().values())
+    whole = sum(
+        math.prod(arch.leaf_shapes()[f"{module.path}.{suffix}"])
+        for module in targets.saved
+        for suffix in ("weight", "bias")[: 1 + module.bias]
+    )
+    biases = sum(math.prod(arch.leaf_shapes()[path]) for path in targets.biases)
+    magnitudes = sum(len(t.ranks) * t.module.shape[-1] for t in targets.adapted) if spec.use_dora else 0
+    added = sum(target.num_parameters for target in targets.adapted) + magnitudes
+    return {
+        "family": arch.family,
+        "hidden_size": arch.hidden_size,
+        "num_layers": arch.num_layers,
+        "num_heads": arch.num_heads,
+        "num_kv_heads": arch.num_kv_heads,
+        "vocab_size": arch.vocab_size,
+        "parameters": total,
+        "modules": [_describe(arch, module) for module in arch.modules()],
+        "lora": {
+            "targets": [
+                {"name": t.module.path, "layers": len(t.layers) or 1, "rank": t.rank, "trainable": t.num_parameters}
+                for t in targets.adapted
+            ],
+            "trainable": added + whole + biases,
+            # PEFT counts a saved module twice: the frozen original stays beside the trained copy.
+            "all": total + added + whole,
+        },
+    }
+
+
+def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
+    role = next((name for name in ROLES if _path(arch, name) == module.path), "")
+    name = module.path
+    if module.layers:
+        name = f"{module.layers_path}.N{module.path[len(module.layers_path) :]}"
+    return {
+        "name": name,
+        "shape": list(module.shape),
+        "layers": module.layers,
+        "kind": module.kind,
+        "role": ROLES.get(role, "norm" if module.kind == "norm" else ""),
+        "tied_to": module.tied_to,
+        "bias": module.bias,
+    }
+
+
+def _path(arch: Architecture, role: str) -> str:
+    name = getattr(arch.names, role)
+    return name if role in ("embed", "head") or not name else f"{arch.names.layers}.{name}"

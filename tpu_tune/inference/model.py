@@ -1,0 +1,95 @@
+"""`load(path)`: a model for notebooks and scripts: callable on token ids, with its tokenizer and its tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tpu_tune.checkpoints import peft
+from tpu_tune.checkpoints.params import load_params
+from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.errors import UserError
+from tpu_tune.inference.generation import Sampling, generate
+from tpu_tune.models import Architecture, Decoder, Execution, architecture
+from tpu_tune.tensors import FORMATS
+from tpu_tune.transforms import QuantizePolicy, Targets, combine, find_targets, split
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+      architecture: what family and sizes.
+      params: path -> leaf; adapters stand in it as `LoraTensor` leaves.
+      tokenizer: the Hugging Face tokenizer, chat template included.
+      dtype: of the activations.
+      source: where the weights came from.
+      targets: of the adapter, or None.
+    """
+
+    architecture: Architecture
+    params: dict[str, Any]
+    tokenizer: Any
+    dtype: Any
+    source: WeightSource
+    targets: Targets | None = None
+
+    def __call__(self, input_ids: Any) -> Float[Array, "B T V"]:
+        """Return the next token's logits (float32) at every place of `input_ids` (B, T)."""
+        ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
+        if ids.ndim != 2:
+            raise UserError(f"input_ids has shape {ids.shape}; give (batch, time)")
+        return _logits(self.architecture, self.dtype, self.params, ids)
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling | None = None, chat: bool = True) -> list[str]:
+        """Return one answer a prompt.
+
+        Args:
+          prompts: the user's words, or with `chat=False` plain text to go on with.
+          sampling: length, temperature, top-k, top-p, seed; greedy by default.
+          chat: put each prompt into the tokenizer's chat template.
+        """
+        return generate(self.architecture, self.params, self.tokenizer, self.dtype, prompts, sampling or Sampling(), chat)
+
+
+def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Model:
+    """Load a model for use.
+
+    Args:
+      path: Hugging Face id, local directory, or .gguf file.
+      dtype: of activations and unquantized weights: float32, bfloat16 or float16.
+      quantize: int8, int4 or nf4 for the linear layers (groups of 64, double quantization at four bits).
+      adapter: a PEFT adapter directory.
+
+    Raises:
+      UserError: nothing usable at `path`, an unknown dtype or format, an adapter that does not fit.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
+    if quantize not in (None, "none", *FORMATS):
+        raise UserError(f"quantize is '{quantize}'; it must be one of {', '.join(FORMATS)}")
+    source = open_source(path)
+    arch = architecture(source.config)
+    policy = QuantizePolicy(quantize or "none")
+    params = load_params(source, arch, jnp.dtype(dtype), policy.apply, policy.paths(arch.modules()))
+    targets = None
+    if adapter:
+        spec, trained = peft.read_adapter(adapter, arch)
+        targets = find_targets(arch.modules(), spec, arch.default_targets)
+        params = combine(*split(params, targets, trained), targets)
+    return Model(arch, params, source.load_tokenizer(), jnp.dtype(dtype), source, targets)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(arch: Architecture, dtype: Any, params: dict[str, Any], ids: Array) -> Array:
+    return Decoder(arch, params, Execution(dtype))(ids)

@@ -1,0 +1,252 @@
+"""From a configuration to everything a run needs on its devices: model, adapters, optimizer, jitted steps.
+
+Nothing here loops. `prepare_model` reads the weights to where they will live; `prepare_steps` compiles lazily what the
+loop calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from tpu_tune.checkpoints import peft
+from tpu_tune.checkpoints.params import load_params
+from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.errors import UserError
+from tpu_tune.models import Architecture, Execution, architecture
+from tpu_tune.tensors import LoraTensor, SavedTensor
+from tpu_tune.training.optimizers import make_optimizer
+from tpu_tune.training.schedules import make_schedule
+from tpu_tune.training.step import Problem, TrainState, init_state, make_eval_step, make_train_step
+from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets, lora, sharding, split
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedModel:
+    """A model on its mesh, split into what is trained and what is not.
+
+    Attributes:
+      source: where the weights came from.
+      architecture: of the model.
+      mesh: the devices.
+      targets: of LoRA; None under method=full.
+      trainable: flat tree of float32 leaves, sharded.
+      frozen: flat tree, sharded.
+      shardings: of every leaf of the base tree.
+    """
+
+    source: WeightSource
+    architecture: Architecture
+    mesh: Mesh
+    targets: Targets | None
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    shardings: dict[str, Any]
+
+    @property
+    def num_trainable(self) -> int:
+        """Trained parameters; the zero padding of uneven ranks is not counted."""
+        total = sum(leaf.size for leaf in self.trainable.values())
+        padding = sum(
+            (target.rank - rank) * sum(target.module.shape)
+            for target in (self.targets.adapted if self.targets else ())
+            for rank in target.ranks
+        )
+        return total - padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The jitted functions of a run.
+
+    Attributes:
+      train: (state, frozen, batch) -> (state, metrics); the state is donated.
+      evaluate: (trainable, frozen, batch) -> sums.
+      initial_state: a fresh state, sharded.
+      put_batch: NumPy batch -> arrays on the mesh; takes the number of leading axes before (rows, tokens).
+    """
+
+    train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[..., dict[str, jax.Array]]
+    initial_state: TrainState
+    put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+    """Return the dtype of the activations."""
+    return jnp.dtype(config.model.dtype)
+
+
+def storage_dtype(config: ConfigDict) -> Any:
+    """Return the dtype of base weights that stay arrays."""
+    if config.method == "full":
+        if config.model.param_dtype not in ("auto", "float32"):
+            raise UserError(
+                f"model.param_dtype={config.model.param_dtype} under method=full would lose small updates "
+                "(bfloat16(0.02) - 1e-5 == 0.02); leave it at auto"
+            )
+        return jnp.dtype("float32")
+    return compute_dtype(config) if config.model.param_dtype == "auto" else jnp.dtype(config.model.param_dtype)
+
+
+def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int], None] | None = None) -> PreparedModel:
+    """Open, check and load the model, quantize it on the way, and split it by the method.
+
+    Raises:
+      UserError: anything about the model, the adapter or the LoRA settings that does not fit.
+    """
+    source = open_source(config.model.path)
+    arch = architecture(source.config)
+    modules = arch.modules()
+    spec, adapters = LoraSpec.from_config(config.lora), None
+    if config.model.adapter and config.method != "lora":
+        raise UserError("model.adapter needs method=lora; to train a merged model in full, merge it with tpu-tune export first")
+    if config.model.adapter:
+        spec, adapters = peft.read_adapter(config.model.adapter, arch)
+        spec = dataclasses.replace(spec, dropout=config.lora.dropout)
+        log.info("starting from %s: its rank, alpha and targets replace lora.*; only lora.dropout is taken from the config", config.model.adapter)
+    targets = find_targets(modules, spec, arch.default_targets) if config.method == "lora" else None
+    policy = QuantizePolicy.from_config(config.quantize)
+    if config.quantize.format != "none" and targets is not None:
+        # What is trained in full cannot be quantized.
+        saved = tuple(module.path for module in targets.saved)
+        exclude = (policy.exclude,) if isinstance(policy.exclude, str) else tuple(policy.exclude)
+        if saved and not isinstance(policy.exclude, str):
+            policy = dataclasses.replace(policy, exclude=(*exclude, *[path.rsplit(".")[-1] for path in saved]))
+    stacked = stacked_paths(arch)
+    found: dict[str, Any] = {}
+
+    def place(path: str, leaf: Any) -> Any:
+        found[path] = sharding.leaf_sharding(path, leaf, mesh, path in stacked, units=sharding_units(arch))
+        return jax.tree.map(put, leaf, found[path])
+
+    params = load_params(
+        source, arch, storage_dtype(config), policy.apply, policy.paths(modules), place=place, progress=progress
+    )
+    if targets is not None and adapters is None:
+        adapters = lora.init(targets, params, jax.random.key(config.seed))
+    trainable, frozen = split(params, targets, adapters)
+    del params
+    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked))
+    trainable = {path: put(leaf, placed[path]) for path, leaf in trainable.items()}
+    return PreparedModel(source, arch, mesh, targets, trainable, frozen, found)
+
+
+def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) -> Steps:
+    """Build optimizer, schedule and the jitted steps; compiling waits for the first call."""
+    stacked = stacked_trainable(model.targets, stacked_paths(model.architecture))
+    schedule = make_schedule(
+        config.train.lr_scheduler_type,
+        config.train.learning_rate,
+        total_steps,
+        config.train.warmup_steps,
+        config.train.warmup_ratio,
+        **config.train.lr_scheduler_kwargs,
+    )
+    optimizer = make_optimizer(config.train, schedule, stacked=lambda path: path in stacked)
+    rows = config.train.per_device_train_batch_size
+    problem = Problem(
+        model.architecture, execution(config, model), model.targets, max(1, config.train.loss_chunk_size // rows)
+    )
+    dropout = model.targets is not None and model.targets.spec.dropout > 0
+    key = jax.random.fold_in(jax.random.key(config.seed), 1) if dropout else None
+    step = make_train_step(problem, optimizer, schedule, config.train.max_grad_norm, key)
+
+    start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
+    shapes = jax.eval_shape(start, model.trainable)
+    homes = state_shardings(shapes, model)
+    state = jax.jit(start, out_shardings=homes)(model.trainable)
+    return Steps(
+        train=jax.jit(step, donate_argnums=0, out_shardings=(homes, None)),
+        evaluate=jax.jit(make_eval_step(problem)),
+        initial_state=state,
+        put_batch=functools.partial(_put_batch, model.mesh),
+    )
+
+
+def execution(config: ConfigDict, model: PreparedModel) -> Execution:
+    """Return how the decoder runs: dtype, attention, remat, and on more than one device its sharding hooks."""
+    plain = Execution(compute_dtype(config), config.model.attention, config.model.remat)
+    if model.mesh.size == 1:
+        return plain
+    prefix = model.architecture.names.layers + "."
+    wanted = {
+        path[len(prefix) :]: sharding.gathered(home) for path, home in model.shardings.items() if path.startswith(prefix)
+    }
+    hidden = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
+
+    def gather_leaf(leaf: Any, home: Any) -> Any:
+        if isinstance(leaf, (LoraTensor, SavedTensor)):
+            return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
+        if getattr(leaf, "ndim", 0) == 3 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
+        return jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
+
+    def gather(leaves: dict[str, Any]) -> dict[str, Any]:
+        return {path: gather_leaf(leaf, wanted[path]) for path, leaf in leaves.items()}
+
+    return dataclasses.replace(
+        plain, gather=gather, constrain=lambda x: jax.lax.with_sharding_constraint(x, hidden)
+    )
+
+
+def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:
+    """Return the sharding of every leaf of a state: an optimizer's moment lives where its parameter lives."""
+    homes = {path: leaf.sharding for path, leaf in model.trainable.items()}
+    whole = NamedSharding(model.mesh, PartitionSpec())
+
+    def home(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for entry in reversed(path):
+            name = getattr(entry, "key", None)
+            if name in homes and leaf.shape == model.trainable[name].shape:
+                return homes[name]
+        return whole
+
+    return jax.tree_util.tree_map_with_path(home, shapes)
+
+
+def stacked_paths(arch: Architecture) -> frozenset[str]:
+    """Return the paths of the base leaves whose axis 0 is the layers."""
+    prefix = arch.names.layers + "."
+    return frozenset(path for path in arch.leaf_shapes() if path.startswith(prefix))
+
+
+def stacked_trainable(targets: Targets | None, stacked: frozenset[str]) -> frozenset[str]:
+    """Return the paths of trainable leaves whose axis 0 is the layers."""
+    if targets is None:
+        return stacked
+    adapters = ("lora_A", "lora_B", "lora_magnitude_vector")
+    return stacked | {f"{target.module.path}.{name}" for target in targets.adapted if target.layers for name in adapters}
+
+
+def sharding_units(arch: Architecture) -> dict[str, int]:
+    """Return path -> smallest piece of `out` that may be cut: a fused projection is cut between heads only."""
+    if not arch.names.qkv:
+        return {}
+    path = f"{arch.names.layers}.{arch.names.qkv}"
+    return {f"{path}.{suffix}": 3 * arch.head_dim for suffix in ("weight", "bias", "lora_B")}
+
+
+def put(array: Any, home: NamedSharding) -> jax.Array:
+    """Put an array that every process holds whole onto the mesh."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, home)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, home, lambda index: host[index])
+
+
+def _put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], leading: int) -> dict[str, jax.Array]:
+    home = NamedSharding(mesh, sharding.batch_spec(leading))
+    return {name: put(array, home) for name, array in batch.items()}

@@ -70,8 +70,8 @@ def test_a_drawn_seed_is_recorded_and_kept(tmp_path):
     assert run_directory.open_run(make(tmp_path, seed=-1)).config.seed == drawn
 
 
-def test_only_the_main_process_writes(tmp_path):
-    run_directory.open_run(make(tmp_path), is_main=False)
+def test_looking_writes_nothing(tmp_path):
+    run_directory.open_run(make(tmp_path), write=False)
     assert not (tmp_path / "run").exists()
 
 

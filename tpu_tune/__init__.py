@@ -27,14 +27,24 @@ def train(config: Any) -> Any:
     """Train by a configuration and draw `curves.png` on the way: see `tpu_tune.training.loop.train`.
 
     Args:
-      config: a `ConfigDict` from `tpu_tune.config`.
+      config: a `ConfigDict` from `tpu_tune.config`, or nested dicts of what differs from the defaults.
 
     Returns:
       The run: `run.metrics` (rows of metrics.jsonl), `run.output_dir`, `run.result_dir`, `run.status`.
     """
+    import logging
     import os
 
+    from tpu_tune.config import from_dict
     from tpu_tune.curves.plot import plot_curves
     from tpu_tune.training.loop import train as train_loop
 
-    return train_loop(config, on_eval=lambda rows: plot_curves(rows, os.path.join(config.output_dir, "curves.png")))
+    config = from_dict(config)
+
+    def draw(rows: list[dict[str, Any]]) -> None:
+        try:
+            plot_curves(rows, os.path.join(config.output_dir, "curves.png"))
+        except OSError as error:  # a picture is no reason to stop training
+            logging.getLogger(__name__).warning("curves.png could not be written: %s", error)
+
+    return train_loop(config, on_eval=draw)

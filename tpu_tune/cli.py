@@ -7,6 +7,7 @@ Configuration keys are given as absl and ml_collections users know them: `--conf
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tpu_tune import __version__
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
 
@@ -38,16 +40,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides.append((key, value))
         else:
             plain.append(word)
-    options = parser.parse_args(plain)
+    options, unknown = parser.parse_known_args(plain)
+    if unknown:
+        key = unknown[0].removeprefix("--").partition("=")[0]
+        known = key in dict(configuration.flatten(configuration.default()))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; a config key is written --config.{key}" if known else ""))
+    if overrides and "config" not in options:
+        parser.error(f"{options.command} has no config, so --config.{overrides[0][0]} means nothing to it")
     options.overrides = overrides
     try:
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
-        print(f"tpu-tune: {error}", file=sys.stderr)
-        return 1
+        return _complain(str(error))
     except KeyboardInterrupt:
-        print("tpu-tune: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _complain(
+            f"the device's memory does not suffice ({str(error).splitlines()[0][:200]}). Lower "
+            "train.per_device_train_batch_size (and raise train.gradient_accumulation_steps as much) or data.max_length, "
+            "set model.remat=full, or quantize.format=nf4"
+        )
+
+
+def _complain(text: str) -> int:
+    print(f"tpu-tune: {' '.join(text.split())}", file=sys.stderr)
+    return 1
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -55,7 +80,9 @@ def _train(options: argparse.Namespace) -> int:
     _distributed()
     import tpu_tune
 
-    run = tpu_tune.train(config)
+    # With --json standard output holds nothing but JSON.
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        run = tpu_tune.train(config)
     if options.json:
         print(json.dumps({"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir}))
     elif run.status != "interrupted":
@@ -85,6 +112,8 @@ def _export(options: argparse.Namespace) -> int:
     from tpu_tune.inference import export
 
     figures: dict[str, Any] = {}
+    if not (options.base or options.merge) and (options.merge_base or options.dtype):
+        raise UserError("--merge-base and --dtype belong to --merge or --base; the adapter alone is copied as it is")
     if options.base:
         export.export_base(options.run_directory, options.output, options.merge_base or "dequantized", options.dtype or "")
         what = "the base that PEFT should load"
@@ -154,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tpu-tune", description="Fine-tune an open language model with JAX on a TPU, a GPU or a CPU.",
         epilog="tpu-tune COMMAND --help shows a command's options and an example.",
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"tpu-tune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:

@@ -38,9 +38,10 @@ def default() -> ConfigDict:
 
 
 def _tree(values: dict[str, Any]) -> ConfigDict:
-    # Free dicts stay plain ones, because a ConfigDict refuses keys with dots and module names have them.
-    rooms = {key: ConfigDict(value, convert_dict=False) if isinstance(value, dict) else value for key, value in values.items()}
-    return ConfigDict(rooms, convert_dict=False)
+    # Free dicts stay plain ones, because a ConfigDict refuses keys with dots and module names have them. Types are
+    # held by `_convert`, which knows keys that may be of two and names the key that is wrong.
+    options = {"type_safe": False, "convert_dict": False}
+    return ConfigDict({k: ConfigDict(v, **options) if isinstance(v, dict) else v for k, v in values.items()}, **options)
 
 
 def _model() -> dict[str, Any]:
@@ -172,6 +173,12 @@ _POSITIVE = (
     "train.logging_steps", "train.eval_steps", "train.save_steps", "train.max_nonfinite_steps",
 )  # fmt: skip
 
+_NOT_NEGATIVE = (
+    "data.source_max_len", "data.target_max_len", "data.num_workers", "train.learning_rate", "train.warmup_steps",
+    "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm", "train.save_total_limit",
+    "train.early_stopping_patience",
+)  # fmt: skip
+
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) for every leaf of a configuration."""
@@ -202,11 +209,13 @@ def from_file(path: str | os.PathLike) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except UserError:
-        raise
-    except Exception as error:
+        if not isinstance(config, Mapping | ConfigDict):
+            raise UserError(f"get_config() returns a {type(config).__name__}; it must return the configuration")
+        return from_dict(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a user's own Python can raise
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    return from_dict(config)
 
 
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
@@ -239,9 +248,7 @@ def assign(config: ConfigDict, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         node = node[parent]
-    converted = _convert(key, known[key], value)
-    with node.ignore_type():
-        node[last] = converted
+    node[last] = _convert(key, known[key], value)
 
 
 def config_get(config: ConfigDict, key: str) -> Any:
@@ -271,6 +278,19 @@ def check(config: ConfigDict) -> ConfigDict:
         raise UserError(f"config key 'lora.dropout' is {config.lora.dropout}; it must be at least 0 and below 1")
     if not 0 <= config.data.eval_ratio < 1:
         raise UserError(f"config key 'data.eval_ratio' is {config.data.eval_ratio}; it must be at least 0 and below 1")
+    for key in _NOT_NEGATIVE:
+        value = config_get(config, key)
+        if not value >= 0:  # not a number is not either
+            raise UserError(f"config key '{key}' is {value}; it must not be negative")
+    train = config.train
+    for wish in ("load_best_model_at_end", "early_stopping_patience"):
+        if train[wish] and (train.eval_strategy == "no" or (config.data.eval_ratio == 0 and not config.data.eval)):
+            raise UserError(
+                f"config key 'train.{wish}' needs evaluations to go by; set 'train.eval_strategy' to steps or epoch, and "
+                "give 'data.eval' or a 'data.eval_ratio' above 0"
+            )
+    if train.load_best_model_at_end and train.save_strategy == "no":
+        raise UserError("config key 'train.load_best_model_at_end' needs checkpoints; set 'train.save_strategy' to steps or epoch")
     if sum(size == -1 for size in config.mesh.values()) > 1:
         raise UserError("only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence may be -1")
     if config.method == "full" and config.quantize.format != "none":
@@ -292,7 +312,7 @@ def _convert(key: str, example: Any, value: Any) -> Any:
     if isinstance(value, str) and wanted is not str:
         text = value.strip()
         if isinstance(example, (list, dict)) or isinstance(wanted, tuple):
-            if text[:1] in "[{":
+            if text.startswith(("[", "{")):
                 try:
                     value = json.loads(text)
                 except json.JSONDecodeError as error:
@@ -319,7 +339,30 @@ def _convert(key: str, example: Any, value: Any) -> Any:
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join(kind.__name__ for kind in allowed)
         raise UserError(f"config key '{key}' is {value!r}; it must be of type {names}")
-    return value
+    if isinstance(value, list):
+        return [_item(key, item) for item in value]
+    return {name: _item(key, item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _item(key: str, item: Any) -> Any:
+    """Give one entry of a list or free dict the type that the key asks for."""
+    if key == "train.lr_scheduler_kwargs":  # numbers and words
+        try:
+            return json.loads(item) if isinstance(item, str) else item
+        except json.JSONDecodeError:
+            return item
+    wanted, words = {
+        "lora.layers_to_transform": (int, "whole numbers"),
+        "lora.rank_pattern": (int, "whole numbers"),
+        "lora.alpha_pattern": (float, "numbers"),
+    }.get(key, (str, "text"))
+    try:
+        converted = wanted(item)
+    except (TypeError, ValueError):
+        converted = None
+    if converted is None or isinstance(item, bool) or not (isinstance(item, str) or converted == item):
+        raise UserError(f"config key '{key}' holds {item!r}; its entries must be {words}")
+    return converted
 
 
 def names(value: str | Sequence[str]) -> str | list[str]:

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
+from tpu_tune.tensors import dense
 from tpu_tune.transforms import merged_tensors, unties_head
 
 SHARD_BYTES = 5_000_000_000
@@ -69,7 +70,7 @@ def _with_head(params: Mapping[str, Any], architecture: Architecture, untied: bo
     for module in architecture.modules():
         if module.tied_to and untied and module.weight not in params:
             base = params[f"{module.tied_to}.weight"].base
-            yield module.weight, np.asarray(base, np.float32)
+            yield module.weight, np.asarray(dense(base))
 
 
 def write_config(directory: str, source: WeightSource, dtype: str, untied: bool = False) -> None:

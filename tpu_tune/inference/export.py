@@ -50,10 +50,12 @@ def export_adapter(run: str, output: str) -> None:
     """Copy a run's PEFT adapter.
 
     Raises:
-      UserError: the run has none yet.
+      UserError: the run has none yet, or there is something at `output` already.
     """
+    adapter = _adapter_of(run, read_run(run))
+    _check_output(output)
     with whole_directory(output) as aside:
-        shutil.copytree(_adapter_of(run), aside, dirs_exist_ok=True)
+        shutil.copytree(adapter, aside, dirs_exist_ok=True)
 
 
 def export_merged(run: str, output: str, base: str = "original", dtype: str = "") -> dict[str, Any]:
@@ -70,14 +72,15 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
       `relative_logit_difference` (the same over the largest logit), `same_first_guesses` (share of places).
     """
     config = read_run(run)
-    source, arch, policy = _opened(config)
+    _check_output(output)
     if config.method == "full":
+        if not os.path.isdir(os.path.join(run, "model")):
+            raise UserError(f"{run} has no model/ yet; let the training finish first (the same train command goes on)")
         with whole_directory(output) as aside:
-            if not os.path.isdir(os.path.join(run, "model")):
-                raise UserError(f"{run} has no model/ yet; let the training finish first")
             shutil.copytree(os.path.join(run, "model"), aside, dirs_exist_ok=True)
         return {"max_logit_difference": 0.0, "relative_logit_difference": 0.0, "same_first_guesses": 1.0}
-    spec, adapters = peft.read_adapter(_adapter_of(run), arch)
+    source, arch, policy = _opened(run, config)
+    spec, adapters = peft.read_adapter(_adapter_of(run, config), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
 
     def combined(quantized: bool) -> dict[str, Any]:
@@ -111,18 +114,30 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
       base: dequantized (what the adapter was trained over) | original.
       dtype: of the tensors; by default as the original's, float32 from a GGUF.
     """
-    source, arch, policy = _opened(read_run(run))
+    _check_output(output)
+    source, arch, policy = _opened(run, read_run(run))
     chosen = policy.paths(arch.modules()) if base == "dequantized" else frozenset()
     write_model(output, load_params(source, arch, jnp.float32, policy.apply, chosen), source, arch, dtype)
 
 
-def _opened(config: ConfigDict) -> tuple[WeightSource, Architecture, QuantizePolicy]:
-    source = open_source(config.model.path)
+def _opened(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, QuantizePolicy]:
+    try:
+        source = open_source(config.model.path)
+    except UserError as error:
+        raise UserError(f"the model that {run} was trained on cannot be opened: {error}") from None
     return source, architecture(source.config), QuantizePolicy.from_config(config.quantize)
 
 
-def _adapter_of(run: str) -> str:
+def _adapter_of(run: str, config: ConfigDict) -> str:
+    if config.method == "full":
+        raise UserError(f"{run} trained every weight, so it has no adapter; its model is {os.path.join(run, 'model')}")
     adapter = os.path.join(run, "adapter")
     if not os.path.isdir(adapter):
         raise UserError(f"{run} has no adapter/ yet; let the training finish first (the same train command goes on)")
     return adapter
+
+
+def _check_output(output: str) -> None:
+    """Refuse to replace what is there: it may be anything, the run itself too."""
+    if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
+        raise UserError(f"{output} is there already; choose another --output, or remove it first")

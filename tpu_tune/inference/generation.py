@@ -63,7 +63,7 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return list(tokenizer(prompt)["input_ids"])
     if not tokenizer.chat_template:
-        raise UserError("this tokenizer has no chat template; use --no-chat to go on from plain text")
+        raise UserError("this tokenizer has no chat template; use --no-chat (chat=False in Python) to go on from plain text")
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -81,13 +81,15 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     source = open_source(path)
     arch = architecture(source.config)
     policy = QuantizePolicy(quantize or "none")
+    # The small things first: what is wrong with them is told before the weights are read.
+    tokenizer = source.load_tokenizer()
+    spec, trained = peft.read_adapter(adapter, arch) if adapter else (None, None)
     params = load_params(source, arch, jnp.dtype(dtype), policy.apply, policy.paths(arch.modules()))
     targets = None
-    if adapter:
-        spec, trained = peft.read_adapter(adapter, arch)
+    if spec is not None:
         targets = find_targets(arch.modules(), spec, arch.default_targets)
         params = combine(*split(params, targets, trained), targets)
-    return Model(arch, params, source.load_tokenizer(), jnp.dtype(dtype), source, targets)
+    return Model(arch, params, tokenizer, jnp.dtype(dtype), source, targets)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

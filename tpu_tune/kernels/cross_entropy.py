@@ -2,7 +2,8 @@
 
 At small models and large vocabularies the logits are the largest array of a training step. Here each chunk's logits
 are made, reduced and turned into gradients at once: what the forward pass keeps is the gradient with respect to the
-hidden states, as large as these, so the backward pass multiplies by one number and recomputes nothing.
+hidden states, as large as these, so the backward pass multiplies by one number and recomputes nothing. Tokens that are
+not trained on (prompts, padding) are moved behind the others, and their chunks skipped.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 IGNORED = -100  # Hugging Face's label for "no loss here"
 
 
-def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """Return each token's cross-entropy in float32, 0 where the target is `IGNORED`. The plain-JAX reference."""
+def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
+    """Return each token's cross-entropy (float32, 0 where the target is `IGNORED`) and whether its first guess is right."""
     logits = logits.astype(jnp.float32)
+    counted = targets != IGNORED
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    total = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+    return jnp.where(counted, total - chosen, 0.0), counted & (chosen >= largest)
 
 
 def chunked_cross_entropy(
@@ -42,15 +46,18 @@ def chunked_cross_entropy(
     """
     batch, length, _ = hidden.shape
     chunk = min(chunk, length)
+    # Tokens that are trained on come first in each row: the chunks behind them cost nothing. Of chats that is most.
+    order = jnp.argsort(targets == IGNORED, axis=1, stable=True)
+    targets = jnp.take_along_axis(targets, order, axis=1)
+    hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     short = -length % chunk
     hidden = jnp.pad(hidden, [(0, 0), (0, short), (0, 0)]).reshape(batch, -1, chunk, hidden.shape[-1])
     targets = jnp.pad(targets, [(0, 0), (0, short)], constant_values=IGNORED).reshape(batch, -1, chunk)
     hidden, targets = jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)
 
     def chunk_loss(weights: Any, rows: Array, goals: Array) -> tuple[Array, Array]:
-        logits = head(weights, rows)
-        right = jnp.sum((jnp.argmax(logits, axis=-1) == goals) & (goals != IGNORED))
-        return jnp.sum(token_losses(logits, goals)), right
+        losses, right = token_losses(head(weights, rows), goals)
+        return jnp.sum(losses), jnp.sum(right)
 
     return _sum_of_chunks(chunk_loss, weights, hidden, targets)
 
@@ -61,8 +68,11 @@ def _sum_of_chunks(chunk_loss: Callable, weights: Any, hidden: Array, targets: A
     @jax.custom_vjp
     def total(leaves: list[Array], hidden: Array) -> tuple[Array, Array]:
         def one(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-            loss, right = chunk_loss(structure.unflatten(leaves), *chunk)
-            return (carry[0] + loss, carry[1] + right), None
+            def counted(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                loss, right = chunk_loss(structure.unflatten(leaves), *chunk)
+                return carry[0] + loss, carry[1] + right
+
+            return jax.lax.cond(jnp.any(chunk[1] != IGNORED), counted, lambda carry: carry, carry), None
 
         return jax.lax.scan(one, (jnp.float32(0), jnp.int32(0)), (hidden, targets))[0]
 
@@ -79,12 +89,16 @@ def _sum_of_chunks(chunk_loss: Callable, weights: Any, hidden: Array, targets: A
 
         def one(carry: tuple, chunk: tuple[Array, Array]) -> tuple[tuple, Array]:
             rows, goals = chunk
-            loss, pull, right = jax.vjp(
-                lambda moving, rows: chunk_loss(rebuilt(moving), rows, goals), moving, rows, has_aux=True
-            )
-            moving_grads, row_grads = pull(jnp.ones_like(loss))
-            sums = [total + grad.astype(jnp.float32) for total, grad in zip(carry[2], moving_grads, strict=True)]
-            return (carry[0] + loss, carry[1] + right, sums), row_grads
+
+            def counted(carry: tuple) -> tuple[tuple, Array]:
+                loss, pull, right = jax.vjp(
+                    lambda moving, rows: chunk_loss(rebuilt(moving), rows, goals), moving, rows, has_aux=True
+                )
+                moving_grads, row_grads = pull(jnp.ones_like(loss))
+                sums = [total + grad.astype(jnp.float32) for total, grad in zip(carry[2], moving_grads, strict=True)]
+                return (carry[0] + loss, carry[1] + right, sums), row_grads
+
+            return jax.lax.cond(jnp.any(goals != IGNORED), counted, lambda carry: (carry, jnp.zeros_like(rows)), carry)
 
         start = (jnp.float32(0), jnp.int32(0), [jnp.zeros(leaf.shape, jnp.float32) for leaf in moving])
         (loss, right, sums), row_grads = jax.lax.scan(one, start, (hidden.value, targets))

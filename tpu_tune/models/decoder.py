@@ -158,10 +158,9 @@ class Decoder(nnx.Module):
             segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segment_ids, cache.length, axis=1)
             key_index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
             places = Places(index, key_index, segment_ids, segments)
-        longest = length if cache is None else cache.segments.shape[1]
 
         pattern = arch.pattern()
-        ropes = {kind.rope: rotary.tables(kind.rope, positions, longest) for kind in pattern if kind.rope is not None}
+        ropes = {kind.rope: rotary.tables(kind.rope, positions) for kind in pattern if kind.rope is not None}
         embedding = self.outside.at(arch.names.embed).leaf("weight")
         x = run.constrain(embed(input_ids, embedding, run.dtype))
 

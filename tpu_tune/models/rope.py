@@ -76,12 +76,18 @@ def from_config(config: Mapping[str, Any], dim: int, default_theta: float = 1000
     )
 
 
-def tables(rope: Rope, positions: Int[Array, "B T"], longest: int) -> tuple[Float[Array, "B T half"], ...]:
+def tables(rope: Rope, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T half"], ...]:
     """Return cosines and sines (B, T, dim/2), float32, for each token's position.
 
-    `longest` is the static length of the sequence, which the dynamic kind looks at.
+    The dynamic kind stretches by the largest position of each row: not by how long the row or the cache is, and not,
+    as transformers does, by the longest row of the batch.
     """
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(_frequencies(rope, longest))
+    frequencies = jnp.asarray(_frequencies(rope))
+    if rope.kind == "dynamic":
+        longest = jnp.max(positions, axis=1)[:, None, None] + 1
+        stretch = jnp.maximum(rope.factor * longest / rope.original_length - (rope.factor - 1), 1.0)
+        frequencies = frequencies * stretch ** -jnp.asarray(np.arange(0, rope.dim, 2) / (rope.dim - 2), jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -98,12 +104,8 @@ def rotate(x: Float[Array, "B T H D"], rope: Rope, cos: Array, sin: Array) -> Fl
     return jnp.concatenate([turned.astype(x.dtype), passed], axis=-1) if rope.dim < x.shape[-1] else turned.astype(x.dtype)
 
 
-def _frequencies(rope: Rope, longest: int) -> np.ndarray:
-    theta = rope.theta
-    if rope.kind == "dynamic" and longest > rope.original_length:
-        stretch = rope.factor * longest / rope.original_length - (rope.factor - 1)
-        theta *= stretch ** (rope.dim / (rope.dim - 2))
-    frequencies = 1.0 / theta ** (np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
+def _frequencies(rope: Rope) -> np.ndarray:
+    frequencies = 1.0 / rope.theta ** (np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
     if rope.kind == "linear":
         frequencies /= rope.factor
     elif rope.kind == "llama3":

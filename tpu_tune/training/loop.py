@@ -1,6 +1,6 @@
 """`train(config)`: the training program, to be read from top to bottom.
 
-    run directory -> mesh -> model -> data -> jitted steps -> restore -> loop(step, log, evaluate, save) -> adapter
+    settings -> mesh -> data -> model -> run directory -> jitted steps -> restore -> loop(step, log, evaluate, save) -> adapter
 
 The data of a step and its dropout follow from (seed, step) alone and a checkpoint holds the rest, so that a run that
 was killed goes on exactly as it would have.
@@ -30,7 +30,7 @@ from tpu_tune.training import loggers, run_directory
 from tpu_tune.training.evaluation import evaluate
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.progress import Progress
-from tpu_tune.training.setup import PreparedModel, Steps, prepare_model, prepare_steps
+from tpu_tune.training.setup import PreparedModel, Steps, check_settings, open_model, prepare_model, prepare_steps
 from tpu_tune.training.step import TrainState
 from tpu_tune.transforms import sharding
 
@@ -86,21 +86,24 @@ def train(config: ConfigDict, say: Callable[[str], None] = print, on_eval: Calla
     # --- the run directory, the devices -------------------------------------------------------------------------
     is_main = jax.process_index() == 0
     say = say if is_main else lambda line: None
-    configuration.check(config)
+    config = check_settings(config)
     mesh = sharding.make_mesh(config.mesh)
     batch_rows, eval_rows = _batch_rows(config, mesh)
-    start = run_directory.open_run(config, is_main)
+    start = run_directory.open_run(config, write=False)
     config, out = start.config, start.config.output_dir
     for note in start.notes:
         say(note)
 
-    # --- model and data -----------------------------------------------------------------------------------------
+    # --- data and model; whatever can be wrong with them is found before the run directory is made --------------
+    source, architecture = open_model(config)
+    data = load_data(config, source.load_tokenizer(), architecture.vocab_size)
     begun = time.monotonic()
     model = prepare_model(config, mesh)
     jax.block_until_ready((model.trainable, model.frozen))
+    if is_main:
+        run_directory.write_config(config)
     say(f"model: {config.model.path} ({model.architecture.family}), loaded in {time.monotonic() - begun:.1f} s on {_devices(mesh)}")
     say(trainable_line(model))
-    data = load_data(config, model.source.load_tokenizer(), model.architecture.vocab_size)
     batches = Batches(data.train, batch_rows, config.train.gradient_accumulation_steps, config.data.data_seed)
     total = total_steps(config, batches)
     say(_data_line(data, batches, total))

@@ -49,13 +49,13 @@ def path(output_dir: str | os.PathLike, *parts: str) -> str:
     return os.path.join(os.fspath(output_dir), *parts)
 
 
-def open_run(config: ConfigDict, is_main: bool = True) -> RunStart:
-    """Check the run directory against `config`, make it if needed, and write `config.json`.
+def open_run(config: ConfigDict, write: bool = True) -> RunStart:
+    """Check the run directory against `config`; make it if needed, and write `config.json`.
 
     Args:
       config: the whole configuration; `config.output_dir` is the run directory. It is not modified.
-      is_main: whether this process writes (process 0 of a multi-process run). With several processes give explicit
-        seeds, or share the main process's: a seed of -1 is drawn by each process for itself.
+      write: False only looks, so that a start that fails later leaves nothing behind; `write_config` follows. With
+        several processes give explicit seeds: a seed of -1 is drawn by each process for itself.
 
     Returns:
       The configuration to use, whether this start resumes, and notes for the user.
@@ -81,13 +81,35 @@ def open_run(config: ConfigDict, is_main: bool = True) -> RunStart:
             notes.append(f"{key} = {values[key]}")
     if recorded is not None:
         notes += _compare(directory, recorded, values)
-    if is_main:
-        try:
-            os.makedirs(directory, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir {directory} cannot be made: {error.strerror}") from error
-        write_aside(file, json.dumps(configuration.to_dict(resolved), indent=2) + "\n")
+    if write:
+        write_config(resolved)
+    else:
+        _check_place(directory)
     return RunStart(resolved, recorded is not None, notes)
+
+
+def write_config(config: ConfigDict) -> None:
+    """Make the run directory if needed, and write its `config.json`.
+
+    Raises:
+      UserError: the directory or the file cannot be written.
+    """
+    try:
+        os.makedirs(config.output_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {config.output_dir} cannot be made: {error.strerror}") from error
+    write_aside(path(config.output_dir, "config.json"), json.dumps(configuration.to_dict(config), indent=2) + "\n")
+
+
+def _check_place(directory: str) -> None:
+    """Raise where `directory` clearly cannot be made or written, before hours are spent."""
+    place = os.path.abspath(directory)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise UserError(f"output_dir {directory} cannot be made: {place} is not a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {directory} cannot be written: no permission in {place}")
 
 
 def _read_config(file: str) -> dict[str, Any] | None:
@@ -145,10 +167,20 @@ def write_aside(file: str, text: str) -> None:
 
 
 def append_metrics(output_dir: str | os.PathLike, row: Mapping[str, Any]) -> None:
-    """Append one row to `metrics.jsonl`; numbers of NumPy and JAX become plain ones, non-finite ones null."""
+    """Append one row to `metrics.jsonl`; numbers of NumPy and JAX become plain ones, non-finite ones null.
+
+    Raises:
+      UserError: the file cannot be written, e.g. because the disk is full.
+    """
     line = json.dumps({key: plain_number(value) for key, value in row.items()}) + "\n"
-    with open(path(output_dir, "metrics.jsonl"), "a", encoding="utf-8") as stream:
-        stream.write(line)  # closing flushes: rows are few and each must survive a kill
+    file = path(output_dir, "metrics.jsonl")
+    try:
+        with open(file, "a", encoding="utf-8") as stream:
+            stream.write(line)  # closing flushes: rows are few and each must survive a kill
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}; once that is mended, the same command goes on from the last checkpoint"
+        ) from error
 
 
 def plain_number(value: Any) -> Any:

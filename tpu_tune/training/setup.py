@@ -1,7 +1,7 @@
 """From a configuration to everything a run needs on its devices: model, adapters, optimizer, jitted steps.
 
-Nothing here loops. `prepare_model` reads the weights to where they will live; `prepare_steps` compiles lazily what the
-loop calls.
+Nothing here loops. `check_settings` and `open_model` find a user's mistakes while they cost nothing, `prepare_model`
+reads the weights to where they will live, `prepare_steps` compiles lazily what the loop calls.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from tpu_tune import config as configuration
 from tpu_tune.checkpoints import peft
-from tpu_tune.checkpoints.params import load_params
+from tpu_tune.checkpoints.params import check_names, load_params
 from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, Execution, architecture
 from tpu_tune.tensors import LoraTensor, SavedTensor
-from tpu_tune.training.optimizers import make_optimizer
+from tpu_tune.training.loggers import reporters
+from tpu_tune.training.optimizers import canonical_name, make_optimizer
 from tpu_tune.training.schedules import make_schedule
 from tpu_tune.training.step import Problem, TrainState, init_state, make_eval_step, make_train_step
 from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets, lora, sharding, split
@@ -84,6 +87,46 @@ class Steps:
     put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
 
 
+def check_settings(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+    """Hold a configuration against all that is known before anything is loaded or written, and return it whole.
+
+    Raises:
+      UserError: an unknown optimizer, schedule (or setting of it) or reporter, data that is not there, or settings
+        that exclude each other.
+    """
+    config = configuration.from_dict(config)
+    canonical_name(config.train.optim)
+    make_schedule(
+        config.train.lr_scheduler_type, config.train.learning_rate, max(config.train.max_steps, 1),
+        config.train.warmup_steps, config.train.warmup_ratio, **config.train.lr_scheduler_kwargs,
+    )  # fmt: skip
+    reporters(config.train.report_to)
+    storage_dtype(config)
+    if config.model.adapter and config.method != "lora":
+        raise UserError("model.adapter needs method=lora; to train a merged model in full, merge it with tpu-tune export first")
+    resolve(config.data.train)
+    if config.data.eval:
+        resolve(config.data.eval)
+    return config
+
+
+def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
+    """Open the model, and hold what the configuration says about its modules against it; no weight is read.
+
+    Raises:
+      UserError: no usable model, an adapter that does not fit, or names that match no module.
+    """
+    source = open_source(config.model.path)
+    arch = architecture(source.config)
+    check_names(source, arch)
+    QuantizePolicy.from_config(config.quantize).paths(arch.modules())
+    if config.model.adapter:
+        peft.read_adapter(config.model.adapter, arch)
+    elif config.method == "lora":
+        find_targets(arch.modules(), LoraSpec.from_config(config.lora), arch.default_targets)
+    return source, arch
+
+
 def compute_dtype(config: ConfigDict) -> Any:
     """Return the dtype of the activations."""
     return jnp.dtype(config.model.dtype)
@@ -111,8 +154,6 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     arch = architecture(source.config)
     modules = arch.modules()
     spec, adapters = LoraSpec.from_config(config.lora), None
-    if config.model.adapter and config.method != "lora":
-        raise UserError("model.adapter needs method=lora; to train a merged model in full, merge it with tpu-tune export first")
     if config.model.adapter:
         spec, adapters = peft.read_adapter(config.model.adapter, arch)
         spec = dataclasses.replace(spec, dropout=config.lora.dropout)

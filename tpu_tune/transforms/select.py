@@ -72,7 +72,7 @@ def targeted(
             return False
         if not layers or isinstance(pattern, str) or name in pattern:
             return True
-        rule = rf".*?\.{layers_pattern}\.(\d+)\." if layers_pattern else r".*?\.[^.]*\.(\d+)\."
+        rule = rf"(?:^|.*?\.)(?:{layers_pattern})\.(\d+)\." if layers_pattern else r".*?\.[^.]*\.(\d+)\."
         found = re.match(rule, name)
         return found is not None and int(found.group(1)) in layers
 

@@ -25,6 +25,7 @@ NAMES = Names(
 
 def gpt_neox(config: Mapping[str, Any]) -> Architecture:
     """One fused projection with q, k, v head by head, rotary on part of each head, LayerNorm, biases everywhere."""
+    config = {"max_position_embeddings": 2048, **config}  # transformers' default
     heads = config["num_attention_heads"]
     head_dim = config["hidden_size"] // heads
     partial = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get("rotary_pct", 0.25))
@@ -48,6 +49,6 @@ def gpt_neox(config: Mapping[str, Any]) -> Architecture:
         o_bias=bias,
         mlp_bias=True,
         tied=bool(config.get("tie_word_embeddings", False)),
-        max_positions=config.get("max_position_embeddings", 0),
+        max_positions=config["max_position_embeddings"],
         default_targets=("query_key_value",),
     )

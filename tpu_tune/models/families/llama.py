@@ -26,9 +26,16 @@ NAMES = Names(
     down="mlp.down_proj",
 )
 
+# What transformers takes where a config.json leaves a key out.
+_LLAMA = {"max_position_embeddings": 2048}
+_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+_QWEN2 = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN3 = {**_QWEN2, "head_dim": 128}
+
 
 def llama(config: Mapping[str, Any]) -> Architecture:
     """Llama (arXiv:2302.13971, arXiv:2307.09288, arXiv:2407.21783)."""
+    config = {**_LLAMA, **config}
     return _architecture(
         config,
         windows=[None] * config["num_hidden_layers"],
@@ -40,16 +47,19 @@ def llama(config: Mapping[str, Any]) -> Architecture:
 
 def mistral(config: Mapping[str, Any]) -> Architecture:
     """Mistral 7B (arXiv:2310.06825): Llama with a sliding window."""
-    return _architecture(config, windows=[config.get("sliding_window")] * config["num_hidden_layers"])
+    config = {**_MISTRAL, **config}
+    return _architecture(config, windows=[config["sliding_window"]] * config["num_hidden_layers"])
 
 
 def qwen2(config: Mapping[str, Any]) -> Architecture:
     """Qwen2 (arXiv:2407.10671): biases on q, k and v, a window on the upper layers where the config turns it on."""
+    config = {**_QWEN2, **config}
     return _architecture(config, windows=_qwen_windows(config), qkv_bias=True)
 
 
 def qwen3(config: Mapping[str, Any]) -> Architecture:
     """Qwen3 (arXiv:2505.09388): a norm on every head of q and k instead of biases."""
+    config = {**_QWEN3, **config}
     names = dataclasses.replace(NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
     bias = bool(config.get("attention_bias", False))
     return _architecture(config, windows=_qwen_windows(config), names=names, qkv_bias=bias, o_bias=bias)
@@ -57,12 +67,11 @@ def qwen3(config: Mapping[str, Any]) -> Architecture:
 
 def _qwen_windows(config: Mapping[str, Any]) -> list[int | None]:
     layers = config["num_hidden_layers"]
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = config["sliding_window"] if config.get("use_sliding_window") else None
     kinds = config.get("layer_types")
     if kinds:
         return [window if kind == "sliding_attention" else None for kind in kinds]
-    first = config.get("max_window_layers", layers)
-    return [window if layer >= first else None for layer in range(layers)]
+    return [window if layer >= config["max_window_layers"] else None for layer in range(layers)]
 
 
 def _architecture(config: Mapping[str, Any], windows: list[int | None], names: Names = NAMES, **facts: Any) -> Architecture:

@@ -1,0 +1,66 @@
+"""Writes tests/goldens: torch transformers' logits of the tiny models and of SmolLM2.
+
+Run where torch is installed, after a change to `tiny_models.py`:
+
+    python tests/make_goldens.py [path of SmolLM2's .gguf]
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+import tiny_models
+
+SMOLLM2_TEXT_IDS = [1, 504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 260, 2240, 8194, 282, 260, 1429]  # any sixteen ids
+SMOLLM2_VOCABULARY = np.arange(0, 49152, 246)  # 200 of the ids
+
+
+def tiny():
+    """Return case/config, case/input_ids and case/logits of every tiny model."""
+    arrays = {}
+    for case, config in tiny_models.CONFIGS.items():
+        with tempfile.TemporaryDirectory() as directory:
+            model = tiny_models.torch_model(tiny_models.write(directory, config))
+        ids = tiny_models.input_ids(case)
+        arrays[f"{case}/config"] = np.array(json.dumps(config, sort_keys=True))
+        arrays[f"{case}/input_ids"] = ids
+        arrays[f"{case}/logits"] = tiny_models.torch_logits(model, ids)
+    return arrays
+
+
+def torch_smollm2(path):
+    """Return SmolLM2 as a torch LlamaForCausalLM over the file's dequantized weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from tpu_tune.checkpoints.source import open_source
+
+    source = open_source(str(path))
+    config = LlamaConfig(**{key: value for key, value in source.config.items() if key != "model_type"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    state = {name: torch.from_numpy(np.array(source.read(name), np.float32)) for name in source.shapes}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were left on the meta device
+    return model.eval()
+
+
+def smollm2(path):
+    """Return the logits of the last four places at 200 ids, and the largest of all."""
+    ids = np.array([SMOLLM2_TEXT_IDS])
+    logits = tiny_models.torch_logits(torch_smollm2(path), ids)[0]
+    return {"input_ids": ids, "logits": logits[-4:, SMOLLM2_VOCABULARY], "largest": np.abs(logits).max(), "best": logits.argmax(-1)}
+
+
+if __name__ == "__main__":
+    folder = pathlib.Path(tiny_models.GOLDENS)
+    folder.mkdir(exist_ok=True)
+    np.savez_compressed(folder / "tiny_models.npz", **tiny())
+    if len(sys.argv) > 1:
+        np.savez_compressed(folder / "smollm2.npz", **smollm2(sys.argv[1]))

@@ -1,0 +1,161 @@
+"""Attention and the chunked cross-entropy against torch, and against their own plain references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpu_tune.errors import UserError
+from tpu_tune.kernels.attention import Places, attention, blockwise, reference
+from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
+from tpu_tune.models import apply_head
+from tpu_tune.tensors import LoraTensor, quantize_tensor
+
+B, T, H, K, D = 2, 22, 4, 2, 8
+
+
+def queries(heads=H, groups=K):
+    random = np.random.default_rng(0)
+    shapes = [(B, T, heads, D), (B, T, groups, D), (B, T, groups, D)]
+    return [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def places(segments):
+    index = jnp.broadcast_to(jnp.arange(T), (B, T))
+    segments = jnp.asarray(segments)
+    return Places(index, index, segments, segments)
+
+
+ONE = np.ones((B, T), np.int32)
+PACKED = np.array([[1] * 9 + [2] * 13, [1] * 5 + [2] * 10 + [0] * 7], np.int32)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("segments", [ONE, PACKED], ids=["one", "packed"])
+def test_reference_equals_torch(groups, window, segments):
+    torch = pytest.importorskip("torch")
+    q, k, v = queries(groups=groups)
+    row, column = np.arange(T)[:, None], np.arange(T)[None]
+    mask = (column <= row) & (segments[:, :, None] == segments[:, None, :])
+    if window:
+        mask &= row - column < window
+    heads_first = [torch.from_numpy(np.array(x)).transpose(1, 2) for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, attn_mask=torch.from_numpy(mask)[:, None], enable_gqa=True
+    )
+    found = reference(q, k, v, places(segments), window, D**-0.5)
+    np.testing.assert_allclose(found, expected.transpose(1, 2).numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("block", [4, 8, 32])
+def test_blockwise_equals_reference_with_gradients(window, block):
+    where = places(PACKED)
+
+    def run(implementation, *extra):
+        def loss(q, k, v):
+            out = implementation(q, k, v, where, window, 0.3, *extra)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*queries())
+        return out, grads
+
+    for found, expected in zip(jax.tree.leaves(run(blockwise, block)), jax.tree.leaves(run(reference)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gives_no_nan():
+    q, k, v = queries()
+    index = jnp.broadcast_to(jnp.arange(T), (B, T))
+    where = Places(index, index, jnp.full((B, T), 7), jnp.ones((B, T), jnp.int32))
+    grads = jax.grad(lambda q, k, v: jnp.sum(reference(q, k, v, where, None, 1.0) ** 2), argnums=(0, 1, 2))(q, k, v)
+    assert all(bool(jnp.all(jnp.isfinite(grad))) for grad in grads)
+
+
+def test_unknown_attention_is_named():
+    with pytest.raises(UserError, match="model.attention is 'flash'"):
+        attention(*queries(), places(ONE), implementation="flash")
+
+
+# --- cross-entropy -----------------------------------------------------------------------------------------------
+
+WIDTH, VOCABULARY = 6, 31
+
+
+def batch(length=13, ignored=0.3):
+    random = np.random.default_rng(1)
+    hidden = jnp.asarray(random.standard_normal((2, length, WIDTH)), jnp.float32)
+    targets = random.integers(0, VOCABULARY, (2, length))
+    targets[random.random(targets.shape) < ignored] = IGNORED
+    head = jnp.asarray(random.standard_normal((WIDTH, VOCABULARY)), jnp.float32)
+    return hidden, jnp.asarray(targets), head
+
+
+def plain(weights, hidden, targets):
+    return jnp.sum(token_losses(apply_head(weights, hidden), targets))
+
+
+def chunked(chunk):
+    return lambda weights, hidden, targets: chunked_cross_entropy(apply_head, weights, hidden, targets, chunk)[0]
+
+
+def test_token_losses_equal_torch():
+    torch = pytest.importorskip("torch")
+    hidden, targets, head = batch()
+    logits = hidden @ head
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(np.array(logits)).reshape(-1, VOCABULARY), torch.from_numpy(np.array(targets)).reshape(-1).long(),
+        ignore_index=IGNORED, reduction="none",
+    )  # fmt: skip
+    np.testing.assert_allclose(token_losses(logits, targets).reshape(-1), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_chunks_equal_the_plain_loss_and_gradients(chunk):
+    """Chunks that do not divide the length too; the factor stands for the division by the tokens of the window."""
+    hidden, targets, head = batch()
+    weights = {"weight": head, "bias": jnp.arange(VOCABULARY) / 50}
+    for frozen in (False, True):
+        argnums = (1,) if frozen else (0, 1)
+        expected = jax.value_and_grad(lambda *args: 0.37 * plain(*args), argnums)(weights, hidden, targets)
+        found = jax.jit(jax.value_and_grad(lambda *args: 0.37 * chunked(chunk)(*args), argnums))(weights, hidden, targets)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_count_right_guesses():
+    hidden, targets, head = batch()
+    _, right = chunked_cross_entropy(apply_head, {"weight": head}, hidden, targets, 4)
+    assert int(right) == int(np.sum((np.argmax(hidden @ head, -1) == targets) & (targets != IGNORED)))
+
+
+def test_only_a_lora_on_the_head_is_trained():
+    hidden, targets, head = batch()
+    random = np.random.default_rng(2)
+    a, b = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((WIDTH, 2), (2, VOCABULARY)))
+    base = quantize_tensor(head, "int8", 2)
+
+    def loss(function):
+        return lambda a, b, hidden: function({"weight": LoraTensor(base, a, b, jnp.float32(0.5))}, hidden, targets)
+
+    expected = jax.grad(loss(plain), argnums=(0, 1, 2))(a, b, hidden)
+    found = jax.jit(jax.grad(loss(chunked(4)), argnums=(0, 1, 2)))(a, b, hidden)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_without_targets_give_zero():
+    hidden, targets, head = batch(ignored=1.1)
+    assert bool(jnp.all(targets == IGNORED))
+    loss, grads = jax.value_and_grad(chunked(4), argnums=(0, 1))({"weight": head}, hidden, targets)
+    assert float(loss) == 0.0
+    assert all(bool(jnp.all(grad == 0)) for grad in jax.tree.leaves(grads))
+
+
+def test_the_full_logits_never_exist():
+    hidden, targets, head = batch(length=12)
+    for transformed in (chunked(4), jax.grad(chunked(4), argnums=(0, 1))):
+        text = str(jax.make_jaxpr(transformed)({"weight": head}, hidden, targets))
+        assert f"f32[2,12,{VOCABULARY}]" not in text and f"f32[24,{VOCABULARY}]" not in text
+        assert f"f32[2,4,{VOCABULARY}]" in text

@@ -1,0 +1,222 @@
+"""The decoder against torch transformers: every family, both config styles, real weights, and generation."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import make_goldens
+import numpy as np
+import pytest
+import tiny_models
+
+from tpu_tune.checkpoints.huggingface import open_huggingface
+from tpu_tune.checkpoints.params import load_params
+from tpu_tune.checkpoints.source import open_source
+from tpu_tune.errors import UserError
+from tpu_tune.inference.generation import Sampling, generate_ids
+from tpu_tune.models import Decoder, Execution, architecture
+
+CASES = list(tiny_models.CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def goldens():
+    return np.load(tiny_models.GOLDENS / "tiny_models.npz")
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """Function case -> (architecture, params, logits of the case's input), each computed once."""
+    known = {}
+
+    def of(case):
+        if case not in known:
+            arch, params = tiny_models.load(tiny_models.CONFIGS[case])
+            known[case] = arch, params, np.asarray(logits(arch, params, tiny_models.input_ids(case)))
+        return known[case]
+
+    return of
+
+
+def logits(arch, params, ids, **execution):
+    return jax.jit(lambda params, ids: Decoder(arch, params, Execution(**execution))(ids))(params, jnp.asarray(ids, jnp.int32))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_golden(case, ours, goldens):
+    assert json.loads(str(goldens[f"{case}/config"])) == json.loads(json.dumps(tiny_models.CONFIGS[case])), (
+        "the table has changed: run tests/make_goldens.py"
+    )
+    np.testing.assert_array_equal(tiny_models.input_ids(case), goldens[f"{case}/input_ids"])
+    found = ours(case)[2]
+    assert found.dtype == np.float32
+    assert tiny_models.difference(found, goldens[f"{case}/logits"]) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_torch(case, ours, tmp_path):
+    pytest.importorskip("torch")
+    model = tiny_models.torch_model(tiny_models.write(tmp_path, tiny_models.CONFIGS[case]))
+    expected = tiny_models.torch_logits(model, tiny_models.input_ids(case))
+    assert tiny_models.difference(ours(case)[2], expected) < 1e-4
+
+
+def test_the_table_would_notice_what_it_is_for(ours):
+    """Scaling, windows and residual order change the logits, so that their cases prove something."""
+
+    def changed(case, **changes):
+        arch, params = tiny_models.load({**tiny_models.CONFIGS[case], **changes})
+        found = np.asarray(logits(arch, params, tiny_models.input_ids(case)))
+        return tiny_models.difference(found, ours(case)[2])
+
+    assert changed("llama3", rope_scaling=None) > 1e-2
+    assert changed("llama_linear", rope_scaling=None) > 1e-2
+    assert changed("llama_dynamic", rope_scaling=None) > 1e-2
+    assert changed("mistral_window", sliding_window=None) > 1e-2
+    assert changed("qwen2_upper_windows", max_window_layers=4) > 1e-2
+    assert changed("neox_sequential", use_parallel_residual=True) > 1e-2
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen2_upper_windows", "neox_parallel"])
+@pytest.mark.parametrize("shard", ["50GB", "8KB"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_save_pretrained_writes_loads(case, shard, tied, tmp_path):
+    """transformers 5 names NeoX's head lm_head in memory, writes its own config style, and leaves out a tied head."""
+    pytest.importorskip("torch")
+    config = {**tiny_models.CONFIGS[case], "tie_word_embeddings": tied}
+    model = tiny_models.torch_model(tiny_models.write(tmp_path / "made", config))
+    model.save_pretrained(tmp_path / "saved", max_shard_size=shard)
+    assert (tmp_path / "saved" / "model.safetensors.index.json").exists() == (shard == "8KB")
+    source = open_huggingface(tmp_path / "saved")
+    arch = architecture(source.config)
+    assert arch.tied == tied
+    ids = tiny_models.input_ids(case)
+    found = logits(arch, load_params(source, arch), ids)
+    assert tiny_models.difference(found, tiny_models.torch_logits(model, ids)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_save_pretrained_of_the_other_families_loads(family, tmp_path):
+    pytest.importorskip("torch")
+    case = {"mistral": "mistral_window", "qwen3": "qwen3_alternating"}[family]
+    model = tiny_models.torch_model(tiny_models.write(tmp_path / "made", tiny_models.CONFIGS[case]))
+    model.save_pretrained(tmp_path / "saved", max_shard_size="16KB")
+    source = open_huggingface(tmp_path / "saved")
+    ids = tiny_models.input_ids(case)
+    arch = architecture(source.config)
+    assert tiny_models.difference(logits(arch, load_params(source, arch), ids), tiny_models.torch_logits(model, ids)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
+def test_a_config_without_optional_keys_means_what_transformers_says(family):
+    """Old config files leave keys out; transformers' defaults are then part of the format."""
+    pytest.importorskip("torch")  # the configs themselves need none, but some import it
+    from transformers import AutoConfig
+
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    bare = {key: tiny_models.CONFIGS["llama2"][key] for key in keys} | {"num_key_value_heads": 4}
+    full = AutoConfig.for_model(family, **bare).to_dict()
+    assert architecture({"model_type": family, **bare}) == architecture(full)
+
+
+def test_what_is_not_known_is_named():
+    with pytest.raises(UserError, match="model_type 'lama' is not known.*did you mean 'llama'.*llama, mistral, qwen2, qwen3, gpt_neox"):
+        architecture({"model_type": "lama"})
+    config = tiny_models.CONFIGS["llama2"]
+    with pytest.raises(UserError, match="rope type 'yarn' is not implemented.*default, linear, dynamic, llama3"):
+        architecture({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    with pytest.raises(UserError, match="activation 'mish' is not known.*gelu.*silu"):
+        architecture({**config, "hidden_act": "mish"})
+    with pytest.raises(UserError, match="lacks the key 'hidden_size'"):
+        architecture({key: value for key, value in config.items() if key != "hidden_size"})
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen2_upper_windows", "neox_parallel"])
+def test_remat_and_blockwise_attention_change_nothing(case, ours):
+    arch, params, expected = ours(case)
+    found = logits(arch, params, tiny_models.input_ids(case), remat="full", attention="blockwise")
+    assert tiny_models.difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["llama3", "mistral_window", "neox_parallel"])
+def test_packed_documents_do_not_see_each_other(case, ours):
+    arch, params, _ = ours(case)
+    first, second = tiny_models.input_ids("a", 1, 8), tiny_models.input_ids("b", 1, 12)
+    packed = np.concatenate([first, second], axis=1)
+    positions = np.concatenate([np.arange(8), np.arange(12)])[None]
+    segments = np.array([[1] * 8 + [2] * 12])
+    found = np.asarray(Decoder(arch, params)(jnp.asarray(packed), jnp.asarray(positions), jnp.asarray(segments)))
+    assert tiny_models.difference(found[:, :8], logits(arch, params, first)) < 1e-5
+    assert tiny_models.difference(found[:, 8:], logits(arch, params, second)) < 1e-5
+
+
+@pytest.mark.parametrize("case", tiny_models.FAMILY_CASES)
+def test_generation_with_a_cache_equals_recomputing(case, ours):
+    """Prompts of different lengths, longer than the windows; greedy, each step from scratch."""
+    arch, params, _ = ours(case)
+    prompts = [[int(token) for token in tiny_models.input_ids(case, 1, length)[0]] for length in (3, 11, 7)]
+    answers = generate_ids(arch, params, prompts, Sampling(max_new_tokens=9), [], jnp.float32)
+    model = jax.jit(lambda params, ids: Decoder(arch, params)(ids))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer) == 9
+        text = list(prompt)
+        for token in answer:
+            padded = jnp.asarray([text + [0] * (TEXT - len(text))])  # causal: what stands behind is not seen
+            row = np.asarray(model(params, padded))[0, len(text) - 1]
+            assert row[token] >= row.max() - 1e-4
+            text.append(token)
+
+
+TEXT = 24
+
+
+def test_generation_stops_at_the_end_token_of_each_row(ours):
+    arch, params, _ = ours("llama2")
+    prompts = [[5, 6, 7], [8, 9]]
+    free = generate_ids(arch, params, prompts, Sampling(max_new_tokens=9), [], jnp.float32)
+    end = free[0][4]
+    stopped = generate_ids(arch, params, prompts, Sampling(max_new_tokens=9), [end], jnp.float32)
+    assert stopped == [answer[: answer.index(end)] if end in answer else answer for answer in free]
+
+
+def test_dynamic_rope_looks_at_the_text_not_at_the_cache(ours):
+    """A short prompt in a long cache keeps its trained angles, as in transformers."""
+    config = {**tiny_models.CONFIGS["llama_dynamic"], "max_position_embeddings": 32}
+    arch, params = tiny_models.load(config)
+    prompt = [int(token) for token in tiny_models.input_ids("dynamic", 1, 6)[0]]
+    answer = generate_ids(arch, params, [prompt], Sampling(max_new_tokens=8), [], jnp.float32)[0]
+    text = list(prompt)
+    for token in answer:
+        row = np.asarray(Decoder(arch, params)(jnp.asarray([text + [0] * (TEXT - len(text))])))[0, len(text) - 1]
+        assert row[token] >= row.max() - 1e-4
+        text.append(token)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf):
+    source = open_source(str(smollm2_gguf))
+    arch = architecture(source.config)
+    return arch, load_params(source, arch), smollm2_gguf
+
+
+def test_smollm2_equals_the_golden(smollm2):
+    arch, params, _ = smollm2
+    golden = np.load(tiny_models.GOLDENS / "smollm2.npz")
+    found = np.asarray(logits(arch, params, golden["input_ids"]))[0]
+    difference = np.abs(found[-4:, make_goldens.SMOLLM2_VOCABULARY] - golden["logits"]).max()
+    assert difference / golden["largest"] < 1e-4
+    assert abs(np.abs(found).max() / golden["largest"] - 1) < 1e-4
+    np.testing.assert_array_equal(found.argmax(-1), golden["best"])
+
+
+def test_smollm2_equals_torch(smollm2):
+    pytest.importorskip("torch")
+    arch, params, path = smollm2
+    ids = np.array([make_goldens.SMOLLM2_TEXT_IDS])
+    expected = tiny_models.torch_logits(make_goldens.torch_smollm2(path), ids)
+    assert tiny_models.difference(logits(arch, params, ids), expected) < 1e-4
+
+
+def test_goldens_are_small():
+    assert sum(file.stat().st_size for file in pathlib.Path(tiny_models.GOLDENS).iterdir()) < 400_000

@@ -71,7 +71,15 @@ def _write_tokenizer(directory: pathlib.Path) -> None:
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
     special = [
-        {"id": number, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        {
+            "id": number,
+            "content": text,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
         for number, text in ((256, "</s>"), (257, "<s>"))
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -85,7 +93,12 @@ def _write_tokenizer(directory: pathlib.Path) -> None:
         },
     }  # fmt: skip
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    words = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "model_max_length": 256}
+    words = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "model_max_length": 256,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(words))
 
 
@@ -110,7 +123,9 @@ def make_config(**keys: Any) -> Any:
     return configuration.check(config)
 
 
-def prepare(config: Any, total_steps: int, devices: int = 1, initial: Mapping[str, np.ndarray] | None = None) -> tuple[PreparedModel, Steps]:
+def prepare(
+    config: Any, total_steps: int, devices: int = 1, initial: Mapping[str, np.ndarray] | None = None
+) -> tuple[PreparedModel, Steps]:
     """Load the model on the first `devices` devices and build its steps.
 
     Args:
@@ -179,6 +194,9 @@ def command(config: Any, directory: pathlib.Path, devices: int = 1, *extra: str)
         f"import json\nfrom tpu_tune import config\n\ndef get_config():\n    return config.from_dict(json.loads({values!r}))\n"
     )
     flags = " ".join(word for word in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in word)
+    flags += (
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles five times faster
+    )
     env = {
         **os.environ, "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
@@ -186,7 +204,9 @@ def command(config: Any, directory: pathlib.Path, devices: int = 1, *extra: str)
     return [sys.executable, "-m", "tpu_tune", "train", "--config", str(file), *extra], env
 
 
-def train_process(config: Any, directory: pathlib.Path, devices: int = 1, *extra: str, **options: Any) -> subprocess.CompletedProcess:
+def train_process(
+    config: Any, directory: pathlib.Path, devices: int = 1, *extra: str, **options: Any
+) -> subprocess.CompletedProcess:
     """Run `command` to its end."""
     words, env = command(config, directory, devices, *extra)
     return subprocess.run(words, env=env, capture_output=True, text=True, timeout=300, **options)

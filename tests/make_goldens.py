@@ -15,7 +15,24 @@ import tempfile
 import numpy as np
 import tiny_models
 
-SMOLLM2_TEXT_IDS = [1, 504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 260, 2240, 8194, 282, 260, 1429]  # any sixteen ids
+SMOLLM2_TEXT_IDS = [
+    1,
+    504,
+    3575,
+    282,
+    4649,
+    314,
+    7042,
+    30,
+    657,
+    314,
+    260,
+    2240,
+    8194,
+    282,
+    260,
+    1429,
+]  # any sixteen ids
 SMOLLM2_VOCABULARY = np.arange(0, 49152, 246)  # 200 of the ids
 
 
@@ -55,7 +72,12 @@ def smollm2(path):
     """Return the logits of the last four places at 200 ids, and the largest of all."""
     ids = np.array([SMOLLM2_TEXT_IDS])
     logits = tiny_models.torch_logits(torch_smollm2(path), ids)[0]
-    return {"input_ids": ids, "logits": logits[-4:, SMOLLM2_VOCABULARY], "largest": np.abs(logits).max(), "best": logits.argmax(-1)}
+    return {
+        "input_ids": ids,
+        "logits": logits[-4:, SMOLLM2_VOCABULARY],
+        "largest": np.abs(logits).max(),
+        "best": logits.argmax(-1),
+    }
 
 
 if __name__ == "__main__":

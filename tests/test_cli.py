@@ -117,11 +117,16 @@ def test_inspect_counts_as_peft_does(capsys, tiny):
     from transformers import AutoModelForCausalLM
 
     for given in ({}, {"bias": "lora_only"}, {"use_dora": True}, {"modules_to_save": ["embed_tokens"]}):
-        words = [f"--config.lora.{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in given.items()]
+        words = [
+            f"--config.lora.{key}={json.dumps(value) if isinstance(value, list) else value}"
+            for key, value in given.items()
+        ]
         model = AutoModelForCausalLM.from_pretrained(tiny)
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], **given))
         trained, total = model.get_nb_trainable_parameters()
-        facts = json.loads(out_of(capsys, "inspect", tiny, "--json", "--config.lora.target_modules=q_proj,down_proj", *words))
+        facts = json.loads(
+            out_of(capsys, "inspect", tiny, "--json", "--config.lora.target_modules=q_proj,down_proj", *words)
+        )
         assert (facts["lora"]["trainable"], facts["lora"]["all"]) == (trained, total), given
 
 
@@ -139,7 +144,7 @@ def test_inspect_smollm2(capsys, smollm2_gguf):
         assert shape in line
     # PEFT's count for r=8 on all linear layers of this model.
     trained = 30 * 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
-    assert f"trainable params: {trained:,} || all params: {134515008 + trained:,} || trainable%: 1.7833" in text
+    assert f"trainable params: {trained:,} || all params: {134515008 + trained:,} || trainable%: 1.7832" in text
     facts = json.loads(out_of(capsys, "inspect", smollm2_gguf, "--json"))
     assert facts["hidden_size"] == 576 and facts["lora"]["trainable"] == trained
     assert {"name", "shape", "layers", "role"} <= set(facts["modules"][0])

@@ -70,6 +70,8 @@ def test_every_key_is_explained():
     ("lora.modules_to_save", "lm_head", ["lm_head"]),
     ("lora.modules_to_save", "", []),
     ("lora.target_modules", "", ""),
+    ("lora.target_modules", "q_proj", ["q_proj"]),
+    ("quantize.exclude", "lm_head", ["lm_head"]),
     ("lora.layers_to_transform", "3", [3]),
     ("lora.alpha_pattern", '{"q_proj": 16}', {"q_proj": 16.0}),
     ("train.lr_scheduler_kwargs", '{"min_lr_rate": 0.1}', {"min_lr_rate": 0.1}),
@@ -221,7 +223,11 @@ def test_a_config_file_may_use_either_type(tmp_path):
         "    c.lora.target_modules = ['q_proj']\n    c.lora.exclude_modules = '.*k_proj'\n    c.lora.alpha = 32\n    return c\n"
     )
     config = configuration.from_file(file)
-    assert (config.lora.target_modules, config.lora.exclude_modules, config.lora.alpha) == (["q_proj"], ".*k_proj", 32.0)
+    assert (config.lora.target_modules, config.lora.exclude_modules, config.lora.alpha) == (
+        ["q_proj"],
+        ".*k_proj",
+        32.0,
+    )
     assert isinstance(config.lora.alpha, float)
 
 

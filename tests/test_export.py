@@ -90,7 +90,10 @@ def test_shards_config_and_index_are_as_hugging_face_writes_them(tmp_path):
     write_model(str(tmp_path / "m"), params, source_of(config), arch, shard_bytes=8000)
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
-    assert files == sorted(set(index["weight_map"].values())) and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert (
+        files == sorted(set(index["weight_map"].values()))
+        and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    )
     source = open_huggingface(tmp_path / "m")
     assert index["metadata"]["total_size"] == sum(2 * int(np.prod(shape)) for shape in source.shapes.values())
     assert source.read("model.norm.weight").dtype == "bfloat16"

@@ -59,7 +59,9 @@ def test_nf4_equals_bitsandbytes():
         tensor = quantize_tensor(jnp.asarray(weight.T), "nf4", GROUP)
         np.testing.assert_array_equal(torch_packed(tensor), packed.numpy().reshape(-1))
         np.testing.assert_array_equal(np.asarray(tensor.scales).T.reshape(-1), state.absmax.numpy())
-        np.testing.assert_array_equal(np.asarray(tensor.dequantize()).T, functional.dequantize_4bit(packed, state).numpy())
+        np.testing.assert_array_equal(
+            np.asarray(tensor.dequantize()).T, functional.dequantize_4bit(packed, state).numpy()
+        )
 
 
 def test_double_quantization_is_no_worse_than_bitsandbytes():
@@ -144,7 +146,15 @@ def everything(codes, scales, weight, format, group, double):
     stacked = quantize_tensor(weight, format, group, double)
     one = quantize_tensor(weight[1], format, group, double)
     plain = quantize_tensor(weight, format, group).scales
-    return tensor.unpacked(), tensor.dequantize(), FORMATS[format].decode(codes), stacked, one, stacked.dequantize(), plain
+    return (
+        tensor.unpacked(),
+        tensor.dequantize(),
+        FORMATS[format].decode(codes),
+        stacked,
+        one,
+        stacked.dequantize(),
+        plain,
+    )
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -160,7 +170,9 @@ def test_round_trip_laws(data):
     codes = random.integers(0, 2 ** FORMATS[format].bits, (layers, rows, columns)).astype(np.uint8)
     scales = random.random((layers, -(-rows // group), columns)).astype(np.float32)
     weight = random.standard_normal((layers, rows, columns)).astype(np.float32)
-    unpacked, dequantized, values, stacked, one, found, absmax = everything(codes, scales, weight, format, group, double)
+    unpacked, dequantized, values, stacked, one, found, absmax = everything(
+        codes, scales, weight, format, group, double
+    )
 
     np.testing.assert_array_equal(unpacked, codes)
     np.testing.assert_allclose(dequantized, np.asarray(values) * np.repeat(scales, group, axis=1)[:, :rows], rtol=1e-6)

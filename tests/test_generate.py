@@ -23,7 +23,10 @@ def tiny(tmp_path_factory):
     return tpu_tune.load(str(write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")))
 
 
-def ids_of(model, prompts, sampling=Sampling(max_new_tokens=10), ends=()):
+GREEDY = Sampling(max_new_tokens=10)
+
+
+def ids_of(model, prompts, sampling=GREEDY, ends=()):
     return generate_ids(model.architecture, model.params, prompts, sampling, ends, "float32")
 
 
@@ -80,7 +83,7 @@ def distribution(temperature, top_k, top_p, draws=4000):
     (1.0, 2, 1.0, [0.625, 0.375, 0, 0]),
     (1.0, 9, 1.0, [0.5, 0.3, 0.15, 0.05]),
     (1.0, 0, 0.7, [0.625, 0.375, 0, 0]),
-    (1.0, 0, 0.5, [1, 0, 0, 0]),
+    (1.0, 0, 0.45, [1, 0, 0, 0]),
     (1.0, 0, 0.01, [1, 0, 0, 0]),
     (1.0, 3, 0.6, [0.625, 0.375, 0, 0]),
 ])  # fmt: skip
@@ -88,7 +91,9 @@ def test_temperature_top_k_and_top_p_shape_the_draw(temperature, top_k, top_p, e
     np.testing.assert_allclose(distribution(temperature, top_k, top_p), expected, atol=0.03)
 
 
-@pytest.mark.parametrize("setting", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "setting", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}]
+)
 def test_sampling_out_of_bounds(setting):
     with pytest.raises(UserError, match=f"{next(iter(setting))}={next(iter(setting.values()))}"):
         Sampling(**setting)

@@ -119,7 +119,9 @@ def test_chunks_equal_the_plain_loss_and_gradients(chunk):
     for frozen in (False, True):
         argnums = (1,) if frozen else (0, 1)
         expected = jax.value_and_grad(lambda *args: 0.37 * plain(*args), argnums)(weights, hidden, targets)
-        found = jax.jit(jax.value_and_grad(lambda *args: 0.37 * chunked(chunk)(*args), argnums))(weights, hidden, targets)
+        found = jax.jit(jax.value_and_grad(lambda *args: 0.37 * chunked(chunk)(*args), argnums))(
+            weights, hidden, targets
+        )
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 

@@ -14,7 +14,7 @@ LLAMA_7B = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "rms_norm_eps": 1e-6,
 }  # fmt: skip
-GUIDE_TARGETS = ["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj", "embed_tokens", "lm_head"]
+GUIDE_TARGETS = ["q_proj", "v_proj", "k_proj", "o_proj", "down_proj", "up_proj", "embed_tokens", "lm_head"]
 
 
 def count(targets):
@@ -41,7 +41,10 @@ def test_the_guides_counts():
         ("llama_tied", {"target_modules": ["embed_tokens", "q_proj"]}),
         ("llama_biases", {"target_modules": ["q_proj"], "bias": "all"}),
         ("llama_biases", {"target_modules": ["q_proj"], "bias": "lora_only"}),
-        ("llama2", {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2, r"layers.1.mlp.up_proj": 9}}),
+        (
+            "llama2",
+            {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2, r"layers.1.mlp.up_proj": 9}},
+        ),
         ("llama2", {"target_modules": ["q_proj"], "use_dora": True, "layers_to_transform": [1]}),
         ("neox_parallel", {"target_modules": "all-linear", "bias": "all"}),
     ],
@@ -89,7 +92,11 @@ def test_initial_values_are_pefts(model):
 def test_initial_values_do_not_depend_on_what_else_is_targeted(model):
     arch, params = model
     one, two = (
-        lora.init(find_targets(arch.modules(), LoraSpec(rank=4, target_modules=names, layers_to_transform=layers)), params, jax.random.key(3))
+        lora.init(
+            find_targets(arch.modules(), LoraSpec(rank=4, target_modules=names, layers_to_transform=layers)),
+            params,
+            jax.random.key(3),
+        )
         for names, layers in ((["q_proj"], [1]), (["k_proj", "q_proj", "lm_head"], []))
     )
     path = "model.layers.self_attn.q_proj.lora_A"
@@ -100,7 +107,9 @@ def test_initial_values_do_not_depend_on_what_else_is_targeted(model):
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_fresh_adapter_changes_nothing(model, dora):
     arch, params = model
-    targets, trainable, frozen = prepared(model, LoraSpec(rank=4, target_modules="all-linear", use_dora=dora, layers_to_transform=[1]))
+    targets, trainable, frozen = prepared(
+        model, LoraSpec(rank=4, target_modules="all-linear", use_dora=dora, layers_to_transform=[1])
+    )
     ids = jnp.asarray(tiny_models.input_ids("fresh", 1, 6), jnp.int32)
     found = Decoder(arch, combine(trainable, frozen, targets))(ids)
     np.testing.assert_allclose(found, Decoder(arch, params)(ids), atol=1e-4)
@@ -168,5 +177,7 @@ def test_quantize_takes_what_the_policy_names(model):
     tree = quantize(params, arch.modules(), QuantizePolicy("nf4", 16))
     changed = {path for path in params if tree[path] is not params[path]}
     assert changed == {m.weight for m in arch.modules() if m.kind == "linear" and not m.is_head}
-    tree = quantize(params, arch.modules(), QuantizePolicy("int8", 16, include=["lm_head", "q_proj"], exclude=["q_proj"]))
+    tree = quantize(
+        params, arch.modules(), QuantizePolicy("int8", 16, include=["lm_head", "q_proj"], exclude=["q_proj"])
+    )
     assert {path for path in params if tree[path] is not params[path]} == {"lm_head.weight"}

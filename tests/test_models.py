@@ -40,7 +40,9 @@ def ours():
 
 
 def logits(arch, params, ids, **execution):
-    return jax.jit(lambda params, ids: Decoder(arch, params, Execution(**execution))(ids))(params, jnp.asarray(ids, jnp.int32))
+    return jax.jit(lambda params, ids: Decoder(arch, params, Execution(**execution))(ids))(
+        params, jnp.asarray(ids, jnp.int32)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,7 +107,10 @@ def test_save_pretrained_of_the_other_families_loads(family, tmp_path):
     source = open_huggingface(tmp_path / "saved")
     ids = tiny_models.input_ids(case)
     arch = architecture(source.config)
-    assert tiny_models.difference(logits(arch, load_params(source, arch), ids), tiny_models.torch_logits(model, ids)) < 1e-4
+    assert (
+        tiny_models.difference(logits(arch, load_params(source, arch), ids), tiny_models.torch_logits(model, ids))
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
@@ -121,7 +126,9 @@ def test_a_config_without_optional_keys_means_what_transformers_says(family):
 
 
 def test_what_is_not_known_is_named():
-    with pytest.raises(UserError, match="model_type 'lama' is not known.*did you mean 'llama'.*llama, mistral, qwen2, qwen3, gpt_neox"):
+    with pytest.raises(
+        UserError, match="model_type 'lama' is not known.*did you mean 'llama'.*llama, mistral, qwen2, qwen3, gpt_neox"
+    ):
         architecture({"model_type": "lama"})
     config = tiny_models.CONFIGS["llama2"]
     with pytest.raises(UserError, match="rope type 'yarn' is not implemented.*default, linear, dynamic, llama3"):

@@ -34,7 +34,10 @@ def leaves(rows=IN, columns=OUT):
         found[f"dora over {name}"] = LoraTensor(base, a, b, scale, magnitude=magnitude), decomposed
     found["saved"] = SavedTensor(weight, other), other
     found["transposed"] = Transposed(weight.T), weight
-    found["transposed nf4"] = Transposed(quantize_tensor(weight.T, "nf4", 4)), quantize_tensor(weight.T, "nf4", 4).dequantize().T
+    found["transposed nf4"] = (
+        Transposed(quantize_tensor(weight.T, "nf4", 4)),
+        quantize_tensor(weight.T, "nf4", 4).dequantize().T,
+    )
     found["lora over transposed"] = LoraTensor(Transposed(weight.T), a, b, scale), weight + 0.7 * a @ b
     return found
 
@@ -89,7 +92,9 @@ def test_adapter_gradients(base, dora):
             merged = merged * (magnitude / jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=0)))
         return jnp.sum(g * (x @ merged))
 
-    for found, expected in zip(jax.grad(ours, (0, 1, 2))(a, b, magnitude), jax.grad(formula, (0, 1, 2))(a, b, magnitude), strict=True):
+    for found, expected in zip(
+        jax.grad(ours, (0, 1, 2))(a, b, magnitude), jax.grad(formula, (0, 1, 2))(a, b, magnitude), strict=True
+    ):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 

@@ -1,5 +1,6 @@
 """PEFT both ways on tiny models: what is written here gives the same logits in peft, what peft writes loads here."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,6 @@ import pytest
 import tiny_models
 
 from tpu_tune.checkpoints.huggingface_write import write_model
-from tpu_tune.checkpoints.params import load_params
 from tpu_tune.checkpoints.peft import adapter_tensors, read_adapter, read_spec, write_adapter
 from tpu_tune.errors import UserError
 from tpu_tune.models import Decoder, architecture
@@ -50,7 +50,9 @@ IDS = tiny_models.input_ids("peft", 2, 10)
 
 
 def spec_of(settings):
-    return LoraSpec(rank=settings.get("rank", 4), alpha=12.0, **{key: value for key, value in settings.items() if key != "rank"})
+    return LoraSpec(
+        rank=settings.get("rank", 4), alpha=12.0, **{key: value for key, value in settings.items() if key != "rank"}
+    )
 
 
 def randomized(tree, arch):
@@ -60,7 +62,9 @@ def randomized(tree, arch):
     for path, leaf in tree.items():
         noise = random.standard_normal(leaf.shape).astype(np.float32)
         if path.endswith(".lora_A"):
-            moved[path] = noise * 0.3 * (np.asarray(leaf) != 0).any(-2, keepdims=True) if "embed" not in path else noise * 0.3
+            moved[path] = (
+                noise * 0.3 * (np.asarray(leaf) != 0).any(-2, keepdims=True) if "embed" not in path else noise * 0.3
+            )
         elif path.endswith(".lora_B"):
             pad = (np.asarray(tree[path[:-1] + "A"]) != 0).any(-2)[..., None] if "embed" not in path else 1.0
             moved[path] = noise * 0.2 * pad
@@ -88,7 +92,9 @@ def logits(arch, params):
 def peft_logits(base, adapter):
     pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
-    return tiny_models.torch_logits(peft.PeftModel.from_pretrained(tiny_models.torch_model(base), str(adapter)).eval(), IDS)
+    return tiny_models.torch_logits(
+        peft.PeftModel.from_pretrained(tiny_models.torch_model(base), str(adapter)).eval(), IDS
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -127,7 +133,11 @@ def test_peft_s_adapter_loads_here(name, tmp_path):
         for path, parameter in model.named_parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise * 0.3 if ".lora_A" in path or ".lora_B" in path or "lora_emb" in path else parameter * (1 + 0.2 * noise))
+                parameter.copy_(
+                    noise * 0.3
+                    if ".lora_A" in path or ".lora_B" in path or "lora_emb" in path
+                    else parameter * (1 + 0.2 * noise)
+                )
     model.eval().save_pretrained(tmp_path / "adapter")
     expected = tiny_models.torch_logits(model, IDS)
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
@@ -153,15 +163,17 @@ def write_model_of(directory, params, config, arch):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    import dataclasses
-
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    write_model(str(directory), params, dataclasses.replace(tiny_models.source(config), load_tokenizer=lambda: tokenizer), arch)
+    write_model(
+        str(directory), params, dataclasses.replace(tiny_models.source(config), load_tokenizer=lambda: tokenizer), arch
+    )
 
 
 def test_padding_of_short_ranks_never_reaches_a_file():
     _, arch, params, targets, trainable, _ = trained(*SETTINGS["patterns"])
-    shapes = {name.split("model.layers.")[1]: value.shape for name, value in adapter_tensors(trainable, targets, arch).items()}
+    shapes = {
+        name.split("model.layers.")[1]: value.shape for name, value in adapter_tensors(trainable, targets, arch).items()
+    }
     assert shapes["0.self_attn.q_proj.lora_A.weight"] == (2, 32)
     assert shapes["0.mlp.up_proj.lora_A.weight"] == (4, 32) and shapes["1.mlp.up_proj.lora_A.weight"] == (5, 32)
 
@@ -217,6 +229,3 @@ def test_broken_adapters_are_named(written, tmp_path):
     edit(directory, peft_type="LORA")
     with pytest.raises(UserError, match="cannot be read"):
         read_adapter(str(directory), arch)
-
-
-# --- merged export -----------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import subprocess
 import time
 from typing import Any
 
+import helpers_training as helpers
 import pytest
 
-import helpers_training as helpers
 from tpu_tune import UserError
 from tpu_tune.checkpoints.run import RunCheckpoints
 from tpu_tune.training import loop
@@ -84,10 +84,10 @@ def stop_after(config: Any, folder: pathlib.Path, step: int, how: int) -> tuple[
     return process.returncode, out, err
 
 
-
-
 @pytest.mark.parametrize("step", [4, 14], ids=["epoch 1", "epoch 2"])
-def test_a_killed_run_goes_on_exactly(tiny: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path, step: int) -> None:
+def test_a_killed_run_goes_on_exactly(
+    tiny: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path, step: int
+) -> None:
     config = settings(tiny, tmp_path)
     code, _, _ = stop_after(config, tmp_path, step, signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -119,15 +119,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_a_finished_run_says_so_and_a_changed_one_is_refused(tiny: pathlib.Path, whole: pathlib.Path) -> None:
-    config, said = settings(tiny, whole), []
-    config.mesh.data, config.mesh.fsdp = 1, -1  # another mesh is no other run
-    before = adapter(whole)
-    run = loop.train(config, say=said.append)
-    assert run.status == "already finished" and adapter(whole) == before
-    assert any(f"this run is done: {TOTAL} of {TOTAL} steps" in line for line in said)
+    config, before = settings(tiny, whole), adapter(whole)
+    again = helpers.train_process(config, whole)
+    assert again.returncode == 0 and f"this run is done: {TOTAL} of {TOTAL} steps" in again.stdout
+    assert adapter(whole) == before
     config.train.learning_rate = 2e-2
-    with pytest.raises(UserError, match="holds a run with another configuration: train.learning_rate was 0.01 and is now 0.02"):
-        loop.train(config, say=said.append)
+    config.mesh.fsdp = -1  # on this process's devices; another mesh is no other run
+    with pytest.raises(
+        UserError, match="holds a run with another configuration: train.learning_rate was 0.01 and is now 0.02"
+    ):
+        loop.train(config, say=lambda line: None)
 
 
 def test_checkpoints_hold_no_frozen_leaf_and_as_many_as_allowed(whole: pathlib.Path) -> None:
@@ -172,7 +173,9 @@ def test_a_damaged_last_checkpoint_is_replaced(tiny: pathlib.Path, whole: pathli
     assert_same_run(tmp_path, whole)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tiny: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    tiny: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     shutil.copytree(whole / "out", tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "20")
     config = settings(tiny, tmp_path)
@@ -184,7 +187,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny: pathlib.Path, whole: 
     full = helpers.train_process(config, tmp_path, preexec_fn=limit)
     lines = [line for line in full.stderr.splitlines() if line.startswith("tpu-tune:")]
     assert full.returncode == 1 and len(lines) == 1, full.stderr
-    assert re.search(r"checkpoint 20 could not be written \(.+\); the last good one is step 18", lines[0]), lines
+    assert re.search(
+        r"checkpoint 20 could not be written \(File too large\); the last good one is step 18", lines[0]
+    ), lines
     assert "Traceback" not in full.stderr
     again = helpers.train_process(config, tmp_path)
     assert again.returncode == 0, again.stderr

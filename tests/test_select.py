@@ -58,9 +58,7 @@ def our_names(family, rule):
     if isinstance(rule.get("layers_pattern"), list):
         rule["layers_pattern"] = "|".join(rule["layers_pattern"])
     targets = find_targets(modules, LoraSpec(**rule))
-    return {
-        target.module.name(layer) for target in targets.adapted for layer in (target.layers or (None,))
-    }
+    return {target.module.name(layer) for target in targets.adapted for layer in (target.layers or (None,))}
 
 
 @pytest.mark.parametrize(("family", "rule"), RULES, ids=[str(number) for number in range(len(RULES))])
@@ -84,7 +82,9 @@ def test_peft_targets_the_same_modules(family, rule, torch_models):
     assert our_names(family, rule) == theirs
 
 
-@pytest.mark.parametrize("table", [{"q_proj": 1}, {r"layers\.1\..*": 2, "q_proj": 3}, {"self_attn.q_proj": 4}, {"_proj": 5}, {"^model.*": 6}])
+@pytest.mark.parametrize(
+    "table", [{"q_proj": 1}, {r"layers\.1\..*": 2, "q_proj": 3}, {"self_attn.q_proj": 4}, {"_proj": 5}, {"^model.*": 6}]
+)
 def test_patterns_of_ranks_are_looked_up_as_peft_does(table):
     utils = pytest.importorskip("peft.utils.other")
     for module in modules_of("llama"):
@@ -101,8 +101,10 @@ def test_what_matches_nothing_lists_the_choices():
         find_targets(modules, LoraSpec(target_modules=r"layers\.0"))
     with pytest.raises(UserError, match="leaves no module"):
         find_targets(modules, LoraSpec(target_modules=["q_proj"], layers_to_transform=[7]))
-    with pytest.raises(UserError, match="modules_to_save: 'head' matches no module.*lm_head"):
-        find_targets(modules, LoraSpec(modules_to_save=["head"]))
+    with pytest.raises(UserError, match="modules_to_save: 'heads' matches no module.*lm_head"):
+        find_targets(modules, LoraSpec(modules_to_save=["heads"]))
+    with pytest.raises(UserError, match="'proj' takes 'model.layers.self_attn.q_proj', which has an adapter too"):
+        find_targets(modules, LoraSpec(target_modules=["q_proj"], modules_to_save=["proj"]))
     with pytest.raises(UserError, match="'\\*proj' is not a regular expression"):
         find_targets(modules, LoraSpec(target_modules="*proj"))
     with pytest.raises(UserError, match="matches the norm 'model.norm'.*modules_to_save"):

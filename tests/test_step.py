@@ -6,12 +6,12 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import helpers_training as helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import helpers_training as helpers
 from tpu_tune import UserError
 from tpu_tune.tensors import LoraTensor
 from tpu_tune.training import loop
@@ -54,11 +54,11 @@ def test_accumulation_over_ragged_rows_changes_nothing(tiny: pathlib.Path) -> No
     rows = ragged_rows()
     empty = {name: np.full_like(array[:4], -100 if name == "targets" else 0) for name, array in rows.items()}
     longer = {name: np.concatenate([array, empty[name]]) for name, array in rows.items()}
-    model, steps = helpers.prepare(settings(tiny), 2)
+    # Plain gradient descent: Adam would blow up rounding where a gradient is nearly zero.
+    model, steps = helpers.prepare(settings(tiny, train__optim="sgd", train__learning_rate=0.1), 2)
     results = []
     for held, accumulation in ((rows, 1), (rows, 4), (longer, 6)):
         state = jax.tree.map(jnp.copy, steps.initial_state)
-        # SGD-like sensitivity: compare the gradient norm too, since Adam hides the gradient's size.
         state, metrics = helpers.run_steps(model, steps, [helpers.window(held, accumulation)] * 2, state)
         results.append((state, metrics))
     (state, metrics), *others = results
@@ -66,7 +66,9 @@ def test_accumulation_over_ragged_rows_changes_nothing(tiny: pathlib.Path) -> No
     for other, other_metrics in others:
         for name in ("loss", "grad_norm", "num_targets", "num_tokens", "accuracy", "finite"):
             assert other_metrics[1][name] == pytest.approx(metrics[1][name], rel=1e-5), name
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.trainable, other.trainable)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.trainable, other.trainable
+        )
 
 
 def test_a_window_without_targets_changes_nothing(tiny: pathlib.Path) -> None:
@@ -96,7 +98,9 @@ def test_a_step_that_is_not_finite_is_counted_and_makes_no_update(tiny: pathlib.
     model, steps = helpers.prepare(settings(tiny), 4)
     state, _ = helpers.run_steps(model, steps, batches_of(1))
     before = jax.tree.map(np.asarray, state)
-    broken = dataclasses.replace(model, frozen={**model.frozen, "model.norm.weight": model.frozen["model.norm.weight"] * jnp.nan})
+    broken = dataclasses.replace(
+        model, frozen={**model.frozen, "model.norm.weight": model.frozen["model.norm.weight"] * jnp.nan}
+    )
     state, metrics = helpers.run_steps(broken, steps, batches_of(2), state)
     assert [row["failures"] for row in metrics] == [1, 2] and [row["finite"] for row in metrics] == [0, 0]
     assert (int(state.step), int(state.updates), int(state.failures)) == (3, 1, 2)
@@ -145,7 +149,9 @@ def test_float16_searches_its_loss_scale_without_counting_failures(tiny: pathlib
 def test_float16_failures_count_once_the_scale_can_shrink_no_further(tiny: pathlib.Path) -> None:
     model, steps = helpers.prepare(settings(tiny, model__dtype="float16"), 4)
     state = dataclasses.replace(steps.initial_state, loss_scale=LossScale(jnp.float32(2.0), jnp.int32(0)))
-    broken = dataclasses.replace(model, frozen={**model.frozen, "model.norm.weight": model.frozen["model.norm.weight"] * jnp.nan})
+    broken = dataclasses.replace(
+        model, frozen={**model.frozen, "model.norm.weight": model.frozen["model.norm.weight"] * jnp.nan}
+    )
     state, metrics = helpers.run_steps(broken, steps, batches_of(3), state)
     assert [row["failures"] for row in metrics] == [0, 1, 2] and float(state.loss_scale.scale) == 1.0
 
@@ -175,7 +181,9 @@ def test_frozen_leaves_stay_bit_equal_and_the_optimizer_sees_none(tiny: pathlib.
     assert moments == 2 * model.num_trainable
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "adafactor", "sgd", "lion", "adamw_bnb_8bit", "paged_lion_32bit"])
+@pytest.mark.parametrize(
+    "optim", ["adamw", "adamw_8bit", "adafactor", "sgd", "lion", "adamw_bnb_8bit", "paged_lion_32bit"]
+)
 def test_every_optimizer_lowers_the_loss(tiny: pathlib.Path, optim: str) -> None:
     rate = {"sgd": 1.0, "lion": 3e-3, "paged_lion_32bit": 3e-3}.get(optim, 1e-2)
     config = settings(tiny, train__optim=optim, train__learning_rate=rate, train__weight_decay=0.01)
@@ -204,7 +212,9 @@ def test_dropout_differs_between_layers_leaves_and_steps_and_comes_back(tiny: pa
     assert first == again
     norms = [row["grad_norm"] for row in first]
     assert len(set(norms)) == 3, "each step draws its own"
-    other, other_steps = helpers.prepare(settings(tiny, lora__dropout=0.5, train__learning_rate=0.0, train__optim="sgd", seed=43), 4)
+    other, other_steps = helpers.prepare(
+        settings(tiny, lora__dropout=0.5, train__learning_rate=0.0, train__optim="sgd", seed=43), 4
+    )
     assert set(norms).isdisjoint(row["grad_norm"] for row in helpers.run_steps(other, other_steps, batch)[1])
 
 

@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import helpers_training as helpers
 import numpy as np
 import pytest
 
-import helpers_training as helpers
 from tpu_tune.checkpoints import peft as peft_files
 from tpu_tune.checkpoints.source import open_source
 

@@ -40,7 +40,14 @@ def _qwen(family, **changes):
 
 def _neox(**changes):
     sizes = {key: value for key, value in _SIZES.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
-    return {"model_type": "gpt_neox", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_pct": 0.25, **sizes, **changes}
+    return {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "rotary_pct": 0.25,
+        **sizes,
+        **changes,
+    }
 
 
 CONFIGS = {

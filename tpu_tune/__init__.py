@@ -1,8 +1,8 @@
 """tpu_tune: fine-tune an open language model with JAX on a TPU, a GPU or a CPU, with the same code.
 
-    run = tpu_tune.train(tpu_tune.config.from_file("configs/quickstart.py"))
-    model = tpu_tune.load("HuggingFaceTB/SmolLM2-135M-Instruct", adapter=run.output_dir + "/adapter")
-    model.generate(["What is AI?"])
+run = tpu_tune.train(tpu_tune.config.from_file("configs/quickstart.py"))
+model = tpu_tune.load("HuggingFaceTB/SmolLM2-135M-Instruct", adapter=run.output_dir + "/adapter")
+model.generate(["What is AI?"])
 """
 
 from __future__ import annotations

@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         key = unknown[0].removeprefix("--").partition("=")[0]
         known = key in dict(configuration.flatten(configuration.default()))
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; a config key is written --config.{key}" if known else ""))
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}"
+            + (f"; a config key is written --config.{key}" if known else "")
+        )
     if overrides and "config" not in options:
         parser.error(f"{options.command} has no config, so --config.{overrides[0][0]} means nothing to it")
     options.overrides = overrides
@@ -84,10 +87,15 @@ def _train(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         run = tpu_tune.train(config)
     if options.json:
-        print(json.dumps({"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir}))
+        print(
+            json.dumps({"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir})
+        )
     elif run.status != "interrupted":
         curves = os.path.join(run.output_dir, "curves.png")
-        print(f"metrics: {os.path.join(run.output_dir, 'metrics.jsonl')}" + (f"; curves: {curves}" if os.path.exists(curves) else ""))
+        print(
+            f"metrics: {os.path.join(run.output_dir, 'metrics.jsonl')}"
+            + (f"; curves: {curves}" if os.path.exists(curves) else "")
+        )
     return 0
 
 
@@ -99,12 +107,20 @@ def _generate(options: argparse.Namespace) -> int:
     if not prompts:
         raise UserError("no prompt; give --prompt TEXT (as often as you like), or lines on standard input")
     sampling = Sampling(
-        options.max_new_tokens, 0.0 if options.greedy else options.temperature, options.top_k, options.top_p, options.seed
+        options.max_new_tokens,
+        0.0 if options.greedy else options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
     )
     model = tpu_tune.load(options.model, options.dtype, options.quantize, options.adapter)
     answers = model.generate(prompts, sampling, chat=options.chat)
     for prompt, answer in zip(prompts, answers, strict=True):
-        print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if options.json else f"> {prompt}\n{answer.strip()}\n")
+        print(
+            json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False)
+            if options.json
+            else f"> {prompt}\n{answer.strip()}\n"
+        )
     return 0
 
 
@@ -115,10 +131,14 @@ def _export(options: argparse.Namespace) -> int:
     if not (options.base or options.merge) and (options.merge_base or options.dtype):
         raise UserError("--merge-base and --dtype belong to --merge or --base; the adapter alone is copied as it is")
     if options.base:
-        export.export_base(options.run_directory, options.output, options.merge_base or "dequantized", options.dtype or "")
+        export.export_base(
+            options.run_directory, options.output, options.merge_base or "dequantized", options.dtype or ""
+        )
         what = "the base that PEFT should load"
     elif options.merge:
-        figures = export.export_merged(options.run_directory, options.output, options.merge_base or "original", options.dtype or "")
+        figures = export.export_merged(
+            options.run_directory, options.output, options.merge_base or "original", options.dtype or ""
+        )
         what = f"the model merged into its {options.merge_base or 'original'} base"
     else:
         export.export_adapter(options.run_directory, options.output)
@@ -197,22 +217,34 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train, or go on with a run that is in output_dir",
                     "tpu-tune train --config configs/qlora.py --config.model.path=DIR --config.data.train=chats.jsonl")  # fmt: skip
-    train.add_argument("--config", required=True, metavar="FILE", help="config file; --config.KEY=VALUE overrides a key")
+    train.add_argument(
+        "--config", required=True, metavar="FILE", help="config file; --config.KEY=VALUE overrides a key"
+    )
 
     generate = command("generate", _generate, "answer prompts with a model, with or without an adapter",
                        'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"')  # fmt: skip
-    generate.add_argument("--model", required=True, help="Hugging Face id, local directory (a merged model too), or .gguf file")
+    generate.add_argument(
+        "--model", required=True, help="Hugging Face id, local directory (a merged model too), or .gguf file"
+    )
     generate.add_argument("--adapter", help="PEFT adapter directory")
-    generate.add_argument("--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input")
+    generate.add_argument(
+        "--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input"
+    )
     generate.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default 128)")
     generate.add_argument("--greedy", action="store_true", help="always the likeliest token")
     generate.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
     generate.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest (default: all)")
-    generate.add_argument("--top-p", type=float, default=0.95, help="draw among the likeliest that reach this probability (default 0.95)")
+    generate.add_argument(
+        "--top-p", type=float, default=0.95, help="draw among the likeliest that reach this probability (default 0.95)"
+    )
     generate.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    generate.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations and weights (default float32)")
+    generate.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of activations and weights (default float32)"
+    )
     generate.add_argument("--quantize", choices=("int8", "int4", "nf4"), help="store the linear layers so")
-    generate.add_argument("--no-chat", dest="chat", action="store_false", help="go on from the plain text, without the chat template")
+    generate.add_argument(
+        "--no-chat", dest="chat", action="store_false", help="go on from the plain text, without the chat template"
+    )
 
     export = command("export", _export, "write a run's adapter, its merged model, or its base",
                      "tpu-tune export output/quickstart --merge --output merged")  # fmt: skip
@@ -220,7 +252,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", required=True, help="directory to write")
     what = export.add_mutually_exclusive_group()
     what.add_argument("--merge", action="store_true", help="write a Hugging Face model with the adapter merged in")
-    what.add_argument("--base", action="store_true", help="write the base model that PEFT should load below the adapter")
+    what.add_argument(
+        "--base", action="store_true", help="write the base model that PEFT should load below the adapter"
+    )
     export.add_argument("--merge-base", choices=("original", "dequantized"),
                         help="weights to merge into (default original) or to write as the base (default dequantized, exact to training)")  # fmt: skip
     export.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: the original's; float32 from a GGUF)")
@@ -228,7 +262,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show a model's modules and what a LoRA configuration would train; reads no weights",
                       'tpu-tune inspect model.gguf --config.lora.target_modules=q_proj,v_proj --config.lora.rank=16')  # fmt: skip
     inspect.add_argument("model", metavar="MODEL", help="Hugging Face id, local directory, or .gguf file")
-    inspect.add_argument("--config", metavar="FILE", help="config file whose lora.* is used; --config.lora.KEY=VALUE overrides")
+    inspect.add_argument(
+        "--config", metavar="FILE", help="config file whose lora.* is used; --config.lora.KEY=VALUE overrides"
+    )
     return parser
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import numbers
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -151,7 +152,12 @@ _EITHER = {
     "quantize.include": (str, list),
     "quantize.exclude": (str, list),
 }
-_FREE = {"data.columns", "lora.rank_pattern", "lora.alpha_pattern", "train.lr_scheduler_kwargs"}  # dicts with the user's own keys
+_FREE = {
+    "data.columns",
+    "lora.rank_pattern",
+    "lora.alpha_pattern",
+    "train.lr_scheduler_kwargs",
+}  # dicts with the user's own keys
 _CHOICES = {
     "method": ("full", "lora"),
     "model.dtype": ("bfloat16", "float16", "float32"),
@@ -290,11 +296,15 @@ def check(config: ConfigDict) -> ConfigDict:
                 "give 'data.eval' or a 'data.eval_ratio' above 0"
             )
     if train.load_best_model_at_end and train.save_strategy == "no":
-        raise UserError("config key 'train.load_best_model_at_end' needs checkpoints; set 'train.save_strategy' to steps or epoch")
+        raise UserError(
+            "config key 'train.load_best_model_at_end' needs checkpoints; set 'train.save_strategy' to steps or epoch"
+        )
     if sum(size == -1 for size in config.mesh.values()) > 1:
         raise UserError("only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence may be -1")
     if config.method == "full" and config.quantize.format != "none":
-        raise UserError("method 'full' trains every weight and a quantized weight cannot be trained; set quantize.format=none, or method=lora")
+        raise UserError(
+            "method 'full' trains every weight and a quantized weight cannot be trained; set quantize.format=none, or method=lora"
+        )
     return config
 
 
@@ -318,7 +328,11 @@ def _convert(key: str, example: Any, value: Any) -> Any:
                 except json.JSONDecodeError as error:
                     raise UserError(f"config key '{key}': {text!r} is not JSON ({error.msg})") from None
             elif not isinstance(wanted, tuple):
-                value = [part.strip() for part in text.split(",") if part.strip()] if isinstance(example, list) else value
+                value = (
+                    [part.strip() for part in text.split(",") if part.strip()] if isinstance(example, list) else value
+                )
+            elif re.fullmatch(r"[\w.]+", text):
+                value = [text]  # one name; a regular expression of nothing but letters would be a full path
             elif "," in text and not set(text) & set("*+?()|^$\\"):
                 value = [part.strip() for part in text.split(",")]
         elif isinstance(example, bool):

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tpu_tune.checkpoints.source import WeightSource
@@ -53,11 +54,10 @@ def write_model(
       UserError: the directory cannot be written.
     """
     untied = unties_head(params, architecture.modules())
-    name = dtype or str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix("torch.")
-    tensors = (
-        (tensor, value.astype(DTYPES[name]))
-        for tensor, value in _with_head(params, architecture, untied)
+    name = dtype or str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix(
+        "torch."
     )
+    tensors = ((tensor, value.astype(DTYPES[name])) for tensor, value in _with_head(params, architecture, untied))
     with whole_directory(directory) as aside:
         _write_shards(aside, tensors, shard_bytes)
         write_config(aside, source, name, untied)
@@ -105,7 +105,9 @@ def _write_shards(directory: str, tensors: Iterable[tuple[str, np.ndarray]], sha
         nonlocal held, size
         if held:
             file = os.path.join(directory, f"part-{len(shards)}.safetensors")
-            save_file({name: np.ascontiguousarray(value) for name, value in held.items()}, file, metadata={"format": "pt"})
+            save_file(
+                {name: np.ascontiguousarray(value) for name, value in held.items()}, file, metadata={"format": "pt"}
+            )
             shards.append(list(held))
             held, size = {}, 0
 
@@ -142,7 +144,8 @@ def whole_directory(directory: str) -> Iterator[str]:
         yield aside
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(aside, directory)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{directory} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

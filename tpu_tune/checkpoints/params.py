@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.models import Architecture
+from tpu_tune.models import Architecture, architecture
 from tpu_tune.tensors import Module, QuantizedTensor
 
 log = logging.getLogger(__name__)
@@ -71,13 +72,27 @@ def load_params(
                     stack = value
                     break
                 if stack is None:
-                    stack = jax.tree.map(lambda part, module=module: np.empty((module.layers, *part.shape), part.dtype), value)
+                    stack = jax.tree.map(
+                        lambda part, module=module: _aligned((module.layers, *part.shape), part.dtype), value
+                    )
                 jax.tree.map(lambda whole, part, layer=layer: whole.__setitem__(layer, part), stack, value)
             params[path] = place(path, stack)
             done += max(1, module.layers)
             if progress:
                 progress(done, len(names))
     return params
+
+
+def open_architecture(source: WeightSource) -> Architecture:
+    """Return the architecture that a source's config describes.
+
+    Raises:
+      UserError: it is not known, or the config lacks something; the message names the model.
+    """
+    try:
+        return architecture(source.config)
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from None
 
 
 def check_names(source: WeightSource, architecture: Architecture) -> dict[str, str]:
@@ -93,13 +108,16 @@ def check_names(source: WeightSource, architecture: Architecture) -> dict[str, s
     extra = [
         name for canonical, name in held.items()
         if canonical not in expected and canonical not in tied and not canonical.endswith(_IGNORED)
+        and not (tied and canonical == "lm_head.weight")
     ]  # fmt: skip
     if missing:
         near = difflib.get_close_matches(missing[0], extra, 1)
         hint = f" (the file has '{near[0]}')" if near else ""
         raise UserError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}{hint}")
     if extra:
-        raise UserError(f"{source.path}: {len(extra)} tensors are not part of a {architecture.family} model: {_some(extra)}")
+        raise UserError(
+            f"{source.path}: {len(extra)} tensors are not part of a {architecture.family} model: {_some(extra)}"
+        )
     for name, shape in expected.items():
         if tuple(source.shapes[held[name]]) != shape:
             raise UserError(
@@ -127,6 +145,14 @@ def oriented(module: Module, path: str, value: Any) -> Any:
     if isinstance(value, QuantizedTensor):
         return value
     return value.T if path == module.weight and module.kind == "linear" and not module.fan_in_fan_out else value
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return an uninitialised array that JAX takes over on the CPU without a copy: it asks for 64-byte alignment."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _name(module: Module, path: str, layer: int | None) -> str:

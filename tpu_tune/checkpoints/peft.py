@@ -34,7 +34,11 @@ _INITIAL_ONLY = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 
 
 def write_adapter(
-    directory: str, trainable: Mapping[str, Any], targets: Targets, architecture: Architecture, base_name: str,
+    directory: str,
+    trainable: Mapping[str, Any],
+    targets: Targets,
+    architecture: Architecture,
+    base_name: str,
     params: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a PEFT adapter; an existing one is replaced only when the new one is complete.
@@ -103,7 +107,11 @@ def adapter_tensors(
         magnitude = trainable.get(f"{module.path}.lora_magnitude_vector")
         for place, (name, rank) in enumerate(zip(_names(target), target.ranks, strict=True)):
             a_one, b_one = (a[place], b[place]) if target.layers else (a, b)
-            form = ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+            form = (
+                ("lora_embedding_A", "lora_embedding_B")
+                if module.kind == "embedding"
+                else ("lora_A.weight", "lora_B.weight")
+            )
             tensors[f"{PREFIX}{name}.{form[0]}"] = np.ascontiguousarray(a_one[:, :rank].T)
             tensors[f"{PREFIX}{name}.{form[1]}"] = np.ascontiguousarray(b_one[:rank].T)
             if magnitude is not None:
@@ -119,7 +127,9 @@ def adapter_tensors(
                 source = f"{module.tied_to}.weight" if module.tied_to else module.weight
                 value = np.asarray(params[source])
                 transposed = module.is_head and not module.tied_to
-                tensors[f"{PREFIX}{module.path}.base_layer.weight"] = np.ascontiguousarray(value.T if transposed else value)
+                tensors[f"{PREFIX}{module.path}.base_layer.weight"] = np.ascontiguousarray(
+                    value.T if transposed else value
+                )
     return tensors
 
 
@@ -151,18 +161,31 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
     spec = read_spec(directory)
     file = os.path.join(directory, "adapter_model.safetensors")
     if not os.path.isfile(file):
-        old = " (adapter_model.bin is there: convert it to safetensors with peft)" if os.path.exists(file[:-11] + "bin") else ""
+        old = (
+            " (adapter_model.bin is there: convert it to safetensors with peft)"
+            if os.path.exists(file[:-11] + "bin")
+            else ""
+        )
         raise UserError(f"{file}: there is no such file{old}")
     try:
         tensors = load_file(file)
     except Exception as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-    targets = find_targets(architecture.modules(), spec, architecture.default_targets)
+    try:
+        targets = find_targets(architecture.modules(), spec, architecture.default_targets)
+    except UserError as error:  # its keys are PEFT's, and the adapter's own
+        raise UserError(
+            f"{directory}: this adapter does not fit the model: {str(error).removeprefix('lora.')}"
+        ) from None
     trainable: dict[str, Any] = {}
     used: set[str] = set()
 
     def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        for key in (PREFIX + name, PREFIX + name.replace(".base_layer.bias", ".bias"), PREFIX + name.removesuffix(".weight")):
+        for key in (
+            PREFIX + name,
+            PREFIX + name.replace(".base_layer.bias", ".bias"),
+            PREFIX + name.removesuffix(".weight"),
+        ):
             if key in tensors:
                 used.add(key)
                 if tensors[key].shape != shape:
@@ -173,7 +196,9 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
     for target in targets.adapted:
         trainable |= _read_target(target, spec, take)
     expected = {path: module for module in architecture.modules() for path in (module.weight, f"{module.path}.bias")}
-    wanted = [path for module in targets.saved for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else [])]
+    wanted = [
+        path for module in targets.saved for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else [])
+    ]
     adapted = {target.module.path for target in targets.adapted}
     for path in [*wanted, *targets.biases]:
         trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
@@ -226,7 +251,9 @@ def read_spec(directory: str) -> LoraSpec:
 def _read_target(target: Target, spec: LoraSpec, take: Any) -> dict[str, Any]:
     module = target.module
     inner, outer = module.shape
-    form = ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    form = (
+        ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    )
     parts: dict[str, list[np.ndarray]] = {"lora_A": [], "lora_B": []}
     for name, rank in zip(_names(target), target.ranks, strict=True):
         short = target.rank - rank

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,7 @@ class RunCheckpoints:
         self._directory = os.path.abspath(directory)
         self._fingerprint, self._keep = fingerprint, keep
         self._pending: int | None = None
+        self._hook = sys.excepthook
         self.best_step: int | None = None
         try:
             self._manager = ocp.CheckpointManager(
@@ -44,6 +47,10 @@ class RunCheckpoints:
             raise UserError(f"{directory}: checkpoints cannot be kept there: {error.strerror or error}") from error
 
     def __enter__(self) -> RunCheckpoints:
+        # A failure is told once, by us: Orbax logs tracebacks from its threads, and TensorStore's callbacks that find
+        # Orbax's event loop closed print theirs through the excepthook.
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+        self._hook, sys.excepthook = sys.excepthook, _without_closed_loops
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -55,6 +62,9 @@ class RunCheckpoints:
                 self._manager.close()
             except Exception as error:  # a failed save was reported when it was waited for
                 log.debug("closing the checkpoint manager: %s", error)
+            logging.getLogger("absl").removeFilter(_not_from_orbax)
+            if kind is None:  # after a failure, callbacks may still come
+                sys.excepthook = self._hook
 
     @property
     def steps(self) -> list[int]:
@@ -112,12 +122,10 @@ class RunCheckpoints:
             try:
                 found = self._manager.restore(
                     candidate,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), memory=ocp.args.JsonRestore()
-                    ),
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), memory=ocp.args.JsonRestore()),
                 )
             except Exception as error:  # whatever is broken about it, an older one may be whole
-                log.warning("checkpoint %d cannot be read (%s)", candidate, str(error).splitlines()[0])
+                log.warning("checkpoint %d cannot be read (%s)", candidate, _reason(error))
                 problem = error
                 continue
             if found.memory["base_fingerprint"] != self._fingerprint:
@@ -125,9 +133,12 @@ class RunCheckpoints:
                     f"{self._directory}: the base model has changed since checkpoint {candidate} was written; "
                     "restore the model that the run began with, or choose another output_dir"
                 )
+            if step is None:  # those after it are damaged and would stand in the way of new ones
+                for damaged in candidates[: candidates.index(candidate)]:
+                    self._manager.delete(damaged)
             return found.state, found.memory
         if problem is not None:
-            raise UserError(f"{self._directory}: no checkpoint can be read ({str(problem).splitlines()[0]})") from problem
+            raise UserError(f"{self._directory}: no checkpoint can be read ({_reason(problem)})") from problem
         return None
 
     def _guarded(self, step: int, act: Callable[[], Any]) -> None:
@@ -135,7 +146,11 @@ class RunCheckpoints:
             act()
         except Exception as error:
             good = [one for one in self.steps if one != step]
-            last = f"the last good one is step {good[-1]}, the same command goes on from there" if good else "there is no earlier one"
+            last = (
+                f"the last good one is step {good[-1]}, the same command goes on from there"
+                if good
+                else "there is no earlier one"
+            )
             raise UserError(
                 f"{self._directory}: checkpoint {step} could not be written ({_reason(error)}); {last}"
             ) from error
@@ -144,5 +159,17 @@ class RunCheckpoints:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:200]
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)

@@ -71,4 +71,6 @@ def _from_hub(name: str) -> str:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # the client's many errors mean one thing to the user
         reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: not a local directory, and the Hugging Face hub did not give it ({reason})") from error
+        raise UserError(
+            f"{name}: not a local directory, and the Hugging Face hub did not give it ({reason})"
+        ) from error

@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.huggingface_write import whole_directory, write_model
-from tpu_tune.checkpoints.params import load_params
+from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource, open_source
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import _logits
-from tpu_tune.models import Architecture, architecture
+from tpu_tune.models import Architecture
 from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split
 
 BASES = ("original", "dequantized")
@@ -84,7 +84,9 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     targets = find_targets(arch.modules(), spec, arch.default_targets)
 
     def combined(quantized: bool) -> dict[str, Any]:
-        params = load_params(source, arch, jnp.float32, policy.apply, policy.paths(arch.modules()) if quantized else frozenset())
+        params = load_params(
+            source, arch, jnp.float32, policy.apply, policy.paths(arch.modules()) if quantized else frozenset()
+        )
         return combine(*split(params, targets, adapters), targets)
 
     # One tree at a time: the trained one gives the reference logits, then the exported one is written and measured.
@@ -94,7 +96,7 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     write_model(output, trained if base == "dequantized" else combined(False), source, arch, dtype)
     del trained
     exported = open_source(output)
-    written_arch = architecture(exported.config)
+    written_arch = open_architecture(exported)
     written = load_params(exported, written_arch, jnp.float32)
     found = np.asarray(_logits(written_arch, jnp.dtype("float32"), written, jnp.asarray(probe, jnp.int32)))
     difference = float(np.max(np.abs(found - reference)))
@@ -125,7 +127,7 @@ def _opened(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, Q
         source = open_source(config.model.path)
     except UserError as error:
         raise UserError(f"the model that {run} was trained on cannot be opened: {error}") from None
-    return source, architecture(source.config), QuantizePolicy.from_config(config.quantize)
+    return source, open_architecture(source), QuantizePolicy.from_config(config.quantize)
 
 
 def _adapter_of(run: str, config: ConfigDict) -> str:

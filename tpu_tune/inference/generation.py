@@ -50,7 +50,13 @@ class Sampling:
 
 
 def generate(
-    arch: Architecture, params: dict[str, Any], tokenizer: Any, dtype: Any, prompts: Sequence[str], sampling: Sampling, chat: bool
+    arch: Architecture,
+    params: dict[str, Any],
+    tokenizer: Any,
+    dtype: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    chat: bool,
 ) -> list[str]:
     """Return one decoded answer a prompt (see `Model.generate`)."""
     encoded = [encode_prompt(tokenizer, prompt, chat) for prompt in prompts]
@@ -63,8 +69,12 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return list(tokenizer(prompt)["input_ids"])
     if not tokenizer.chat_template:
-        raise UserError("this tokenizer has no chat template; use --no-chat (chat=False in Python) to go on from plain text")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        raise UserError(
+            "this tokenizer has no chat template; use --no-chat (chat=False in Python) to go on from plain text"
+        )
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -77,7 +87,12 @@ def end_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def generate_ids(
-    arch: Architecture, params: dict[str, Any], prompts: Sequence[Sequence[int]], sampling: Sampling, ends: Sequence[int], dtype: Any
+    arch: Architecture,
+    params: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    ends: Sequence[int],
+    dtype: Any,
 ) -> list[list[int]]:
     """Return the new token ids of each prompt, up to and without the token that ended it.
 
@@ -91,6 +106,8 @@ def generate_ids(
     Raises:
       UserError: an empty prompt.
     """
+    if not prompts:
+        return []
     if not all(prompts):
         raise UserError("a prompt is empty; generation needs at least one token to go on from")
     width = -(-max(len(prompt) for prompt in prompts) // _ROUND) * _ROUND

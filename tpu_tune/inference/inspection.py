@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tpu_tune.checkpoints.params import open_architecture
 from tpu_tune.checkpoints.source import open_source
-from tpu_tune.models import Architecture, architecture
+from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraSpec, find_targets
 
@@ -32,7 +33,7 @@ def inspect_model(path: str, spec: LoraSpec) -> dict[str, Any]:
       of `name`, `shape` (in, out), `layers`, `kind`, `role`), and `lora`: `targets`, `trainable`, `all`.
     """
     source = open_source(path)
-    arch = architecture(source.config)
+    arch = open_architecture(source)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
     total = sum(math.prod(shape) for shape in arch.leaf_shapes().values())
     whole = sum(

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tpu_tune.checkpoints import peft
-from tpu_tune.checkpoints.params import load_params
+from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource, open_source
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
-from tpu_tune.models import Architecture, Decoder, Execution, architecture
+from tpu_tune.models import Architecture, Decoder, Execution
 from tpu_tune.tensors import FORMATS
 from tpu_tune.transforms import QuantizePolicy, Targets, combine, find_targets, split
 
@@ -59,7 +59,9 @@ class Model:
           sampling: length, temperature, top-k, top-p, seed; greedy by default.
           chat: put each prompt into the tokenizer's chat template.
         """
-        return generate(self.architecture, self.params, self.tokenizer, self.dtype, prompts, sampling or Sampling(), chat)
+        return generate(
+            self.architecture, self.params, self.tokenizer, self.dtype, prompts, sampling or Sampling(), chat
+        )
 
 
 def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Model:
@@ -79,7 +81,7 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     if quantize not in (None, "none", *FORMATS):
         raise UserError(f"quantize is '{quantize}'; it must be one of {', '.join(FORMATS)}")
     source = open_source(path)
-    arch = architecture(source.config)
+    arch = open_architecture(source)
     policy = QuantizePolicy(quantize or "none")
     # The small things first: what is wrong with them is told before the weights are read.
     tokenizer = source.load_tokenizer()

@@ -18,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 IGNORED = -100  # Hugging Face's label for "no loss here"
 
 
-def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
+def token_losses(
+    logits: Float[Array, "*N V"], targets: Int[Array, "*N"]
+) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
     """Return each token's cross-entropy (float32, 0 where the target is `IGNORED`) and whether its first guess is right."""
     logits = logits.astype(jnp.float32)
     counted = targets != IGNORED

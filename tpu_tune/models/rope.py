@@ -101,7 +101,9 @@ def rotate(x: Float[Array, "B T H D"], rope: Rope, cos: Array, sin: Array) -> Fl
         first, second = jnp.split(turned, 2, axis=-1)
     pair = [first * cos - second * sin, second * cos + first * sin]
     turned = jnp.stack(pair, axis=-1).reshape(turned.shape) if rope.interleaved else jnp.concatenate(pair, axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), passed], axis=-1) if rope.dim < x.shape[-1] else turned.astype(x.dtype)
+    return (
+        jnp.concatenate([turned.astype(x.dtype), passed], axis=-1) if rope.dim < x.shape[-1] else turned.astype(x.dtype)
+    )
 
 
 def _frequencies(rope: Rope) -> np.ndarray:

@@ -11,7 +11,9 @@ from tpu_tune.data import PackedRows, eval_batches
 from tpu_tune.training.setup import Steps
 
 
-def evaluate(steps: Steps, trainable: Mapping[str, Any], frozen: Mapping[str, Any], rows: PackedRows, batch_rows: int) -> dict[str, float]:
+def evaluate(
+    steps: Steps, trainable: Mapping[str, Any], frozen: Mapping[str, Any], rows: PackedRows, batch_rows: int
+) -> dict[str, float]:
     """Return the metrics of one pass over `rows`.
 
     Returns:

@@ -70,9 +70,12 @@ class _Memory:
     best_step: int = 0
     evals_without_gain: int = 0
     skipped: int = 0
+    rows: int = 0  # rows a step
 
 
-def train(config: ConfigDict, say: Callable[[str], None] = print, on_eval: Callable[[list[dict]], None] | None = None) -> Run:
+def train(
+    config: ConfigDict, say: Callable[[str], None] = print, on_eval: Callable[[list[dict]], None] | None = None
+) -> Run:
     """Train as the configuration says, resuming what is already in `output_dir`.
 
     Args:
@@ -102,7 +105,9 @@ def train(config: ConfigDict, say: Callable[[str], None] = print, on_eval: Calla
     jax.block_until_ready((model.trainable, model.frozen))
     if is_main:
         run_directory.write_config(config)
-    say(f"model: {config.model.path} ({model.architecture.family}), loaded in {time.monotonic() - begun:.1f} s on {_devices(mesh)}")
+    say(
+        f"model: {config.model.path} ({model.architecture.family}), loaded in {time.monotonic() - begun:.1f} s on {_devices(mesh)}"
+    )
     say(trainable_line(model))
     batches = Batches(data.train, batch_rows, config.train.gradient_accumulation_steps, config.data.data_seed)
     total = total_steps(config, batches)
@@ -110,20 +115,29 @@ def train(config: ConfigDict, say: Callable[[str], None] = print, on_eval: Calla
 
     # --- steps, and the state to go on from -----------------------------------------------------------------------
     steps = prepare_steps(config, model, total)
+    rows = batch_rows * config.train.gradient_accumulation_steps
     state, memory = steps.initial_state, _Memory()
     with RunCheckpoints(
         run_directory.path(out, "checkpoints"), base_fingerprint(config, model), config.train.save_total_limit
     ) as checkpoints:
         found = checkpoints.restore(state)
         if found is not None:
-            state, memory = found[0], _Memory(**{key: found[1][key] for key in dataclasses.asdict(memory)})
+            state, memory = (
+                found[0],
+                _Memory(**{key: found[1][key] for key in dataclasses.asdict(memory) if key in found[1]}),
+            )
             checkpoints.best_step = memory.best_step or None
             say(f"resuming from step {int(state.step)} of {total}")
-        first = int(state.step)
+            if memory.rows not in (0, rows):
+                say(
+                    f"a step was {memory.rows} rows and is now {rows}, for the mesh has changed: order and schedule are new from here on"
+                )
+        first, memory.rows = int(state.step), rows
         if is_main:
             run_directory.truncate_metrics(out, first)
         result = run_directory.path(out, "adapter" if model.targets is not None else "model")
-        if first >= total and os.path.isdir(result):
+        stopped = 0 < config.train.early_stopping_patience <= memory.evals_without_gain
+        if (first >= total or stopped) and os.path.isdir(result):
             say(f"this run is done: {first} of {total} steps; its result is in {result}")
             return Run(out, config, run_directory.read_metrics(out), first, total, result, "already finished")
         sinks = loggers.open_sinks(config.train.report_to, out, configuration.to_dict(config), first, is_main)
@@ -178,9 +192,15 @@ def _loop(
         """Evaluate; return whether to stop early."""
         nonlocal clock, tokens_then, last_eval
         last_eval = step
-        row = {"step": step, "epoch": step / per_epoch, **evaluate(steps, state.trainable, model.frozen, data.eval, eval_rows)}
+        row = {
+            "step": step,
+            "epoch": step / per_epoch,
+            **evaluate(steps, state.trainable, model.frozen, data.eval, eval_rows),
+        }
         loggers.log(sinks, row)
-        progress.write(f"step {step}: eval_loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f}, accuracy {row['eval_token_accuracy']:.1%}")
+        progress.write(
+            f"step {step}: eval_loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f}, accuracy {row['eval_token_accuracy']:.1%}"
+        )
         if row["eval_loss"] < memory.best_loss:
             memory.best_loss, memory.best_step, memory.evals_without_gain = row["eval_loss"], step, 0
         else:

@@ -116,7 +116,7 @@ def _read_config(file: str) -> dict[str, Any] | None:
     try:
         with open(file, encoding="utf-8") as stream:
             return dict(configuration.flatten(json.load(stream)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error}); choose another output_dir, or remove it") from error

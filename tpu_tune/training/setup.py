@@ -15,13 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import peft
-from tpu_tune.checkpoints.params import check_names, load_params
+from tpu_tune.checkpoints.params import check_names, load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource, open_source
 from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
@@ -41,7 +40,7 @@ class PreparedModel:
     """A model on its mesh, split into what is trained and what is not.
 
     Attributes:
-      source: where the weights came from.
+      source: where the weights came from; None for `abstract_model`'s.
       architecture: of the model.
       mesh: the devices.
       targets: of LoRA; None under method=full.
@@ -50,7 +49,7 @@ class PreparedModel:
       shardings: of every leaf of the base tree.
     """
 
-    source: WeightSource
+    source: WeightSource | None
     architecture: Architecture
     mesh: Mesh
     targets: Targets | None
@@ -77,7 +76,7 @@ class Steps:
     Attributes:
       train: (state, frozen, batch) -> (state, metrics); the state is donated.
       evaluate: (trainable, frozen, batch) -> sums.
-      initial_state: a fresh state, sharded.
+      initial_state: a fresh state, sharded; of shapes only where the model is.
       put_batch: NumPy batch -> arrays on the mesh; takes the number of leading axes before (rows, tokens).
     """
 
@@ -103,7 +102,9 @@ def check_settings(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     reporters(config.train.report_to)
     storage_dtype(config)
     if config.model.adapter and config.method != "lora":
-        raise UserError("model.adapter needs method=lora; to train a merged model in full, merge it with tpu-tune export first")
+        raise UserError(
+            "model.adapter needs method=lora; to train a merged model in full, merge it with tpu-tune export first"
+        )
     resolve(config.data.train)
     if config.data.eval:
         resolve(config.data.eval)
@@ -117,7 +118,7 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
       UserError: no usable model, an adapter that does not fit, or names that match no module.
     """
     source = open_source(config.model.path)
-    arch = architecture(source.config)
+    arch = open_architecture(source)
     check_names(source, arch)
     QuantizePolicy.from_config(config.quantize).paths(arch.modules())
     if config.model.adapter:
@@ -151,21 +152,8 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
       UserError: anything about the model, the adapter or the LoRA settings that does not fit.
     """
     source = open_source(config.model.path)
-    arch = architecture(source.config)
-    modules = arch.modules()
-    spec, adapters = LoraSpec.from_config(config.lora), None
-    if config.model.adapter:
-        spec, adapters = peft.read_adapter(config.model.adapter, arch)
-        spec = dataclasses.replace(spec, dropout=config.lora.dropout)
-        log.info("starting from %s: its rank, alpha and targets replace lora.*; only lora.dropout is taken from the config", config.model.adapter)
-    targets = find_targets(modules, spec, arch.default_targets) if config.method == "lora" else None
-    policy = QuantizePolicy.from_config(config.quantize)
-    if config.quantize.format != "none" and targets is not None:
-        # What is trained in full cannot be quantized.
-        saved = tuple(module.path for module in targets.saved)
-        exclude = (policy.exclude,) if isinstance(policy.exclude, str) else tuple(policy.exclude)
-        if saved and not isinstance(policy.exclude, str):
-            policy = dataclasses.replace(policy, exclude=(*exclude, *[path.rsplit(".")[-1] for path in saved]))
+    arch = open_architecture(source)
+    targets, adapters, policy = _methods(config, arch)
     stacked = stacked_paths(arch)
     found: dict[str, Any] = {}
 
@@ -174,7 +162,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
         return jax.tree.map(put, leaf, found[path])
 
     params = load_params(
-        source, arch, storage_dtype(config), policy.apply, policy.paths(modules), place=place, progress=progress
+        source, arch, storage_dtype(config), policy.apply, policy.paths(arch.modules()), place=place, progress=progress
     )
     if targets is not None and adapters is None:
         adapters = lora.init(targets, params, jax.random.key(config.seed))
@@ -183,6 +171,60 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked))
     trainable = {path: put(leaf, placed[path]) for path, leaf in trainable.items()}
     return PreparedModel(source, arch, mesh, targets, trainable, frozen, found)
+
+
+def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Mesh) -> PreparedModel:
+    """Return what `prepare_model` would, of shapes, dtypes and shardings only: to compile for devices that are not there.
+
+    Args:
+      config: the whole configuration; `model.path` is not read.
+      model_config: as a Hugging Face config.json.
+      mesh: of devices, or of a topology's.
+    """
+    arch = architecture(model_config)
+    targets, adapters, policy = _methods(config, arch)
+    dtype, stacked, quantized = storage_dtype(config), stacked_paths(arch), policy.paths(arch.modules())
+    base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
+    base = {path: jax.eval_shape(policy.apply, leaf) if path in quantized else leaf for path, leaf in base.items()}
+
+    def parts(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        fresh = adapters
+        if targets is not None and fresh is None:
+            fresh = lora.init(targets, params, jax.random.key(config.seed))
+        return split(params, targets, fresh)
+
+    trainable, frozen = jax.eval_shape(parts, base)
+    found = sharding.shardings(base, mesh, stacked, units=sharding_units(arch))
+    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked))
+    trainable = {path: _at(leaf, placed[path]) for path, leaf in trainable.items()}
+    frozen = {path: jax.tree.map(_at, leaf, found[path]) for path, leaf in frozen.items()}
+    return PreparedModel(None, arch, mesh, targets, trainable, frozen, found)
+
+
+def _at(leaf: Any, home: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+
+
+def _methods(config: ConfigDict, arch: Architecture) -> tuple[Targets | None, dict[str, Any] | None, QuantizePolicy]:
+    """Return what is trained, the adapter to start from, and what is quantized."""
+    modules = arch.modules()
+    spec, adapters = LoraSpec.from_config(config.lora), None
+    if config.model.adapter:
+        spec, adapters = peft.read_adapter(config.model.adapter, arch)
+        spec = dataclasses.replace(spec, dropout=config.lora.dropout)
+        log.info(
+            "starting from %s: its rank, alpha and targets replace lora.*; only lora.dropout is taken from the config",
+            config.model.adapter,
+        )
+    targets = find_targets(modules, spec, arch.default_targets) if config.method == "lora" else None
+    policy = QuantizePolicy.from_config(config.quantize)
+    if config.quantize.format != "none" and targets is not None:
+        # What is trained in full cannot be quantized.
+        saved = tuple(module.path for module in targets.saved)
+        exclude = (policy.exclude,) if isinstance(policy.exclude, str) else tuple(policy.exclude)
+        if saved and not isinstance(policy.exclude, str):
+            policy = dataclasses.replace(policy, exclude=(*exclude, *[path.rsplit(".")[-1] for path in saved]))
+    return targets, adapters, policy
 
 
 def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) -> Steps:
@@ -208,7 +250,8 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
     start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
     shapes = jax.eval_shape(start, model.trainable)
     homes = state_shardings(shapes, model)
-    state = jax.jit(start, out_shardings=homes)(model.trainable)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.trainable.values())
+    state = jax.tree.map(_at, shapes, homes) if abstract else jax.jit(start, out_shardings=homes)(model.trainable)
     return Steps(
         train=jax.jit(step, donate_argnums=0, out_shardings=(homes, None)),
         evaluate=jax.jit(make_eval_step(problem)),
@@ -224,7 +267,9 @@ def execution(config: ConfigDict, model: PreparedModel) -> Execution:
         return plain
     prefix = model.architecture.names.layers + "."
     wanted = {
-        path[len(prefix) :]: sharding.gathered(home) for path, home in model.shardings.items() if path.startswith(prefix)
+        path[len(prefix) :]: sharding.gathered(home)
+        for path, home in model.shardings.items()
+        if path.startswith(prefix)
     }
     hidden = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
@@ -238,9 +283,7 @@ def execution(config: ConfigDict, model: PreparedModel) -> Execution:
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:
         return {path: gather_leaf(leaf, wanted[path]) for path, leaf in leaves.items()}
 
-    return dataclasses.replace(
-        plain, gather=gather, constrain=lambda x: jax.lax.with_sharding_constraint(x, hidden)
-    )
+    return dataclasses.replace(plain, gather=gather, constrain=lambda x: jax.lax.with_sharding_constraint(x, hidden))
 
 
 def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:
@@ -269,7 +312,9 @@ def stacked_trainable(targets: Targets | None, stacked: frozenset[str]) -> froze
     if targets is None:
         return stacked
     adapters = ("lora_A", "lora_B", "lora_magnitude_vector")
-    return stacked | {f"{target.module.path}.{name}" for target in targets.adapted if target.layers for name in adapters}
+    return stacked | {
+        f"{target.module.path}.{name}" for target in targets.adapted if target.layers for name in adapters
+    }
 
 
 def sharding_units(arch: Architecture) -> dict[str, int]:

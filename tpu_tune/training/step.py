@@ -108,7 +108,9 @@ def make_train_step(
         factor = scale / jnp.maximum(num_targets, 1).astype(jnp.float32)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
 
-        def scaled_loss(trainable: Mapping[str, Array], micro: Batch, number: Array) -> tuple[Array, tuple[Array, Array]]:
+        def scaled_loss(
+            trainable: Mapping[str, Array], micro: Batch, number: Array
+        ) -> tuple[Array, tuple[Array, Array]]:
             micro_key = None if key is None else jax.random.fold_in(key, number)
             loss, right = problem.loss(trainable, frozen, micro, micro_key)
             return loss * factor, (loss, right)

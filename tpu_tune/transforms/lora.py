@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, dense
-from tpu_tune.transforms.select import Pattern, by_pattern, choose, matches, targeted
+from tpu_tune.transforms.select import Pattern, by_pattern, choose, targeted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def find_targets(modules: Sequence[Module], spec: LoraSpec, default_targets: Seq
     adapted = tuple(_target(by_path[path], layers, spec) for path, layers in chosen.items())
     saved = []
     for name in spec.modules_to_save:
-        found = choose(modules, lambda module, full, name=name: matches(full, [name]))
+        found = choose(modules, lambda module, full, name=name: full.endswith(name))  # peft: no dot needed before it
         if not found:
             names = ", ".join(dict.fromkeys(module.path.rsplit(".")[-1] for module in modules))
             raise UserError(f"lora.modules_to_save: '{name}' matches no module; choose among {names}")
@@ -128,13 +128,20 @@ def find_targets(modules: Sequence[Module], spec: LoraSpec, default_targets: Seq
                     f"lora.modules_to_save: '{name}' has no weight of its own in this model, it is tied to "
                     f"'{by_path[path].tied_to}'; target it with LoRA, or save that one"
                 )
-            saved.append(by_path[path])
+            if path in chosen:
+                raise UserError(
+                    f"lora.modules_to_save: '{name}' takes '{path}', which has an adapter too; exclude it from one"
+                )
+            if by_path[path] not in saved:
+                saved.append(by_path[path])
     with_bias = [module for module in modules if module.bias and module not in saved]
     if spec.bias == "lora_only":
         with_bias = [module for module in with_bias if module.path in chosen and module.kind != "norm"]
         for module in with_bias:
             if len(chosen[module.path]) < module.layers:
-                raise UserError("lora.bias=lora_only together with a selection of layers is not implemented; use none or all")
+                raise UserError(
+                    "lora.bias=lora_only together with a selection of layers is not implemented; use none or all"
+                )
     biases = tuple(f"{module.path}.bias" for module in with_bias) if spec.bias != "none" else ()
     return Targets(adapted, tuple(saved), biases, spec)
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, QuantizedTensor, pack_block, quantize_tensor
-from tpu_tune.transforms.select import Pattern, targeted
+from tpu_tune.transforms.select import Pattern, choices, matches, targeted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,12 @@ class QuantizePolicy:
         if self.format == "none":
             return frozenset()
         include = self.include if isinstance(self.include, str) else list(self.include)
+        for entry in [self.exclude] if isinstance(self.exclude, str) else self.exclude:
+            pattern = entry if isinstance(self.exclude, str) else [entry]
+            if entry and not any(matches(name, pattern) for module in modules for name in module.names()):
+                raise UserError(
+                    f"quantize.exclude: '{entry}' matches no module; choose among {', '.join(choices(modules))}"
+                )
         chosen = targeted(modules, include, exclude=self.exclude, key="quantize.include")
         by_path = {module.path: module for module in modules}
         for path, layers in chosen.items():

@@ -77,6 +77,10 @@ def targeted(
         return found is not None and int(found.group(1)) in layers
 
     chosen = choose(modules, meant)
+    if not chosen and layers and choose(modules, lambda _, name: matches(name, pattern)):
+        raise UserError(
+            f"lora.layers_to_transform: no target is in the layers {', '.join(map(str, layers))}; they count from 0"
+        )
     if not chosen:
         raise UserError(f"{key}: {pattern!r} leaves no module; choose among {', '.join(choices(modules))}")
     return chosen

@@ -66,7 +66,12 @@ def batch_spec(leading: int = 0) -> PartitionSpec:
 
 
 def leaf_sharding(
-    path: str, leaf: Any, mesh: Mesh, stacked: bool, rules: Sequence[Rule] = RULES, units: Mapping[str, int] | None = None
+    path: str,
+    leaf: Any,
+    mesh: Mesh,
+    stacked: bool,
+    rules: Sequence[Rule] = RULES,
+    units: Mapping[str, int] | None = None,
 ) -> Any:
     """Return the sharding of a leaf: a NamedSharding, or for a `QuantizedTensor` a tree of them in its shape.
 
@@ -99,7 +104,11 @@ def leaf_sharding(
 
 
 def shardings(
-    tree: Mapping[str, Any], mesh: Mesh, stacked: frozenset[str], rules: Sequence[Rule] = RULES, units: Mapping[str, int] | None = None
+    tree: Mapping[str, Any],
+    mesh: Mesh,
+    stacked: frozenset[str],
+    rules: Sequence[Rule] = RULES,
+    units: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return path -> sharding for a whole tree; `stacked` holds the paths whose axis 0 is the layers."""
     return {path: leaf_sharding(path, leaf, mesh, path in stacked, rules, units) for path, leaf in tree.items()}
@@ -149,9 +158,17 @@ def _fit(path: str, shape: Sequence[int], units: Sequence[int], wanted: Sequence
             choices = [axis] + [other for other in range(len(shape)) if other != axis and len(shape) == 2]
             place = next((choice for choice in choices if fits(choice, name)), None)
             if place is None:
-                log.info("%s: %s does not divide over mesh axis '%s' (%d); replicated", path, tuple(shape), name, mesh.shape[name])
+                log.info(
+                    "%s: %s does not divide over mesh axis '%s' (%d); replicated",
+                    path,
+                    tuple(shape),
+                    name,
+                    mesh.shape[name],
+                )
             else:
                 if place != axis:
-                    log.info("%s: axis %d of %s moved to axis %d for mesh axis '%s'", path, axis, tuple(shape), place, name)
+                    log.info(
+                        "%s: axis %d of %s moved to axis %d for mesh axis '%s'", path, axis, tuple(shape), place, name
+                    )
                 given[place].append(name)
     return [tuple(names) if len(names) > 1 else (names[0] if names else None) for names in given]

@@ -22,7 +22,9 @@ from tpu_tune.transforms.lora import Target, Targets, path_key
 Tree = dict[str, Any]
 
 
-def split(params: Mapping[str, Any], targets: Targets | None, adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
+def split(
+    params: Mapping[str, Any], targets: Targets | None, adapters: Mapping[str, Array] | None = None
+) -> tuple[Tree, Tree]:
     """Return (trainable, frozen) trees.
 
     Args:
@@ -47,7 +49,9 @@ def split(params: Mapping[str, Any], targets: Targets | None, adapters: Mapping[
     return trainable, frozen
 
 
-def combine(trainable: Mapping[str, Any], frozen: Mapping[str, Any], targets: Targets | None, dropout_key: Array | None = None) -> Tree:
+def combine(
+    trainable: Mapping[str, Any], frozen: Mapping[str, Any], targets: Targets | None, dropout_key: Array | None = None
+) -> Tree:
     """Return the tree that the model runs on; pure, and free inside a jitted function.
 
     Args:
@@ -72,7 +76,9 @@ def combine(trainable: Mapping[str, Any], frozen: Mapping[str, Any], targets: Ta
     return params
 
 
-def _wrap(target: Target, targets: Targets, base: Any, trainable: Mapping[str, Any], dropout_key: Array | None) -> LoraTensor:
+def _wrap(
+    target: Target, targets: Targets, base: Any, trainable: Mapping[str, Any], dropout_key: Array | None
+) -> LoraTensor:
     module, dropout = target.module, targets.spec.dropout
     a, b, magnitude = (trainable.get(f"{module.path}.{name}") for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
     scales = np.asarray(target.scales, np.float32)

@@ -28,7 +28,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, 1)
+        near = difflib.get_close_matches(str(kind), FAMILIES, 1, 0.8)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise UserError(f"model_type '{kind}' is not known{hint}; the known architectures are {', '.join(FAMILIES)}")
     try:

@@ -74,7 +74,9 @@ def _qwen_windows(config: Mapping[str, Any]) -> list[int | None]:
     return [window if layer >= config["max_window_layers"] else None for layer in range(layers)]
 
 
-def _architecture(config: Mapping[str, Any], windows: list[int | None], names: Names = NAMES, **facts: Any) -> Architecture:
+def _architecture(
+    config: Mapping[str, Any], windows: list[int | None], names: Names = NAMES, **facts: Any
+) -> Architecture:
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rotary = rope.from_config(config, head_dim)

@@ -49,21 +49,25 @@ class RunCheckpoints:
     def __enter__(self) -> RunCheckpoints:
         # A failure is told once, by us: Orbax logs tracebacks from its threads, and TensorStore's callbacks that find
         # Orbax's event loop closed print theirs through the excepthook.
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_from_orbax)
         self._hook, sys.excepthook = sys.excepthook, _without_closed_loops
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
+        failed = True
         try:
             if kind is None:
                 self.wait()
+                failed = False
         finally:
             try:
                 self._manager.close()
             except Exception as error:  # a failed save was reported when it was waited for
                 log.debug("closing the checkpoint manager: %s", error)
-            logging.getLogger("absl").removeFilter(_not_from_orbax)
-            if kind is None:  # after a failure, callbacks may still come
+            if not failed:  # after a failure, callbacks may still come
+                for name in ("absl", "asyncio"):
+                    logging.getLogger(name).removeFilter(_not_from_orbax)
                 sys.excepthook = self._hook
 
     @property
@@ -167,7 +171,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    # asyncio tells of tasks whose exception nobody fetched; theirs names the coroutine's file.
+    return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())
 
 
 def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -34,7 +34,7 @@ class RunCheckpoints:
         self._directory = os.path.abspath(directory)
         self._fingerprint, self._keep = fingerprint, keep
         self._pending: int | None = None
-        self._hook = sys.excepthook
+        self._hook = sys.unraisablehook
         self.best_step: int | None = None
         try:
             self._manager = ocp.CheckpointManager(
@@ -48,10 +48,10 @@ class RunCheckpoints:
 
     def __enter__(self) -> RunCheckpoints:
         # A failure is told once, by us: Orbax logs tracebacks from its threads, and TensorStore's callbacks that find
-        # Orbax's event loop closed print theirs through the excepthook.
+        # Orbax's event loop closed print theirs through the hook.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_from_orbax)
-        self._hook, sys.excepthook = sys.excepthook, _without_closed_loops
+        self._hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -68,7 +68,7 @@ class RunCheckpoints:
             if not failed:  # after a failure, callbacks may still come
                 for name in ("absl", "asyncio"):
                     logging.getLogger(name).removeFilter(_not_from_orbax)
-                sys.excepthook = self._hook
+                sys.unraisablehook = self._hook
 
     @property
     def steps(self) -> list[int]:
@@ -175,6 +175,6 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())
 
 
-def _without_closed_loops(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def _without_closed_loops(problem: Any) -> None:
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)

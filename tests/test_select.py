@@ -99,7 +99,7 @@ def test_what_matches_nothing_lists_the_choices():
         find_targets(modules, LoraSpec(target_modules=["q_proj", "query"]))
     with pytest.raises(UserError, match=listed):
         find_targets(modules, LoraSpec(target_modules=r"layers\.0"))
-    with pytest.raises(UserError, match="leaves no module"):
+    with pytest.raises(UserError, match="no target is in the layers 7"):
         find_targets(modules, LoraSpec(target_modules=["q_proj"], layers_to_transform=[7]))
     with pytest.raises(UserError, match="modules_to_save: 'heads' matches no module.*lm_head"):
         find_targets(modules, LoraSpec(modules_to_save=["heads"]))

@@ -163,3 +163,24 @@ def test_dropout_drops_only_the_adapters_input():
     np.testing.assert_array_equal(matmul(x, dataclasses.replace(leaf, key=None)), x)
     over = dataclasses.replace(leaf, base=jnp.eye(IN))
     np.testing.assert_allclose(matmul(x, over), found + np.asarray(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (3, 64), (24, 16)])  # a narrow result, a narrow input, neither
+@pytest.mark.parametrize("product", [matmul, unembed])
+def test_the_gradient_of_a_weight_is_summed_in_float32(shape, product):
+    """With bfloat16 activations too: the only roundings are those of the operands."""
+    rows, columns = shape if product is matmul else shape[::-1]
+    w, x, g = arrays(shape, (2, 5, rows), (2, 5, columns), seed=7)
+    pattern = "io,bti->bto" if product is matmul else "oi,bti->bto"
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found, pull = jax.vjp(lambda x, w: product(x, w), x.astype(dtype), w)
+        assert found.dtype == dtype
+        grad_x, grad_w = pull(g.astype(dtype))
+        assert (grad_x.dtype, grad_w.dtype) == (dtype, jnp.float32)
+        rounded = [np.asarray(array.astype(dtype).astype(jnp.float32)) for array in (w, x, g)]
+        expected, pull = jax.vjp(lambda x, w: jnp.einsum(pattern, w, x), rounded[1], rounded[0])
+        expected_x, expected_w = pull(jnp.asarray(rounded[2]))
+        tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(grad_x.astype(jnp.float32), expected_x, rtol=tolerance, atol=10 * tolerance)
+        np.testing.assert_allclose(grad_w, expected_w, rtol=1e-5, atol=1e-5)

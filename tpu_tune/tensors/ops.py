@@ -1,12 +1,14 @@
 """`matmul`, `embed` and `unembed`: what a weight leaf does, whatever kind of leaf it is.
 
-Model code calls these three and never asks for a leaf's type. A product with a `QuantizedTensor` has its own
-derivative whose residual is the codes: autodiff of `x @ dequantize(w)` would keep the dequantized weight of every
-layer instead.
+Model code calls these three and never asks for a leaf's type. The product under them has its own derivative: what it
+keeps of a `QuantizedTensor` is the codes, where autodiff of `x @ dequantize(w)` would keep the dequantized weight of
+every layer, and of x nothing unless w is trained. Sums are float32 whatever the operands are, and a float32 weight
+(an adapter) used by bfloat16 activations gets its gradient without a rounding between.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -25,9 +27,7 @@ def matmul(x: Float[Array, "*batch in"], w: Any) -> Float[Array, "*batch out"]:
         return matmul(x, w.value)
     if isinstance(w, Transposed):
         return unembed(x, w.base)
-    if isinstance(w, QuantizedTensor):
-        return _quantized_matmul(x, w)
-    return x @ w.astype(x.dtype)
+    return _product(x, w, False)
 
 
 def embed(ids: Int[Array, "*batch"], w: Any, dtype: Any) -> Float[Array, "*batch dim"]:
@@ -52,9 +52,7 @@ def unembed(x: Float[Array, "*batch dim"], w: Any) -> Float[Array, "*batch vocab
     """
     if isinstance(w, (LoraTensor, SavedTensor)):
         return unembed(x, w.base)
-    if isinstance(w, QuantizedTensor):
-        return _quantized_unembed(x, w)
-    return jnp.einsum("...d,vd->...v", x, w.astype(x.dtype))
+    return _product(x, w, True)
 
 
 def dense(w: Any) -> Float[Array, "*layers in out"]:
@@ -78,7 +76,7 @@ def dense(w: Any) -> Float[Array, "*layers in out"]:
 def _lora_matmul(x: Array, w: LoraTensor) -> Array:
     y = matmul(x, w.base)
     dropped = x if w.key is None or w.dropout == 0.0 else _dropout(x, w.key, w.dropout)
-    update = (dropped @ w.a.astype(x.dtype)) @ w.b.astype(x.dtype) * w.scale.astype(x.dtype)
+    update = _product(_product(dropped, w.a, False), w.b, False) * w.scale.astype(x.dtype)
     if w.magnitude is None:
         return y + update
     # PEFT's DoRA: the norm is a constant to the gradient (section 4.3), and the dropped input meets the base too.
@@ -98,33 +96,44 @@ def _dropout(x: Array, key: Array, rate: float) -> Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-@jax.custom_vjp
-def _quantized_matmul(x: Array, w: QuantizedTensor) -> Array:
-    return x @ w.dequantize(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, w: Array | QuantizedTensor, transposed: bool) -> Array:
+    """Return x @ w, or x @ w.T, summed in float32 and rounded to x's dtype once."""
+    return _contract(x, _weight(w, x.dtype), 0 if not transposed else 1).astype(x.dtype)
 
 
-def _quantized_matmul_forward(x: Array, w: QuantizedTensor) -> tuple[Array, QuantizedTensor]:
-    return _quantized_matmul(x, w), w
+def _product_forward(x: Any, w: Any, transposed: bool) -> tuple[Array, tuple[Array | None, Any]]:
+    trained = any(leaf.perturbed for leaf in jax.tree.leaves(w))
+    x, w = x.value, jax.tree.map(lambda leaf: leaf.value, w)
+    return _product(x, w, transposed), (x if trained else None, w)
 
 
-def _quantized_matmul_backward(w: QuantizedTensor, g: Array) -> tuple[Array, None]:
-    return jnp.einsum("...o,io->...i", g, w.dequantize(g.dtype)), None
+def _product_backward(transposed: bool, kept: tuple[Array | None, Any], g: Array) -> tuple[Array, Any]:
+    x, w = kept
+    to_input = _contract(g, _weight(w, g.dtype), 1 if not transposed else 0).astype(g.dtype)
+    if x is None:
+        return to_input, None
+    if transposed:
+        return to_input, _outer(g, x).astype(w.dtype)
+    if 4 * g.shape[-1] > x.shape[-1]:
+        return to_input, _outer(x, g).astype(w.dtype)
+    # XLA's CPU backend transposes the first operand. Of an adapter's A it should be the narrow one; the barrier keeps
+    # XLA from exchanging them again.
+    return to_input, jax.lax.optimization_barrier(_outer(g, x)).T.astype(w.dtype)
 
 
-_quantized_matmul.defvjp(_quantized_matmul_forward, _quantized_matmul_backward)
+def _outer(left: Array, right: Array) -> Array:
+    """Return left.T @ right over all tokens, in float32."""
+    batch = tuple(range(left.ndim - 1))
+    return jax.lax.dot_general(left, right, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _quantized_unembed(x: Array, w: QuantizedTensor) -> Array:
-    return jnp.einsum("...d,vd->...v", x, w.dequantize(x.dtype))
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-def _quantized_unembed_forward(x: Array, w: QuantizedTensor) -> tuple[Array, QuantizedTensor]:
-    return _quantized_unembed(x, w), w
+def _contract(x: Array, w: Array, axis: int) -> Array:
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _quantized_unembed_backward(w: QuantizedTensor, g: Array) -> tuple[Array, None]:
-    return g @ w.dequantize(g.dtype), None
-
-
-_quantized_unembed.defvjp(_quantized_unembed_forward, _quantized_unembed_backward)
+def _weight(w: Array | QuantizedTensor, dtype: Any) -> Array:
+    return w.dequantize(dtype) if isinstance(w, QuantizedTensor) else w.astype(dtype)

@@ -17,7 +17,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
 
 WIDTH, INNER, TOKENS, ROWS = 1024, 2816, 512, 4
-DEEP, SHALLOW = 12, 4
+DEEP, SHALLOW = 24, 16  # of fewer layers the compiler keeps part of the residuals on the chip, outside this count
 
 PROGRAM = f"""
 import json, re, sys
@@ -76,13 +76,12 @@ def test_the_scratch_of_a_qlora_step_holds_no_dequantized_weight() -> None:
     shallow, deep = found[str(SHALLOW)], found[str(DEEP)]
     assert not shallow["dequantized"] and not deep["dequantized"], "stacks of dequantized weights in the compiled step"
     residuals = (DEEP - SHALLOW) * ROWS * TOKENS * WIDTH * 2  # each layer's input, bfloat16
-    gradients = deep["trained"] - shallow["trained"]  # float32, as large as the adapters
+    adapters = deep["trained"] - shallow["trained"]  # float32
     weights = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # one layer, bfloat16
-    grown = (deep["temp"] - shallow["temp"] - residuals - gradients) / (DEEP - SHALLOW)
-    # Kept dequantized, a layer would cost `weights`. What is left, about a third, is as large as the layer's codes.
-    assert grown < weights / 2, (
-        f"{grown / 1e6:.1f} MB a layer more than residuals and gradients; its weights are {weights / 1e6:.1f}"
-    )
+    grown = deep["temp"] - shallow["temp"] - residuals
+    # What belongs to the adapters: their gradients, their updates, their copies in bfloat16. One layer's codes alone would
+    # be five times its adapters.
+    assert grown <= 3 * adapters, f"{grown / 1e6:.1f} MB more than the residuals; the adapters are {adapters / 1e6:.1f}"
     # The codes are what is passed in: half a byte a weight, scales on top.
     per_layer = (deep["frozen"] - shallow["frozen"]) / (DEEP - SHALLOW)
     assert per_layer < 0.27 * weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import helpers_training as helpers
@@ -239,3 +240,25 @@ def test_remat_changes_neither_loss_nor_gradient(tiny: pathlib.Path, method: str
         found.append((state.trainable, [row["loss"] for row in metrics], [row["grad_norm"] for row in metrics]))
     for other in found[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found[0], other)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_the_backward_pass_keeps_no_second_stack_of_the_codes(tiny: pathlib.Path, remat: str) -> None:
+    config = settings(tiny, model__remat=remat, quantize__format="nf4")
+    model, steps = helpers.prepare(config, 2)
+    batch = steps.put_batch(batches_of(1)[0], 1)
+    jaxpr = jax.make_jaxpr(steps.train)(steps.initial_state, model.frozen, batch).jaxpr
+    scans = list(scans_of(jaxpr))
+    assert sum(any(var.aval.dtype == jnp.uint8 for var in scan.invars) for scan in scans) == 2, "forward and backward"
+    assert not any(var.aval.dtype == jnp.uint8 for scan in scans for var in scan.outvars)
+
+
+def scans_of(jaxpr: Any) -> Iterator[Any]:
+    """Yield every scan of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from scans_of(inner)

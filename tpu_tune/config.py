@@ -51,7 +51,7 @@ def _model() -> dict[str, Any]:
         "dtype": "bfloat16",  # compute: bfloat16 | float16 (with dynamic loss scaling) | float32
         "param_dtype": "auto",  # storage of base weights: auto = float32 under method=full, model.dtype under lora
         "attention": "auto",  # auto | reference | blockwise
-        "remat": "full",  # none | full (keep only each layer's input) | dots (keep matmul results)
+        "remat": "full",  # none | full (keep only each layer's input) | dots (keep the results of linear layers)
         "adapter": "",  # start from this PEFT adapter directory instead of a fresh one
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
@@ -34,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("projection"),
 }
 
 
@@ -167,22 +168,21 @@ class Decoder(nnx.Module):
         def repeat(x: Array, scanned: tuple) -> tuple[Array, tuple]:
             """Run the layers of one repetition of the pattern."""
             leaves, cached = scanned
-            leaves = run.gather(leaves)
             written = []
             for place, kind in enumerate(pattern):
-                one = jax.tree.map(lambda leaf: leaf[place], leaves)  # noqa: B023 (used at once)
-                past = None if cached is None else (cached[0][place], cached[1][place], cache.length)
-                x, entry = _layer(arch, kind, run, Branch(one), x, places, ropes.get(kind.rope), past)
+                one, entries = (_one_of_pattern(part, place, len(pattern)) for part in (leaves, cached))
+                past = None if cached is None else (*entries, cache.length)
+                x, entry = _layer(arch, kind, run, Branch(run.gather(one)), x, places, ropes.get(kind.rope), past)
                 x = run.constrain(x)
                 written.append(entry)
-            return x, None if cached is None else jax.tree.map(lambda *parts: jnp.stack(parts), *written)
+            if cached is None or len(pattern) == 1:
+                return x, written[0]
+            return x, jax.tree.map(lambda *parts: jnp.stack(parts), *written)
 
         if run.remat != "none":
             repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
-        stacked = jax.tree.map(functools.partial(_fold_pattern, length=len(pattern)), self.layers.get_value())
-        cached = None
-        if cache is not None:
-            cached = tuple(_fold_pattern(part, len(pattern)) for part in (cache.k, cache.v))
+        stacked = _fold_pattern(self.layers.get_value(), len(pattern))
+        cached = None if cache is None else _fold_pattern((cache.k, cache.v), len(pattern))
         x, written = jax.lax.scan(repeat, x, (stacked, cached))
         if cache is not None:
             k, v = (part.reshape(old.shape) for part, old in zip(written, (cache.k, cache.v), strict=True))
@@ -211,8 +211,19 @@ def apply_head(leaves: Mapping[str, Any], hidden: Float[Array, "*batch D"]) -> F
     return logits + leaves["bias"].astype(logits.dtype) if "bias" in leaves else logits
 
 
-def _fold_pattern(stacked: Array, length: int) -> Array:
-    return stacked.reshape(stacked.shape[0] // length, length, *stacked.shape[1:])
+def _fold_pattern(stacked: Any, length: int) -> Any:
+    """Give each leaf (layers, ...) the shape (repetitions of the pattern, length of the pattern, ...).
+
+    A pattern of one layer keeps its shape: `scan` then sees that what the backward pass needs of a leaf is the leaf, and
+    keeps no second stack of it.
+    """
+    if length == 1:
+        return stacked
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // length, length, *leaf.shape[1:]), stacked)
+
+
+def _one_of_pattern(leaves: Any, place: int, length: int) -> Any:
+    return leaves if length == 1 else jax.tree.map(lambda leaf: leaf[place], leaves)
 
 
 def _layer(
@@ -276,7 +287,7 @@ def _mlp(arch: Architecture, layer: Branch, x: Array) -> Array:
 
 
 def _linear(module: Branch, x: Array) -> Array:
-    y = matmul(x, module.leaf("weight"))
+    y = checkpoint_name(matmul(x, module.leaf("weight")), "projection")
     bias = module.leaf("bias")
     return y if bias is None else y + _plain(bias).astype(y.dtype)
 

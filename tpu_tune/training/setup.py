@@ -276,7 +276,7 @@ def execution(config: ConfigDict, model: PreparedModel) -> Execution:
     def gather_leaf(leaf: Any, home: Any) -> Any:
         if isinstance(leaf, (LoraTensor, SavedTensor)):
             return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
-        if getattr(leaf, "ndim", 0) == 3 and jnp.issubdtype(leaf.dtype, jnp.floating):
+        if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
         return jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
 

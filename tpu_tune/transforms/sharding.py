@@ -126,9 +126,9 @@ def explain(tree: Mapping[str, Any], found: Mapping[str, Any], rules: Sequence[R
 
 
 def gathered(sharding: Any) -> Any:
-    """Return a leaf's sharding without the storage axes: how the layer that uses the leaf wants it."""
+    """Return the sharding of one layer of a stacked leaf without the storage axes: how its products want it."""
     return jax.tree.map(
-        lambda one: NamedSharding(one.mesh, PartitionSpec(*[_without(axes) for axes in one.spec])),
+        lambda one: NamedSharding(one.mesh, PartitionSpec(*[_without(axes) for axes in one.spec[1:]])),
         sharding,
         is_leaf=lambda leaf: isinstance(leaf, NamedSharding),
     )

@@ -95,6 +95,10 @@ def check_settings(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     """
     config = configuration.from_dict(config)
     canonical_name(config.train.optim)
+    if config.train.optim_offload:
+        raise UserError(
+            "train.optim_offload is not built yet; leave it false, or set train.optim=adamw_8bit for less state"
+        )
     make_schedule(
         config.train.lr_scheduler_type, config.train.learning_rate, max(config.train.max_steps, 1),
         config.train.warmup_steps, config.train.warmup_ratio, **config.train.lr_scheduler_kwargs,

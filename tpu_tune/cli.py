@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a user's mistake, 2 for a wrong command line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tpu_tune").setLevel(logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, overrides = _parser(), []
     plain = []

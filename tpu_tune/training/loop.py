@@ -9,6 +9,7 @@ was killed goes on exactly as it would have.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -73,8 +74,13 @@ class _Memory:
     rows: int = 0  # rows a step
 
 
+PRINT = functools.partial(print, flush=True)  # at once, also into a file or a pipe
+
+
 def train(
-    config: ConfigDict, say: Callable[[str], None] = print, on_eval: Callable[[list[dict]], None] | None = None
+    config: ConfigDict,
+    say: Callable[[str], None] = PRINT,
+    on_eval: Callable[[list[dict]], None] | None = None,
 ) -> Run:
     """Train as the configuration says, resuming what is already in `output_dir`.
 

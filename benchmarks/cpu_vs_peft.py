@@ -39,7 +39,7 @@ def run_config(model: str, chats: str, dtype: str, quantize: str = "none") -> An
     return configuration.from_dict(
         {
             "method": "lora",
-            "model": {"path": model, "dtype": dtype, "remat": "none"},
+            "model": {"path": model, "dtype": dtype, "remat": "dots"},
             "quantize": {"format": quantize},
             "lora": {"rank": RANK, "alpha": ALPHA, "target_modules": "all-linear"},
             "data": {"train": chats, "format": "messages", "max_length": MAX_LENGTH, "eval_ratio": 0.0},

@@ -45,6 +45,8 @@ ask
 say "training: LoRA over weights stored in four bits (stop it with Ctrl-C; the same command goes on)"
 tpu-tune train --config configs/quickstart.py "$@" </dev/null
 
+[ -f "$run/adapter/adapter_config.json" ] || die "training has not finished; the same command goes on where it stopped"
+
 say "the same questions after training"
 ask --adapter "$run/adapter"
 

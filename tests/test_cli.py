@@ -171,7 +171,7 @@ def trained(run, tiny):
     from helpers_training import make_config
 
     from tpu_tune.inference import export  # the policy comes from the run, as no argument of load has a group size
-    from tpu_tune.inference.model import _logits
+    from tpu_tune.inference.model import logits
 
     config = export.read_run(str(run))
     assert config == make_config(**{key.replace(".", "__"): value for key, value in tpu_tune.config.flatten(config)})
@@ -184,7 +184,7 @@ def trained(run, tiny):
     spec, adapters = peft.read_adapter(str(run / "adapter"), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
     tree = combine(*split(params, targets, adapters), targets)
-    return np.asarray(_logits(arch, np.dtype("float32"), tree, IDS.astype(np.int32)))
+    return np.asarray(logits(arch, np.dtype("float32"), tree, IDS.astype(np.int32)))
 
 
 IDS = np.random.default_rng(0).integers(0, 258, (2, 12))

@@ -1,14 +1,18 @@
 """Attention and the chunked cross-entropy against torch, and against their own plain references."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.attention import Places, attention, blockwise, reference
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
-from tpu_tune.models import apply_head
+from tpu_tune.models import apply_head as apply_head_of
+from tpu_tune.models import architecture
 from tpu_tune.tensors import LoraTensor, quantize_tensor
 
 B, T, H, K, D = 2, 22, 4, 2, 8
@@ -81,6 +85,9 @@ def test_unknown_attention_is_named():
 # --- cross-entropy -----------------------------------------------------------------------------------------------
 
 WIDTH, VOCABULARY = 6, 31
+
+
+apply_head = functools.partial(apply_head_of, architecture(tiny_models.CONFIGS["llama2"]))
 
 
 def batch(length=13, ignored=0.3):

@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import make_goldens
 import numpy as np
@@ -15,7 +14,7 @@ from tpu_tune.checkpoints.params import load_params
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate_ids
-from tpu_tune.models import Decoder, Execution, architecture
+from tpu_tune.models import FAMILIES, Decoder, architecture
 
 CASES = list(tiny_models.CONFIGS)
 
@@ -33,16 +32,10 @@ def ours():
     def of(case):
         if case not in known:
             arch, params = tiny_models.load(tiny_models.CONFIGS[case])
-            known[case] = arch, params, np.asarray(logits(arch, params, tiny_models.input_ids(case)))
+            known[case] = arch, params, tiny_models.logits_of(case, arch, params)
         return known[case]
 
     return of
-
-
-def logits(arch, params, ids, **execution):
-    return jax.jit(lambda params, ids: Decoder(arch, params, Execution(**execution))(ids))(
-        params, jnp.asarray(ids, jnp.int32)
-    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -53,15 +46,14 @@ def test_logits_equal_the_golden(case, ours, goldens):
     np.testing.assert_array_equal(tiny_models.input_ids(case), goldens[f"{case}/input_ids"])
     found = ours(case)[2]
     assert found.dtype == np.float32
-    assert tiny_models.difference(found, goldens[f"{case}/logits"]) < 1e-4
+    assert tiny_models.difference(found[:, -make_goldens.GOLDEN_TOKENS :], goldens[f"{case}/logits"]) < 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_torch(case, ours, tmp_path):
     pytest.importorskip("torch")
     model = tiny_models.torch_model(tiny_models.write(tmp_path, tiny_models.CONFIGS[case]))
-    expected = tiny_models.torch_logits(model, tiny_models.input_ids(case))
-    assert tiny_models.difference(ours(case)[2], expected) < 1e-4
+    assert tiny_models.difference(ours(case)[2], tiny_models.torch_logits_of(case, model)) < 1e-4
 
 
 def test_the_table_would_notice_what_it_is_for(ours):
@@ -69,7 +61,7 @@ def test_the_table_would_notice_what_it_is_for(ours):
 
     def changed(case, **changes):
         arch, params = tiny_models.load({**tiny_models.CONFIGS[case], **changes})
-        found = np.asarray(logits(arch, params, tiny_models.input_ids(case)))
+        found = tiny_models.logits_of(case, arch, params)
         return tiny_models.difference(found, ours(case)[2])
 
     assert changed("llama3", rope_scaling=None) > 1e-2
@@ -78,6 +70,15 @@ def test_the_table_would_notice_what_it_is_for(ours):
     assert changed("mistral_window", sliding_window=None) > 1e-2
     assert changed("qwen2_upper_windows", max_window_layers=4) > 1e-2
     assert changed("neox_sequential", use_parallel_residual=True) > 1e-2
+    assert changed("gpt2", scale_attn_weights=False) > 1e-2
+    assert changed("gemma2", sliding_window=20) > 1e-2
+    assert changed("gemma2", attn_logit_softcapping=None) > 1e-2
+    assert changed("gemma2", final_logit_softcapping=None) > 1e-2
+    assert changed("gemma3", rope_scaling=None) > 1e-2
+    assert changed("gemma3", rope_local_base_freq=100.0) > 1e-2
+    assert changed("phi3", sliding_window=None) > 1e-2
+    assert changed("phi3_longrope_long", original_max_position_embeddings=32) > 1e-2
+    assert changed("t5", relative_attention_max_distance=128) > 1e-2
 
 
 @pytest.mark.parametrize("case", ["llama3", "qwen2_upper_windows", "neox_parallel"])
@@ -94,33 +95,48 @@ def test_what_save_pretrained_writes_loads(case, shard, tied, tmp_path):
     arch = architecture(source.config)
     assert arch.tied == tied
     ids = tiny_models.input_ids(case)
-    found = logits(arch, load_params(source, arch), ids)
+    found = tiny_models.logits(arch, load_params(source, arch), ids)
     assert tiny_models.difference(found, tiny_models.torch_logits(model, ids)) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
-def test_save_pretrained_of_the_other_families_loads(family, tmp_path):
+@pytest.mark.parametrize(
+    "case", [case for case in tiny_models.FAMILY_CASES if case != "llama2"] + ["t5_gated", "gemma2"]
+)
+def test_save_pretrained_of_every_family_loads(case, tmp_path):
     pytest.importorskip("torch")
-    case = {"mistral": "mistral_window", "qwen3": "qwen3_alternating"}[family]
     model = tiny_models.torch_model(tiny_models.write(tmp_path / "made", tiny_models.CONFIGS[case]))
     model.save_pretrained(tmp_path / "saved", max_shard_size="16KB")
     source = open_huggingface(tmp_path / "saved")
-    ids = tiny_models.input_ids(case)
     arch = architecture(source.config)
-    assert (
-        tiny_models.difference(logits(arch, load_params(source, arch), ids), tiny_models.torch_logits(model, ids))
-        < 1e-4
-    )
+    found = tiny_models.logits_of(case, arch, load_params(source, arch))
+    assert tiny_models.difference(found, tiny_models.torch_logits_of(case, model)) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
+_LLAMA_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_GPT_KEYS = ("vocab_size", "n_embd", "n_layer", "n_head")
+REQUIRED = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gpt_neox"), (*_LLAMA_KEYS, "num_key_value_heads")),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "phi"), (*_LLAMA_KEYS, "num_key_value_heads")),
+    "phi3": (*_LLAMA_KEYS, "num_key_value_heads", "pad_token_id"),
+    **dict.fromkeys(("gptj", "gpt2"), (*_GPT_KEYS, "rotary_dim")),
+    "opt": ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "word_embed_proj_dim"),
+    "t5": ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+}
+
+
+def test_every_family_is_in_the_tables():
+    cases = {tiny_models.CONFIGS[case]["model_type"] for case in tiny_models.FAMILY_CASES}
+    assert cases == set(FAMILIES) == set(REQUIRED)
+
+
+@pytest.mark.parametrize("family", REQUIRED)
 def test_a_config_without_optional_keys_means_what_transformers_says(family):
     """Old config files leave keys out; transformers' defaults are then part of the format."""
     pytest.importorskip("torch")  # the configs themselves need none, but some import it
     from transformers import AutoConfig
 
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    bare = {key: tiny_models.CONFIGS["llama2"][key] for key in keys} | {"num_key_value_heads": 4}
+    case = next(case for case in tiny_models.FAMILY_CASES if tiny_models.CONFIGS[case]["model_type"] == family)
+    bare = {key: value for key, value in tiny_models.CONFIGS[case].items() if key in REQUIRED[family]}
     full = AutoConfig.for_model(family, **bare).to_dict()
     assert architecture({"model_type": family, **bare}) == architecture(full)
 
@@ -131,7 +147,9 @@ def test_what_is_not_known_is_named():
     ):
         architecture({"model_type": "lama"})
     config = tiny_models.CONFIGS["llama2"]
-    with pytest.raises(UserError, match="rope type 'yarn' is not implemented.*default, linear, dynamic, llama3"):
+    with pytest.raises(
+        UserError, match="rope type 'yarn' is not implemented.*default, linear, dynamic, llama3, longrope"
+    ):
         architecture({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
     with pytest.raises(UserError, match="activation 'mish' is not known.*gelu.*silu"):
         architecture({**config, "hidden_act": "mish"})
@@ -139,10 +157,10 @@ def test_what_is_not_known_is_named():
         architecture({key: value for key, value in config.items() if key != "hidden_size"})
 
 
-@pytest.mark.parametrize("case", ["llama3", "qwen2_upper_windows", "neox_parallel"])
+@pytest.mark.parametrize("case", ["llama3", "qwen2_upper_windows", "neox_parallel", "gemma2", "gemma3", "t5"])
 def test_remat_and_blockwise_attention_change_nothing(case, ours):
     arch, params, expected = ours(case)
-    found = logits(arch, params, tiny_models.input_ids(case), remat="full", attention="blockwise")
+    found = tiny_models.logits_of(case, arch, params, remat="full", attention="blockwise")
     assert tiny_models.difference(found, expected) < 1e-5
 
 
@@ -154,24 +172,26 @@ def test_packed_documents_do_not_see_each_other(case, ours):
     positions = np.concatenate([np.arange(8), np.arange(12)])[None]
     segments = np.array([[1] * 8 + [2] * 12])
     found = np.asarray(Decoder(arch, params)(jnp.asarray(packed), jnp.asarray(positions), jnp.asarray(segments)))
-    assert tiny_models.difference(found[:, :8], logits(arch, params, first)) < 1e-5
-    assert tiny_models.difference(found[:, 8:], logits(arch, params, second)) < 1e-5
+    assert tiny_models.difference(found[:, :8], tiny_models.logits(arch, params, first)) < 1e-5
+    assert tiny_models.difference(found[:, 8:], tiny_models.logits(arch, params, second)) < 1e-5
 
 
-@pytest.mark.parametrize("case", tiny_models.FAMILY_CASES)
+@pytest.mark.parametrize("case", [*tiny_models.FAMILY_CASES, "t5_gated"])
 def test_generation_with_a_cache_equals_recomputing(case, ours):
-    """Prompts of different lengths, longer than the windows; greedy, each step from scratch."""
+    """Prompts of different lengths, shorter and longer than the windows; greedy, each step from scratch."""
     arch, params, _ = ours(case)
     prompts = [[int(token) for token in tiny_models.input_ids(case, 1, length)[0]] for length in (3, 11, 7)]
     answers = generate_ids(arch, params, prompts, Sampling(max_new_tokens=9), [], jnp.float32)
-    model = jax.jit(lambda params, ids: Decoder(arch, params)(ids))
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer) == 9
-        text = list(prompt)
+        text, encoder = list(prompt), None
+        if arch.encoder:
+            text = [arch.start_token]
+            encoder = np.array([prompt + [0] * (TEXT - len(prompt))]), np.arange(TEXT)[None] < len(prompt)
         for token in answer:
-            padded = jnp.asarray([text + [0] * (TEXT - len(text))])  # causal: what stands behind is not seen
-            row = np.asarray(model(params, padded))[0, len(text) - 1]
-            assert row[token] >= row.max() - 1e-4
+            padded = np.array([text + [0] * (TEXT - len(text))])  # causal: what stands behind is not seen
+            row = tiny_models.logits(arch, params, padded, encoder)[0, len(text) - 1]
+            assert row[token] >= row.max() - 1e-4 * np.abs(row).max()
             text.append(token)
 
 
@@ -210,7 +230,7 @@ def smollm2(smollm2_gguf):
 def test_smollm2_equals_the_golden(smollm2):
     arch, params, _ = smollm2
     golden = np.load(tiny_models.GOLDENS / "smollm2.npz")
-    found = np.asarray(logits(arch, params, golden["input_ids"]))[0]
+    found = tiny_models.logits(arch, params, golden["input_ids"])[0]
     difference = np.abs(found[-4:, make_goldens.SMOLLM2_VOCABULARY] - golden["logits"]).max()
     assert difference / golden["largest"] < 1e-4
     assert abs(np.abs(found).max() / golden["largest"] - 1) < 1e-4
@@ -222,7 +242,7 @@ def test_smollm2_equals_torch(smollm2):
     arch, params, path = smollm2
     ids = np.array([make_goldens.SMOLLM2_TEXT_IDS])
     expected = tiny_models.torch_logits(make_goldens.torch_smollm2(path), ids)
-    assert tiny_models.difference(logits(arch, params, ids), expected) < 1e-4
+    assert tiny_models.difference(tiny_models.logits(arch, params, ids), expected) < 1e-4
 
 
 def test_goldens_are_small():

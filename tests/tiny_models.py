@@ -5,18 +5,22 @@ A new family is new rows in `CONFIGS`; `make_goldens.py` asks torch `transformer
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from tpu_tune.checkpoints.params import load_params, torch_shapes
 from tpu_tune.checkpoints.source import WeightSource
-from tpu_tune.models import architecture
+from tpu_tune.models import Decoder, Execution, architecture, encode
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
+ENCODER_TOKENS = 14
 TOKENS = 20  # longer than every window and every trained length below
 
 _SIZES = {
@@ -50,6 +54,46 @@ def _neox(**changes):
     }
 
 
+def _gpt(family, **changes):
+    sizes = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "layer_norm_epsilon": 1e-5}
+    return {"model_type": family, **sizes, "bos_token_id": 1, "eos_token_id": 2, **_NO_DROPOUT, **changes}
+
+
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def _opt(**changes):
+    return {
+        "model_type": "opt", "vocab_size": 96, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.0,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes,
+    }  # fmt: skip
+
+
+def _gemma(family, **changes):
+    return {
+        "model_type": family, **_SIZES, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True, "pad_token_id": 0, **changes,
+    }  # fmt: skip
+
+
+def _phi(family, **changes):
+    sizes = {key: value for key, value in _SIZES.items() if key != "rms_norm_eps"}
+    return {"model_type": family, **sizes, "pad_token_id": 0, **changes}
+
+
+def _t5(**changes):
+    return {
+        "model_type": "t5", "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "layer_norm_epsilon": 1e-6,
+        "dropout_rate": 0.0, "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1,
+        "decoder_start_token_id": 0, **changes,
+    }  # fmt: skip
+
+
+_GEMMA3_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+
 CONFIGS = {
     "llama1": _llama(num_key_value_heads=4),
     "llama2": _llama(rope_theta=10000.0),
@@ -77,8 +121,41 @@ CONFIGS = {
     "neox_parameters": _neox(
         rope_parameters={"rope_type": "default", "rope_theta": 15000.0, "partial_rotary_factor": 0.5}
     ),
+    "gptj": _gpt("gptj", rotary_dim=4),
+    "gptj_full_rotary": _gpt("gptj", rotary_dim=8, n_inner=48, activation_function="relu"),
+    "gpt2": _gpt("gpt2"),
+    "gpt2_unscaled": _gpt("gpt2", scale_attn_weights=False, n_inner=48, tie_word_embeddings=False),
+    "opt": _opt(),
+    "opt_350m": _opt(do_layer_norm_before=False, word_embed_proj_dim=16),
+    "gemma": _gemma("gemma", hidden_act="gelu_pytorch_tanh"),
+    "gemma_legacy_activation": _gemma("gemma", hidden_act="gelu", num_key_value_heads=1),
+    "gemma2": _gemma("gemma2", query_pre_attn_scalar=24, sliding_window=5, attn_logit_softcapping=2.0,
+                     final_logit_softcapping=3.0),
+    "gemma2_no_caps": _gemma("gemma2", num_hidden_layers=3, query_pre_attn_scalar=16, sliding_window=6,
+                             attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma3": _gemma("gemma3_text", num_hidden_layers=4, query_pre_attn_scalar=16, sliding_window=5,
+                     rope_theta=1000000.0, rope_local_base_freq=10000.0, sliding_window_pattern=3,
+                     rope_scaling={"rope_type": "linear", "factor": 8.0}),
+    "gemma3_parameters": _gemma(
+        "gemma3_text", num_hidden_layers=4, query_pre_attn_scalar=32, sliding_window=4, layer_types=_GEMMA3_TYPES,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 200000.0},
+        },
+    ),
+    "phi": _phi("phi", partial_rotary_factor=0.5, num_key_value_heads=4, layer_norm_eps=1e-5),
+    "phi_head_norms": _phi("phi", layer_norm_eps=1e-5, qk_layernorm=True,
+                           rope_parameters={"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}),
+    "phi3": _phi("phi3", rms_norm_eps=1e-5, sliding_window=6),
+    "phi3_longrope_short": _phi("phi3", original_max_position_embeddings=32, rope_scaling={"type": "longrope", **_LONGROPE}),
+    "phi3_longrope_long": _phi("phi3", original_max_position_embeddings=16, rope_scaling={"type": "longrope", **_LONGROPE}),
+    "t5": _t5(),
+    "t5_gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=3),
 }  # fmt: skip
-FAMILY_CASES = ["llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel"]
+FAMILY_CASES = [
+    "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
+    "gemma", "gemma2", "gemma3", "phi", "phi3", "t5",
+]  # fmt: skip
 
 
 def input_ids(case="", rows=2, length=TOKENS):
@@ -91,12 +168,14 @@ def weights(config):
     tensors = {}
     for name, shape in torch_shapes(architecture(config)).items():
         random = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        if "embed_tokens" in name or "embed_in" in name:
+        if any(part in name for part in ("embed", "wte", "wpe", "shared")):
             scale, shift = 1.0, 0.0
-        elif "norm" in name and name.endswith(".weight"):
+        elif ("norm" in name or ".ln_" in name) and name.endswith(".weight"):
             scale, shift = 0.2, 1.0
         else:
             scale, shift = (1.5 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.2), 0.0
+        if name.endswith("Attention.q.weight"):  # T5 leaves its scores unscaled and q small instead
+            scale /= np.sqrt(config["d_kv"])
         tensors[name] = (random * scale + shift).astype(np.float32)
     return tensors
 
@@ -123,24 +202,62 @@ def write(directory, config):
     return str(directory)
 
 
+def encoder_input(case, rows=2):
+    """Return the encoder's (ids, mask) of an encoder-decoder's case; the last row is padded."""
+    ids = input_ids(f"{case}/encoder", rows, ENCODER_TOKENS)
+    mask = np.ones_like(ids)
+    mask[-1, -4:] = 0
+    return ids, mask
+
+
 def torch_model(directory):
     """Load a directory with torch transformers, in float32; nothing may be missing or left over."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    is_t5 = AutoConfig.from_pretrained(directory).is_encoder_decoder
+    model, info = (AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM).from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     return model.eval()
 
 
-def torch_logits(model, ids):
-    """Return a torch model's float32 logits as NumPy."""
+def torch_logits(model, ids, encoder=None):
+    """Return a torch model's float32 logits as NumPy; `encoder` is `encoder_input`'s of an encoder-decoder."""
     import torch
 
+    ids, inputs = torch.as_tensor(np.asarray(ids)), {}
+    if encoder is None:
+        inputs["input_ids"] = ids
+    else:
+        inputs["input_ids"], inputs["attention_mask"] = (torch.as_tensor(part) for part in encoder)
+        inputs["decoder_input_ids"] = ids
     with torch.no_grad():
-        return model(torch.as_tensor(np.asarray(ids)), use_cache=False).logits.float().numpy()
+        return model(**inputs, use_cache=False).logits.float().numpy()
+
+
+def torch_logits_of(case, model):
+    """Return a torch model's logits of the case's input."""
+    encoder = encoder_input(case) if CONFIGS[case]["model_type"] == "t5" else None
+    return torch_logits(model, input_ids(case), encoder)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _logits(arch, params, ids, encoder, execution):
+    memory = encode(arch, params, execution, *encoder) if encoder else None
+    return Decoder(arch, params, execution)(ids, memory=memory)
+
+
+def logits(arch, params, ids, encoder=None, **execution):
+    """Return our float32 logits."""
+    ids, encoder = jax.tree.map(lambda array: jnp.asarray(array, jnp.int32), (ids, encoder))
+    return np.asarray(_logits(arch, params, ids, encoder, Execution(**execution)))
+
+
+def logits_of(case, arch, params, **execution):
+    """Return our logits of the case's input."""
+    return logits(arch, params, input_ids(case), encoder_input(case) if arch.encoder else None, **execution)
 
 
 def difference(found, expected):

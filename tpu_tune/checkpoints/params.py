@@ -24,8 +24,11 @@ from tpu_tune.tensors import Module, QuantizedTensor
 
 log = logging.getLogger(__name__)
 
-# Tensors that some files carry and no computation needs: buffers that the architecture implies.
-_IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "masked_bias", "rope_freqs.weight")
+# Tensors that some files carry and no computation needs: buffers that the architecture implies, copies of the embedding.
+_IGNORED = (
+    "rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "masked_bias", "rope_freqs.weight", ".attn.bias",
+    "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "EncDecAttention.relative_attention_bias.weight",
+)  # fmt: skip
 
 
 def load_params(
@@ -61,7 +64,8 @@ def load_params(
         for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else []):
             stack: Any = None
             for layer in range(module.layers) if module.layers else [None]:
-                value = oriented(module, path, source.read(names[_name(module, path, layer)]))
+                value = source.read(names[_name(module, path, layer)])
+                value = module.from_torch(value) if path == module.weight else module.interleave(value)
                 if not isinstance(value, QuantizedTensor):
                     if path in quantized and quantize is not None:
                         value = quantize(jnp.asarray(value))
@@ -132,19 +136,11 @@ def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for module in architecture.modules():
         if module.tied_to:
             continue
-        turn = module.kind == "linear" and not module.fan_in_fan_out
         for name in module.names():
-            shapes[f"{name}.weight"] = module.shape[::-1] if turn else module.shape
+            shapes[f"{name}.weight"] = module.torch_shape
             if module.bias:
                 shapes[f"{name}.bias"] = module.shape[-1:]
     return shapes
-
-
-def oriented(module: Module, path: str, value: Any) -> Any:
-    """Turn a torch-layout tensor to the tree's (in, out); a `QuantizedTensor` has it already."""
-    if isinstance(value, QuantizedTensor):
-        return value
-    return value.T if path == module.weight and module.kind == "linear" and not module.fan_in_fan_out else value
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -165,7 +161,7 @@ def _canonical(name: str, expected: Mapping[str, Any]) -> str:
         return name
     if name == "lm_head.weight" and "embed_out.weight" in expected:
         return "embed_out.weight"
-    for prefix in ("model.", "gpt_neox."):
+    for prefix in ("model.", "gpt_neox.", "transformer.", "model.decoder."):
         if prefix + name in expected:
             return prefix + name
     return name

@@ -7,6 +7,7 @@ read them too. Matrices are transposed between PEFT's (rank, in) and (out, rank)
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraSpec, Target, Targets, find_targets
 
 PREFIX = "base_model.model."
+_NEOX_HEAD = ("embed_out", "lm_head")  # in files of weights; as transformers 5, and thus PEFT, calls it in memory
 # Keys of adapter_config.json that change the mathematics and are not implemented; others that we do not know are ignored.
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
@@ -56,13 +58,16 @@ def write_adapter(
       UserError: the directory cannot be written.
     """
     with whole_directory(directory) as aside:
-        tensors = adapter_tensors(trainable, targets, architecture, params)
+        tensors = {
+            name.replace(*(f".{part}." for part in _NEOX_HEAD)): value
+            for name, value in adapter_tensors(trainable, targets, architecture, params).items()
+        }
         save_file(tensors, os.path.join(aside, "adapter_model.safetensors"), metadata={"format": "pt"})
         with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as stream:
-            json.dump(adapter_config(targets, base_name), stream, indent=2, sort_keys=True)
+            json.dump(adapter_config(targets, base_name, architecture), stream, indent=2, sort_keys=True)
 
 
-def adapter_config(targets: Targets, base_name: str) -> dict[str, Any]:
+def adapter_config(targets: Targets, base_name: str, architecture: Architecture) -> dict[str, Any]:
     """Return the content of `adapter_config.json`."""
     spec = targets.spec
     names = spec.target_modules
@@ -71,15 +76,15 @@ def adapter_config(targets: Targets, base_name: str) -> dict[str, Any]:
         names = sorted({target.module.path.rsplit(".")[-1] for target in targets.adapted})
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if architecture.encoder else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": spec.rank,
         "lora_alpha": _whole(spec.alpha),
         "lora_dropout": spec.dropout,
-        "target_modules": names,
+        "target_modules": _renamed(names, *_NEOX_HEAD),
         "bias": spec.bias,
-        "modules_to_save": list(spec.modules_to_save) or None,
+        "modules_to_save": _renamed(list(spec.modules_to_save), *_NEOX_HEAD) or None,
         "fan_in_fan_out": any(target.module.fan_in_fan_out for target in targets.adapted),
         "layers_to_transform": list(spec.layers_to_transform) or None,
         "layers_pattern": spec.layers_pattern or None,
@@ -113,11 +118,13 @@ def adapter_tensors(
                 else ("lora_A.weight", "lora_B.weight")
             )
             tensors[f"{PREFIX}{name}.{form[0]}"] = np.ascontiguousarray(a_one[:, :rank].T)
-            tensors[f"{PREFIX}{name}.{form[1]}"] = np.ascontiguousarray(b_one[:rank].T)
+            tensors[f"{PREFIX}{name}.{form[1]}"] = np.ascontiguousarray(module.deinterleave(b_one[:rank]).T)
             if magnitude is not None:
                 one = np.asarray(magnitude)[place] if target.layers else np.asarray(magnitude)
                 suffix = "" if module.kind == "embedding" else ".weight"
-                tensors[f"{PREFIX}{name}.lora_magnitude_vector{suffix}"] = np.ascontiguousarray(one)
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector{suffix}"] = np.ascontiguousarray(
+                    module.deinterleave(one)
+                )
         has_embedding |= module.kind == "embedding" or module.is_head
     tensors |= _whole_modules(trainable, targets, architecture)
     if has_embedding and params is not None:
@@ -145,8 +152,7 @@ def _whole_modules(trainable: Mapping[str, Any], targets: Targets, architecture:
             value = np.asarray(trainable[path])
             for place, name in enumerate(module.names()):
                 one = value[place] if module.layers else value
-                if suffix == "weight" and module.kind == "linear" and not module.fan_in_fan_out:
-                    one = one.T
+                one = module.to_torch(one) if suffix == "weight" else module.deinterleave(one)
                 inner = ".base_layer" if suffix == "bias" and module.path in adapted else ""
                 tensors[f"{PREFIX}{name}{inner}.{suffix}"] = np.ascontiguousarray(one)
     return tensors
@@ -159,6 +165,12 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
       UserError: files missing or broken, an adapter of another kind or model, or a setting that is not implemented.
     """
     spec = read_spec(directory)
+    back = _NEOX_HEAD[::-1] if architecture.names.head == _NEOX_HEAD[0] else ("", "")
+    spec = dataclasses.replace(
+        spec,
+        target_modules=_renamed(spec.target_modules, *back),
+        modules_to_save=_renamed(spec.modules_to_save, *back),
+    )
     file = os.path.join(directory, "adapter_model.safetensors")
     if not os.path.isfile(file):
         old = (
@@ -171,6 +183,8 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
         tensors = load_file(file)
     except Exception as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+    if any(back):
+        tensors = {name.replace(*(f".{part}." for part in back)): value for name, value in tensors.items()}
     try:
         targets = find_targets(architecture.modules(), spec, architecture.default_targets)
     except UserError as error:  # its keys are PEFT's, and the adapter's own
@@ -202,7 +216,7 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
     adapted = {target.module.path for target in targets.adapted}
     for path in [*wanted, *targets.biases]:
         trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
-    left = [key for key in tensors if key not in used and not key.endswith(".base_layer.weight")]
+    left = [key for key in tensors if key not in used and ".base_layer." not in key]
     if left:
         raise UserError(f"{file}: {len(left)} tensors do not belong to a LoRA of this model, e.g. '{left[0]}'")
     return spec, trainable
@@ -258,9 +272,11 @@ def _read_target(target: Target, spec: LoraSpec, take: Any) -> dict[str, Any]:
     for name, rank in zip(_names(target), target.ranks, strict=True):
         short = target.rank - rank
         parts["lora_A"].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
-        parts["lora_B"].append(np.pad(take(f"{name}.{form[1]}", (outer, rank)).T, [(0, short), (0, 0)]))
+        b = module.interleave(take(f"{name}.{form[1]}", (outer, rank)).T)
+        parts["lora_B"].append(np.pad(b, [(0, short), (0, 0)]))
         if spec.use_dora:
-            parts.setdefault("lora_magnitude_vector", []).append(take(f"{name}.lora_magnitude_vector.weight", (outer,)))
+            magnitude = module.interleave(take(f"{name}.lora_magnitude_vector.weight", (outer,)))
+            parts.setdefault("lora_magnitude_vector", []).append(magnitude)
     return {
         f"{module.path}.{part}": jnp.asarray(np.stack(arrays) if target.layers else arrays[0])
         for part, arrays in parts.items()
@@ -269,12 +285,16 @@ def _read_target(target: Target, spec: LoraSpec, take: Any) -> dict[str, Any]:
 
 def _read_whole(module: Module, path: str, take: Any, adapted: bool) -> Any:
     suffix = path.rsplit(".", 1)[1]
-    turn = suffix == "weight" and module.kind == "linear" and not module.fan_in_fan_out
-    shape = (module.shape[::-1] if turn else module.shape) if suffix == "weight" else module.shape[-1:]
+    shape = module.torch_shape if suffix == "weight" else module.shape[-1:]
     inner = ".base_layer" if suffix == "bias" and adapted else ""
     values = [take(f"{name}{inner}.{suffix}", shape) for name in module.names()]
-    values = [value.T for value in values] if turn else values
+    values = [module.from_torch(value) if suffix == "weight" else module.interleave(value) for value in values]
     return jnp.asarray(np.stack(values) if module.layers else values[0])
+
+
+def _renamed(names: Any, old: str, new: str) -> Any:
+    """Return a list of module names with one of them exchanged; a regular expression stays as it is."""
+    return names if isinstance(names, str) else [new if name == old else name for name in names]
 
 
 def _names(target: Target) -> list[str]:

@@ -7,6 +7,7 @@ which rows a step sees, `eval_batches` iterates over the held-out ones.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,23 @@ from tpu_tune.data import cache, chat
 from tpu_tune.data.formats import detect
 from tpu_tune.data.loading import Batches, PackedRows, eval_batches, num_target_tokens, prefetch
 from tpu_tune.data.packing import one_per_row, pack
+from tpu_tune.data.pairs import EncoderDecoder, PairRows, pair_rows
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenizing import Options, TokenizedSet, merge
 from tpu_tune.data.workers import tokenize_parallel
 from tpu_tune.errors import UserError
 
-__all__ = ["Batches", "Datasets", "PackedRows", "eval_batches", "load_data", "num_target_tokens", "prefetch"]
+__all__ = [
+    "Batches",
+    "Datasets",
+    "EncoderDecoder",
+    "PackedRows",
+    "PairRows",
+    "eval_batches",
+    "load_data",
+    "num_target_tokens",
+    "prefetch",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +50,21 @@ class Datasets:
         Where the evaluation rows are a split of the training file, counts other than `used_*` are the whole file's.
     """
 
-    train: PackedRows
-    eval: PackedRows | None
+    train: PackedRows | PairRows
+    eval: PackedRows | PairRows | None
     summary: dict[str, Any]
 
 
-def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None) -> Datasets:
+def load_data(
+    config: Any, tokenizer: Any, vocab_size: int | None = None, encoder_decoder: EncoderDecoder | None = None
+) -> Datasets:
     """Read, tokenize, split and pack the data of a configuration.
 
     Args:
       config: the whole configuration; only `config.data` is read.
       tokenizer: a Hugging Face tokenizer. It needs no pad token: padding is token 0 in segment 0.
       vocab_size: rows of the model's embedding, to hold the token ids against.
+      encoder_decoder: where the model is one; its rows are `PairRows`, which are padded, not packed.
 
     Raises:
       UserError: data that cannot be read or understood, tokens that the model does not have, or nothing to train on.
@@ -73,8 +88,13 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None) -> Dat
             held_out = train
         else:
             logger.warning("%s holds one usable row: there is none to hold out for evaluation", data.train)
-    train_rows = _rows(train, train_examples, data)
-    eval_rows = None if held_out is None else _rows(held_out, eval_examples, data)
+    if encoder_decoder and data.train_on_source:
+        raise UserError(
+            "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
+        )
+    rows = functools.partial(_rows, config=data, encoder_decoder=encoder_decoder)
+    train_rows = rows(data.train, train, train_examples)
+    eval_rows = None if held_out is None else rows(data.eval or data.train, held_out, eval_examples)
     summary = {"train": _summarise(train, train_rows)}
     if eval_rows is not None:
         summary["eval"] = _summarise(held_out, eval_rows)
@@ -170,7 +190,11 @@ def _check(data: TokenizedSet, name: str, vocab_size: int | None) -> None:
         )
 
 
-def _rows(data: TokenizedSet, examples: np.ndarray, config: Any) -> PackedRows:
+def _rows(
+    name: str, data: TokenizedSet, examples: np.ndarray, config: Any, encoder_decoder: EncoderDecoder | None
+) -> PackedRows | PairRows:
+    if encoder_decoder:
+        return pair_rows(name, data, examples, encoder_decoder)
     lengths = data.lengths
     if config.packing:
         packing = pack(lengths[examples], config.max_length)
@@ -182,9 +206,9 @@ def _rows(data: TokenizedSet, examples: np.ndarray, config: Any) -> PackedRows:
     return PackedRows(data, dataclasses.replace(packing, documents=examples[packing.documents]))
 
 
-def _summarise(data: TokenizedSet, rows: PackedRows) -> dict[str, Any]:
+def _summarise(data: TokenizedSet, rows: PackedRows | PairRows) -> dict[str, Any]:
     """The set's counts, and under `packed_*` those of the rows made of this part of it."""
-    documents = rows.packing.documents
+    documents = rows.documents
     tokens = int(data.lengths[documents].sum())
     marked = np.concatenate([[0], np.cumsum(data.loss_mask, dtype=np.int64)])
     targets = int((marked[data.offsets[documents + 1]] - marked[data.offsets[documents]]).sum())
@@ -195,7 +219,7 @@ def _summarise(data: TokenizedSet, rows: PackedRows) -> dict[str, Any]:
         "used_target_tokens": targets,
         "packed_rows": len(rows),
         "width": rows.width,
-        "fill": round(tokens / max(1, len(rows) * rows.width), 4),
+        "fill": round(tokens / max(1, rows.capacity), 4),
     }
 
 

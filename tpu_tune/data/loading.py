@@ -42,6 +42,16 @@ class PackedRows:
         """Tokens a row, T."""
         return self.packing.width
 
+    @property
+    def documents(self) -> np.ndarray:
+        """Examples in all rows, in order."""
+        return self.packing.documents
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that all rows have room for."""
+        return len(self) * self.width
+
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Make rows.
 
@@ -80,13 +90,13 @@ class Batches:
     """The batches of training, by step.
 
     Attributes:
-      rows: what to train on.
+      rows: what to train on; anything with `len` and `take`, see also `pairs.PairRows`.
       batch_rows: rows of a micro-batch, over all devices.
       accumulation: micro-batches of a step.
       data_seed: with the epoch it decides the order of the rows.
     """
 
-    rows: PackedRows
+    rows: Any
     batch_rows: int
     accumulation: int
     data_seed: int
@@ -120,7 +130,7 @@ def _permutation(data_seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
-def eval_batches(rows: PackedRows, batch_rows: int) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(rows: Any, batch_rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Yield all rows in order, (batch_rows, T) int32 each; the last batch is filled with empty rows."""
     for start in range(0, len(rows), batch_rows):
         numbers = np.arange(start, start + batch_rows)

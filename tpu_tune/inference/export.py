@@ -22,7 +22,7 @@ from tpu_tune.checkpoints.huggingface_write import whole_directory, write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource, open_source
 from tpu_tune.errors import UserError
-from tpu_tune.inference.model import _logits
+from tpu_tune.inference.model import logits
 from tpu_tune.models import Architecture
 from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split
 
@@ -92,13 +92,14 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     # One tree at a time: the trained one gives the reference logits, then the exported one is written and measured.
     probe = np.random.default_rng(0).integers(0, arch.vocab_size, (1, _PROBE_TOKENS))
     trained = combined(True)
-    reference = np.asarray(_logits(arch, jnp.dtype("float32"), trained, jnp.asarray(probe, jnp.int32)))
+    probes = [jnp.asarray(probe, jnp.int32)] * (2 if arch.encoder else 1)
+    reference = np.asarray(logits(arch, jnp.dtype("float32"), trained, *probes))
     write_model(output, trained if base == "dequantized" else combined(False), source, arch, dtype)
     del trained
     exported = open_source(output)
     written_arch = open_architecture(exported)
     written = load_params(exported, written_arch, jnp.float32)
-    found = np.asarray(_logits(written_arch, jnp.dtype("float32"), written, jnp.asarray(probe, jnp.int32)))
+    found = np.asarray(logits(written_arch, jnp.dtype("float32"), written, *probes))
     difference = float(np.max(np.abs(found - reference)))
     return {
         "max_logit_difference": difference,

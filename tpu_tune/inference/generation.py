@@ -1,8 +1,9 @@
 """Generation with a key-value cache: greedy, temperature, top-k, top-p; batches of prompts of any length.
 
 Prompts are padded on the left to a common length, so that all rows write their next token at one place; padding is
-segment 0, which no token sees, and positions count from each prompt's first token. The whole loop is one jitted
-function; it stops when every row has ended.
+segment 0, which no token sees, and positions count from each prompt's first token. An encoder-decoder reads its
+prompts in the encoder and answers from its start token. The whole loop is one jitted function; it stops when every row
+has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tpu_tune.errors import UserError
-from tpu_tune.models import Architecture, Cache, Decoder, Execution, empty_cache
+from tpu_tune.models import Architecture, Cache, Decoder, Execution, check_length, empty_cache, encode
 
 _ROUND = 32  # lengths are rounded up to multiples of this, so that few shapes are compiled
 
@@ -59,7 +60,8 @@ def generate(
     chat: bool,
 ) -> list[str]:
     """Return one decoded answer a prompt (see `Model.generate`)."""
-    encoded = [encode_prompt(tokenizer, prompt, chat) for prompt in prompts]
+    # An encoder-decoder's prompt is what its encoder reads, not a turn of a chat.
+    encoded = [encode_prompt(tokenizer, prompt, chat and arch.encoder is None) for prompt in prompts]
     answers = generate_ids(arch, params, encoded, sampling, end_tokens(tokenizer), dtype)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
@@ -104,21 +106,20 @@ def generate_ids(
       dtype: of the activations and the cache.
 
     Raises:
-      UserError: an empty prompt.
+      UserError: an empty prompt, or more tokens than the model has positions for.
     """
     if not prompts:
         return []
     if not all(prompts):
         raise UserError("a prompt is empty; generation needs at least one token to go on from")
-    width = -(-max(len(prompt) for prompt in prompts) // _ROUND) * _ROUND
-    ids = np.zeros((len(prompts), width), np.int32)
-    real = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        real[row, width - len(prompt) :] = 1
+    encoder, starts = None, prompts
+    if arch.encoder:
+        encoder, starts = _padded(prompts), [[arch.start_token]] * len(prompts)
+    check_length(arch, max(map(len, starts)) + sampling.max_new_tokens)
     steps = -(-sampling.max_new_tokens // _ROUND) * _ROUND
     new = np.asarray(_generate(
-        arch, jnp.dtype(dtype), steps, sampling.top_k, params, ids, real, jnp.int32(sampling.max_new_tokens),
+        arch, jnp.dtype(dtype), steps, sampling.top_k, params, *_padded(starts), encoder,
+        jnp.int32(sampling.max_new_tokens),
         jnp.float32(sampling.temperature), jnp.float32(sampling.top_p), jax.random.key(sampling.seed),
         jnp.asarray(list(ends) or [-1], jnp.int32),
     ))  # fmt: skip
@@ -129,16 +130,28 @@ def generate_ids(
     return answers
 
 
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (rows, width) ids, padded on the left, and 1 where a token is real."""
+    width = -(-max(len(prompt) for prompt in prompts) // _ROUND) * _ROUND
+    ids = np.zeros((len(prompts), width), np.int32)
+    real = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        real[row, width - len(prompt) :] = 1
+    return ids, real
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
     arch: Architecture, dtype: Any, steps: int, top_k: int, params: dict[str, Any], ids: Int[Array, "B T"],
-    real: Int[Array, "B T"], limit: Array, temperature: Array, top_p: Array, key: Array, ends: Int[Array, " E"],
+    real: Int[Array, "B T"], encoder: tuple[Int[Array, "B M"], Int[Array, "B M"]] | None, limit: Array, temperature: Array, top_p: Array, key: Array, ends: Int[Array, " E"],
 ) -> Int[Array, "B steps"]:  # fmt: skip
     model = Decoder(arch, params, Execution(dtype))
+    memory = encode(arch, params, Execution(dtype), *encoder) if encoder else None
     batch, width = ids.shape
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     cache = empty_cache(arch, batch, width + steps, dtype)
-    hidden, cache = model.hidden(ids, positions, real, cache)
+    hidden, cache = model.hidden(ids, positions, real, cache, memory)
     logits = model.logits(hidden[:, -1]).astype(jnp.float32)
     start = (jnp.int32(0), logits, cache, jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool))
 

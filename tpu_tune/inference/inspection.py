@@ -20,7 +20,16 @@ ROLES = {
     "o": "attention: output",
     "gate": "MLP: gate",
     "up": "MLP: up",
+    "gate_up": "MLP: gate and up in one",
     "down": "MLP: down",
+    "cross_q": "attention to the encoder: queries",
+    "cross_k": "attention to the encoder: keys",
+    "cross_v": "attention to the encoder: values",
+    "cross_o": "attention to the encoder: output",
+    "positions": "turns positions into vectors",
+    "relative_bias": "turns distances into a bias on the scores",
+    "project_in": "widens the embedding's vectors",
+    "project_out": "narrows vectors for the head",
     "head": "turns vectors into logits",
 }
 
@@ -66,7 +75,6 @@ def inspect_model(path: str, spec: LoraSpec) -> dict[str, Any]:
 
 
 def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
-    role = next((name for name in ROLES if _path(arch, name) == module.path), "")
     name = module.path
     if module.layers:
         name = f"{module.layers_path}.N{module.path[len(module.layers_path) :]}"
@@ -75,12 +83,17 @@ def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
         "shape": list(module.shape),
         "layers": module.layers,
         "kind": module.kind,
-        "role": ROLES.get(role, "norm" if module.kind == "norm" else ""),
+        "role": _roles(arch).get(module.path, "norm" if module.kind == "norm" else ""),
         "tied_to": module.tied_to,
         "bias": module.bias,
     }
 
 
-def _path(arch: Architecture, role: str) -> str:
-    name = getattr(arch.names, role)
-    return name if role in ("embed", "head") or not name else f"{arch.names.layers}.{name}"
+def _roles(arch: Architecture) -> dict[str, str]:
+    """Return module path -> what it does, of the decoder and of its encoder, if there is one."""
+    found = _roles(arch.encoder) if arch.encoder else {}
+    for role, meaning in ROLES.items():
+        name = getattr(arch.names, role)
+        if name:
+            found |= {name: meaning, f"{arch.names.layers}.{name}": meaning}
+    return found

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource, open_source
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
-from tpu_tune.models import Architecture, Decoder, Execution
+from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode
 from tpu_tune.tensors import FORMATS
 from tpu_tune.transforms import QuantizePolicy, Targets, combine, find_targets, split
 
@@ -44,12 +44,27 @@ class Model:
     source: WeightSource
     targets: Targets | None = None
 
-    def __call__(self, input_ids: Any) -> Float[Array, "B T V"]:
-        """Return the next token's logits (float32) at every place of `input_ids` (B, T)."""
-        ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
-        if ids.ndim != 2:
-            raise UserError(f"input_ids has shape {ids.shape}; give (batch, time)")
-        return _logits(self.architecture, self.dtype, self.params, ids)
+    def __call__(self, input_ids: Any, decoder_input_ids: Any = None) -> Float[Array, "B T V"]:
+        """Return the next token's logits (float32) at every place of `input_ids` (B, T).
+
+        Args:
+          input_ids: token ids; of an encoder-decoder, the encoder's.
+          decoder_input_ids: of an encoder-decoder: what it has answered so far, from its start token on, (B, T).
+
+        Raises:
+          UserError: ids that are not (batch, time), or `decoder_input_ids` where there is no encoder, or none where
+            there is.
+        """
+        if (decoder_input_ids is None) != (self.architecture.encoder is None):
+            wanted = "needs decoder_input_ids too" if self.architecture.encoder else "takes no decoder_input_ids"
+            raise UserError(f"this {self.architecture.family} model {wanted}")
+        given = {"input_ids": input_ids, "decoder_input_ids": decoder_input_ids}
+        arrays = {name: jnp.asarray(np.asarray(ids), jnp.int32) for name, ids in given.items() if ids is not None}
+        for name, ids in arrays.items():
+            if ids.ndim != 2:
+                raise UserError(f"{name} has shape {ids.shape}; give (batch, time)")
+        check_length(self.architecture, list(arrays.values())[-1].shape[1])
+        return logits(self.architecture, self.dtype, self.params, *arrays.values())
 
     def generate(self, prompts: Sequence[str], sampling: Sampling | None = None, chat: bool = True) -> list[str]:
         """Return one answer a prompt.
@@ -95,5 +110,11 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(arch: Architecture, dtype: Any, params: dict[str, Any], ids: Array) -> Array:
-    return Decoder(arch, params, Execution(dtype))(ids)
+def logits(
+    arch: Architecture, dtype: Any, params: dict[str, Any], ids: Int[Array, "B S"], decoder_ids: Array | None = None
+) -> Float[Array, "B T V"]:
+    """Return float32 logits of `ids`, or of `decoder_ids` where `ids` is for an encoder; `dtype` is the activations'."""
+    memory = None
+    if arch.encoder:
+        memory, ids = encode(arch, params, Execution(dtype), ids, jnp.ones_like(ids)), decoder_ids
+    return Decoder(arch, params, Execution(dtype))(ids, memory=memory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +19,37 @@ from tpu_tune.errors import UserError
 QUERY_BLOCK = 512
 _AUTO_LIMIT = 2048  # longest key sequence for which `auto` holds all scores
 
+# (query index (B, T), key index (B, S)) -> (B, H, T, S) float32, added to the scores
+Bias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "B H T S"]]
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["query_index", "key_index", "query_segments", "key_segments"],
-    meta_fields=[],
+    meta_fields=["causal"],
 )
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where queries and keys stand: a query sees keys of its own segment at or before its index.
+    """Where queries and keys stand: a query sees keys of its own segment, if causal at or before its index.
 
     Attributes:
       query_index, key_index: place in the row, (B, T) and (B, S).
       query_segments, key_segments: document number; 0 is padding, and no other document sees it.
+      causal: whether keys behind the query are hidden from it.
     """
 
     query_index: Int[Array, "B T"]
     key_index: Int[Array, "B S"]
     query_segments: Int[Array, "B T"]
     key_segments: Int[Array, "B S"]
+    causal: bool = True
 
     def mask(self, window: int | None) -> Bool[Array, "B T S"]:
         """Return which keys each query sees."""
+        seen = self.query_segments[:, :, None] == self.key_segments[:, None, :]
         distance = self.query_index[:, :, None] - self.key_index[:, None, :]
-        seen = (distance >= 0) & (self.query_segments[:, :, None] == self.key_segments[:, None, :])
+        if self.causal:
+            seen &= distance >= 0
         return seen if window is None else seen & (distance < window)
 
 
@@ -53,6 +61,8 @@ def attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    cap: float | None = None,
+    bias: Bias | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B T H D"]:
     """Softmax attention; H is a multiple of K (grouped heads), scores and softmax are float32.
@@ -60,6 +70,8 @@ def attention(
     Args:
       window: each query sees so many keys, its own place included; None for all.
       scale: of the scores; D ** -0.5 by default.
+      cap: soft limit of the scores, see `soft_cap`.
+      bias: added to the scores, by place.
       implementation: auto | reference | blockwise.
 
     Raises:
@@ -69,18 +81,29 @@ def attention(
     if implementation == "auto":
         implementation = "blockwise" if k.shape[1] > _AUTO_LIMIT and q.shape[1] > QUERY_BLOCK else "reference"
     if implementation == "reference":
-        return reference(q, k, v, places, window, scale)
+        return reference(q, k, v, places, window, scale, cap, bias)
     if implementation == "blockwise":
-        return blockwise(q, k, v, places, window, scale)
+        return blockwise(q, k, v, places, window, scale, cap=cap, bias=bias)
     raise UserError(f"model.attention is '{implementation}'; it must be auto, reference or blockwise")
 
 
-def reference(q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float) -> Array:
+def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Return cap * tanh(x / cap), which keeps x between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def reference(
+    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float,
+    cap: float | None = None, bias: Bias | None = None,
+) -> Array:  # fmt: skip
     """Attention with all scores at once."""
     batch, length, heads, size = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * scale, cap)
+    if bias is not None:
+        scores += bias(places.query_index, places.key_index).reshape(scores.shape)
     # A finite floor: a padded query that sees no key must give zeros to the gradient, not NaN.
     scores = jnp.where(places.mask(window)[:, None, None], scores, jnp.float32(-1e30))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -88,8 +111,9 @@ def reference(q: Array, k: Array, v: Array, places: Places, window: int | None, 
 
 
 def blockwise(
-    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float, block: int = QUERY_BLOCK
-) -> Array:
+    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float,
+    block: int = QUERY_BLOCK, cap: float | None = None, bias: Bias | None = None,
+) -> Array:  # fmt: skip
     """Attention over blocks of queries, scores recomputed in the backward pass."""
     batch, length, heads, size = q.shape
     short = -length % block
@@ -102,7 +126,7 @@ def blockwise(
     def one_block(_: None, queries: tuple[Array, Array, Array]) -> tuple[None, Array]:
         q_block, index, segments = queries
         here = dataclasses.replace(places, query_index=index, query_segments=segments)
-        return None, reference(q_block, k, v, here, window, scale)
+        return None, reference(q_block, k, v, here, window, scale, cap, bias)
 
     _, out = jax.lax.scan(one_block, None, (blocks(q), blocks(places.query_index), blocks(places.query_segments)))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]

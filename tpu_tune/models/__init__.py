@@ -1,8 +1,9 @@
 """One decoder for every family; an Architecture says how families differ."""
 
 from tpu_tune.models.architecture import Architecture, LayerKind, Names
-from tpu_tune.models.decoder import Cache, Decoder, Execution, apply_head, empty_cache
+from tpu_tune.models.decoder import Cache, Decoder, Execution, Memory, check_length, empty_cache, encode
 from tpu_tune.models.families import FAMILIES, architecture
+from tpu_tune.models.layers import apply_head
 from tpu_tune.models.rope import Rope
 
 __all__ = [
@@ -12,9 +13,12 @@ __all__ = [
     "Decoder",
     "Execution",
     "LayerKind",
+    "Memory",
     "Names",
     "Rope",
     "apply_head",
     "architecture",
+    "check_length",
     "empty_cache",
+    "encode",
 ]

@@ -1,7 +1,8 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) and the ways to stretch them.
 
 Frequencies follow transformers' `modeling_rope_utils`: linear (positions divided), dynamic NTK (base grows with the
-sequence beyond the trained length) and llama3 (low frequencies divided, a smooth band between).
+sequence beyond the trained length), llama3 (low frequencies divided, a smooth band between) and longrope (a factor of
+its own for each frequency, one set up to the trained length and one beyond; arXiv:2402.13753).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
 
-KINDS = ("default", "linear", "dynamic", "llama3")
+KINDS = ("default", "linear", "dynamic", "llama3", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Rope:
     Attributes:
       dim: rotated elements of each head, the first ones; the rest pass unchanged.
       theta: base of the frequencies.
-      kind: default | linear | dynamic | llama3.
-      factor: by how much the context is stretched (all kinds but default).
-      original_length: positions the model was trained on (dynamic, llama3).
+      kind: default | linear | dynamic | llama3 | longrope.
+      factor: by how much the context is stretched (linear, dynamic, llama3).
+      original_length: positions the model was trained on (dynamic, llama3, longrope).
       low_freq_factor, high_freq_factor: llama3's band.
+      short_factors, long_factors: longrope's divisors of each frequency, up to `original_length` and beyond.
+      magnitude: factor on cosines and sines (longrope).
       interleaved: pairs are neighbours (GPT-J) instead of the two halves.
     """
 
@@ -41,6 +44,9 @@ class Rope:
     original_length: int = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    magnitude: float = 1.0
     interleaved: bool = False
 
 
@@ -61,8 +67,11 @@ def from_config(config: Mapping[str, Any], dim: int, default_theta: float = 1000
         settings = dict(settings[layer_type])
     theta = settings.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", default_theta)))
     kind = settings.get("rope_type", settings.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
     if kind not in KINDS:
         raise UserError(f"rope type '{kind}' is not implemented; the known ones are {', '.join(KINDS)}")
+    if kind == "longrope":
+        return _longrope(config, settings, dim, float(theta))
     return Rope(
         dim=dim,
         theta=float(theta),
@@ -76,19 +85,42 @@ def from_config(config: Mapping[str, Any], dim: int, default_theta: float = 1000
     )
 
 
+def _longrope(config: Mapping[str, Any], settings: Mapping[str, Any], dim: int, theta: float) -> Rope:
+    longest = int(config["max_position_embeddings"])
+    original = int(
+        config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings") or longest
+    )
+    for key in ("short_factor", "long_factor"):
+        if len(settings.get(key) or ()) != dim // 2:
+            raise UserError(f"rope type 'longrope' needs {dim // 2} numbers as {key}, one for each frequency")
+    factor = settings.get("factor") or longest / original
+    magnitude = settings.get("attention_factor")
+    if magnitude is None:
+        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    short, long = (tuple(map(float, settings[key])) for key in ("short_factor", "long_factor"))
+    return Rope(
+        dim, theta, "longrope", original_length=original, short_factors=short, long_factors=long,
+        magnitude=float(magnitude),
+    )  # fmt: skip
+
+
 def tables(rope: Rope, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T half"], ...]:
     """Return cosines and sines (B, T, dim/2), float32, for each token's position.
 
-    The dynamic kind stretches by the largest position of each row: not by how long the row or the cache is, and not,
-    as transformers does, by the longest row of the batch.
+    The dynamic and longrope kinds go by the largest position of each row: not by how long the row or the cache is, and
+    not, as transformers does, by the longest row of the batch.
     """
     frequencies = jnp.asarray(_frequencies(rope))
     if rope.kind == "dynamic":
         longest = jnp.max(positions, axis=1)[:, None, None] + 1
         stretch = jnp.maximum(rope.factor * longest / rope.original_length - (rope.factor - 1), 1.0)
         frequencies = frequencies * stretch ** -jnp.asarray(np.arange(0, rope.dim, 2) / (rope.dim - 2), jnp.float32)
+    elif rope.kind == "longrope":
+        longest = jnp.max(positions, axis=1)[:, None, None] + 1
+        factors = (jnp.asarray(part, jnp.float32) for part in (rope.long_factors, rope.short_factors))
+        frequencies = frequencies / jnp.where(longest > rope.original_length, *factors)
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
 
 
 def rotate(x: Float[Array, "B T H D"], rope: Rope, cos: Array, sin: Array) -> Float[Array, "B T H D"]:

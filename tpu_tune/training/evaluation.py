@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tpu_tune.data import PackedRows, eval_batches
+from tpu_tune.data import PackedRows, PairRows, eval_batches
 from tpu_tune.training.setup import Steps
 
 
 def evaluate(
-    steps: Steps, trainable: Mapping[str, Any], frozen: Mapping[str, Any], rows: PackedRows, batch_rows: int
+    steps: Steps, trainable: Mapping[str, Any], frozen: Mapping[str, Any], rows: PackedRows | PairRows, batch_rows: int
 ) -> dict[str, float]:
     """Return the metrics of one pass over `rows`.
 

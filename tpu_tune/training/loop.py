@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.checkpoints.run import RunCheckpoints
-from tpu_tune.data import Batches, Datasets, load_data, prefetch
+from tpu_tune.data import Batches, Datasets, EncoderDecoder, load_data, prefetch
 from tpu_tune.errors import UserError
 from tpu_tune.training import loggers, run_directory
 from tpu_tune.training.evaluation import evaluate
@@ -105,7 +105,10 @@ def train(
 
     # --- data and model; whatever can be wrong with them is found before the run directory is made --------------
     source, architecture = open_model(config)
-    data = load_data(config, source.load_tokenizer(), architecture.vocab_size)
+    tokenizer, pairs = source.load_tokenizer(), None
+    if architecture.encoder:
+        pairs = EncoderDecoder(architecture.start_token, tokenizer.eos_token_id)
+    data = load_data(config, tokenizer, architecture.vocab_size, pairs)
     begun = time.monotonic()
     model = prepare_model(config, mesh)
     jax.block_until_ready((model.trainable, model.frozen))

@@ -24,7 +24,7 @@ from tpu_tune.checkpoints.params import check_names, load_params, open_architect
 from tpu_tune.checkpoints.source import WeightSource, open_source
 from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
-from tpu_tune.models import Architecture, Execution, architecture
+from tpu_tune.models import Architecture, Execution, architecture, check_length
 from tpu_tune.tensors import LoraTensor, SavedTensor
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, make_optimizer
@@ -119,11 +119,13 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
     """Open the model, and hold what the configuration says about its modules against it; no weight is read.
 
     Raises:
-      UserError: no usable model, an adapter that does not fit, or names that match no module.
+      UserError: no usable model, an adapter that does not fit, names that match no module, or rows longer than the
+        model has positions for.
     """
     source = open_source(config.model.path)
     arch = open_architecture(source)
     check_names(source, arch)
+    check_length(arch, config.data.max_length)
     QuantizePolicy.from_config(config.quantize).paths(arch.modules())
     if config.model.adapter:
         peft.read_adapter(config.model.adapter, arch)
@@ -158,7 +160,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     source = open_source(config.model.path)
     arch = open_architecture(source)
     targets, adapters, policy = _methods(config, arch)
-    stacked = stacked_paths(arch)
+    stacked = arch.stacked()
     found: dict[str, Any] = {}
 
     def place(path: str, leaf: Any) -> Any:
@@ -187,7 +189,7 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
     """
     arch = architecture(model_config)
     targets, adapters, policy = _methods(config, arch)
-    dtype, stacked, quantized = storage_dtype(config), stacked_paths(arch), policy.paths(arch.modules())
+    dtype, stacked, quantized = storage_dtype(config), arch.stacked(), policy.paths(arch.modules())
     base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
     base = {path: jax.eval_shape(policy.apply, leaf) if path in quantized else leaf for path, leaf in base.items()}
 
@@ -233,7 +235,7 @@ def _methods(config: ConfigDict, arch: Architecture) -> tuple[Targets | None, di
 
 def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) -> Steps:
     """Build optimizer, schedule and the jitted steps; compiling waits for the first call."""
-    stacked = stacked_trainable(model.targets, stacked_paths(model.architecture))
+    stacked = stacked_trainable(model.targets, model.architecture.stacked())
     schedule = make_schedule(
         config.train.lr_scheduler_type,
         config.train.learning_rate,
@@ -269,12 +271,8 @@ def execution(config: ConfigDict, model: PreparedModel) -> Execution:
     plain = Execution(compute_dtype(config), config.model.attention, config.model.remat)
     if model.mesh.size == 1:
         return plain
-    prefix = model.architecture.names.layers + "."
-    wanted = {
-        path[len(prefix) :]: sharding.gathered(home)
-        for path, home in model.shardings.items()
-        if path.startswith(prefix)
-    }
+    stacked = model.architecture.stacked()
+    wanted = {path: sharding.gathered(home) for path, home in model.shardings.items() if path in stacked}
     hidden = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
     def gather_leaf(leaf: Any, home: Any) -> Any:
@@ -305,12 +303,6 @@ def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:
     return jax.tree_util.tree_map_with_path(home, shapes)
 
 
-def stacked_paths(arch: Architecture) -> frozenset[str]:
-    """Return the paths of the base leaves whose axis 0 is the layers."""
-    prefix = arch.names.layers + "."
-    return frozenset(path for path in arch.leaf_shapes() if path.startswith(prefix))
-
-
 def stacked_trainable(targets: Targets | None, stacked: frozenset[str]) -> frozenset[str]:
     """Return the paths of trainable leaves whose axis 0 is the layers."""
     if targets is None:
@@ -322,11 +314,9 @@ def stacked_trainable(targets: Targets | None, stacked: frozenset[str]) -> froze
 
 
 def sharding_units(arch: Architecture) -> dict[str, int]:
-    """Return path -> smallest piece of `out` that may be cut: a fused projection is cut between heads only."""
-    if not arch.names.qkv:
-        return {}
-    path = f"{arch.names.layers}.{arch.names.qkv}"
-    return {f"{path}.{suffix}": 3 * arch.head_dim for suffix in ("weight", "bias", "lora_B")}
+    """Return path -> smallest piece of `out` that may be cut: a fused projection is cut between its units only."""
+    fused = [module for module in arch.modules() if module.unit > 1]
+    return {f"{module.path}.{part}": module.unit for module in fused for part in ("weight", "bias", "lora_B")}
 
 
 def put(array: Any, home: NamedSharding) -> jax.Array:

@@ -21,12 +21,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy
-from tpu_tune.models import Architecture, Decoder, Execution, apply_head
+from tpu_tune.models import Architecture, Decoder, Execution, apply_head, encode
 from tpu_tune.training import loss_scale as scaling
 from tpu_tune.training.optimizers import clip_by_global_norm
 from tpu_tune.transforms import Targets, combine
 
 Batch = Mapping[str, Int[Array, "..."]]
+SEGMENTS = ("segment_ids", "encoder_segment_ids")  # what says which tokens are not padding
 
 
 @functools.partial(
@@ -76,9 +77,14 @@ class Problem:
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         """Return (summed cross-entropy, right first guesses) of one micro-batch of (rows, tokens) arrays."""
         params = combine(trainable, frozen, self.targets, dropout_key)
-        model = Decoder(self.architecture, params, self.execution)
-        hidden, _ = model.hidden(batch["input_ids"], batch["positions"], batch["segment_ids"])
-        return chunked_cross_entropy(apply_head, model.head_leaves(), hidden, batch["targets"], self.loss_chunk)
+        arch, run = self.architecture, self.execution
+        memory = None
+        if arch.encoder:
+            memory = encode(arch, params, run, batch["encoder_ids"], batch["encoder_segment_ids"])
+        model = Decoder(arch, params, run)
+        hidden, _ = model.hidden(batch["input_ids"], batch["positions"], batch["segment_ids"], memory=memory)
+        head = functools.partial(apply_head, arch)
+        return chunked_cross_entropy(head, model.head_leaves(), hidden, batch["targets"], self.loss_chunk)
 
 
 def init_state(trainable: Mapping[str, Array], optimizer: optax.GradientTransformation, float16: bool) -> TrainState:
@@ -138,7 +144,7 @@ def make_train_step(
             "grad_norm": norm,
             "learning_rate": schedule(state.updates),
             "num_targets": num_targets,
-            "num_tokens": jnp.sum(batch["segment_ids"] > 0),
+            "num_tokens": sum(jnp.sum(batch[name] > 0) for name in SEGMENTS if name in batch),
             "accuracy": right / jnp.maximum(num_targets, 1),
             "finite": finite.astype(jnp.float32),
             "failures": new_state.failures,

@@ -128,6 +128,8 @@ def find_targets(modules: Sequence[Module], spec: LoraSpec, default_targets: Seq
                     f"lora.modules_to_save: '{name}' has no weight of its own in this model, it is tied to "
                     f"'{by_path[path].tied_to}'; target it with LoRA, or save that one"
                 )
+            if by_path[path].no_adapter:
+                raise UserError(f"lora.modules_to_save: '{path}' cannot carry an adapter: {by_path[path].no_adapter}")
             if path in chosen:
                 raise UserError(
                     f"lora.modules_to_save: '{name}' takes '{path}', which has an adapter too; exclude it from one"
@@ -152,6 +154,8 @@ def _target(module: Module, layers: tuple[int | None, ...], spec: LoraSpec) -> T
             f"lora.target_modules matches the norm '{module.path}', which has no matrix to adapt; "
             "put it in lora.modules_to_save to train it in full"
         )
+    if module.no_adapter:
+        raise UserError(f"lora.target_modules: '{module.path}' cannot carry an adapter: {module.no_adapter}")
     names = [module.name(layer) for layer in layers]
     ranks = tuple(int(by_pattern(spec.rank_pattern, name, spec.rank)) for name in names)
     alphas = tuple(float(by_pattern(spec.alpha_pattern, name, spec.alpha)) for name in names)

@@ -30,8 +30,7 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
                 if leaf is None:
                     continue
                 value = np.asarray(_dense_layer(leaf, layer))
-                if suffix == "weight" and module.kind == "linear" and not module.fan_in_fan_out:
-                    value = value.T
+                value = module.to_torch(value) if suffix == "weight" else module.deinterleave(value)
                 yield f"{module.name(layer)}.{suffix}", value
 
 

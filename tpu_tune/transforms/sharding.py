@@ -29,14 +29,18 @@ STORED = ("fsdp", "sequence")  # the axes that share out storage; training gathe
 Axes = tuple[str, ...]
 Rule = tuple[str, tuple[Axes, ...]]  # regex on the path -> mesh axes of each of the leaf's own (unstacked) axes
 
+# Modules whose input is what another one's output was cut into, by every family's names for them.
+_ROW_PARALLEL = r"(o_proj|out_proj|c_proj|Attention\.o|dense|down_proj|dense_4h_to_h|fc_out|fc2|wo)"
+_EMBEDDING = r"(embed\w*|wte|wpe|shared)"
 RULES: tuple[Rule, ...] = (
     (r"(norm|layernorm|layer_norm|ln_\w+)\.(weight|bias)$|\.bias$|lora_magnitude_vector$", ()),
-    (r"(o_proj|down_proj|dense|dense_4h_to_h)\.weight$", (("tensor",), STORED)),  # row parallel
-    (r"(o_proj|down_proj|dense|dense_4h_to_h)\.lora_A$", (("tensor",), ())),
-    (r"(o_proj|down_proj|dense|dense_4h_to_h)\.lora_B$", ((), STORED)),
-    (r"embed\w*\.weight$", (("tensor",), STORED)),
-    (r"embed\w*\.lora_A$", (("tensor",), ())),
-    (r"embed\w*\.lora_B$", ((), STORED)),
+    (r"relative_attention_bias\.", ()),
+    (rf"{_ROW_PARALLEL}\.weight$", (("tensor",), STORED)),
+    (rf"{_ROW_PARALLEL}\.lora_A$", (("tensor",), ())),
+    (rf"{_ROW_PARALLEL}\.lora_B$", ((), STORED)),
+    (rf"{_EMBEDDING}\.weight$", (("tensor",), STORED)),
+    (rf"{_EMBEDDING}\.lora_A$", (("tensor",), ())),
+    (rf"{_EMBEDDING}\.lora_B$", ((), STORED)),
     (r"\.weight$", (STORED, ("tensor",))),  # column parallel
     (r"\.lora_A$", (STORED, ())),
     (r"\.lora_B$", ((), ("tensor",))),

@@ -8,8 +8,14 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.architecture import Architecture
+from tpu_tune.models.families.gemma import gemma, gemma2, gemma3
+from tpu_tune.models.families.gpt2 import gpt2
 from tpu_tune.models.families.gpt_neox import gpt_neox
+from tpu_tune.models.families.gptj import gptj
 from tpu_tune.models.families.llama import llama, mistral, qwen2, qwen3
+from tpu_tune.models.families.opt import opt
+from tpu_tune.models.families.phi import phi, phi3
+from tpu_tune.models.families.t5 import t5
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "llama": llama,
@@ -17,6 +23,15 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "gpt_neox": gpt_neox,
+    "gptj": gptj,
+    "gpt2": gpt2,
+    "opt": opt,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "phi": phi,
+    "phi3": phi3,
+    "t5": t5,
 }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpu_tune.models import rope
+from tpu_tune.models.activations import check_activation
 from tpu_tune.models.architecture import Architecture, LayerKind, Names
-from tpu_tune.models.decoder import check_activation
 
 NAMES = Names(
     embed="gpt_neox.embed_in",
@@ -44,6 +44,7 @@ def gpt_neox(config: Mapping[str, Any]) -> Architecture:
         norm="layer",
         norm_eps=config.get("layer_norm_eps", 1e-5),
         activation=check_activation(config.get("hidden_act", "gelu")),
+        fused_heads=True,
         residual="parallel" if config.get("use_parallel_residual", True) else "sequential",
         qkv_bias=bias,
         o_bias=bias,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpu_tune.models import rope
+from tpu_tune.models.activations import check_activation
 from tpu_tune.models.architecture import Architecture, LayerKind, Names
-from tpu_tune.models.decoder import check_activation
 
 NAMES = Names(
     embed="model.embed_tokens",

@@ -1,0 +1,187 @@
+"""What every family owes beyond its logits: adapters both ways with peft, gradients, and merged exports for torch.
+
+One case a family (`tiny_models.FAMILY_CASES`); logits and generation are in `test_models.py`.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from safetensors.numpy import load_file
+from test_peft import randomized
+from tokenizers import Tokenizer, models
+
+from tpu_tune.checkpoints.huggingface_write import write_model
+from tpu_tune.checkpoints.peft import adapter_tensors, read_adapter, write_adapter
+from tpu_tune.errors import UserError
+from tpu_tune.models import Execution, architecture
+from tpu_tune.training.step import Problem
+from tpu_tune.transforms import LoraSpec, combine, find_targets, lora, split
+
+CASES = tiny_models.FAMILY_CASES
+# PEFT 0.21's default targets (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
+DEFAULTS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gptj", "opt", "gemma", "gemma2", "gemma3_text"),
+                    ("q_proj", "v_proj")),
+    "gpt_neox": ("query_key_value",), "gpt2": ("c_attn",), "phi": ("q_proj", "v_proj", "fc1", "fc2"), "t5": ("q", "v"),
+}  # fmt: skip
+# Beside all linear layers: embeddings and heads by their names there. T5's `shared` cannot carry an adapter, and peft's
+# own OPT does not run with one on `embed_positions`.
+ENDS = {
+    "gpt_neox": ["embed_in", "embed_out"], "gptj": ["wte", "lm_head"], "gpt2": ["wte", "wpe"], "t5": ["lm_head"],
+    "opt": ["embed_tokens", "project_in"],
+}  # fmt: skip
+
+
+def adapted(case, targets, **settings):
+    """Return (arch, params, targets, trainable, frozen) with a random adapter."""
+    arch, params = tiny_models.load(tiny_models.CONFIGS[case])
+    spec = LoraSpec(rank=4, alpha=12.0, target_modules=targets, **settings)
+    found = find_targets(arch.modules(), spec, arch.default_targets)
+    trainable, frozen = split(params, found, lora.init(found, params, jax.random.key(0)))
+    return arch, params, found, randomized(trainable, arch), frozen
+
+
+def all_linear_and(case):
+    """Return the names of all linear modules of a case, and of its embeddings and head."""
+    arch = architecture(tiny_models.CONFIGS[case])
+    linear = {m.path.rsplit(".")[-1] for m in arch.modules() if m.kind == "linear" and not m.is_head}
+    return sorted(linear) + ENDS.get(arch.family, ["embed_tokens", "lm_head"])
+
+
+def with_peft(base, adapter, **options):
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(tiny_models.torch_model(base), str(adapter), **options).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_default_targets_are_pefts(case):
+    arch = architecture(tiny_models.CONFIGS[case])
+    assert arch.default_targets == DEFAULTS.get(arch.family, arch.default_targets)
+    constants = pytest.importorskip("peft.utils.constants")
+    theirs = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert arch.family not in theirs or list(arch.default_targets) == theirs[arch.family]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_on_everything_both_ways(case, tmp_path):
+    arch, params, targets, trainable, frozen = adapted(case, all_linear_and(case))
+    ours = tiny_models.logits_of(case, arch, combine(trainable, frozen, targets))
+    assert tiny_models.difference(tiny_models.logits_of(case, arch, params), ours) > 1e-2
+    base = tiny_models.write(tmp_path / "base", tiny_models.CONFIGS[case])
+    write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, base, params)
+    model = with_peft(base, tmp_path / "adapter")
+    assert tiny_models.difference(ours, tiny_models.torch_logits_of(case, model)) < 1e-4
+    model.save_pretrained(tmp_path / "theirs")
+    spec, back = read_adapter(str(tmp_path / "theirs"), arch)
+    again = find_targets(arch.modules(), spec, arch.default_targets)
+    assert (
+        tiny_models.difference(tiny_models.logits_of(case, arch, combine(*split(params, again, back), again)), ours)
+        < 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [("gpt2", {"use_dora": True}), ("phi3", {"use_dora": True}), ("gpt2", {"bias": "all"}), ("t5", {"use_dora": True}),
+     ("phi3", {"modules_to_save": ["qkv_proj"]}), ("gemma3", {"modules_to_save": ["q_norm"]})],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_what_follows_the_columns_of_a_fused_matrix(case, settings, tmp_path):
+    """Magnitudes, biases and saved modules are reordered as their matrix is."""
+    targets = "all-linear" if "modules_to_save" not in settings else ["o_proj"]
+    arch, params, targets, trainable, frozen = adapted(case, targets, **settings)
+    ours = tiny_models.logits_of(case, arch, combine(trainable, frozen, targets))
+    base = tiny_models.write(tmp_path / "base", tiny_models.CONFIGS[case])
+    write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, base, params)
+    _, back = read_adapter(str(tmp_path / "adapter"), arch)
+    for path, leaf in trainable.items():
+        np.testing.assert_array_equal(back[path], leaf, err_msg=path)
+    assert tiny_models.difference(ours, tiny_models.torch_logits_of(case, with_peft(base, tmp_path / "adapter"))) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_loss_and_gradients_equal_torch_and_peft(case, tmp_path):
+    torch = pytest.importorskip("torch")
+    arch, _, targets, trainable, frozen = adapted(case, "all-linear")
+    ids = tiny_models.input_ids(case)
+    labels = np.where(np.random.default_rng(0).random(ids.shape) < 0.7, np.roll(ids, -1, axis=1), -100)
+    batch = {
+        "input_ids": ids, "targets": labels, "segment_ids": np.ones_like(ids),
+        "positions": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+    }  # fmt: skip
+    if arch.encoder:
+        batch |= dict(zip(("encoder_ids", "encoder_segment_ids"), tiny_models.encoder_input(case), strict=True))
+    batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+    problem = Problem(arch, Execution(remat="full"), targets, 7)
+
+    def mean_loss(trainable):
+        return problem.loss(trainable, frozen, batch, None)[0] / np.sum(labels != -100)
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(trainable)
+    base = tiny_models.write(tmp_path / "base", tiny_models.CONFIGS[case])
+    write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, base)
+    model = with_peft(base, tmp_path / "adapter", is_trainable=True).double()  # one side's rounding is enough
+    inputs = {"input_ids": torch.tensor(ids)}
+    if arch.encoder:
+        encoder, mask = (torch.tensor(part) for part in tiny_models.encoder_input(case))
+        inputs = {"input_ids": encoder, "attention_mask": mask, "decoder_input_ids": torch.tensor(ids)}
+    logits = model(**inputs, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(labels).flatten())
+    expected.backward()
+    assert abs(float(loss) / expected.item() - 1) < 1e-4
+    theirs = {
+        name.replace(".default", ""): weight.grad.numpy()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    ours = adapter_tensors(grads, targets, arch)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for name, grad in theirs.items():
+        assert tiny_models.difference(ours[name], grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("case", [*CASES, "t5_gated", "gemma", "phi_head_norms"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_merged_export_is_the_same_model_to_torch(case, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    arch, _, targets, trainable, frozen = adapted(case, "all-linear")
+    tree = combine(trainable, frozen, targets)
+    config = {**tiny_models.CONFIGS[case], "torch_dtype": "float32"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    source = dataclasses.replace(tiny_models.source(config), load_tokenizer=lambda: tokenizer)
+    write_model(str(tmp_path / "merged"), tree, source, arch)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config
+    original, written = tiny_models.weights(config), load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: (value.shape, value.dtype) for name, value in written.items()} == {
+        name: (value.shape, value.dtype) for name, value in original.items()
+    }
+    pytest.importorskip("torch")
+    found = tiny_models.torch_logits_of(case, tiny_models.torch_model(str(tmp_path / "merged")))
+    assert tiny_models.difference(tiny_models.logits_of(case, arch, tree), found) < 1e-4
+
+
+def test_an_adapter_that_peft_would_not_reach_is_refused():
+    arch = architecture(tiny_models.CONFIGS["t5"])
+    for settings in ({"target_modules": ["q", "shared"]}, {"target_modules": ["q"], "modules_to_save": ["shared"]}):
+        with pytest.raises(UserError, match="'shared' cannot carry an adapter"):
+            find_targets(arch.modules(), LoraSpec(**settings))
+
+
+def test_fused_columns_lie_in_units_and_come_back():
+    for case, name in (("gpt2", "c_attn"), ("phi3", "qkv_proj"), ("phi3", "gate_up_proj")):
+        module = next(m for m in architecture(tiny_models.CONFIGS[case]).modules() if m.path.endswith(name))
+        weight = np.arange(np.prod(module.torch_shape)).reshape(module.torch_shape)
+        np.testing.assert_array_equal(module.to_torch(module.from_torch(weight)), weight)
+        columns = np.concatenate([np.full(width, part) for part, width in enumerate(module.segments)])
+        units = module.interleave(columns).reshape(-1, module.unit)
+        shares = [width * module.unit // sum(module.segments) for width in module.segments]
+        np.testing.assert_array_equal(units, np.broadcast_to(np.repeat(np.arange(len(shares)), shares), units.shape))

@@ -1,0 +1,31 @@
+"""Nonlinearities of the MLPs, by Hugging Face's names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array
+
+from tpu_tune.errors import UserError
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def check_activation(name: str) -> str:
+    """Return a Hugging Face activation's name here.
+
+    Raises:
+      UserError: it is not known.
+    """
+    known = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
+    known |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
+    if name not in known:
+        raise UserError(f"activation '{name}' is not known; the known ones are {', '.join(sorted(known))}")
+    return known[name]

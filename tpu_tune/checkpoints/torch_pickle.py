@@ -181,8 +181,8 @@ class _Machine:
             (state,) = self._pop(1)
             _check_state(stack[-1], state)
         elif op == "INST":
-            _named(argument.replace(" ", ".", 1))
-            raise Refused(f"its pickle makes an object of {printable(argument)} (INST), which no tensor needs")
+            name = _named(argument.replace(" ", ".", 1)).name
+            raise Refused(f"its pickle makes an object of {name} (INST), which no tensor needs")
         elif op not in ("PROTO", "FRAME"):
             raise Refused(f"its pickle uses {op}, which no tensor needs; nothing of it was run")
 

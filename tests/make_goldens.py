@@ -1,4 +1,4 @@
-"""Writes tests/goldens: torch transformers' logits of the tiny models and of SmolLM2.
+"""Writes tests/goldens: torch transformers' logits of the tiny models and of SmolLM2, and torch's two file formats.
 
 Run where torch is installed, after a change to `tiny_models.py`:
 
@@ -12,6 +12,7 @@ import pathlib
 import sys
 import tempfile
 
+import helpers_torch_files
 import numpy as np
 import tiny_models
 
@@ -83,9 +84,19 @@ def smollm2(path):
     }
 
 
+def torch_files(folder):
+    """Write one state dict as torch.save does, and as it did before 1.6."""
+    import torch
+
+    for name, new in (("zip", True), ("legacy", False)):
+        path = folder / f"pytorch_model_{name}.bin"
+        torch.save(helpers_torch_files.golden_state(), path, _use_new_zipfile_serialization=new)
+
+
 if __name__ == "__main__":
     folder = pathlib.Path(tiny_models.GOLDENS)
     folder.mkdir(exist_ok=True)
     np.savez_compressed(folder / "tiny_models.npz", **tiny())
+    torch_files(folder)
     if len(sys.argv) > 1:
         np.savez_compressed(folder / "smollm2.npz", **smollm2(sys.argv[1]))

@@ -112,7 +112,7 @@ def _bad_offsets(directory):
         (1, lambda d: (d / "config.json").write_text("[]"), r"config\.json: holds a list"),
         (1, lambda d: (d / "config.json").write_text("{}"), "model_type"),
         (1, lambda d: (d / "model.safetensors").unlink(), "has no weights"),
-        (1, lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "model.safetensors is needed"),
+        (1, lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "not a file that torch.save wrote"),
         (1, lambda d: (d / "model.safetensors").write_bytes(b"abc"), r"model\.safetensors: cut short or not"),
         (1, _truncate, r"model\.safetensors: cut short: its header promises"),
         (1, _bad_offsets, r"model\.safetensors: its header"),

@@ -1,60 +1,30 @@
-"""Reading Hugging Face model directories: `config.json` and one or several `.safetensors` files.
+"""Reading Hugging Face model directories: `config.json` and the weights, in one file or in shards with an index.
 
-Opening reads headers only. A tensor is read when it is asked for, by seeking to its bytes, not through a memory map:
-pages of a map that were touched once would count as this process's memory until the file is closed.
+The weights are `.safetensors` files, or, where there are none, `pytorch_model.bin` (see `torch_file`). Opening reads
+headers only; a tensor is read when it is asked for, by seeking to its bytes (see `stored_tensor`).
 
-The format (safetensors README): eight bytes with the header's length, little endian, then the header in JSON, then
-the tensors' bytes, row-major; `data_offsets` count from the header's end.
+The format of safetensors (its README): eight bytes with the header's length, little endian, then the header in JSON,
+then the tensors' bytes, row-major; `data_offsets` count from the header's end.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
+from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from tpu_tune.checkpoints import bitsandbytes
 from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
+from tpu_tune.checkpoints.torch_file import read_torch_header
 from tpu_tune.errors import UserError
 
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _SAMPLE_BYTES = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor's bytes lie: file, absolute offset, length, dtype (safetensors' name for it) and shape."""
-
-    file: str
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def open_huggingface(directory: str) -> WeightSource:
@@ -64,7 +34,8 @@ def open_huggingface(directory: str) -> WeightSource:
     `QuantizedTensor`.
 
     Args:
-      directory: holds `config.json`, `model.safetensors` (or its shards and index) and the tokenizer's files.
+      directory: holds `config.json`, the tokenizer's files, and `model.safetensors` or `pytorch_model.bin` (or shards
+        of either, with their index).
 
     Raises:
       UserError: a file is missing, cut short or not what its name says, or the weights are quantized in a way that
@@ -131,20 +102,9 @@ def read_header(path: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_tensor(name: str, tensor: StoredTensor) -> np.ndarray:
-    """Read one tensor in the file's dtype (bfloat16 and 8-bit floats through ml_dtypes)."""
-    if tensor.dtype not in _DTYPES:
-        known = ", ".join(_DTYPES)
-        raise UserError(f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not read here (known: {known})")
-    dtype = np.dtype(_DTYPES[tensor.dtype])
-    if tensor.nbytes != math.prod(tensor.shape) * dtype.itemsize:
-        raise UserError(f"{tensor.file}: the header's shape and length of {name} do not agree; fetch it again")
-    with open(tensor.file, "rb") as file:
-        file.seek(tensor.offset)
-        flat = np.fromfile(file, dtype=np.uint8, count=tensor.nbytes)
-    if flat.size != tensor.nbytes:
-        raise UserError(f"{tensor.file}: cut short at {name}; fetch it again")
-    return flat.view(dtype).reshape(tensor.shape)
+_HeaderReader = Callable[[str], dict[str, StoredTensor]]
+# What a directory's weights are called, in the order of preference; shards have `<name>.index.json`.
+_FORMATS: dict[str, _HeaderReader] = {"model.safetensors": read_header, "pytorch_model.bin": read_torch_header}
 
 
 def _read_named(tensors: dict[str, StoredTensor], name: str) -> np.ndarray:
@@ -177,29 +137,32 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _stored_tensors(directory: str) -> dict[str, StoredTensor]:
-    """All tensors of a directory, by name, from the single file or from the shards that the index names."""
-    single, index = os.path.join(directory, _SINGLE), os.path.join(directory, _INDEX)
-    if os.path.isfile(single):
-        return read_header(single)
-    if not os.path.isfile(index):
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in os.listdir(directory)):
-            raise UserError(
-                f"{directory}: only pickled PyTorch weights (.bin) there; {_SINGLE} is needed "
-                "(torch's `model.save_pretrained(..., safe_serialization=True)` writes it)"
-            )
-        raise UserError(f"{directory}: has no weights: neither {_SINGLE} nor {_INDEX}")
-    weight_map = _read_json(index).get("weight_map")
+    """All tensors of a directory, by name, from the single file or from the shards that the index names.
+
+    safetensors go first, as in transformers: they hold the same and need no unpickling.
+    """
+    for single, read in _FORMATS.items():
+        if os.path.isfile(os.path.join(directory, single)):
+            return read(os.path.join(directory, single))
+        if os.path.isfile(os.path.join(directory, f"{single}.index.json")):
+            return _sharded_tensors(directory, f"{single}.index.json", read)
+    looked_for = " nor ".join(f"{single} or {single}.index.json" for single in _FORMATS)
+    raise UserError(f"{directory}: has no weights: neither {looked_for}")
+
+
+def _sharded_tensors(directory: str, index: str, read: _HeaderReader) -> dict[str, StoredTensor]:
+    weight_map = _read_json(os.path.join(directory, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index}: has no weight_map from tensor to file")
+        raise UserError(f"{os.path.join(directory, index)}: has no weight_map from tensor to file")
     shards = {}
     for file in sorted(set(weight_map.values())):
         path = os.path.join(directory, file)
         if not os.path.isfile(path):
-            raise UserError(f"{path}: this shard is missing ({_INDEX} names it); fetch it again")
-        shards[file] = read_header(path)
+            raise UserError(f"{path}: this shard is missing ({index} names it); fetch it again")
+        shards[file] = read(path)
     for name, file in weight_map.items():
         if name not in shards[file]:
-            raise UserError(f"{os.path.join(directory, file)}: does not hold {name}, which {_INDEX} says it does")
+            raise UserError(f"{os.path.join(directory, file)}: does not hold {name}, which {index} says it does")
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from tpu_tune.tensors import QuantizedTensor
 
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
+# Fetched only where there are no safetensors: many repositories hold both, which are the same bytes twice.
+_HUB_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
@@ -66,9 +70,12 @@ def _from_hub(name: str) -> str:
         raise UserError(f"{name}: there is no such file or directory")
     import huggingface_hub
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
+        directory = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES)
+        weights = ("model.safetensors", "model.safetensors.index.json")
+        if any(os.path.isfile(os.path.join(directory, file)) for file in weights):
+            return directory
+        return huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES + _HUB_PICKLES)
     except Exception as error:  # the client's many errors mean one thing to the user
         reason = str(error).splitlines()[0]
         raise UserError(

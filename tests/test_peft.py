@@ -192,7 +192,7 @@ def edit(directory, **changes):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("trainable_token_indices", [1]), ("target_parameters", ["x"]), ("lora_bias", True), ("layer_replication", [[0, 1]]),
+    [("target_parameters", ["x"]), ("lora_bias", True), ("layer_replication", [[0, 1]]),
      ("alora_invocation_tokens", [5]), ("use_qalora", True)],
 )  # fmt: skip
 def test_a_setting_that_is_not_implemented_is_refused_by_name(written, key, value):

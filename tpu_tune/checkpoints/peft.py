@@ -7,6 +7,7 @@ read them too. Matrices are transposed between PEFT's (rank, in) and (out, rank)
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -18,16 +19,19 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tpu_tune.checkpoints.huggingface_write import whole_directory
+from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraSpec, Target, Targets, find_targets
 
 PREFIX = "base_model.model."
+_TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 # Keys of adapter_config.json that change the mathematics and are not implemented; others that we do not know are ignored.
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
-    "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "target_parameters", "trainable_token_indices",
+    "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "target_parameters",
     "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 _INITIAL_ONLY = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # they only shape the initial values
@@ -40,6 +44,7 @@ def write_adapter(
     architecture: Architecture,
     base_name: str,
     params: Mapping[str, Any] | None = None,
+    source: WeightSource | None = None,
 ) -> None:
     """Write a PEFT adapter; an existing one is replaced only when the new one is complete.
 
@@ -51,6 +56,7 @@ def write_adapter(
       base_name: `base_model_name_or_path`.
       params: the base tree; where embeddings or head are targeted, their weights are written beside the adapter as
         PEFT's `save_embedding_layers="auto"` does, if it is given.
+      source: where the base came from; if tokens were added to it, they and the tokenizer are written too.
 
     Raises:
       UserError: the directory cannot be written.
@@ -60,6 +66,8 @@ def write_adapter(
         save_file(tensors, os.path.join(aside, "adapter_model.safetensors"), metadata={"format": "pt"})
         with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as stream:
             json.dump(adapter_config(targets, base_name), stream, indent=2, sort_keys=True)
+        if source is not None and source.added_tokens:
+            write_record(aside, source)
 
 
 def adapter_config(targets: Targets, base_name: str) -> dict[str, Any]:
@@ -89,10 +97,24 @@ def adapter_config(targets: Targets, base_name: str) -> dict[str, Any]:
         "use_dora": spec.use_dora,
         "init_lora_weights": True if spec.init_lora_weights == "true" else spec.init_lora_weights,
     }
+    if targets.tokens:
+        config["trainable_token_indices"] = _token_indices(targets)
     if spec.exclude_modules:
         exclude = spec.exclude_modules
         config["exclude_modules"] = exclude if isinstance(exclude, str) else list(exclude)
     return config
+
+
+def _token_indices(targets: Targets) -> list[int] | dict[str, list[int]]:
+    """Return `trainable_token_indices` with each module's name as PEFT matches it: the end of it is enough."""
+    if not isinstance(targets.spec.trainable_token_indices, Mapping):
+        return list(targets.tokens[0].ids)
+    return {_peft_path(rows.module).rsplit(".")[-1]: list(rows.ids) for rows in targets.tokens}
+
+
+def _peft_path(module: Module) -> str:
+    """Return what the module is called in torch: transformers 5 calls NeoX's head lm_head, in its files embed_out."""
+    return "lm_head" if module.path == "embed_out" else module.path
 
 
 def adapter_tensors(
@@ -119,6 +141,9 @@ def adapter_tensors(
                 suffix = "" if module.kind == "embedding" else ".weight"
                 tensors[f"{PREFIX}{name}.lora_magnitude_vector{suffix}"] = np.ascontiguousarray(one)
         has_embedding |= module.kind == "embedding" or module.is_head
+    for rows in targets.tokens:
+        name = f"{PREFIX}{_peft_path(rows.module)}.{_TOKEN_ROWS}"
+        tensors[name] = np.ascontiguousarray(np.asarray(trainable[rows.path]))
     tensors |= _whole_modules(trainable, targets, architecture)
     if has_embedding and params is not None:
         for module in architecture.modules():
@@ -171,6 +196,10 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
         tensors = load_file(file)
     except Exception as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+    head = next(module.path for module in architecture.modules() if module.is_head)
+    if isinstance(spec.trainable_token_indices, Mapping):
+        named = {head if name == "lm_head" else name: ids for name, ids in spec.trainable_token_indices.items()}
+        spec = dataclasses.replace(spec, trainable_token_indices=named)
     try:
         targets = find_targets(architecture.modules(), spec, architecture.default_targets)
     except UserError as error:  # its keys are PEFT's, and the adapter's own
@@ -195,6 +224,10 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
 
     for target in targets.adapted:
         trainable |= _read_target(target, spec, take)
+    for rows in targets.tokens:
+        names = [f"{path}.{_TOKEN_ROWS}" for path in (_peft_path(rows.module), rows.module.path)]
+        shape = (len(rows.ids), rows.module.shape[0 if rows.module.is_head else 1])
+        trainable[rows.path] = jnp.asarray(take(next((n for n in names if PREFIX + n in tensors), names[0]), shape))
     expected = {path: module for module in architecture.modules() for path in (module.weight, f"{module.path}.bias")}
     wanted = [
         path for module in targets.saved for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else [])
@@ -238,6 +271,7 @@ def read_spec(directory: str) -> LoraSpec:
         exclude_modules=config.get("exclude_modules") or (),
         bias=config.get("bias", "none"),
         modules_to_save=config.get("modules_to_save") or (),
+        trainable_token_indices=config.get("trainable_token_indices") or (),
         layers_to_transform=([layers] if isinstance(layers, int) else layers) or (),
         layers_pattern=pattern if isinstance(pattern, str) else "|".join(pattern),
         rank_pattern=config.get("rank_pattern") or {},

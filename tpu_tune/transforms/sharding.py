@@ -30,7 +30,7 @@ Axes = tuple[str, ...]
 Rule = tuple[str, tuple[Axes, ...]]  # regex on the path -> mesh axes of each of the leaf's own (unstacked) axes
 
 RULES: tuple[Rule, ...] = (
-    (r"(norm|layernorm|layer_norm|ln_\w+)\.(weight|bias)$|\.bias$|lora_magnitude_vector$", ()),
+    (r"(norm|layernorm|layer_norm|ln_\w+)\.(weight|bias)$|\.bias$|lora_magnitude_vector$|trainable_tokens_delta$", ()),
     (r"(o_proj|down_proj|dense|dense_4h_to_h)\.weight$", (("tensor",), STORED)),  # row parallel
     (r"(o_proj|down_proj|dense|dense_4h_to_h)\.lora_A$", (("tensor",), ())),
     (r"(o_proj|down_proj|dense|dense_4h_to_h)\.lora_B$", ((), STORED)),

@@ -22,7 +22,6 @@ from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, dense
 from tpu_tune.transforms.select import Pattern, by_pattern, choose, targeted
 
-
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embedding, or by module
 
 
@@ -173,7 +172,7 @@ def find_targets(modules: Sequence[Module], spec: LoraSpec, default_targets: Seq
             if reached and (module in saved or module.path in chosen):
                 which = "modules_to_save" if module in saved else "target_modules"
                 raise UserError(
-                    f"lora.trainable_token_indices trains tokens of '{module.path}', which lora.{which} takes too; "
+                    f"lora.trainable_token_indices (model.train_added_tokens sets it) trains tokens of '{module.path}', which lora.{which} takes too; "
                     "PEFT can do only one of them: exclude it from one"
                 )
     return Targets(adapted, tuple(saved), biases, spec, tokens)

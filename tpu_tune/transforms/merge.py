@@ -46,7 +46,9 @@ def unties_head(params: Mapping[str, Any], modules: list[Module]) -> bool:
 
 def merge(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree with every adapted leaf replaced by its merged float32 array; other leaves as they are."""
-    return {path: dense(leaf) if isinstance(leaf, (LoraTensor, TokensTensor)) else leaf for path, leaf in params.items()}
+    return {
+        path: dense(leaf) if isinstance(leaf, (LoraTensor, TokensTensor)) else leaf for path, leaf in params.items()
+    }
 
 
 @jax.jit

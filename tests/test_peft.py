@@ -43,6 +43,25 @@ SETTINGS = {
     "regex": ("llama2", {"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"}),
     "bias_all": ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "all"}),
     "bias_lora_only": ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}),
+    "tokens": ("llama2", {"trainable_token_indices": [89, 3, 62]}),
+    "tokens_tied": ("llama_tied", {"target_modules": ["q_proj"], "trainable_token_indices": [89, 3, 62]}),
+    "tokens_of_embed_and_head": (
+        "llama2", {"trainable_token_indices": {"embed_tokens": [4, 89], "lm_head": [89, 5, 6]}},
+    ),
+    "tokens_of_head_tied": ("llama_tied", {"trainable_token_indices": {"lm_head": [4, 89]}}),
+    "tokens_tied_twice": ("qwen2", {"trainable_token_indices": {"embed_tokens": [4, 89], "lm_head": [4, 89]}}),
+    "tokens_tied_differing": ("llama_tied", {"trainable_token_indices": {"embed_tokens": [4, 89], "lm_head": [89, 5]}}),
+    "tokens_and_adapted_head": (
+        "llama2", {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [4, 89]},
+    ),
+    "tokens_and_saved_head": (
+        "llama2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [4, 89]},
+    ),
+    "neox_tokens": ("neox_parallel", {"target_modules": ["dense"], "trainable_token_indices": [4, 89]}),
+    "neox_tokens_tied": ("neox_full_rotary", {"target_modules": ["dense"], "trainable_token_indices": [4, 89]}),
+    "neox_tokens_of_head": (
+        "neox_parallel", {"target_modules": ["dense"], "trainable_token_indices": {"embed_in": [4, 89], "embed_out": [3]}},
+    ),
     "neox": ("neox_parallel", {"target_modules": ["query_key_value", "dense_4h_to_h"]}),
     "neox_bias": ("neox_sequential", {"target_modules": ["query_key_value"], "bias": "all"}),
 }  # fmt: skip
@@ -114,7 +133,8 @@ def test_ours_in_peft_and_back(name, tmp_path):
     assert tiny_models.difference(ours, peft_logits(base, tmp_path / "adapter")) < 1e-4
 
 
-PEFT_MADE = [name for name in SETTINGS if name not in ("dora_head_some_layers", "some_layers")] + ["all_linear"]
+OURS_ONLY = ("dora_head_some_layers", "some_layers", "neox_tokens_of_head")  # peft calls NeoX's head lm_head
+PEFT_MADE = [name for name in SETTINGS if name not in OURS_ONLY] + ["all_linear"]
 
 
 @pytest.mark.parametrize("name", PEFT_MADE)
@@ -192,7 +212,7 @@ def edit(directory, **changes):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("trainable_token_indices", [1]), ("target_parameters", ["x"]), ("lora_bias", True), ("layer_replication", [[0, 1]]),
+    [("target_parameters", ["x"]), ("lora_bias", True), ("layer_replication", [[0, 1]]),
      ("alora_invocation_tokens", [5]), ("use_qalora", True)],
 )  # fmt: skip
 def test_a_setting_that_is_not_implemented_is_refused_by_name(written, key, value):

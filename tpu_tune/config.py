@@ -53,6 +53,8 @@ def _model() -> dict[str, Any]:
         "attention": "auto",  # auto | reference | blockwise
         "remat": "full",  # none | full (keep only each layer's input) | dots (keep the results of linear layers)
         "adapter": "",  # start from this PEFT adapter directory instead of a fresh one
+        "add_special_tokens": [],  # e.g. ["<|im_start|>"]; new ones get rows in embedding and head: the old rows' mean
+        "train_added_tokens": False,  # train these tokens' rows under method=lora too; full trains every row anyway
     }
 
 
@@ -75,6 +77,7 @@ def _lora() -> dict[str, Any]:
         "exclude_modules": [],  # list or regex, taken out of target_modules
         "bias": "none",  # none | all | lora_only
         "modules_to_save": [],  # modules trained in full and saved with the adapter
+        "trainable_token_indices": [],  # token ids, or {module: ids}: rows of embedding (and tied head) trained beside it
         "layers_to_transform": [],  # layer indices; empty means every layer
         "layers_pattern": "",  # name of the layer list when the index cannot be found by PEFT's general pattern
         "rank_pattern": {},  # name or regex -> rank, overrides rank
@@ -151,11 +154,13 @@ _EITHER = {
     "lora.exclude_modules": (str, list),
     "quantize.include": (str, list),
     "quantize.exclude": (str, list),
+    "lora.trainable_token_indices": (list, dict),
 }
 _FREE = {
     "data.columns",
     "lora.rank_pattern",
     "lora.alpha_pattern",
+    "lora.trainable_token_indices",
     "train.lr_scheduler_kwargs",
 }  # dicts with the user's own keys
 _CHOICES = {
@@ -248,7 +253,8 @@ def assign(config: ConfigDict, key: str, value: Any) -> None:
         raise UserError(f"unknown config key '{key}'" + (f"; did you mean '{full}'?" if full else ""))
     if free and key != free:  # one entry of a free dict
         target = free
-        value = {**_plain(config_get(config, free)), key[len(free) + 1 :]: value}
+        before = _plain(config_get(config, free))
+        value = {**(before if isinstance(before, dict) else {}), key[len(free) + 1 :]: value}
         key = target
     node: Any = config
     *parents, last = key.split(".")
@@ -301,11 +307,26 @@ def check(config: ConfigDict) -> ConfigDict:
         )
     if sum(size == -1 for size in config.mesh.values()) > 1:
         raise UserError("only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence may be -1")
+    _check_tokens(config)
     if config.method == "full" and config.quantize.format != "none":
         raise UserError(
             "method 'full' trains every weight and a quantized weight cannot be trained; set quantize.format=none, or method=lora"
         )
     return config
+
+
+def _check_tokens(config: ConfigDict) -> None:
+    tokens = config.model.add_special_tokens
+    for place, token in enumerate(tokens):
+        if not token.strip():
+            raise UserError(f"config key 'model.add_special_tokens' holds {token!r}; a token must not be empty")
+        if token in tokens[:place]:
+            raise UserError(f"config key 'model.add_special_tokens' names '{token}' twice")
+    if config.model.train_added_tokens and not tokens:
+        raise UserError(
+            "config key 'model.train_added_tokens' is set and there are no tokens to train; name them in "
+            "'model.add_special_tokens'"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -365,7 +386,15 @@ def _item(key: str, item: Any) -> Any:
             return json.loads(item) if isinstance(item, str) else item
         except json.JSONDecodeError:
             return item
+    if key == "lora.trainable_token_indices" and isinstance(item, (str, list)):  # one module's ids, in the dict form
+        try:
+            item = json.loads(item) if isinstance(item, str) and item.strip().startswith("[") else item
+        except json.JSONDecodeError as error:
+            raise UserError(f"config key '{key}': {item!r} is not JSON ({error.msg})") from None
+        if isinstance(item, list):
+            return [_item(key, number) for number in item]
     wanted, words = {
+        "lora.trainable_token_indices": (int, "token ids"),
         "lora.layers_to_transform": (int, "whole numbers"),
         "lora.rank_pattern": (int, "whole numbers"),
         "lora.alpha_pattern": (float, "numbers"),

@@ -29,6 +29,8 @@ _CARRIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+# Those of them that stay true when tokens are added; the rest is then written from the tokenizer.
+_STILL_TRUE = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -84,11 +86,16 @@ def write_config(directory: str, source: WeightSource, dtype: str, untied: bool 
 
 
 def write_tokenizer(directory: str, source: WeightSource) -> None:
-    """Copy the source's tokenizer and generation files byte for byte, or write them from a GGUF's metadata."""
+    """Copy the source's tokenizer and generation files byte for byte, or write them from a GGUF's metadata.
+
+    Where tokens were added, the tokenizer is written anew with them, and what does not speak of them is copied.
+    """
     if os.path.isdir(source.path):
-        for name in _CARRIED:
+        for name in _STILL_TRUE if source.added_tokens else _CARRIED:
             if os.path.isfile(os.path.join(source.path, name)):
                 shutil.copyfile(os.path.join(source.path, name), os.path.join(directory, name))
+        if source.added_tokens:
+            source.load_tokenizer().save_pretrained(directory)
         return
     source.load_tokenizer().save_pretrained(directory)
     ids = {key: source.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source.config}

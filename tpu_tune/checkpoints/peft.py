@@ -19,6 +19,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tpu_tune.checkpoints.huggingface_write import whole_directory
+from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
@@ -26,10 +28,11 @@ from tpu_tune.transforms import LoraSpec, Target, Targets, find_targets
 
 PREFIX = "base_model.model."
 _NEOX_HEAD = ("embed_out", "lm_head")  # in files of weights; as transformers 5, and thus PEFT, calls it in memory
+_TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 # Keys of adapter_config.json that change the mathematics and are not implemented; others that we do not know are ignored.
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
-    "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "target_parameters", "trainable_token_indices",
+    "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "target_parameters",
     "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 _INITIAL_ONLY = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # they only shape the initial values
@@ -42,6 +45,7 @@ def write_adapter(
     architecture: Architecture,
     base_name: str,
     params: Mapping[str, Any] | None = None,
+    source: WeightSource | None = None,
 ) -> None:
     """Write a PEFT adapter; an existing one is replaced only when the new one is complete.
 
@@ -53,6 +57,7 @@ def write_adapter(
       base_name: `base_model_name_or_path`.
       params: the base tree; where embeddings or head are targeted, their weights are written beside the adapter as
         PEFT's `save_embedding_layers="auto"` does, if it is given.
+      source: where the base came from; if tokens were added to it, they and the tokenizer are written too.
 
     Raises:
       UserError: the directory cannot be written.
@@ -65,6 +70,8 @@ def write_adapter(
         save_file(tensors, os.path.join(aside, "adapter_model.safetensors"), metadata={"format": "pt"})
         with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as stream:
             json.dump(adapter_config(targets, base_name, architecture), stream, indent=2, sort_keys=True)
+        if source is not None and source.added_tokens:
+            write_record(aside, source)
 
 
 def adapter_config(targets: Targets, base_name: str, architecture: Architecture) -> dict[str, Any]:
@@ -94,10 +101,20 @@ def adapter_config(targets: Targets, base_name: str, architecture: Architecture)
         "use_dora": spec.use_dora,
         "init_lora_weights": True if spec.init_lora_weights == "true" else spec.init_lora_weights,
     }
+    if targets.tokens:
+        config["trainable_token_indices"] = _token_indices(targets)
     if spec.exclude_modules:
         exclude = spec.exclude_modules
         config["exclude_modules"] = exclude if isinstance(exclude, str) else list(exclude)
     return config
+
+
+def _token_indices(targets: Targets) -> list[int] | dict[str, list[int]]:
+    """Return `trainable_token_indices` with each module's name as PEFT matches it: the end of it is enough."""
+    if not isinstance(targets.spec.trainable_token_indices, Mapping):
+        return list(targets.tokens[0].ids)
+    names = _renamed([rows.module.path.rsplit(".")[-1] for rows in targets.tokens], *_NEOX_HEAD)
+    return {name: list(rows.ids) for name, rows in zip(names, targets.tokens, strict=True)}
 
 
 def adapter_tensors(
@@ -126,6 +143,8 @@ def adapter_tensors(
                     module.deinterleave(one)
                 )
         has_embedding |= module.kind == "embedding" or module.is_head
+    for rows in targets.tokens:
+        tensors[f"{PREFIX}{rows.module.path}.{_TOKEN_ROWS}"] = np.ascontiguousarray(np.asarray(trainable[rows.path]))
     tensors |= _whole_modules(trainable, targets, architecture)
     if has_embedding and params is not None:
         for module in architecture.modules():
@@ -166,10 +185,14 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
     """
     spec = read_spec(directory)
     back = _NEOX_HEAD[::-1] if architecture.names.head == _NEOX_HEAD[0] else ("", "")
+    tokens = spec.trainable_token_indices
+    if isinstance(tokens, Mapping):
+        tokens = dict(zip(_renamed(list(tokens), *back), tokens.values(), strict=True))
     spec = dataclasses.replace(
         spec,
         target_modules=_renamed(spec.target_modules, *back),
         modules_to_save=_renamed(spec.modules_to_save, *back),
+        trainable_token_indices=tokens,
     )
     file = os.path.join(directory, "adapter_model.safetensors")
     if not os.path.isfile(file):
@@ -209,6 +232,9 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
 
     for target in targets.adapted:
         trainable |= _read_target(target, spec, take)
+    for rows in targets.tokens:
+        shape = (len(rows.ids), rows.module.shape[0 if rows.module.is_head else 1])
+        trainable[rows.path] = jnp.asarray(take(f"{rows.module.path}.{_TOKEN_ROWS}", shape))
     expected = {path: module for module in architecture.modules() for path in (module.weight, f"{module.path}.bias")}
     wanted = [
         path for module in targets.saved for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else [])
@@ -252,6 +278,7 @@ def read_spec(directory: str) -> LoraSpec:
         exclude_modules=config.get("exclude_modules") or (),
         bias=config.get("bias", "none"),
         modules_to_save=config.get("modules_to_save") or (),
+        trainable_token_indices=config.get("trainable_token_indices") or (),
         layers_to_transform=([layers] if isinstance(layers, int) else layers) or (),
         layers_pattern=pattern if isinstance(pattern, str) else "|".join(pattern),
         rank_pattern=config.get("rank_pattern") or {},

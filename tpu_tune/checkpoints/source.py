@@ -37,6 +37,7 @@ class WeightSource:
         file stores in a 4-bit format we know comes as a `QuantizedTensor`, already (in, out).
       load_tokenizer: builds the tokenizer, chat template included.
       fingerprint: changes when the weights do; run checkpoints record it.
+      added_tokens: token -> id of what `vocabulary.with_added_tokens` was asked to add.
     """
 
     path: str
@@ -45,6 +46,7 @@ class WeightSource:
     read: Callable[[str], np.ndarray | QuantizedTensor]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     fingerprint: str
+    added_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def open_source(path: str) -> WeightSource:

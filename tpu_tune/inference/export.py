@@ -21,6 +21,7 @@ from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.huggingface_write import whole_directory, write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
 from tpu_tune.models import Architecture
@@ -125,7 +126,7 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
 
 def _opened(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, QuantizePolicy]:
     try:
-        source = open_source(config.model.path)
+        source = open_configured(config.model)
     except UserError as error:
         raise UserError(f"the model that {run} was trained on cannot be opened: {error}") from None
     return source, open_architecture(source), QuantizePolicy.from_config(config.quantize)

@@ -52,7 +52,8 @@ def inspect_model(path: str, spec: LoraSpec) -> dict[str, Any]:
     )
     biases = sum(math.prod(arch.leaf_shapes()[path]) for path in targets.biases)
     magnitudes = sum(len(t.ranks) * t.module.shape[-1] for t in targets.adapted) if spec.use_dora else 0
-    added = sum(target.num_parameters for target in targets.adapted) + magnitudes
+    rows = sum(len(tokens.ids) * arch.hidden_size for tokens in targets.tokens)
+    added = sum(target.num_parameters for target in targets.adapted) + magnitudes + rows
     return {
         "family": arch.family,
         "hidden_size": arch.hidden_size,

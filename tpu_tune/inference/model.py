@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.checkpoints.vocabulary import with_tokens_of
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode
@@ -86,7 +87,7 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
       path: Hugging Face id, local directory, or .gguf file.
       dtype: of activations and unquantized weights: float32, bfloat16 or float16.
       quantize: int8, int4 or nf4 for the linear layers (groups of 64, double quantization at four bits).
-      adapter: a PEFT adapter directory.
+      adapter: a PEFT adapter directory; special tokens that its run added are added here too.
 
     Raises:
       UserError: nothing usable at `path`, an unknown dtype or format, an adapter that does not fit.
@@ -96,6 +97,8 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     if quantize not in (None, "none", *FORMATS):
         raise UserError(f"quantize is '{quantize}'; it must be one of {', '.join(FORMATS)}")
     source = open_source(path)
+    if adapter:
+        source = with_tokens_of(source, adapter)
     arch = open_architecture(source)
     policy = QuantizePolicy(quantize or "none")
     # The small things first: what is wrong with them is told before the weights are read.

@@ -4,7 +4,7 @@ from tpu_tune.tensors.formats import FORMATS, Format
 from tpu_tune.tensors.modules import Module
 from tpu_tune.tensors.ops import dense, embed, matmul, unembed
 from tpu_tune.tensors.quantized import QuantizedTensor, double_quantize, pack_block, quantize_tensor
-from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, Transposed
+from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, TokensTensor, Transposed
 
 __all__ = [
     "FORMATS",
@@ -13,6 +13,7 @@ __all__ = [
     "Module",
     "QuantizedTensor",
     "SavedTensor",
+    "TokensTensor",
     "Transposed",
     "dense",
     "double_quantize",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.tensors.quantized import QuantizedTensor
-from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, Transposed
+from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, TokensTensor, Transposed
 
 
 def matmul(x: Float[Array, "*batch in"], w: Any) -> Float[Array, "*batch out"]:
@@ -25,6 +25,8 @@ def matmul(x: Float[Array, "*batch in"], w: Any) -> Float[Array, "*batch out"]:
         return _lora_matmul(x, w)
     if isinstance(w, SavedTensor):
         return matmul(x, w.value)
+    if isinstance(w, TokensTensor):
+        return _replace_columns(matmul(x, w.base), x, w)
     if isinstance(w, Transposed):
         return unembed(x, w.base)
     return _product(x, w, False)
@@ -40,6 +42,9 @@ def embed(ids: Int[Array, "*batch"], w: Any, dtype: Any) -> Float[Array, "*batch
         return (w.magnitude / _dora_norm(w)).astype(dtype) * (rows + update)
     if isinstance(w, SavedTensor):
         return embed(ids, w.value, dtype)
+    if isinstance(w, TokensTensor):
+        place = jnp.full(w.base.shape[0], -1, jnp.int32).at[w.ids].set(jnp.arange(len(w.ids), dtype=jnp.int32))[ids]
+        return jnp.where(place[..., None] < 0, embed(ids, w.base, dtype), w.rows[place].astype(dtype))
     if isinstance(w, QuantizedTensor):
         return w.dequantize(dtype)[ids]
     return w[ids].astype(dtype)
@@ -48,8 +53,10 @@ def embed(ids: Int[Array, "*batch"], w: Any, dtype: Any) -> Float[Array, "*batch
 def unembed(x: Float[Array, "*batch dim"], w: Any) -> Float[Array, "*batch vocabulary"]:
     """Return x @ w.T: an embedding leaf (vocabulary, dim) as a tied head.
 
-    An adapter or a trained copy on the embedding does not reach the head: PEFT's does not either.
+    An adapter or a trained copy on the embedding does not reach the head, single trained tokens do: as PEFT has it.
     """
+    if isinstance(w, TokensTensor):
+        return _replace_columns(unembed(x, w.base), x, w)
     if isinstance(w, (LoraTensor, SavedTensor)):
         return unembed(x, w.base)
     return _product(x, w, True)
@@ -61,6 +68,9 @@ def dense(w: Any) -> Float[Array, "*layers in out"]:
         return w.dequantize()
     if isinstance(w, SavedTensor):
         return dense(w.value)
+    if isinstance(w, TokensTensor):
+        base = dense(w.base)
+        return base.at[w.ids].set(w.rows) if w.axis == 0 else base.at[:, w.ids].set(w.rows.T)
     if isinstance(w, Transposed):
         return jnp.swapaxes(dense(w.base), -1, -2)
     if isinstance(w, LoraTensor):
@@ -84,6 +94,11 @@ def _lora_matmul(x: Array, w: LoraTensor) -> Array:
     base = y if dropped is x else matmul(dropped, w.base)
     decomposed = y + (ratio - 1) * base + ratio * update
     return decomposed if w.active is None else jnp.where(w.active, decomposed, y)
+
+
+def _replace_columns(logits: Array, x: Array, w: TokensTensor) -> Array:
+    """Return logits with those of the trained tokens computed from their own rows."""
+    return logits.at[..., w.ids].set(_product(x, w.rows, True), unique_indices=True)
 
 
 def _dora_norm(w: LoraTensor) -> Float[Array, "*layers out"]:

@@ -1,4 +1,4 @@
-"""Leaves that wrap another leaf: `LoraTensor`, `SavedTensor` and `Transposed`.
+"""Leaves that wrap another leaf: `LoraTensor`, `SavedTensor`, `TokensTensor` and `Transposed`.
 
 `transforms.combine` puts them into the parameter tree inside the jitted loss; `ops.py` says what they mean in a
 matmul. They are pytrees, so a stacked one is sliced by `jax.lax.scan` like any array.
@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 @functools.partial(
@@ -55,6 +55,25 @@ class SavedTensor:
 
     base: Any
     value: Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "ids", "rows"], meta_fields=["axis"])
+@dataclasses.dataclass(frozen=True)
+class TokensTensor:
+    """A frozen embedding or head in which some tokens have rows of their own (PEFT's `trainable_token_indices`).
+
+    Attributes:
+      base: the frozen leaf: an array, a `QuantizedTensor` or a `Transposed`.
+      ids: the tokens, each once.
+      rows: what stands in for their rows, float32.
+      axis: where the tokens lie in `base`: 0 in an embedding (vocabulary, dim), whose tied head uses the rows too; 1 in
+        a head's kernel (dim, vocabulary).
+    """
+
+    base: Any
+    ids: Int[Array, " n"]
+    rows: Float[Array, "n dim"]
+    axis: int = 0
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base"], meta_fields=[])

@@ -315,7 +315,9 @@ def _write_result(config: ConfigDict, model: PreparedModel, state: TrainState, d
     if jax.process_index() != 0:
         return
     if model.targets is not None:
-        peft.write_adapter(directory, trainable, model.targets, model.architecture, config.model.path, model.frozen)
+        peft.write_adapter(
+            directory, trainable, model.targets, model.architecture, config.model.path, model.frozen, model.source
+        )
     else:
         huggingface_write.write_model(directory, trainable, model.source, model.architecture)
 

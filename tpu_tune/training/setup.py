@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.params import check_names, load_params, open_architecture
-from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
 from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, Execution, architecture, check_length
@@ -30,7 +31,7 @@ from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, make_optimizer
 from tpu_tune.training.schedules import make_schedule
 from tpu_tune.training.step import Problem, TrainState, init_state, make_eval_step, make_train_step
-from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets, lora, sharding, split
+from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets, lora, sharding, split, token_rows
 
 log = logging.getLogger(__name__)
 
@@ -122,15 +123,15 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
       UserError: no usable model, an adapter that does not fit, names that match no module, or rows longer than the
         model has positions for.
     """
-    source = open_source(config.model.path)
+    source = open_configured(config.model)
     arch = open_architecture(source)
     check_names(source, arch)
     check_length(arch, config.data.max_length)
     QuantizePolicy.from_config(config.quantize).paths(arch.modules())
     if config.model.adapter:
-        peft.read_adapter(config.model.adapter, arch)
-    elif config.method == "lora":
-        find_targets(arch.modules(), LoraSpec.from_config(config.lora), arch.default_targets)
+        check_tokens(source, config.model.adapter)
+    if config.method == "lora":
+        find_targets(arch.modules(), _lora(config, arch, source.added_tokens.values())[0], arch.default_targets)
     return source, arch
 
 
@@ -157,9 +158,9 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     Raises:
       UserError: anything about the model, the adapter or the LoRA settings that does not fit.
     """
-    source = open_source(config.model.path)
+    source = open_configured(config.model)
     arch = open_architecture(source)
-    targets, adapters, policy = _methods(config, arch)
+    targets, adapters, policy = _methods(config, arch, source.added_tokens.values())
     stacked = arch.stacked()
     found: dict[str, Any] = {}
 
@@ -184,11 +185,12 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
 
     Args:
       config: the whole configuration; `model.path` is not read.
-      model_config: as a Hugging Face config.json.
+      model_config: as a Hugging Face config.json, of the model with `model.add_special_tokens` in it.
       mesh: of devices, or of a topology's.
     """
     arch = architecture(model_config)
-    targets, adapters, policy = _methods(config, arch)
+    added = range(arch.vocab_size - len(config.model.add_special_tokens), arch.vocab_size)  # which ones says no shape
+    targets, adapters, policy = _methods(config, arch, added)
     dtype, stacked, quantized = storage_dtype(config), arch.stacked(), policy.paths(arch.modules())
     base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
     base = {path: jax.eval_shape(policy.apply, leaf) if path in quantized else leaf for path, leaf in base.items()}
@@ -211,13 +213,39 @@ def _at(leaf: Any, home: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
 
 
-def _methods(config: ConfigDict, arch: Architecture) -> tuple[Targets | None, dict[str, Any] | None, QuantizePolicy]:
-    """Return what is trained, the adapter to start from, and what is quantized."""
-    modules = arch.modules()
+def _lora(
+    config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]
+) -> tuple[LoraSpec, dict[str, Any] | None]:
+    """Return the LoRA settings, with the added tokens among the trained ones if they shall be, and the adapter."""
     spec, adapters = LoraSpec.from_config(config.lora), None
     if config.model.adapter:
         spec, adapters = peft.read_adapter(config.model.adapter, arch)
         spec = dataclasses.replace(spec, dropout=config.lora.dropout)
+    if not config.model.train_added_tokens:
+        return spec, adapters
+    able = [module for module in arch.modules() if module.path == arch.names.embed or module.is_head]
+    trained = {rows.module.path: list(rows.ids) for rows in token_rows(able, spec.trainable_token_indices)}
+    before = {path: list(ids) for path, ids in trained.items()}
+    for module in able:
+        if module.tied_to or any(module.path.endswith(name) for name in spec.modules_to_save):
+            continue  # its rows are trained already, or with the embedding's
+        ids = trained.setdefault(module.path, [])
+        ids += [number for number in added_tokens if number not in ids]
+    if adapters and before and trained != before:
+        raise UserError(
+            f"model.train_added_tokens: {config.model.adapter} trains other tokens than model.add_special_tokens; "
+            "leave it false to go on with the adapter's"
+        )
+    return dataclasses.replace(spec, trainable_token_indices=trained), adapters
+
+
+def _methods(
+    config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]
+) -> tuple[Targets | None, dict[str, Any] | None, QuantizePolicy]:
+    """Return what is trained, the adapter to start from, and what is quantized."""
+    modules = arch.modules()
+    spec, adapters = _lora(config, arch, added_tokens)
+    if config.model.adapter:
         log.info(
             "starting from %s: its rank, alpha and targets replace lora.*; only lora.dropout is taken from the config",
             config.model.adapter,

@@ -22,6 +22,8 @@ from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, dense
 from tpu_tune.transforms.select import Pattern, by_pattern, choose, targeted
 
+TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embedding, or by module
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
@@ -34,6 +36,7 @@ class LoraSpec:
     exclude_modules: Pattern = ()
     bias: str = "none"
     modules_to_save: Sequence[str] = ()
+    trainable_token_indices: TokenIndices = ()
     layers_to_transform: Sequence[int] = ()
     layers_pattern: str = ""
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -76,6 +79,23 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Tokens of one module whose rows are trained (`trainable_token_indices`): an embedding, or a head.
+
+    The leaf `PATH.trainable_tokens_delta` (tokens, dim) holds the rows themselves, as PEFT's tensor of that name does.
+    A tied head without an entry of its own uses its embedding's.
+    """
+
+    module: Module
+    ids: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        """Path of the trained leaf."""
+        return f"{self.module.path}.trainable_tokens_delta"
+
+
+@dataclasses.dataclass(frozen=True)
 class Targets:
     """All that a LoRA method trains, resolved against one model's modules.
 
@@ -84,12 +104,14 @@ class Targets:
       saved: modules trained in full beside it (`modules_to_save`).
       biases: paths of the bias leaves that are trained.
       spec: what they were resolved from.
+      tokens: rows of embedding and head that are trained.
     """
 
     adapted: tuple[Target, ...]
     saved: tuple[Module, ...]
     biases: tuple[str, ...]
     spec: LoraSpec
+    tokens: tuple[TokenRows, ...] = ()
 
 
 def find_targets(modules: Sequence[Module], spec: LoraSpec, default_targets: Sequence[str] = ()) -> Targets:
@@ -145,7 +167,63 @@ def find_targets(modules: Sequence[Module], spec: LoraSpec, default_targets: Seq
                     "lora.bias=lora_only together with a selection of layers is not implemented; use none or all"
                 )
     biases = tuple(f"{module.path}.bias" for module in with_bias) if spec.bias != "none" else ()
-    return Targets(adapted, tuple(saved), biases, spec)
+    tokens = token_rows(modules, spec.trainable_token_indices)
+    for rows in tokens:
+        for module in modules:
+            reached = module.path in (rows.module.path, *_tied(modules, rows.module))
+            if reached and (module in saved or module.path in chosen):
+                which = "modules_to_save" if module in saved else "target_modules"
+                raise UserError(
+                    f"lora.trainable_token_indices (model.train_added_tokens sets it) trains tokens of '{module.path}', which lora.{which} takes too; "
+                    "PEFT can do only one of them: exclude it from one"
+                )
+    return Targets(adapted, tuple(saved), biases, spec, tokens)
+
+
+def token_rows(modules: Sequence[Module], indices: TokenIndices) -> tuple[TokenRows, ...]:
+    """Resolve `trainable_token_indices` as PEFT does: a list is the input embedding's, and a tied head follows it.
+
+    Args:
+      modules: the model's modules.
+      indices: token ids, or module name (or the end of one) -> token ids.
+
+    Raises:
+      UserError: a name that is neither embedding nor head, or an id that is twice or not in the vocabulary.
+    """
+    key = "lora.trainable_token_indices"
+    able = [module for module in modules if module.kind == "embedding" or module.is_head]
+    named = indices if isinstance(indices, Mapping) else {able[0].path: indices}
+    found: dict[str, TokenRows] = {}
+    for name, ids in named.items():
+        matched = [module for module in able if module.path.endswith(name)]
+        if not matched:
+            choices = ", ".join(module.path.rsplit(".")[-1] for module in able)
+            raise UserError(f"{key}: '{name}' is neither embedding nor head; choose among {choices}")
+        for module in matched if ids else []:
+            found[module.path] = TokenRows(module, tuple(ids))
+    for rows in found.values():
+        module, size = rows.module, rows.module.shape[1 if rows.module.is_head else 0]
+        wrong = next((number for number in rows.ids if not 0 <= number < size or rows.ids.count(number) > 1), None)
+        if wrong is not None:
+            what = "stands there twice" if 0 <= wrong < size else f"is not one of the {size} tokens of '{module.path}'"
+            raise UserError(f"{key}: {wrong} {what}")
+        if module.no_adapter:
+            raise UserError(f"{key}: '{module.path}' cannot carry trained tokens: {module.no_adapter}")
+        heads = [head for head in able if head.is_head and head.path in (module.path, *_tied(able, module))]
+        if any(head.bias for head in heads):
+            raise UserError(
+                f"{key}: PEFT's trained tokens leave out the bias of the head '{heads[0].path}'; train it in full "
+                "with lora.modules_to_save"
+            )
+    # A tied head with the same tokens follows its embedding; with others it has rows of its own.
+    return tuple(
+        rows for rows in found.values()
+        if not (rows.module.tied_to in found and found[rows.module.tied_to].ids == rows.ids)
+    )  # fmt: skip
+
+
+def _tied(modules: Sequence[Module], embedding: Module) -> list[str]:
+    return [module.path for module in modules if module.tied_to == embedding.path]
 
 
 def _target(module: Module, layers: tuple[int | None, ...], spec: LoraSpec) -> Target:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpu_tune.tensors import LoraTensor, Module, dense
+from tpu_tune.tensors import LoraTensor, Module, TokensTensor, dense
 
 
 def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator[tuple[str, np.ndarray]]:
@@ -39,13 +39,15 @@ def unties_head(params: Mapping[str, Any], modules: list[Module]) -> bool:
     for module in modules:
         if module.tied_to:
             embedding = params[f"{module.tied_to}.weight"]
-            return module.weight in params or hasattr(embedding, "base")
+            return module.weight in params or (hasattr(embedding, "base") and not isinstance(embedding, TokensTensor))
     return False
 
 
 def merge(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree with every `LoraTensor` replaced by its merged float32 array; other leaves as they are."""
-    return {path: dense(leaf) if isinstance(leaf, LoraTensor) else leaf for path, leaf in params.items()}
+    """Return the tree with every adapted leaf replaced by its merged float32 array; other leaves as they are."""
+    return {
+        path: dense(leaf) if isinstance(leaf, (LoraTensor, TokensTensor)) else leaf for path, leaf in params.items()
+    }
 
 
 @jax.jit

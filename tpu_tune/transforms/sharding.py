@@ -33,7 +33,7 @@ Rule = tuple[str, tuple[Axes, ...]]  # regex on the path -> mesh axes of each of
 _ROW_PARALLEL = r"(o_proj|out_proj|c_proj|Attention\.o|dense|down_proj|dense_4h_to_h|fc_out|fc2|wo)"
 _EMBEDDING = r"(embed\w*|wte|wpe|shared)"
 RULES: tuple[Rule, ...] = (
-    (r"(norm|layernorm|layer_norm|ln_\w+)\.(weight|bias)$|\.bias$|lora_magnitude_vector$", ()),
+    (r"(norm|layernorm|layer_norm|ln_\w+)\.(weight|bias)$|\.bias$|lora_magnitude_vector$|trainable_tokens_delta$", ()),
     (r"relative_attention_bias\.", ()),
     (rf"{_ROW_PARALLEL}\.weight$", (("tensor",), STORED)),
     (rf"{_ROW_PARALLEL}\.lora_A$", (("tensor",), ())),

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tpu_tune.tensors import LoraTensor, SavedTensor, Transposed, dense
-from tpu_tune.transforms.lora import Target, Targets, path_key
+from tpu_tune.tensors import LoraTensor, QuantizedTensor, SavedTensor, TokensTensor, Transposed, dense, embed
+from tpu_tune.transforms.lora import Target, Targets, TokenRows, path_key
 
 Tree = dict[str, Any]
 
@@ -43,6 +43,8 @@ def split(
             trainable.setdefault(path, dense(frozen[path]))
             if module.kind != "embedding":  # a tied head goes on using the frozen embedding
                 del frozen[path]
+    for rows in targets.tokens:
+        trainable.setdefault(rows.path, _original_rows(rows, frozen))
     for path in targets.biases:
         trainable.setdefault(path, jnp.asarray(frozen.pop(path), jnp.float32))
         frozen.pop(path, None)
@@ -67,13 +69,25 @@ def combine(
         if module.weight in frozen:
             params[module.weight] = SavedTensor(frozen[module.weight], trainable[module.weight])
     for path, leaf in trainable.items():
-        if not path.rsplit(".", 1)[1].startswith("lora_") and path not in frozen:
+        if not path.rsplit(".", 1)[1].startswith(("lora_", "trainable_tokens_delta")) and path not in frozen:
             params[path] = leaf
+    for rows in targets.tokens:
+        module, axis = rows.module, int(rows.module.is_head)
+        base = Transposed(frozen[f"{module.tied_to}.weight"]) if module.tied_to else params[module.weight]
+        params[module.weight] = TokensTensor(base, jnp.asarray(rows.ids, jnp.int32), trainable[rows.path], axis)
     for target in targets.adapted:
         module = target.module
         base = Transposed(frozen[f"{module.tied_to}.weight"]) if module.tied_to else params[module.weight]
         params[module.weight] = _wrap(target, targets, base, trainable, dropout_key)
     return params
+
+
+def _original_rows(rows: TokenRows, frozen: Mapping[str, Any]) -> Array:
+    module, ids = rows.module, np.asarray(rows.ids)
+    if module.kind == "embedding" or module.tied_to:
+        return embed(ids, frozen[f"{module.tied_to or module.path}.weight"], jnp.float32)
+    leaf = frozen[module.weight]
+    return (dense(leaf) if isinstance(leaf, QuantizedTensor) else jnp.asarray(leaf))[:, ids].T.astype(jnp.float32)
 
 
 def _wrap(

@@ -1,0 +1,174 @@
+"""Special tokens added to a model, as a pure transform of its weight source.
+
+What comes out is a `WeightSource` like any other, with more rows in the embedding and the head, so that loading,
+training and export see nothing but a bigger model. New rows are the mean of the old ones (as qlora and Hugging Face's
+`resize_token_embeddings` begin them, the latter with noise on top), which says nothing yet and disturbs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from tpu_tune.checkpoints.params import check_names, open_architecture
+from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.errors import UserError
+from tpu_tune.models import Architecture
+from tpu_tune.tensors import QuantizedTensor
+
+# Beside a PEFT adapter: token -> id, the tokens that its base was grown by.
+RECORD = "added_special_tokens.json"
+
+
+def open_configured(model: ConfigDict) -> WeightSource:
+    """Open what `config.model` describes: the model at its `path`, with its `add_special_tokens`.
+
+    Raises:
+      UserError: nothing usable is there, or the tokens cannot be added.
+    """
+    source = open_source(model.path)
+    return with_added_tokens(source, list(model.add_special_tokens)) if model.add_special_tokens else source
+
+
+def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSource:
+    """Return a source whose tokenizer has these special tokens, and whose embedding and head have rows for them.
+
+    A token that the tokenizer has already keeps its id and its row. The others get the tokenizer's next ids; the row of
+    such an id is the mean of all rows of the original matrix (of the head's bias: the mean of its entries), be it a
+    spare row of a padded vocabulary or a row behind the last one.
+
+    Args:
+      source: an opened model; not changed.
+      tokens: in the order of their ids.
+
+    Raises:
+      UserError: the model is not known, lacks a tensor, or has no usable tokenizer.
+    """
+    architecture = open_architecture(source)
+    names = check_names(source, architecture)
+    tokenizer = source.load_tokenizer()
+    known = set(tokenizer.get_vocab().values())
+    _add(tokenizer, tokens)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    new = [number for number in ids.values() if number not in known]
+    rows = architecture.vocab_size
+    size = max([rows, *[number + 1 for number in new]])
+    fresh = sorted({*[number for number in new if number < rows], *range(rows, size)})
+    growing = {names[name] for name in _per_token(architecture)}
+    identity = json.dumps([source.fingerprint, ids])
+    return dataclasses.replace(
+        source,
+        config=_with_vocabulary(source.config, size),
+        shapes={name: (size, *shape[1:]) if name in growing else shape for name, shape in source.shapes.items()},
+        read=functools.partial(_read, source, frozenset(growing), fresh, size),
+        load_tokenizer=functools.partial(_load_tokenizer, source, tuple(tokens)),
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        added_tokens=ids,
+    )
+
+
+def write_record(directory: str, source: WeightSource) -> None:
+    """Write into an adapter's directory which tokens its base was grown by, and the tokenizer that has them."""
+    source.load_tokenizer().save_pretrained(directory)
+    with open(os.path.join(directory, RECORD), "w", encoding="utf-8") as stream:
+        json.dump(source.added_tokens, stream, indent=2, ensure_ascii=False)
+
+
+def read_record(directory: str) -> dict[str, int]:
+    """Return token -> id of the tokens that an adapter's base was grown by; empty where there were none.
+
+    Raises:
+      UserError: the record is not what was written.
+    """
+    file = os.path.join(directory, RECORD)
+    if not os.path.isfile(file):
+        return {}
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return {str(token): int(number) for token, number in json.load(stream).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def with_tokens_of(source: WeightSource, adapter: str) -> WeightSource:
+    """Return a source grown by the tokens that an adapter was trained with, where it was trained with any.
+
+    Raises:
+      UserError: the base gives these tokens other ids, so that it is not the adapter's.
+    """
+    tokens = read_record(adapter)
+    return check_tokens(with_added_tokens(source, list(tokens)), adapter) if tokens else source
+
+
+def check_tokens(source: WeightSource, adapter: str) -> WeightSource:
+    """Hold the tokens that an adapter was trained with against a source, and return the source.
+
+    Raises:
+      UserError: a token is not there, or has another id.
+    """
+    for token, number in read_record(adapter).items():
+        if token not in source.added_tokens:
+            raise UserError(
+                f"{adapter} was trained with the added token '{token}'; set model.add_special_tokens to the tokens in "
+                f"its {RECORD}"
+            )
+        if source.added_tokens[token] != number:
+            raise UserError(
+                f"{adapter} was trained with '{token}' as token {number}, which is {source.added_tokens[token]} in "
+                f"{source.path}; give the base that it was trained over"
+            )
+    return source
+
+
+def _add(tokenizer: Any, tokens: Sequence[str]) -> None:
+    # An added token keeps its own settings (Phi's strip blanks); one of the plain vocabulary becomes special.
+    missing = [token for token in tokens if token not in tokenizer.added_tokens_encoder]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+
+
+def _load_tokenizer(source: WeightSource, tokens: Sequence[str]) -> Any:
+    tokenizer = source.load_tokenizer()
+    _add(tokenizer, tokens)
+    return tokenizer
+
+
+def _per_token(architecture: Architecture) -> list[str]:
+    """Return the Hugging Face names of the tensors with a row for each token."""
+    found = [f"{architecture.names.embed}.weight"]
+    for module in architecture.modules():
+        if module.is_head:
+            found += [] if module.tied_to else [module.weight]
+            found += [f"{module.path}.bias"] if module.bias else []
+    return found
+
+
+def _read(source: WeightSource, growing: frozenset[str], fresh: Sequence[int], size: int, name: str) -> Any:
+    value = source.read(name)
+    if name not in growing or not fresh:
+        return value
+    if isinstance(value, QuantizedTensor):  # (in, out), while files are (out, in)
+        value = np.asarray(value.dequantize()).T
+    grown = np.empty((size, *value.shape[1:]), value.dtype)
+    grown[: len(value)] = value
+    grown[np.asarray(fresh)] = value.mean(axis=0, dtype=np.float64).astype(value.dtype)
+    return grown
+
+
+def _with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return a config.json's content with another vocab_size, also where the text model's is one of several."""
+    changed = {**config, "vocab_size": size}
+    nested = config.get("text_config")
+    if isinstance(nested, Mapping) and "vocab_size" in nested:
+        changed["text_config"] = {**nested, "vocab_size": size}
+        if "vocab_size" not in config:
+            del changed["vocab_size"]
+    return changed

@@ -131,6 +131,10 @@ def _byte_level(path: str, metadata: dict[str, Any], tokens: list[str], types: l
 
 def _sentencepiece(path: str, metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
     """Llama 2's kind: spaces become ▁, the best-scored pair merges first, unknown characters become bytes."""
+    # llama.cpp's converter spells user-defined runs of ▁ as the spaces they stand for (Gemma); texts have ▁ by then.
+    for index, token in enumerate(tokens):
+        if types[index] == _USER_DEFINED and not token.strip(" "):
+            tokens[index] = token.replace(" ", "▁")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in metadata:
         merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]

@@ -245,18 +245,25 @@ def _rope_scaling(file: GgufFile) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(file: GgufFile, trained: int) -> dict[str, Any]:
-    """The parameters whose factors (transformers, modeling_rope_utils, `_compute_llama3_parameters`) the file has."""
+    """The parameters whose factors the file has."""
     factors = read_gguf_tensor(file, "rope_freqs.weight").astype(np.float64).reshape(-1)
-    base = float(_value(file, "rope.freq_base", 10000.0))
-    factor, low, high = float(factors.max()), 1.0, 4.0
-    wavelengths = 2 * math.pi * base ** (np.arange(factors.size) / factors.size)
-    smooth = np.clip((trained / wavelengths - low) / (high - low), 0, 1)
-    if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+    base, factor = float(_value(file, "rope.freq_base", 10000.0)), float(factors.max())
+    if not np.allclose(factors, llama3_factors(base, 2 * factors.size, factor, trained), rtol=1e-3):
         raise UserError(f"{file.path}: its rope_freqs.weight are not Llama 3's, and no other kind is known")
     return {
         "rope_type": "llama3",
         "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": trained,
     }
+
+
+def llama3_factors(base: float, head_dim: int, factor: float, trained: int) -> np.ndarray:
+    """Return what Llama 3 divides its rotary frequencies by (transformers, `_compute_llama3_parameters`).
+
+    Its `low_freq_factor` is 1 and its `high_freq_factor` 4, as in every published model.
+    """
+    wavelengths = 2 * math.pi * base ** (np.arange(head_dim // 2) / (head_dim // 2))
+    smooth = np.clip((trained / wavelengths - 1) / 3, 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)

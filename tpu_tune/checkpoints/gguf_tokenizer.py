@@ -18,7 +18,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from tpu_tune.errors import UserError
 
 # tokenizer.ggml.token_type (llama.cpp's llama_token_type)
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -77,8 +77,8 @@ def build_tokenizer(path: str, metadata: dict[str, Any]) -> Any:
     tokens, types = _vocabulary(metadata)
     backend = builders[kind](path, metadata, tokens, types)
     strip = _swallowing(metadata)
-    backend.add_special_tokens(_added(tokens, types, (_UNKNOWN, _CONTROL), special=True, strip=strip))
-    backend.add_tokens(_added(tokens, types, (_USER_DEFINED,), special=False))
+    backend.add_special_tokens(_added(tokens, types, (UNKNOWN, CONTROL), special=True, strip=strip))
+    backend.add_tokens(_added(tokens, types, (USER_DEFINED,), special=False))
 
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
@@ -105,14 +105,14 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
     """Tokens and their types, less the ones that converters put behind the vocabulary to fill the embedding."""
     tokens = list(metadata["tokenizer.ggml.tokens"])
     types = metadata.get("tokenizer.ggml.token_type")
-    types = [_NORMAL] * len(tokens) if types is None else [int(kind) for kind in types]
+    types = [NORMAL] * len(tokens) if types is None else [int(kind) for kind in types]
     if metadata["tokenizer.ggml.model"] == "t5":
         padding = next((index for index, token in enumerate(tokens) if token == f"[PAD{index}]"), len(tokens))
         if len(tokens) - padding >= _SENTINELS:
             for number in range(_SENTINELS):
                 place = padding + _SENTINELS - 1 - number
-                tokens[place], types[place] = f"<extra_id_{number}>", _CONTROL
-    while tokens and types[len(tokens) - 1] in (_UNUSED, _USER_DEFINED) and re.fullmatch(r"\[PAD-?\d+\]", tokens[-1]):
+                tokens[place], types[place] = f"<extra_id_{number}>", CONTROL
+    while tokens and types[len(tokens) - 1] in (UNUSED, USER_DEFINED) and re.fullmatch(r"\[PAD-?\d+\]", tokens[-1]):
         tokens.pop()
     return tokens, types[: len(tokens)]
 
@@ -171,7 +171,7 @@ def _sentencepiece(path: str, metadata: dict[str, Any], tokens: list[str], types
     """Llama 2's kind: spaces become ▁, the best-scored pair merges first, unknown characters become bytes."""
     # llama.cpp's converter spells user-defined runs of ▁ as the spaces they stand for (Gemma); texts have ▁ by then.
     for index, token in enumerate(tokens):
-        if types[index] == _USER_DEFINED and not token.strip(" "):
+        if types[index] == USER_DEFINED and not token.strip(" "):
             tokens[index] = token.replace(" ", "▁")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in metadata:
@@ -183,7 +183,7 @@ def _sentencepiece(path: str, metadata: dict[str, Any], tokens: list[str], types
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(
-            vocab=vocabulary, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=_BYTE in types
+            vocab=vocabulary, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=BYTE in types
         )
     )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -202,12 +202,12 @@ def _unigram(path: str, metadata: dict[str, Any], tokens: list[str], types: list
     if "tokenizer.ggml.scores" not in metadata:
         raise UserError(f"{path}: its tokenizer has no scores")
     scores = metadata["tokenizer.ggml.scores"].tolist()[: len(tokens)]
-    special = (_UNKNOWN, _CONTROL)
+    special = (UNKNOWN, CONTROL)
     pieces = [
         (token, 0.0 if kind in special else score) for token, kind, score in zip(tokens, types, scores, strict=True)
     ]
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 2)
-    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=unknown, byte_fallback=_BYTE in types))
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=unknown, byte_fallback=BYTE in types))
     if "tokenizer.ggml.precompiled_charsmap" in metadata:
         backend.normalizer = normalizers.Precompiled(
             np.asarray(metadata["tokenizer.ggml.precompiled_charsmap"]).astype(np.uint8).tobytes()
@@ -227,13 +227,13 @@ def _merges_from_scores(vocabulary: dict[str, int], scores: list[float], types: 
     """
     merges = []
     for piece, index in vocabulary.items():
-        if types[index] not in (_NORMAL, _USER_DEFINED, _UNUSED):
+        if types[index] not in (NORMAL, USER_DEFINED, UNUSED):
             continue
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         pairs = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
         pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
         # SentencePiece gives user-defined pieces no score; converters write one that puts them last.
-        score = 0.0 if types[index] == _USER_DEFINED else scores[index]
+        score = 0.0 if types[index] == USER_DEFINED else scores[index]
         merges += [(score, len(left), len(right), left, right) for left, right in pairs]
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     return [(left, right) for *_, left, right in merges]

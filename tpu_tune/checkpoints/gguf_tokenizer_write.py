@@ -27,9 +27,11 @@ from tpu_tune.checkpoints.gguf_tokenizer import (
 )
 from tpu_tune.errors import UserError
 
+# None begins with a blank: whether ▁ comes before one differs between tokenizer.json files (and transformers' versions)
+# of the same SentencePiece model; llama.cpp does as SentencePiece does.
 _PROBE = (
     "Hello  World,   it's I'VE don't 'RE\t\ttabs\n\n \nlines\r\n\r\nCRLF   ",
-    " 1 12 123 1234 12345 3.14 1,000 ½ ٣٤٥ x1y22",
+    "1 12 123 1234 12345 3.14 1,000 ½ ٣٤٥ x1y22",
     "e\u0301 é ſ's ﬁ Å \u1100\u1161 你好，世界 한국어 नमस्ते مرحبا 🙂👩\u200d👩\u200d👧 \x00\x07\u00a0\u3000|",
     "def f(x):\n    return x**2  # ok //\n\n'''====''' !!!??? camelCaseWord ALLCAPS a_b-c http://x.y/?z=%20#w ▁▁ <0x41>",
 )
@@ -149,11 +151,17 @@ def _name_of_cutting(backend: tokenizers.Tokenizer, model: dict[str, Any]) -> st
 
     def cut(normalizer: Any, pre_tokenizer: Any) -> list[Any]:
         normal = [normalizer.normalize_str(text) if normalizer else text for text in _PROBE]
-        return normal + [pre_tokenizer.pre_tokenize_str(text) for text in normal]
+        # Where nothing is merged it does not matter how text is cut.
+        return normal + [pre_tokenizer.pre_tokenize_str(text) for text in normal if model["merges"]]
 
     found = cut(backend.normalizer, backend.pre_tokenizer)
     for pre in PRE_TOKENIZERS:
-        if bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS) and cut(*cutting(pre)) == found:
+        # To llama.cpp `default` is another expression; only files from before names existed are read as GPT-2's.
+        if (
+            pre != "default"
+            and bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS)
+            and cut(*cutting(pre)) == found
+        ):
             return pre
     raise UserError("GGUF has no name for how this tokenizer cuts text before merging; export the model with --merge")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,7 @@ FORMATS = {
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _LARGEST_F16 = float(np.finfo(np.float16).max)
 
 
@@ -57,13 +59,13 @@ def write_gguf(
     aside, data = f"{path}.tmp", f"{path}.data.tmp"
     writer = gguf.GGUFWriter(None, architecture)
     try:
-        shapes, stored = {}, []
+        shapes = {}
         with open(data, "wb") as stream:
             for name, array in extra.items():
-                stored.append(_append(stream, writer, name, array, kind))
+                _append(stream, writer, name, array, kind)
             for name, array in tensors:
                 shapes[name] = array.shape
-                stored.append(_append(stream, writer, *_to_gguf(architecture, config, source, name, array), kind))
+                _append(stream, writer, *_to_gguf(architecture, config, source, name, array), kind)
         rows = _vocabulary_rows(shapes)
         general = {
             "general.type": "model",
@@ -76,10 +78,11 @@ def write_gguf(
         writer.write_header_to_file(path=aside)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with open(data, "rb") as stream:
-            for size in stored:
-                writer.write_tensor_data(np.fromfile(stream, np.uint8, size))
         writer.close()
+        # Not through the writer, which writes with `ndarray.tofile` and does not notice a disk that fills at the end.
+        with open(data, "rb") as stream, open(aside, "ab") as whole:
+            whole.write(bytes(-whole.tell() % _ALIGNMENT))
+            shutil.copyfileobj(stream, whole, 1 << 24)
         os.replace(aside, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -111,15 +114,15 @@ def _kind(architecture: str) -> gguf.MODEL_ARCH:
     return next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
 
 
-def _append(stream: Any, writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> int:
-    """Put a tensor's bytes at the end of a file and its description into the writer; return its size in bytes."""
+def _append(stream: Any, writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> None:
+    """Put a tensor's bytes, filled up to the alignment, at the end of a file and its description into the writer."""
     number = _number_format(name, array, kind)
     if number == gguf.GGMLQuantizationType.F16 and np.max(np.abs(array), initial=0.0) > _LARGEST_F16:
         raise UserError(f"{name} has values beyond {_LARGEST_F16:.0f}, the largest of f16; write bf16 instead")
     content = gguf.quantize(np.ascontiguousarray(array, np.float32), number)
     writer.add_tensor_info(name, content.shape, content.dtype, content.nbytes, raw_dtype=number)
     stream.write(content.tobytes())
-    return content.nbytes
+    stream.write(bytes(-content.nbytes % _ALIGNMENT))
 
 
 def _number_format(name: str, array: np.ndarray, kind: str) -> gguf.GGMLQuantizationType:

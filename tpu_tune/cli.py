@@ -129,9 +129,19 @@ def _export(options: argparse.Namespace) -> int:
     from tpu_tune.inference import export
 
     figures: dict[str, Any] = {}
-    if not (options.base or options.merge) and (options.merge_base or options.dtype):
-        raise UserError("--merge-base and --dtype belong to --merge or --base; the adapter alone is copied as it is")
-    if options.base:
+    if not (options.base or options.merge or options.gguf) and (options.merge_base or options.dtype):
+        raise UserError(
+            "--merge-base and --dtype belong to --merge, --gguf or --base; the adapter alone is copied as it is"
+        )
+    if options.gguf and options.dtype:
+        raise UserError("--dtype belongs to --merge or --base; a GGUF file's numbers are chosen with --gguf-type")
+    if options.gguf_type and not options.gguf:
+        raise UserError("--gguf-type belongs to --gguf")
+    if options.gguf:
+        kind = options.gguf_type or "f16"
+        figures = export.export_gguf(options.run_directory, options.output, options.merge_base or "original", kind)
+        what = f"the merged model as GGUF, {kind.upper()}"
+    elif options.base:
         export.export_base(
             options.run_directory, options.output, options.merge_base or "dequantized", options.dtype or ""
         )
@@ -248,17 +258,24 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     export = command("export", _export, "write a run's adapter, its merged model, or its base",
-                     "tpu-tune export output/quickstart --merge --output merged")  # fmt: skip
+                     "tpu-tune export output/quickstart --merge --output merged\n  tpu-tune export output/quickstart --gguf --output model.gguf")  # fmt: skip
     export.add_argument("run_directory", metavar="RUN", help="run directory")
-    export.add_argument("--output", required=True, help="directory to write")
+    export.add_argument("--output", required=True, help="directory to write; with --gguf the file")
     what = export.add_mutually_exclusive_group()
     what.add_argument("--merge", action="store_true", help="write a Hugging Face model with the adapter merged in")
+    what.add_argument(
+        "--gguf", action="store_true", help="write one GGUF file with the adapter merged in, for llama.cpp and its kin"
+    )
     what.add_argument(
         "--base", action="store_true", help="write the base model that PEFT should load below the adapter"
     )
     export.add_argument("--merge-base", choices=("original", "dequantized"),
                         help="weights to merge into (default original) or to write as the base (default dequantized, exact to training)")  # fmt: skip
     export.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: the original's; float32 from a GGUF)")
+
+    export.add_argument(
+        "--gguf-type", choices=("f16", "bf16", "q8_0"), help="number format of a GGUF file's matrices (default f16)"
+    )
 
     inspect = command("inspect", _inspect, "show a model's modules and what a LoRA configuration would train; reads no weights",
                       'tpu-tune inspect model.gguf --config.lora.target_modules=q_proj,v_proj --config.lora.rank=16')  # fmt: skip

@@ -59,15 +59,25 @@ def write_model(
     name = dtype or str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix(
         "torch."
     )
-    tensors = ((tensor, value.astype(DTYPES[name])) for tensor, value in _with_head(params, architecture, untied))
+    tensors = (
+        (tensor, value.astype(DTYPES[name])) for tensor, value in tensors_with_head(params, architecture, untied)
+    )
     with whole_directory(directory) as aside:
         _write_shards(aside, tensors, shard_bytes)
         write_config(aside, source, name, untied)
         write_tokenizer(aside, source)
 
 
-def _with_head(params: Mapping[str, Any], architecture: Architecture, untied: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield all tensors; a head that merging has untied from its embedding gets the weight it used."""
+def tensors_with_head(
+    params: Mapping[str, Any], architecture: Architecture, untied: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield all tensors as `merged_tensors`; a head that merging has untied from its embedding gets the weight it used.
+
+    Args:
+      params: a combined tree.
+      architecture: of the model.
+      untied: whether merging unties the head (`unties_head`).
+    """
     yield from merged_tensors(params, architecture.modules())
     for module in architecture.modules():
         if module.tied_to and untied and module.weight not in params:

@@ -266,6 +266,25 @@ def test_smollm2s_own_tokenizer_is_copied(smollm2_gguf, tmp_path):
         np.testing.assert_array_equal(written[key], original[key], err_msg=key)
 
 
+def test_the_name_does_not_mislead_llama_cpp(tmp_path, tokenizer):
+    """It treats special tokens by the words `phi-3` in a model's name, and fails where Phi 3's are missing."""
+    config = tiny_models.CONFIGS["llama2"]
+    write(tmp_path / "not-Phi3.gguf", in_memory(config, tiny_models.weights(config), tokenizer))
+    assert open_gguf_file(tmp_path / "not-Phi3.gguf").metadata["general.name"] == "not-Phi 3"
+    case = CASES["phi3"]
+    tensors = {key: np.zeros(shape, np.float32) for key, shape in case.tensors.items()}
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] += [
+        content["added_tokens"][0] | {"id": index, "content": token}
+        for index, token in ((1, "<unk>"), (2, "<|endoftext|>"))
+    ]
+    content["model"]["vocab"] = {key: index for key, index in content["model"]["vocab"].items() if index not in (1, 2)}
+    content["model"]["vocab"] |= {"<unk>": 1, "<|endoftext|>": 2}
+    phi = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    write(tmp_path / "mine.gguf", in_memory(transformers_config("phi3").to_dict(), tensors, phi))
+    assert open_gguf_file(tmp_path / "mine.gguf").metadata["general.name"] == "Phi-3 mine"
+
+
 def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(UserError, match="GGUF knows no tokenizer of the kind WordLevel"):
@@ -285,8 +304,8 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "gptj"}, "llama.cpp's converter knows no 'gptj' models.*known: gemma, gemma2"),
-        ({"model_type": "opt"}, "knows no 'opt' models"),
+        ({"model_type": "gptj"}, "no GGUF is written of a 'gptj' model: llama.cpp does not know.*known: gemma, gemma2"),
+        ({"model_type": "opt"}, "no GGUF is written of a 'opt' model"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "cannot express hidden_act='gelu' of a llama model"),
         (tiny_models.CONFIGS["llama_dynamic"], "rope_type 'dynamic' is not written"),
         (tiny_models.CONFIGS["qwen2_upper_windows"], "cannot express use_sliding_window=True"),

@@ -36,7 +36,7 @@ def gguf_metadata(config: dict[str, Any]) -> tuple[str, Metadata, Tensors]:
     kind = config.get("model_type")
     if kind not in WRITERS:
         known = ", ".join(sorted(WRITERS))
-        raise UserError(f"llama.cpp's converter knows no '{kind}' models, so there is no GGUF of them (known: {known})")
+        raise UserError(f"no GGUF is written of a '{kind}' model: llama.cpp does not know the family (known: {known})")
     architecture, translate = WRITERS[kind]
     full = dict(config) | CONFIG_MAPPING[kind].from_dict(config).to_dict()
     if kind == "t5":  # transformers 5 ties every T5 and keeps what the config said under another name
@@ -97,6 +97,7 @@ def _rope_scaling(rope: dict[str, Any], head_dim: int) -> tuple[Metadata, Tensor
 
 
 def _llama(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    """Llama and Mistral. Mistral's window is for readers like ours; llama.cpp lets it see the whole text, as Phi 3."""
     _expect(config, "hidden_act", "silu")
     metadata, tensors = _llama_like(config)
     window = config.get("sliding_window")

@@ -187,7 +187,8 @@ def _special(tokenizer: Any) -> dict[str, Any]:
         if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
             metadata[f"tokenizer.ggml.{key}_token_id"] = index
     framed, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    before, behind = framed[: framed.index(plain[0])], framed[framed.index(plain[0]) + len(plain) :]
+    start = framed.index(plain[0]) if plain else len(framed)
+    before, behind = framed[:start], framed[start + len(plain) :]
     metadata["tokenizer.ggml.add_bos_token"] = before == [tokenizer.bos_token_id]
     metadata["tokenizer.ggml.add_eos_token"] = behind == [tokenizer.eos_token_id]
     if isinstance(tokenizer.chat_template, str):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from typing import Any
@@ -66,14 +67,14 @@ def write_gguf(
             for name, array in tensors:
                 shapes[name] = array.shape
                 _append(stream, writer, *_to_gguf(architecture, config, source, name, array), kind)
-        rows = _vocabulary_rows(shapes)
+        tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
         general = {
             "general.type": "model",
-            "general.name": os.path.splitext(os.path.basename(path))[0],
+            "general.name": _name(path, architecture, tokenizer),
             "general.file_type": int(FORMATS[kind][1]),
             "general.quantization_version": gguf.GGML_QUANT_VERSION,
         }
-        for key, value in (general | metadata | _tokenizer(source, rows, architecture)).items():
+        for key, value in (general | metadata | tokenizer).items():
             _add(writer, key, value)
         writer.write_header_to_file(path=aside)
         writer.write_kv_data_to_file()
@@ -139,6 +140,18 @@ def _vocabulary_rows(shapes: dict[str, tuple[int, ...]]) -> int:
     """Rows of the embedding, whatever the family calls it."""
     embeddings = {family.names["token_embd"] for family in FAMILIES.values()}
     return next(shape[0] for name, shape in shapes.items() if name.removesuffix(".weight") in embeddings)
+
+
+def _name(path: str, architecture: str, tokenizer: dict[str, Any]) -> str:
+    """The file's name without its ending, except for what llama.cpp reads out of it.
+
+    It lets special tokens swallow the blanks behind them in a model whose name has `phi-3` or `phi3` in it, and fails
+    where such a model lacks one of four tokens (llama-vocab.cpp, `_set_tokenid_attr`).
+    """
+    name = os.path.splitext(os.path.basename(path))[0]
+    if architecture == "phi3" and {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= set(tokenizer["tokenizer.ggml.tokens"]):
+        return name if re.search("phi-?3", name, re.IGNORECASE) else f"Phi-3 {name}"
+    return re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
 
 
 def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, Any]:

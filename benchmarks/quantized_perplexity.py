@@ -72,6 +72,13 @@ def windows(tokens: list[int], size: int, bos: list[int]) -> tuple[Any, Any]:
     return ids, targets
 
 
+def encode(source: Any, text: str, size: int) -> tuple[Any, Any]:
+    """Return the text's `windows`, with BOS where the model's tokenizer begins texts with one."""
+    tokenizer = source.load_tokenizer()
+    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    return windows(tokenizer(text, add_special_tokens=False)["input_ids"], size, bos)
+
+
 def file_bits(path: str) -> tuple[int, float]:
     """Return (bytes, bits a weight) of the linear layers as a .gguf file stores them."""
     import gguf
@@ -153,13 +160,10 @@ def main() -> int:
         model = str(next(fetch.fetch(model).glob("*.gguf")))
     text = brown_text(pathlib.Path(options.brown) if options.brown else fetch.fetch("brown"), options.characters)
     source = open_source(model)
-    tokenizer = source.load_tokenizer()
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
-    ids, targets = windows(tokens, options.window, bos)
+    ids, targets = encode(source, text, options.window)
     size = len(text.encode())
     note = functools.partial(print, file=sys.stderr, flush=True)
-    note(f"{len(text)} characters, {size} bytes, {len(tokens)} tokens, {len(ids)} windows of {options.window}")
+    note(f"{len(text)} characters, {size} bytes, {len(ids)} windows of {options.window}")
     rows = []
     for name, variant in VARIANTS.items():
         begun = time.monotonic()
@@ -172,7 +176,7 @@ def main() -> int:
         )
         note(f"{name}: perplexity {rows[-1]['perplexity']:.3f}, {time.monotonic() - begun:.0f} s")
     if options.json:
-        print(json.dumps({"model": os.path.basename(model), "text_bytes": size, "tokens": len(tokens), "rows": rows}))
+        print(json.dumps({"model": os.path.basename(model), "text_bytes": size, "rows": rows}))
     else:
         print(table(rows))
     return 0

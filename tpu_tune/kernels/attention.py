@@ -1,7 +1,7 @@
-"""Causal attention with grouped heads, segments and sliding windows, in plain JAX.
+"""Attention with grouped heads, segments and sliding windows: which implementation runs, and two in plain JAX.
 
 `reference` holds all scores at once; `blockwise` walks over blocks of queries and recomputes each block's scores in
-the backward pass, so that its memory grows linearly with the sequence. Both take the same arguments.
+the backward pass, so that its memory grows linearly with the sequence. `splash.py` is the kernel for newer TPUs.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.splash import splash
 
 QUERY_BLOCK = 512
 _AUTO_LIMIT = 2048  # longest key sequence for which `auto` holds all scores
@@ -64,6 +67,7 @@ def attention(
     cap: float | None = None,
     bias: Bias | None = None,
     implementation: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention; H is a multiple of K (grouped heads), scores and softmax are float32.
 
@@ -72,19 +76,43 @@ def attention(
       scale: of the scores; D ** -0.5 by default.
       cap: soft limit of the scores, see `soft_cap`.
       bias: added to the scores, by place.
-      implementation: auto | reference | blockwise.
+      implementation: auto | reference | blockwise | splash; what splash cannot do (a cache, a bias, an encoder, rows
+        cut over `sequence`) goes to auto.
+      mesh: for kernels that run on each device's part; None on one device.
 
     Raises:
       UserError: an unknown implementation.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "splash":
+        whole = mesh is None or mesh.shape["sequence"] == 1
+        if bias is None and places.causal and q.shape[1] == k.shape[1] and whole:
+            return splash(q, k, v, places.query_segments, window, scale, cap, mesh)
+        implementation = "auto"
     if implementation == "auto":
         implementation = "blockwise" if k.shape[1] > _AUTO_LIMIT and q.shape[1] > QUERY_BLOCK else "reference"
     if implementation == "reference":
         return reference(q, k, v, places, window, scale, cap, bias)
     if implementation == "blockwise":
         return blockwise(q, k, v, places, window, scale, cap=cap, bias=bias)
-    raise UserError(f"model.attention is '{implementation}'; it must be auto, reference or blockwise")
+    raise UserError(f"model.attention is '{implementation}'; it must be auto, reference, blockwise or splash")
+
+
+def for_device(implementation: str, device: Any) -> str:
+    """Return the implementation to use on a device: what is asked for, or the best where that is auto.
+
+    Args:
+      implementation: as in `attention`.
+      device: of the mesh, there or of a topology.
+
+    Raises:
+      UserError: splash on what it is not for.
+    """
+    kind = device.device_kind
+    has_splash = device.platform == "tpu" and not kind.startswith(("TPU v2", "TPU v3"))
+    if implementation == "splash" and not has_splash:
+        raise UserError(f"model.attention=splash needs a TPU v4 or later, and this is {kind}; leave it at auto")
+    return "splash" if implementation == "auto" and has_splash else implementation
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.attention import Bias, Places, attention, soft_cap
@@ -58,6 +59,7 @@ class Surroundings:
       places: of queries and keys.
       angles: cosines and sines of each rotary embedding.
       implementation: of attention.
+      mesh: for its kernels; None on one device.
       bias: on the scores, from learned relative positions; or None.
       memory: an encoder's output and its places, for cross-attention; or None.
       start: where new keys and values are written in a cache, None without one.
@@ -66,6 +68,7 @@ class Surroundings:
     places: Places
     angles: Mapping[rotary.Rope, tuple[Array, Array]]
     implementation: str
+    mesh: Mesh | None = None
     bias: Bias | None = None
     memory: tuple[Array | None, Places] | None = None
     start: Array | None = None
@@ -145,7 +148,7 @@ def _self_attention(
             entry = (k, v)
         seen = attention(
             q, k, v, around.places, window=kind.window, scale=arch.attention_scale, cap=arch.attention_soft_cap,
-            bias=around.bias, implementation=around.implementation,
+            bias=around.bias, implementation=around.implementation, mesh=around.mesh,
         )  # fmt: skip
         return seen, entry
 

@@ -25,6 +25,7 @@ from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
 from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution, architecture, check_length
 from tpu_tune.tensors import LoraTensor, SavedTensor
 from tpu_tune.training.loggers import reporters
@@ -296,7 +297,8 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
 
 def execution(config: ConfigDict, model: PreparedModel) -> Execution:
     """Return how the decoder runs: dtype, attention, remat, and on more than one device its sharding hooks."""
-    plain = Execution(compute_dtype(config), config.model.attention, config.model.remat)
+    attention = for_device(config.model.attention, model.mesh.devices.flat[0])
+    plain = Execution(compute_dtype(config), attention, model.mesh if model.mesh.size > 1 else None, config.model.remat)
     if model.mesh.size == 1:
         return plain
     stacked = model.architecture.stacked()

@@ -61,9 +61,7 @@ def test_rows_are_those_of_transformers(load, tokenizer, limits):
     assert isinstance(rows, PairRows) and len(rows) == len(ROWS)
     found = rows.take(np.arange(len(rows)))
     longest = limits.get("max_length", 2048)
-    source_max, target_max = (
-        min(limits.get(key) or longest, longest) for key in ("source_max_len", "target_max_len")
-    )
+    source_max, target_max = (min(limits.get(key) or longest, longest) for key in ("source_max_len", "target_max_len"))
     ids, mask, decoder_ids, labels = expected(tokenizer, ROWS, source_max, target_max)
     tokens, width = ids.shape[1], labels.shape[1]
     assert rows.encoder_width == rows.width == min(64, longest) >= max(tokens, width)

@@ -54,9 +54,7 @@ class Datasets:
     summary: dict[str, Any]
 
 
-def load_data(
-    config: Any, tokenizer: Any, vocab_size: int | None = None, start_token: int | None = None
-) -> Datasets:
+def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_token: int | None = None) -> Datasets:
     """Read, tokenize, split and pack the data of a configuration.
 
     Args:

@@ -348,7 +348,9 @@ def _batch_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[int, int]:
 def _check_widths(data: Datasets, mesh: jax.sharding.Mesh) -> None:
     shares = mesh.shape["sequence"]
     for rows in (data.train, data.eval):
-        for width in () if rows is None else (rows.width, *([rows.encoder_width] if isinstance(rows, PairRows) else [])):
+        for width in (
+            () if rows is None else (rows.width, *([rows.encoder_width] if isinstance(rows, PairRows) else []))
+        ):
             if width % shares:
                 raise UserError(
                     f"the rows are {width} tokens wide, which does not divide over mesh.sequence={shares}; "

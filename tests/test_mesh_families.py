@@ -36,8 +36,10 @@ CONFIGS = {
         hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=INNER, num_attention_heads=HEADS, num_hidden_layers=1
     ),
 }
-MESHES = {"one device": (1, 1), "fsdp=2 x tensor=4": (2, 4), "fsdp=4 x tensor=2": (4, 2)}
-EIGHT = [name for name in MESHES if name != "one device"]
+MESHES = {  # fsdp, tensor, sequence
+    "one device": (1, 1, 1), "fsdp=2 x tensor=4": (2, 4, 1), "fsdp=4 x tensor=2": (4, 2, 1), "all three": (2, 2, 2),
+}  # fmt: skip
+EIGHT = ["fsdp=2 x tensor=4", "fsdp=4 x tensor=2"]
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +52,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if not folders[case].exists():
             tiny_models.write(folders[case], CONFIGS[case])
         if (case, mesh, method) not in made:
-            fsdp, tensor = MESHES[mesh]
+            fsdp, tensor, sequence = MESHES[mesh]
             quantized = {"quantize__format": "nf4", "quantize__group_size": 16} if method == "qlora" else {}
             config = helpers.make_config(
                 model__path=str(folders[case]), model__dtype="float32", method="full" if method == "full" else "lora",
                 model__remat="full" if case == "t5" else "none",
                 lora__rank=4, lora__init_lora_weights="gaussian", train__learning_rate=1e-2 if quantized else 1e-4,
                 train__lr_scheduler_type="constant", train__per_device_train_batch_size=ROWS // fsdp,
-                mesh__data=1, mesh__fsdp=fsdp, mesh__tensor=tensor, **quantized,
+                mesh__data=1, mesh__fsdp=fsdp, mesh__tensor=tensor, mesh__sequence=sequence, **quantized,
             )  # fmt: skip
-            made[case, mesh, method] = helpers.prepare(config, STEPS, fsdp * tensor)
+            made[case, mesh, method] = helpers.prepare(config, STEPS, fsdp * tensor * sequence)
         return made[case, mesh, method]
 
     return prepare
@@ -76,8 +78,10 @@ def batches(case: str) -> list[dict[str, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize("method", ["full", "qlora"])
-@pytest.mark.parametrize(("case", "mesh"), [*((case, mesh) for case in ("phi3", "gpt2") for mesh in EIGHT), ("t5", EIGHT[1])])  # fmt: skip
+@pytest.mark.parametrize(("case", "mesh", "method"), [
+    *((case, mesh, method) for case in ("phi3", "gpt2") for mesh in EIGHT for method in ("full", "qlora")),
+    ("t5", EIGHT[1], "full"), ("t5", EIGHT[1], "qlora"), ("t5", "all three", "qlora"),
+])  # fmt: skip
 def test_losses_are_those_of_one_device_and_storage_is_shared(prepared, case, mesh, method):
     losses = {}
     for where in ("one device", mesh):
@@ -126,7 +130,7 @@ def whole_units(case: str, name: str, place: int, tensor: int) -> np.ndarray:
 @pytest.mark.parametrize(("case", "name"), [("gpt2", "c_attn"), ("phi3", "qkv_proj"), ("phi3", "gate_up_proj")])
 def test_a_tensor_shard_of_a_fused_matrix_is_whole_units(prepared, case, name, mesh, method):
     model, _ = prepared(case, mesh, method)
-    fsdp, tensor = MESHES[mesh]
+    fsdp, tensor, _ = MESHES[mesh]
     tree = model.frozen if method == "qlora" else model.trainable
     (path,) = [path for path in tree if path.endswith(f"{name}.weight")]
     places = {device: where for where, device in np.ndenumerate(model.mesh.devices)}

@@ -177,8 +177,9 @@ def _inspect(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     print(f"{options.model}: {facts['family']}, {facts['parameters']:,} parameters")
-    for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size"):
-        print(f"  {key}: {facts[key]:,}")
+    for key in ("hidden_size", "num_layers", "num_encoder_layers", "num_heads", "num_kv_heads", "vocab_size"):
+        if key in facts:
+            print(f"  {key}: {facts[key]:,}")
     print("modules (N is the layer; shapes are in x out):")
     for module in facts["modules"]:
         layers = f"x{module['layers']}" if module["layers"] else ""

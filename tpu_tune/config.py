@@ -98,8 +98,8 @@ def _data() -> dict[str, Any]:
         "chat_template": "",  # Jinja text or file; empty: the tokenizer's own
         "response_markers": [],  # text rows: loss only after one of these strings, up to the next instruction marker
         "instruction_markers": [],  # strings that end a response
-        "max_length": 2048,  # tokens a row
-        "packing": True,  # several documents a row, without attention across them
+        "max_length": 2048,  # tokens a row; of an encoder-decoder, of the input and of the output each
+        "packing": True,  # several documents a row, without attention across them; an encoder-decoder has one pair a row
         "train_on_source": False,  # loss on the prompt too
         "source_max_len": 0,  # truncate prompts (on the right) to this; 0: only max_length
         "target_max_len": 0,  # truncate answers to this; 0: only max_length

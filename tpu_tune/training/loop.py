@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.checkpoints.run import RunCheckpoints
-from tpu_tune.data import Batches, Datasets, EncoderDecoder, load_data, prefetch
+from tpu_tune.data import Batches, Datasets, PairRows, load_data, prefetch
 from tpu_tune.errors import UserError
 from tpu_tune.training import loggers, run_directory
 from tpu_tune.training.evaluation import evaluate
@@ -105,10 +105,9 @@ def train(
 
     # --- data and model; whatever can be wrong with them is found before the run directory is made --------------
     source, architecture = open_model(config)
-    tokenizer, pairs = source.load_tokenizer(), None
-    if architecture.encoder:
-        pairs = EncoderDecoder(architecture.start_token, tokenizer.eos_token_id)
-    data = load_data(config, tokenizer, architecture.vocab_size, pairs)
+    start_token = architecture.start_token if architecture.encoder else None
+    data = load_data(config, source.load_tokenizer(), architecture.vocab_size, start_token)
+    _check_widths(data, mesh)
     begun = time.monotonic()
     model = prepare_model(config, mesh)
     jax.block_until_ready((model.trainable, model.frozen))
@@ -346,6 +345,19 @@ def _batch_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[int, int]:
     return config.train.per_device_train_batch_size * shards, config.train.per_device_eval_batch_size * shards
 
 
+def _check_widths(data: Datasets, mesh: jax.sharding.Mesh) -> None:
+    shares = mesh.shape["sequence"]
+    for rows in (data.train, data.eval):
+        for width in (
+            () if rows is None else (rows.width, *([rows.encoder_width] if isinstance(rows, PairRows) else []))
+        ):
+            if width % shares:
+                raise UserError(
+                    f"the rows are {width} tokens wide, which does not divide over mesh.sequence={shares}; "
+                    "choose one that divides 64"
+                )
+
+
 def _devices(mesh: jax.sharding.Mesh) -> str:
     kind = mesh.devices.flat[0].device_kind
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
@@ -355,7 +367,10 @@ def _devices(mesh: jax.sharding.Mesh) -> str:
 def _data_line(data: Datasets, batches: Batches, total: int) -> str:
     held_out = f", {len(data.eval)} for evaluation" if data.eval is not None else ""
     rows = batches.batch_rows * batches.accumulation
+    width = str(data.train.width)
+    if isinstance(data.train, PairRows):
+        width = f"{data.train.encoder_width} + {width}"
     return (
-        f"data: {len(data.train)} rows of {data.train.width} tokens{held_out}; {rows} rows a step, "
+        f"data: {len(data.train)} rows of {width} tokens{held_out}; {rows} rows a step, "
         f"{batches.steps_per_epoch} steps an epoch, {total} steps in all"
     )

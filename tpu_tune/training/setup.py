@@ -176,7 +176,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
         adapters = lora.init(targets, params, jax.random.key(config.seed))
     trainable, frozen = split(params, targets, adapters)
     del params
-    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked))
+    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked), units=sharding_units(arch))
     trainable = {path: put(leaf, placed[path]) for path, leaf in trainable.items()}
     return PreparedModel(source, arch, mesh, targets, trainable, frozen, found)
 
@@ -204,7 +204,7 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
 
     trainable, frozen = jax.eval_shape(parts, base)
     found = sharding.shardings(base, mesh, stacked, units=sharding_units(arch))
-    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked))
+    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked), units=sharding_units(arch))
     trainable = {path: _at(leaf, placed[path]) for path, leaf in trainable.items()}
     frozen = {path: jax.tree.map(_at, leaf, found[path]) for path, leaf in frozen.items()}
     return PreparedModel(None, arch, mesh, targets, trainable, frozen, found)

@@ -175,4 +175,6 @@ def _fit(path: str, shape: Sequence[int], units: Sequence[int], wanted: Sequence
                         "%s: axis %d of %s moved to axis %d for mesh axis '%s'", path, axis, tuple(shape), place, name
                     )
                 given[place].append(name)
+    # The storage axes come last: gathering over them then leaves each device its own contiguous piece of `tensor`.
+    given = [sorted(names, key=lambda name: name in STORED) for names in given]
     return [tuple(names) if len(names) > 1 else (names[0] if names else None) for names in given]

@@ -20,6 +20,8 @@ from tpu_tune.checkpoints.peft import adapter_tensors, read_adapter, write_adapt
 from tpu_tune.errors import UserError
 from tpu_tune.inference.inspection import inspect_model
 from tpu_tune.models import Execution, architecture
+from tpu_tune.models.architecture import RelativePositions
+from tpu_tune.models.layers import buckets_of
 from tpu_tune.training.step import Problem
 from tpu_tune.transforms import LoraSpec, combine, find_targets, lora, split
 
@@ -204,3 +206,17 @@ def test_inspect_says_what_each_module_does(case, tmp_path):
     assert facts["lora"]["trainable"] == sum(
         4 * sum(m.shape) * max(1, m.layers) for m in arch.modules() if m.kind == "linear" and not m.is_head
     )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("buckets", "longest"), [(32, 128), (8, 12), (64, 256)])
+def test_buckets_of_distances_are_t5s(causal, buckets, longest):
+    torch = pytest.importorskip("torch")
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    arch = dataclasses.replace(
+        architecture(tiny_models.CONFIGS["t5"]), relative=RelativePositions(buckets, longest), causal=causal
+    )
+    distances = np.arange(-400, 401)
+    theirs = T5Attention._relative_position_bucket(torch.tensor(distances), not causal, buckets, longest)
+    np.testing.assert_array_equal(jax.jit(lambda d: buckets_of(arch, d))(distances), theirs.numpy())

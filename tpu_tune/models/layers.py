@@ -225,12 +225,12 @@ def relative_bias(arch: Architecture, table: Any) -> Bias:
 
     def bias(query_index: Int[Array, "B T"], key_index: Int[Array, "B S"]) -> Float[Array, "B H T S"]:
         distance = key_index[:, None, :] - query_index[:, :, None]
-        return jnp.moveaxis(embed(_buckets(arch, distance), table, jnp.float32), -1, 1)
+        return jnp.moveaxis(embed(buckets_of(arch, distance), table, jnp.float32), -1, 1)
 
     return bias
 
 
-def _buckets(arch: Architecture, distance: Array) -> Array:
+def buckets_of(arch: Architecture, distance: Int[Array, "..."]) -> Int[Array, "..."]:
     """T5's buckets (arXiv:1910.10683, section 2.1): exact to half their number, then logarithmic to `max_distance`.
 
     Without `causal`, one half of the buckets is for what lies ahead.

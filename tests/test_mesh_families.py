@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_tune.models import architecture
 from tpu_tune.tensors import QuantizedTensor, quantize_tensor
-from tpu_tune.training.setup import sharding_units
+from tpu_tune.training.setup import abstract_model, prepare_model, sharding_units
 from tpu_tune.transforms import sharding
 
 WIDTH, HEADS, GROUPS, INNER = 1024, 8, 4, 1024  # four pack blocks of `in`: every matrix can be cut both ways
@@ -216,3 +216,18 @@ def test_storage_axes_lie_inside_the_tensor_axis():
     wanted = sharding.gathered(home).codes.devices_indices_map((32, 128))
     for device, index in stored.items():
         assert set(codes[index[-1]]) <= set(codes[wanted[device][-1]])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_is_trained_is_cut_between_units_too(tmp_path, method):
+    """Two units of q, k and v on four places: neither the trained matrix nor an adapter's B is cut across one."""
+    model_config = {**CONFIGS["phi3"], "hidden_size": 64, "num_key_value_heads": 2}
+    config = helpers.make_config(
+        model__path=tiny_models.write(tmp_path / "model", model_config), model__dtype="float32", method=method,
+        lora__rank=3, mesh__data=1, mesh__fsdp=2, mesh__tensor=4,
+    )  # fmt: skip
+    mesh, path = sharding.make_mesh(config.mesh), "model.layers.self_attn.qkv_proj"
+    leaf = f"{path}.weight" if method == "full" else f"{path}.lora_B"
+    for model in (prepare_model(config, mesh), abstract_model(config, model_config, mesh)):
+        assert "tensor" not in (model.trainable[leaf].sharding.spec[-1] or ())
+        assert method == "lora" or model.trainable[leaf].sharding == model.shardings[leaf]

@@ -1,5 +1,6 @@
 """Attention and the chunked cross-entropy against torch, and against their own plain references."""
 
+import dataclasses
 import functools
 import types
 
@@ -10,8 +11,10 @@ import pytest
 import tiny_models
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.attention import Places, attention, blockwise, for_device, reference
+from tpu_tune.kernels.attention import attention, for_device, reference, rematerialised
+from tpu_tune.kernels.blockwise import blockwise
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
+from tpu_tune.kernels.places import Places
 from tpu_tune.kernels.splash import splash
 from tpu_tune.models import apply_head as apply_head_of
 from tpu_tune.models import architecture
@@ -54,20 +57,24 @@ def test_reference_equals_torch(groups, window, segments):
     np.testing.assert_allclose(found, expected.transpose(1, 2).numpy(), atol=2e-6)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("block", [4, 8, 32])
-def test_blockwise_equals_reference_with_gradients(window, block):
-    where = places(PACKED)
+@pytest.mark.parametrize(
+    ("window", "block", "cap", "causal"),
+    [(None, 8, None, True), (6, 4, None, True), (1, 8, 1.5, True), (6, 32, 1.5, True), (None, 8, 1.5, False), (6, 8, None, False)],
+)  # fmt: skip
+def test_blockwise_equals_reference_with_gradients(window, block, cap, causal):
+    where = dataclasses.replace(places(PACKED), causal=causal)
 
-    def run(implementation, *extra):
+    def run(implementation, **extra):
         def loss(q, k, v):
-            out = implementation(q, k, v, where, window, 0.3, *extra)
+            out = implementation(q, k, v, where, window, 0.3, cap=cap, **extra)
             return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
 
         (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*queries())
         return out, grads
 
-    for found, expected in zip(jax.tree.leaves(run(blockwise, block)), jax.tree.leaves(run(reference)), strict=True):
+    for found, expected in zip(
+        jax.tree.leaves(run(blockwise, block=block)), jax.tree.leaves(run(reference)), strict=True
+    ):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -95,14 +102,14 @@ def test_splash_equals_reference_with_gradients(window, cap, groups):
         np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-def test_blockwise_takes_caps_and_biases():
+def test_blocks_with_a_bias_equal_reference():
     def bias(query_index, key_index):
         distance = (query_index[:, :, None] - key_index[:, None, :]).astype(jnp.float32)
         return jnp.stack([jnp.cos(distance * (head + 1)) for head in range(H)], axis=1)
 
     inputs, where = queries(), places(PACKED)
     expected = reference(*inputs, where, 6, 0.3, 2.0, bias)
-    np.testing.assert_allclose(blockwise(*inputs, where, 6, 0.3, 8, 2.0, bias), expected, atol=1e-5)
+    np.testing.assert_allclose(rematerialised(*inputs, where, 6, 0.3, bias, 2.0, 8), expected, atol=1e-5)
     for cap, added in ((None, bias), (2.0, None)):
         assert float(jnp.abs(reference(*inputs, where, 6, 0.3, cap, added) - expected).max()) > 1e-2
 

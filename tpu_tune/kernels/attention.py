@@ -1,59 +1,25 @@
-"""Attention with grouped heads, segments and sliding windows: which implementation runs, and two in plain JAX.
+"""Attention with grouped heads, segments and sliding windows: which implementation runs, and the plain one.
 
-`reference` holds all scores at once; `blockwise` walks over blocks of queries and recomputes each block's scores in
-the backward pass, so that its memory grows linearly with the sequence. `splash.py` is the kernel for newer TPUs.
+`reference` holds all scores at once. `blockwise.py` holds those of two blocks, on any device; `splash.py` is the kernel
+for newer TPUs. Scores with a learned bias go through `rematerialised`, which lets JAX derive the bias's gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.blockwise import BLOCK, blockwise
+from tpu_tune.kernels.places import Bias, Places, soft_cap
 from tpu_tune.kernels.splash import splash
 
-QUERY_BLOCK = 512
 _AUTO_LIMIT = 2048  # longest key sequence for which `auto` holds all scores
-
-# (query index (B, T), key index (B, S)) -> (B, H, T, S) float32, added to the scores
-Bias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "B H T S"]]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["query_index", "key_index", "query_segments", "key_segments"],
-    meta_fields=["causal"],
-)
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where queries and keys stand: a query sees keys of its own segment, if causal at or before its index.
-
-    Attributes:
-      query_index, key_index: place in the row, (B, T) and (B, S).
-      query_segments, key_segments: document number; 0 is padding, and no other document sees it.
-      causal: whether keys behind the query are hidden from it.
-    """
-
-    query_index: Int[Array, "B T"]
-    key_index: Int[Array, "B S"]
-    query_segments: Int[Array, "B T"]
-    key_segments: Int[Array, "B S"]
-    causal: bool = True
-
-    def mask(self, window: int | None) -> Bool[Array, "B T S"]:
-        """Return which keys each query sees."""
-        seen = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        distance = self.query_index[:, :, None] - self.key_index[:, None, :]
-        if self.causal:
-            seen &= distance >= 0
-        return seen if window is None else seen & (distance < window)
 
 
 def attention(
@@ -72,6 +38,8 @@ def attention(
     """Softmax attention; H is a multiple of K (grouped heads), scores and softmax are float32.
 
     Args:
+      places: where queries and keys stand; where there are as many of both and attention is causal, they are one row
+        from its beginning.
       window: each query sees so many keys, its own place included; None for all.
       scale: of the scores; D ** -0.5 by default.
       cap: soft limit of the scores, see `soft_cap`.
@@ -90,11 +58,13 @@ def attention(
             return splash(q, k, v, places.query_segments, window, scale, cap, mesh)
         implementation = "auto"
     if implementation == "auto":
-        implementation = "blockwise" if k.shape[1] > _AUTO_LIMIT and q.shape[1] > QUERY_BLOCK else "reference"
+        implementation = "blockwise" if k.shape[1] > _AUTO_LIMIT and q.shape[1] > BLOCK else "reference"
     if implementation == "reference":
         return reference(q, k, v, places, window, scale, cap, bias)
     if implementation == "blockwise":
-        return blockwise(q, k, v, places, window, scale, cap=cap, bias=bias)
+        if bias is not None:
+            return rematerialised(q, k, v, places, window, scale, bias, cap)
+        return blockwise(q, k, v, places, window, scale, cap=cap)
     raise UserError(f"model.attention is '{implementation}'; it must be auto, reference, blockwise or splash")
 
 
@@ -115,11 +85,6 @@ def for_device(implementation: str, device: Any) -> str:
     return "splash" if implementation == "auto" and has_splash else implementation
 
 
-def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-    """Return cap * tanh(x / cap), which keeps x between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 def reference(
     q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float,
     cap: float | None = None, bias: Bias | None = None,
@@ -138,9 +103,9 @@ def reference(
     return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(batch, length, heads, size)
 
 
-def blockwise(
-    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float,
-    block: int = QUERY_BLOCK, cap: float | None = None, bias: Bias | None = None,
+def rematerialised(
+    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float, bias: Bias,
+    cap: float | None = None, block: int = BLOCK,
 ) -> Array:  # fmt: skip
     """Attention over blocks of queries, scores recomputed in the backward pass."""
     batch, length, heads, size = q.shape

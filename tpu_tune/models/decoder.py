@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.attention import Places
+from tpu_tune.kernels.places import Places
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
 from tpu_tune.models.layers import Branch, Past, Surroundings, apply_head, layer, linear, norm, relative_bias

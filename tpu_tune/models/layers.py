@@ -18,7 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from tpu_tune.kernels.attention import Bias, Places, attention, soft_cap
+from tpu_tune.kernels.attention import attention
+from tpu_tune.kernels.places import Bias, Places, soft_cap
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind

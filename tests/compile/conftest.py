@@ -1,0 +1,62 @@
+"""The TPU's compiler, without a TPU: one process of libtpu for all tests, started by the first that asks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test here, and skip it where libtpu is missing."""
+    missing = importlib.util.find_spec("libtpu") is None
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.compile)
+            if missing:
+                item.add_marker(pytest.mark.skip(reason="needs libtpu, the TPU's compiler"))
+
+
+@pytest.fixture(scope="session")
+def compile_steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """Function from jobs of `program.py` to what was found of each; several are compiled side by side."""
+    env = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": "",
+        "JAX_DEFAULT_MATMUL_PRECISION": "default",
+    }  # fmt: skip
+    log = tmp_path_factory.mktemp("libtpu") / "stderr"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, str(HERE / "program.py")],
+            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+        ) as process,
+    ):  # fmt: skip
+
+        def compile_all(*jobs: dict[str, Any], timeout: float = 500) -> list[dict[str, Any]]:
+            guard = threading.Timer(timeout, process.kill)
+            guard.start()
+            try:
+                print(json.dumps(jobs), file=process.stdin, flush=True)
+                answer = process.stdout.readline()
+            finally:
+                guard.cancel()
+            assert answer, f"libtpu's process ended, or took longer than {timeout} s:\n{log.read_text()[-3000:]}"
+            found = json.loads(answer)
+            for result in found:
+                assert "error" not in result, result["error"]
+            return found
+
+        yield compile_all
+        process.stdin.close()

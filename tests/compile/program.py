@@ -1,0 +1,91 @@
+"""Compile training steps for a TPU that is not there and say what its compiler says of them; run as a program.
+
+Each line of standard input is a job, or a list of jobs to compile side by side; each line of standard output is what
+was found, or the list. libtpu reads its environment when jax is imported, hence a process of its own; it takes seconds
+to start, hence one process for many jobs. A job is a JSON object:
+
+    model: a Hugging Face config
+    config: overrides of tpu_tune's
+    rows, tokens: of the batch; encoder_tokens of an encoder-decoder's
+    topology: v5e:1x1 (one chip) by default
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import math
+import re
+import sys
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from tpu_tune import config as configuration
+from tpu_tune.tensors import QuantizedTensor
+from tpu_tune.training.setup import PreparedModel, abstract_model, prepare_steps
+from tpu_tune.transforms import sharding
+
+FLOATS = re.compile(r"\b(?:f32|bf16|f16)\[([0-9,]+)\]")
+
+
+def main() -> None:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # XLA compiles without the interpreter's lock
+        for line in sys.stdin:
+            jobs = json.loads(line)
+            found = list(pool.map(compile_step, jobs)) if isinstance(jobs, list) else compile_step(jobs)
+            print(json.dumps(found), flush=True)
+
+
+def compile_step(job: dict[str, Any]) -> dict[str, Any]:
+    """Return bytes (temp, peak, arguments, frozen, trained) and `dequantized` shapes; or an `error`."""
+    try:
+        return _compile_step(job)
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
+    topology = job.get("topology", "v5e:1x1")
+    one_chip = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one_chip).devices
+    config = configuration.from_dict(job["config"])
+    mesh = sharding.make_mesh(config.mesh, devices)
+    model = abstract_model(config, job["model"], mesh)
+    steps = prepare_steps(config, model, 10)
+    home = jax.sharding.NamedSharding(mesh, sharding.batch_spec(1))
+
+    def ids(tokens: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, job["rows"], tokens), jnp.int32, sharding=home)
+
+    batch = {name: ids(job["tokens"]) for name in ("input_ids", "targets", "positions", "segment_ids")}
+    if model.architecture.encoder:
+        batch |= {name: ids(job["encoder_tokens"]) for name in ("encoder_ids", "encoder_segment_ids")}
+    compiled = steps.train.lower(steps.initial_state, model.frozen, batch).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "temp": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "frozen": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.frozen)),
+        "trained": sum(leaf.size * leaf.dtype.itemsize for leaf in model.trainable.values()),
+        "dequantized": dequantized(compiled.as_text(), model),
+    }
+
+
+def dequantized(text: str, model: PreparedModel) -> list[str]:
+    """Return the shapes of floats in a program's text that are as large as a stacked quantized leaf, in any layout."""
+    stacks = {
+        math.prod(leaf.shape) * module.layers
+        for module in model.architecture.modules()
+        if module.layers and isinstance(leaf := model.frozen.get(module.weight), QuantizedTensor)
+    }
+    assert stacks, "the model has no quantized layers"
+    return sorted({hit[0] for hit in FLOATS.finditer(text) if math.prod(map(int, hit[1].split(","))) in stacks})
+
+
+if __name__ == "__main__":
+    main()

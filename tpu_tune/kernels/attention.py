@@ -78,13 +78,19 @@ def attention(
       UserError: an unknown implementation.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == "auto":
-        implementation = "blockwise" if k.shape[1] > _AUTO_LIMIT and q.shape[1] > QUERY_BLOCK else "reference"
+    implementation = chosen(implementation, q.shape[1], k.shape[1])
     if implementation == "reference":
         return reference(q, k, v, places, window, scale, cap, bias)
     if implementation == "blockwise":
         return blockwise(q, k, v, places, window, scale, cap=cap, bias=bias)
     raise UserError(f"model.attention is '{implementation}'; it must be auto, reference or blockwise")
+
+
+def chosen(implementation: str, queries: int, keys: int) -> str:
+    """Return the implementation that a name stands for: what `auto` takes for so many queries and keys, or itself."""
+    if implementation != "auto":
+        return implementation
+    return "blockwise" if keys > _AUTO_LIMIT and queries > QUERY_BLOCK else "reference"
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

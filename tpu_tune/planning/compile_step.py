@@ -13,6 +13,7 @@ between steps; what is needed within a step is then an estimate (`scratch`).
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import re
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
@@ -31,7 +32,6 @@ from tpu_tune.planning.scratch import scratch_bytes
 from tpu_tune.training.loop import count_parameters
 from tpu_tune.training.setup import (
     PreparedModel,
-    Steps,
     abstract_model,
     check_settings,
     micro_batch_rows,
@@ -39,6 +39,7 @@ from tpu_tune.training.setup import (
 )
 from tpu_tune.transforms import sharding
 
+_COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}  # packages, by platform
 _DECODER = ("input_ids", "targets", "positions", "segment_ids")
 _ENCODER = ("encoder_ids", "encoder_segment_ids")
 _ROUND = 64  # data/pairs.py rounds the widths of an encoder-decoder's rows up to multiples of this
@@ -53,8 +54,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
       `compiler` (its name and version; "" where it was not used), `why` (no compiler), `held` (bytes a device: frozen,
-      trainable, optimizer, batch; of the shapes), `gradients`, `train` and `evaluate` (of the compiler: arguments,
-      scratch, peak, host, capacity; or of the estimate), `parameters`, `trainable`, `rows` (of a step), `width` and
+      trainable, optimizer, batch; of the shapes), `gradients`, `train` and `evaluate` (arguments, peak, host, fits, and
+      capacity where it does not; of the compiler or of the estimate), `parameters`, `trainable`, `rows` (of a step), `width` and
       `encoder_width` (tokens a row), `mesh`.
 
     Raises:
@@ -94,29 +95,42 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
             scratch += (found["gradients"] if name == "train" else 0) + _dequantized(model)
             found[name] = _estimate(sum(held.values()), scratch)
         return found
-    found["train"] = compile_one(steps.train, (state, model.frozen, batch))
+    on_tpu = job["topology"]["platform"] == "tpu"
+    found["train"] = compile_one(steps.train, (state, model.frozen, batch), on_tpu)
     if job.get("evaluate") and found["train"]["fits"]:
-        found["evaluate"] = _evaluation(steps, model, abstract_batch(config, model, (eval_rows,)), held["optimizer"])
+        arguments = (model.trainable, model.frozen, abstract_batch(config, model, (eval_rows,)))
+        found["evaluate"] = compile_one(steps.evaluate, arguments, on_tpu)
+        if found["evaluate"]["peak"]:  # the optimizer's state is held beside it, though the program does not see it
+            found["evaluate"]["peak"] += held["optimizer"]
     return found
 
 
 def find_devices(job: Mapping[str, Any]) -> tuple[list[Any], str, str]:
     """Return (devices to lay shapes over, the compiler's name or "", why there is none)."""
-    why = "asked for bytes only"
-    if job["compile"]:
+    platform = job["topology"]["platform"]
+    why = _missing(platform) if job["compile"] else "asked for bytes only"
+    if not why:
         try:
             devices = topologies.get_topology_desc(**job["topology"]).devices
             if len(devices) != job["count"]:
                 raise ValueError(f"the compiler counts {len(devices)} devices, not {job['count']}")
-            return list(devices), _compiler_name(job["topology"]["platform"]), ""
+            return list(devices), _compiler_name(platform), ""
         except Exception as error:  # absent libraries, plugins and unknown cards all raise their own
             why = " ".join(str(error).split())[:200] or type(error).__name__
-    return jax.devices("cpu")[: job["count"]], "", why
+    jax.config.update("jax_num_cpu_devices", job["count"])
+    return jax.devices("cpu"), "", why
+
+
+def _missing(platform: str) -> str:
+    """Return why there is no compiler for a platform, "" where it is installed."""
+    if any(importlib.util.find_spec(name.replace("-", "_")) for name in _COMPILERS[platform]):
+        return ""
+    extra = {"tpu": "tpu", "cuda": "cuda13"}[platform]
+    return f"{_COMPILERS[platform][0]}, the compiler, is not installed; pip install 'tpu_tune[{extra}]' brings it"
 
 
 def _compiler_name(platform: str) -> str:
-    packages = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}[platform]
-    for name in packages:
+    for name in _COMPILERS[platform]:
         try:
             return f"{name} {importlib.metadata.version(name)}, jax {jax.__version__}"
         except importlib.metadata.PackageNotFoundError:
@@ -150,57 +164,58 @@ def device_bytes(tree: Any) -> int:
     )
 
 
-def compile_one(function: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
+def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict[str, Any]:
     """Compile a jitted function and return what the compiler says of its memory, in bytes a device.
 
-    A program that is too large for a TPU is a result: `fits` is False, `peak` what it would need, as far as the
-    compiler says it.
+    The peak is on a TPU what its compiler holds against the chip's memory (its `temp_size_in_bytes` may be larger than
+    the chip in a program that it accepts). On a GPU scratch is one allocation, and the peak the sum of all.
+
+    A program that is too large for a TPU is a result: `fits` is False, and `peak` what it would need, as far as the
+    compiler says it (else 0).
 
     Raises:
-      RuntimeError: the compiler refuses the program for another reason.
+      jax.errors.JaxRuntimeError: the compiler refuses the program for another reason.
     """
     lowered = function.lower(*arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text:
-            raise
-        return {"fits": False, **too_large(text)}
+        if "RESOURCE_EXHAUSTED" not in text or not re.search("hbm", text, re.IGNORECASE):
+            raise  # a kernel's own small memory does not get larger with the device
+        return {"fits": False, "arguments": device_bytes(arguments), **too_large(text, device_bytes(arguments))}
     found = compiled.memory_analysis()
-    alias, host = found.alias_size_in_bytes, getattr(found, "host_temp_size_in_bytes", 0)
-    total = found.argument_size_in_bytes + found.output_size_in_bytes - alias + found.temp_size_in_bytes
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    total = held + found.temp_size_in_bytes
     return {
         "fits": True,
         "arguments": found.argument_size_in_bytes,
-        "scratch": found.temp_size_in_bytes,
-        "total": total,
-        "peak": found.peak_memory_in_bytes or total,
-        "host": host + getattr(found, "host_argument_size_in_bytes", 0),
+        "peak": found.peak_memory_in_bytes if on_tpu and found.peak_memory_in_bytes else total,
+        "host": found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
     }
 
 
-def too_large(message: str) -> dict[str, int]:
-    """Read from libtpu's RESOURCE_EXHAUSTED message what the program needs, and what there is, in bytes a device."""
+def too_large(message: str, arguments: int) -> dict[str, int]:
+    """Read from libtpu's RESOURCE_EXHAUSTED message what a program needs, and what there is, in bytes a device.
+
+    Args:
+      message: either "... (16.04G) exceeds available HBM (15.75G)" of the temporaries, or "Used 20.1G of 15.75G hbm".
+      arguments: bytes of what is passed in, which the first form leaves out.
+    """
     sizes = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
     def find(pattern: str) -> int:
         number = re.search(pattern, message)
         return int(float(number[1]) * sizes[number[2]]) if number else 0
 
-    need = find(r"Used ([\d.]+)([KMGT]?) of") or find(r"temporaries \(([\d.]+)([KMGT]?)B?\)")
-    have = find(r"of ([\d.]+)([KMGT]?) hbm") or find(r"available HBM \(([\d.]+)([KMGT]?)B?\)")
-    return {"peak": need, "capacity": have}
-
-
-def _evaluation(steps: Steps, model: PreparedModel, batch: dict[str, Any], optimizer: int) -> dict[str, Any]:
-    """Compile the evaluation step; the optimizer's state is held beside it, though the program does not see it."""
-    found = compile_one(steps.evaluate, (model.trainable, model.frozen, batch))
-    return {**found, "peak": found["peak"] + optimizer} if found["peak"] else found
+    used = find(r"Used ([\d.]+)([KMGT]?) of")
+    temporaries = find(r"temporaries \(([\d.]+)([KMGT]?)B?\)")
+    capacity = find(r"of ([\d.]+)([KMGT]?) hbm") or find(r"available HBM \(([\d.]+)([KMGT]?)B?\)")
+    return {"peak": used or (temporaries + arguments if temporaries else 0), "capacity": capacity}
 
 
 def _estimate(held: int, scratch: int) -> dict[str, Any]:
-    return {"fits": True, "arguments": held, "scratch": scratch, "total": held + scratch, "peak": held + scratch, "host": 0}
+    return {"fits": True, "arguments": held, "peak": held + scratch, "host": 0}
 
 
 def _dequantized(model: PreparedModel) -> int:

@@ -43,7 +43,9 @@ def model_config(config: ConfigDict) -> dict[str, Any]:
 
 def _read(path: str) -> dict[str, Any]:
     if not path:
-        raise UserError(f"model.path is empty; give a directory, a .gguf file, a hub id, or one of {', '.join(PRESETS)}")
+        raise UserError(
+            f"model.path is empty; give a directory, a .gguf file, a hub id, or one of {', '.join(PRESETS)}"
+        )
     if path.endswith(".gguf"):
         return open_source(path).config
     if os.path.isdir(path):

@@ -35,7 +35,9 @@ def _llama31(factor: float = 8.0, **changes: Any) -> Config:
 
 def _qwen(family: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
     sizes = {"vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1000000.0}
-    return _llama(width, inner, layers, heads, kv_heads, model_type=family, use_sliding_window=False, **sizes, **changes)
+    return _llama(
+        width, inner, layers, heads, kv_heads, model_type=family, use_sliding_window=False, **sizes, **changes
+    )
 
 
 def _neox(width: int, inner: int, layers: int, heads: int, vocab: int, **changes: Any) -> Config:

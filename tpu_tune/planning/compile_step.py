@@ -117,8 +117,7 @@ def find_devices(job: Mapping[str, Any]) -> tuple[list[Any], str, str]:
             return list(devices), _compiler_name(platform), ""
         except Exception as error:  # absent libraries, plugins and unknown cards all raise their own
             why = " ".join(str(error).split())[:200] or type(error).__name__
-    jax.config.update("jax_num_cpu_devices", job["count"])
-    return jax.devices("cpu"), "", why
+    return jax.devices("cpu")[: job["count"]], "", why
 
 
 def _missing(platform: str) -> str:
@@ -227,6 +226,7 @@ def _dequantized(model: PreparedModel) -> int:
 def main() -> int:
     """Run one job."""
     job = json.load(sys.stdin)
+    jax.config.update("jax_num_cpu_devices", job["count"])
     try:
         found = measure(job)
     except UserError as error:

@@ -20,6 +20,7 @@ from tpu_tune.planning.model import model_config
 from tpu_tune.planning.process import TIMEOUT, run_job
 from tpu_tune.planning.rows import guess_rows
 from tpu_tune.training.setup import check_settings
+from tpu_tune.transforms.sharding import mesh_sizes
 
 # The Novice's LLM Training Guide: "multiply the size of the model file by 1.2", and what a 6B or 7B model takes in full.
 INFERENCE_FACTOR = 1.2
@@ -32,6 +33,7 @@ def plan(
     device: str | Device,
     rows: int | None = None,
     compile: bool = True,
+    evaluate: bool = True,
     timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
     """Return what a job needs of a device, without the weights and without the device.
@@ -41,6 +43,7 @@ def plan(
       device: a name of the catalogue (see `devices`), `x4` behind it for several cards.
       rows: training rows, where they are known; packed rows where `data.packing` packs.
       compile: False counts bytes only, which takes seconds.
+      evaluate: whether to plan the evaluation step too, where the configuration evaluates.
       timeout: seconds that the compiler may take.
 
     Returns:
@@ -54,9 +57,11 @@ def plan(
     """
     config = check_settings(config, with_data=False)
     device = find_device(device) if isinstance(device, str) else device
+    mesh = mesh_sizes(config.mesh, device.count)
+    _check_rows(config, mesh["data"] * mesh["fsdp"], rows)
     shapes = model_config(config)
     arch = architecture(shapes)
-    evaluates = config.train.eval_strategy != "no" and bool(config.data.eval or config.data.eval_ratio)
+    evaluates = evaluate and config.train.eval_strategy != "no" and bool(config.data.eval or config.data.eval_ratio)
     job = {
         "config": configuration.to_dict(config), "model_config": shapes, "topology": device.topology,
         "count": device.count, "compile": compile, "evaluate": evaluates,
@@ -168,6 +173,7 @@ def _step(
     )
     return {
         "rows": rows,
+        "micro_batch_rows": rows // config.train.gradient_accumulation_steps,
         "tokens": rows * (width + encoder_width),
         "flops": work.model,
         "hardware_flops": work.hardware,
@@ -179,24 +185,24 @@ def _step(
     }
 
 
-def _run(
-    config: ConfigDict, measured: Mapping[str, Any], seconds: float, rows: int | None, encoder: bool
-) -> dict[str, Any]:
-    """Return steps and hours, as far as the number of rows is known.
-
-    Raises:
-      UserError: a step takes more rows than there are.
-    """
-    given, batch = rows is not None, measured["rows"]
+def _check_rows(config: ConfigDict, shards: int, rows: int | None) -> None:
+    batch = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * shards
     if rows is not None and rows < 1:
         raise UserError(f"--rows is {rows}; there must be at least one")
-    if rows is None:
-        rows = guess_rows(config, one_each=encoder or not config.data.packing)
-    if given and batch > rows:
+    if rows is not None and batch > rows:
         raise UserError(
             f"a step takes {batch} rows and there are only {rows}; lower train.per_device_train_batch_size "
             "or train.gradient_accumulation_steps"
         )
+
+
+def _run(
+    config: ConfigDict, measured: Mapping[str, Any], seconds: float, rows: int | None, encoder: bool
+) -> dict[str, Any]:
+    """Return steps and hours, as far as the number of rows is known."""
+    given, batch = rows is not None, measured["rows"]
+    if rows is None:
+        rows = guess_rows(config, one_each=encoder or not config.data.packing)
     train, kind, per_epoch, total = config.train, None, None, None
     if train.max_steps > 0:
         total = train.max_steps

@@ -53,23 +53,26 @@ def table(figures: Mapping[str, Any]) -> str:
 def advice(found: Mapping[str, Any], device: Device) -> str:
     """Return what `tpu-tune plan --suggest` prints of `suggest`'s findings."""
     if found["overrides"] is None:
-        others = found["devices"]
-        return f"nothing that was tried fits {device.name} ({found['compiles']} compiles); " + (
-            f"by an estimate these would do, the smallest first: {', '.join(others)}"
-            if others
-            else "by an estimate no device of the catalogue would do either; shorten data.max_length"
-        )
+        head = f"nothing that was tried fits {device.name} ({found['compiles']} compiles)"
+        if not found["devices"]:
+            return f"{head}; by an estimate no device of the catalogue would do either; shorten data.max_length"
+        confirmed = f"; the compiler confirms {found['compiled_device']}" if found["compiled_device"] else ""
+        return f"{head}; by an estimate these would do, the smallest first: {', '.join(found['devices'])}{confirmed}"
     figures = found["figures"]
-    step = figures["step"]
     lines = [
         table(figures),
         "",
-        f"the largest batch found ({found['compiles']} compiles): {step['rows']:,} rows a step before accumulation",
+        f"the largest batch found ({found['compiles']} compiles): {_rows(figures)}",
         f"  {_words(found['overrides']) or 'the configuration as it is'}",
     ]
     for other in found["alternatives"]:
-        lines += ["repeating less in the backward pass, with one row a device:", f"  {_words(other['overrides'])}"]
+        lines += [f"repeating less in the backward pass: {_rows(other['figures'])}", f"  {_words(other['overrides'])}"]
     return "\n".join(lines)
+
+
+def _rows(figures: Mapping[str, Any]) -> str:
+    rows = figures["step"]["micro_batch_rows"]
+    return f"{rows:,} rows at a time on {figures['num_devices']} device{'s' if figures['num_devices'] > 1 else ''}"
 
 
 def _words(overrides: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune.config import default
 from tpu_tune.errors import UserError
 from tpu_tune.planning.devices import NAMES, Device, find_device
 from tpu_tune.planning.figures import plan
@@ -22,6 +23,7 @@ from tpu_tune.planning.figures import plan
 MAX_COMPILES = 8
 _BITS = ("none", "int8", "nf4")  # each about half of the one before
 _MOST_ROWS = 1024
+_CONFIRMED = 2  # devices that are asked whether they would do
 
 Overrides = dict[str, Any]
 Say = Callable[[str], None]
@@ -44,7 +46,8 @@ class _Search:
         if compile and self.budget <= 0:
             return None
         try:
-            figures = plan(with_overrides(self.config, overrides), self.device, None, compile)
+            # Evaluation with as many rows needs less than training, so that it need not be compiled.
+            figures = plan(with_overrides(self.config, overrides), self.device, None, compile, evaluate=False)
         except UserError as error:
             self.say(f"  {words(overrides)}: {error}")
             return None
@@ -78,38 +81,34 @@ def suggest(
 
     Returns:
       `overrides` (config key -> value; None where nothing fits), `figures` (of that configuration, or None),
-      `alternatives` (list of overrides with their `rows_per_device`), `devices` (where nothing fits: names of those that
-      would do, by an estimate), `compiles` (how many were used).
+      `alternatives` (the same with remat that repeats less: `overrides` and `figures`), `devices` (where nothing fits:
+      names of those that would do by an estimate, the smallest first), `compiled_device` (the first of them that the
+      compiler confirms, or ""), `compiles` (how many were used).
     """
     device = find_device(device) if isinstance(device, str) else device
     search = _Search(config, device, rows, compile, max_compiles, say)
-    smallest = None
+    smallest: tuple[Overrides, dict[str, Any]] | None = None
     for choice in _choices(config, device):
-        one = {
-            **choice,
-            "train.per_device_train_batch_size": 1,
-            "train.per_device_eval_batch_size": 1,
-            "model.remat": "full",
-        }
+        one = {**choice, "model.remat": "full", **_rows(1)}
         counted = search.try_out(one, compile=False)
         if counted is None:
             continue
-        smallest = _smaller(smallest, counted)
+        smallest = _smaller(smallest, (one, counted))
         if _held(counted) > counted["capacity_bytes_per_device"]:
             continue
         figures = search.try_out(one)
         if figures is None:
             continue
-        smallest = _smaller(smallest, figures)
+        smallest = _smaller(smallest, (one, figures))
         if figures["fits"]:
-            return _grow(search, one, figures, max_compiles)
+            found = _grow(search, one, figures)
+            return {**found, "devices": [], "compiled_device": "", "compiles": max_compiles - search.budget}
+    devices = _enough(smallest[1], device) if smallest else []
+    confirmed = _confirm(search, smallest[0], devices) if smallest else ""
     return {
-        "overrides": None,
-        "figures": None,
-        "alternatives": [],
-        "devices": _enough(smallest, device) if smallest else [],
+        "overrides": None, "figures": None, "alternatives": [], "devices": devices, "compiled_device": confirmed,
         "compiles": max_compiles - search.budget,
-    }
+    }  # fmt: skip
 
 
 def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
@@ -152,40 +151,52 @@ def _meshes(config: ConfigDict, count: int) -> Iterator[Overrides]:
         sequence *= 2
 
 
-def _grow(search: _Search, one: Overrides, figures: dict[str, Any], max_compiles: int) -> dict[str, Any]:
+def _grow(search: _Search, one: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
     """Raise the rows a device as far as they fit, then look for remat that repeats less."""
-    rows = {1: figures}
+    tried = {1: figures}
     best, limit = 1, _MOST_ROWS
     if search.rows:
         shards = figures["mesh"]["data"] * figures["mesh"]["fsdp"]
         limit = max(1, search.rows // (shards * search.config.train.gradient_accumulation_steps))
     guess = 2
-    while guess not in rows and guess > best and guess <= limit:
-        found = search.try_out(_rows(one, guess))
+    while best < guess <= limit and guess not in tried:
+        found = search.try_out({**one, **_rows(guess)})
         if found is None:
             break
-        rows[guess] = found
-        if found["fits"]:
-            best = guess
-        guess = _next_guess(rows, limit)
-    overrides = _final(search.config, _rows(one, best), rows[best])
-    alternatives = []
+        tried[guess] = found
+        best = max(number for number, each in tried.items() if each["fits"])
+        guess = _next_guess(tried, limit)
+    overrides = _final(search.config, {**one, **_rows(best)})
+    return {
+        "overrides": overrides,
+        "figures": tried[best],
+        "alternatives": _less_remat(search, one, tried, best),
+    }
+
+
+def _less_remat(search: _Search, one: Overrides, tried: Mapping[int, Any], best: int) -> list[dict[str, Any]]:
+    """Return overrides with remat that repeats less, at as many rows as the byte counts let expect; at most one."""
+    numbers = sorted(number for number, found in tried.items() if found["fits"])[-2:]
+    peaks = [tried[number]["peak_bytes_per_device"] for number in numbers]
+    slope = max(1.0, (peaks[-1] - peaks[0]) / max(1, numbers[-1] - numbers[0]))
+    capacity = tried[best]["capacity_bytes_per_device"]
+    full = search.try_out(one, compile=False)
     for remat in ("none", "dots"):
         freer = {**one, "model.remat": remat}
         counted = search.try_out(freer, compile=False)
-        if counted is None or counted["peak_bytes_per_device"] > 1.2 * counted["capacity_bytes_per_device"]:
+        if full is None or counted is None:
             continue
-        found = search.try_out(freer)
-        if found is not None and found["fits"]:
-            alternatives.append({"overrides": _final(search.config, freer, found), "rows_per_device": 1})
-            break
-    return {
-        "overrides": overrides,
-        "figures": rows[best],
-        "alternatives": alternatives,
-        "devices": [],
-        "compiles": max_compiles - search.budget,
-    }
+        factor = max(1.0, counted["breakdown"]["scratch"] / max(1, full["breakdown"]["scratch"]))
+        fixed = peaks[-1] - slope * numbers[-1]
+        rows = min(best, int((capacity - fixed) / (slope * factor)))
+        while rows >= 1:
+            found = search.try_out({**freer, **_rows(rows)})
+            if found is None:
+                return []
+            if found["fits"]:
+                return [{"overrides": _final(search.config, {**freer, **_rows(rows)}), "figures": found}]
+            rows //= 2
+    return []
 
 
 def _next_guess(rows: Mapping[int, Mapping[str, Any]], limit: int) -> int:
@@ -204,11 +215,11 @@ def _next_guess(rows: Mapping[int, Mapping[str, Any]], limit: int) -> int:
     return min(guess, ceiling)
 
 
-def _rows(one: Overrides, number: int) -> Overrides:
-    return {**one, "train.per_device_train_batch_size": number}
+def _rows(number: int) -> Overrides:
+    return {"train.per_device_train_batch_size": number}
 
 
-def _final(config: ConfigDict, overrides: Overrides, figures: Mapping[str, Any]) -> Overrides:
+def _final(config: ConfigDict, overrides: Overrides) -> Overrides:
     """Return overrides with the accumulation that keeps the rows of a step, without what the config says already."""
     before = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     number = overrides["train.per_device_train_batch_size"]
@@ -221,12 +232,27 @@ def _held(figures: Mapping[str, Any]) -> int:
     return sum(size for name, size in figures["breakdown"].items() if name not in ("scratch", "gradients"))
 
 
-def _smaller(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+def _smaller(
+    one: tuple[Overrides, dict[str, Any]] | None, other: tuple[Overrides, dict[str, Any]]
+) -> tuple[Overrides, dict[str, Any]]:
     """Return the plan with the least need; one with a known peak goes before one without."""
-    if one is None or one["peak_bytes_per_device"] is None:
+    if one is None or one[1]["peak_bytes_per_device"] is None:
         return other
-    peak = other["peak_bytes_per_device"]
-    return other if peak is not None and peak < one["peak_bytes_per_device"] else one
+    peak = other[1]["peak_bytes_per_device"]
+    return other if peak is not None and peak < one[1]["peak_bytes_per_device"] else one
+
+
+def _confirm(search: _Search, overrides: Overrides, devices: list[str]) -> str:
+    """Return the first device for which the compiler says that the smallest plan fits; "" where it is not asked."""
+    for name in devices[:_CONFIRMED]:
+        mesh = {f"mesh.{axis}": size for axis, size in default().mesh.items()}
+        other = dataclasses.replace(search, device=find_device(name))
+        search.say(f"on {name}:")
+        found = other.try_out({**overrides, **mesh})
+        search.budget = other.budget
+        if found is not None and found["fits"] and not found["compiler"].startswith("none"):
+            return name
+    return ""
 
 
 def _enough(figures: Mapping[str, Any], device: Device) -> list[str]:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 from helpers_training import write_rows, write_tiny_llama
@@ -341,6 +342,17 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "default")
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     return str(tmp_path)
+
+
+def test_a_plan_touches_no_device_of_the_process_that_asks():
+    # Were jax's backend started in it, it would look for this platform and fail, or take a TPU from a running job.
+    words = [sys.executable, "-m", "tpu_tune", "plan", "--no-compile", "--json", "--device", "v3-8"]
+    env = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}
+    done = subprocess.run(
+        [*words, "--config.model.path=smollm2-135m"], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
 
 
 @needs_libtpu

@@ -84,6 +84,9 @@ def _train(options: argparse.Namespace) -> int:
     _distributed()
     import tpu_tune
 
+    if not options.no_check:
+        _check_memory(config)
+
     # With --json standard output holds nothing but JSON.
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         run = tpu_tune.train(config)
@@ -97,6 +100,57 @@ def _train(options: argparse.Namespace) -> int:
             f"metrics: {os.path.join(run.output_dir, 'metrics.jsonl')}"
             + (f"; curves: {curves}" if os.path.exists(curves) else "")
         )
+    return 0
+
+
+def _check_memory(config: Any) -> None:
+    """Plan for the devices of this machine, before anything is downloaded or loaded.
+
+    Raises:
+      UserError: the job does not fit; the table is on standard error.
+    """
+    from tpu_tune import planning
+
+    log = logging.getLogger("tpu_tune")
+    checkpoints = os.path.join(config.output_dir, "checkpoints")
+    if os.path.isdir(checkpoints) and os.listdir(checkpoints):
+        return  # it has run before
+    device = planning.device_here()
+    if device is None:
+        return
+    log.info("does it fit %s? (compiling the step beforehand; --no-check leaves it out)", device.name)
+    try:
+        figures = planning.plan(config, device)
+    except UserError:
+        return  # training says it better
+    except Exception as error:  # a plan that cannot be made is no reason not to train
+        log.warning("the memory could not be checked beforehand (%s: %s)", type(error).__name__, error)
+        return
+    log.info("%s (compiler: %s)", planning.verdict(figures), figures["compiler"])
+    if figures["fits"] or figures["compiler"].startswith("none"):
+        return
+    print(planning.table(figures), file=sys.stderr)
+    raise UserError(
+        f"this job does not fit {device.name}; tpu-tune plan --suggest --device '{device.name}' with the same --config "
+        "looks for one that does, and --no-check trains all the same"
+    )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from tpu_tune import planning
+
+    config, device = _config(options), planning.find_device(" ".join(options.device))
+    if not options.suggest:
+        figures = planning.plan(config, device, options.rows, not options.no_compile)
+        print(json.dumps(figures, indent=2) if options.json else planning.table(figures))
+        return 0
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    say(f"looking for what fits {device.name}, with at most {options.max_compiles} compiles")
+    found = planning.suggest(config, device, options.rows, not options.no_compile, options.max_compiles, say)
+    print(json.dumps(found, indent=2) if options.json else planning.advice(found, device))
     return 0
 
 
@@ -232,6 +286,27 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--config", required=True, metavar="FILE", help="config file; --config.KEY=VALUE overrides a key"
     )
+
+    train.add_argument(
+        "--no-check", action="store_true", help="start without asking the compiler first whether the job fits"
+    )
+
+    plan = command("plan", _plan, "say whether a job fits a device, and what it takes; needs neither weights nor the device",
+                   "tpu-tune plan --config configs/qlora.py --config.model.path=llama-7b --device v5e-1")  # fmt: skip
+    plan.add_argument("--config", metavar="FILE", help="config file; --config.KEY=VALUE overrides a key")
+    plan.add_argument(
+        "--device", required=True, nargs="+", metavar="NAME",
+        help="TPU slice (v2-8, v3-8, v4-8, v5e-1, v5e-4, v5e-8, v5e-64, v6e-1, v6e-8, v5p-8) or card (t4, l4, rtx3090, "
+        "rtx4080, rtx4090, a100-40g, a100-80g, h100, h200, rtx6000ada-48g), with x2 behind it for two cards",
+    )  # fmt: skip
+    plan.add_argument("--suggest", action="store_true", help="look for the largest batch that fits")
+    plan.add_argument(
+        "--rows", type=int, metavar="N", help="training rows (packed ones, if data.packing), for the run's length"
+    )
+    plan.add_argument(
+        "--no-compile", action="store_true", help="count bytes only: seconds instead of minutes, and an estimate"
+    )
+    plan.add_argument("--max-compiles", type=int, default=8, metavar="N", help="of --suggest (default 8)")
 
     generate = command("generate", _generate, "answer prompts with a model, with or without an adapter",
                        'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"')  # fmt: skip

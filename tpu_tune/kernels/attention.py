@@ -57,8 +57,7 @@ def attention(
         if bias is None and places.causal and q.shape[1] == k.shape[1] and whole:
             return splash(q, k, v, places.query_segments, window, scale, cap, mesh)
         implementation = "auto"
-    if implementation == "auto":
-        implementation = "blockwise" if k.shape[1] > _AUTO_LIMIT and q.shape[1] > BLOCK else "reference"
+    implementation = chosen(implementation, q.shape[1], k.shape[1])
     if implementation == "reference":
         return reference(q, k, v, places, window, scale, cap, bias)
     if implementation == "blockwise":
@@ -83,6 +82,13 @@ def for_device(implementation: str, device: Any) -> str:
     if implementation == "splash" and not has_splash:
         raise UserError(f"model.attention=splash needs a TPU v4 or later, and this is {kind}; leave it at auto")
     return "splash" if implementation == "auto" and has_splash else implementation
+
+
+def chosen(implementation: str, queries: int, keys: int) -> str:
+    """Return the implementation that a name stands for: what `auto` takes for so many queries and keys, or itself."""
+    if implementation != "auto":
+        return implementation
+    return "blockwise" if keys > _AUTO_LIMIT and queries > BLOCK else "reference"
 
 
 def reference(

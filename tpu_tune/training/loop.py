@@ -31,7 +31,15 @@ from tpu_tune.training import loggers, run_directory
 from tpu_tune.training.evaluation import evaluate
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.progress import Progress
-from tpu_tune.training.setup import PreparedModel, Steps, check_settings, open_model, prepare_model, prepare_steps
+from tpu_tune.training.setup import (
+    PreparedModel,
+    Steps,
+    check_settings,
+    micro_batch_rows,
+    open_model,
+    prepare_model,
+    prepare_steps,
+)
 from tpu_tune.training.step import TrainState
 from tpu_tune.transforms import sharding
 
@@ -97,7 +105,7 @@ def train(
     say = say if is_main else lambda line: None
     config = check_settings(config)
     mesh = sharding.make_mesh(config.mesh)
-    batch_rows, eval_rows = _batch_rows(config, mesh)
+    batch_rows, eval_rows = micro_batch_rows(config, mesh)
     start = run_directory.open_run(config, write=False)
     config, out = start.config, start.config.output_dir
     for note in start.notes:
@@ -334,15 +342,6 @@ def _due(strategy: str, every: int, step: int, per_epoch: int) -> bool:
     if strategy == "no":
         return False
     return step % (every if strategy == "steps" else per_epoch) == 0
-
-
-def _batch_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.max_length % mesh.shape["sequence"]:
-        raise UserError(
-            f"data.max_length={config.data.max_length} does not divide over mesh.sequence={mesh.shape['sequence']}; make it a multiple"
-        )
-    return config.train.per_device_train_batch_size * shards, config.train.per_device_eval_batch_size * shards
 
 
 def _check_widths(data: Datasets, mesh: jax.sharding.Mesh) -> None:

@@ -88,8 +88,12 @@ class Steps:
     put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
 
 
-def check_settings(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = True) -> ConfigDict:
     """Hold a configuration against all that is known before anything is loaded or written, and return it whole.
+
+    Args:
+      config: the configuration, possibly partial.
+      with_data: whether the data must be there; a plan needs none.
 
     Raises:
       UserError: an unknown optimizer, schedule (or setting of it) or reporter, data that is not there, or settings
@@ -111,8 +115,9 @@ def check_settings(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
         raise UserError(
             "model.adapter needs method=lora; to train a merged model in full, merge it with tpu-tune export first"
         )
-    resolve(config.data.train)
-    if config.data.eval:
+    if with_data:
+        resolve(config.data.train)
+    if with_data and config.data.eval:
         resolve(config.data.eval)
     return config
 
@@ -355,6 +360,20 @@ def put(array: Any, home: NamedSharding) -> jax.Array:
         return jax.device_put(array, home)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, home, lambda index: host[index])
+
+
+def micro_batch_rows(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+    """Return the rows of a micro-batch over all devices: of training, and of evaluation.
+
+    Raises:
+      UserError: a row's tokens do not divide over the mesh.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.max_length % mesh.shape["sequence"]:
+        raise UserError(
+            f"data.max_length={config.data.max_length} does not divide over mesh.sequence={mesh.shape['sequence']}; make it a multiple"
+        )
+    return config.train.per_device_train_batch_size * shards, config.train.per_device_eval_batch_size * shards
 
 
 def _put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], leading: int) -> dict[str, jax.Array]:

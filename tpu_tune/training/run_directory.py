@@ -101,6 +101,18 @@ def write_config(config: ConfigDict) -> None:
     write_aside(path(config.output_dir, "config.json"), json.dumps(configuration.to_dict(config), indent=2) + "\n")
 
 
+def check_shared(output_dir: str | os.PathLike) -> None:
+    """Hold against several hosts that each has a disk of its own: all have to see what process 0 has written.
+
+    Raises:
+      UserError: there is no config.json.
+    """
+    if _read_config(path(output_dir, "config.json")) is None:
+        raise UserError(
+            f"output_dir {output_dir}: process 0's config.json is not there; hosts need one place for checkpoints, a gs:// path or a shared disk"
+        )
+
+
 def _check_place(directory: str) -> None:
     """Raise where `directory` clearly cannot be made or written, before hours are spent."""
     place = os.path.abspath(directory)

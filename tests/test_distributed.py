@@ -156,7 +156,6 @@ def start_two(
 ) -> list[subprocess.Popen]:
     words, env = helpers.command(config, folder, devices=4)
     env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", **environment}
-    env["TPU_TUNE_HEARTBEAT_SECONDS"] = "10"
     pipe = subprocess.PIPE
     return [
         subprocess.Popen(words, env={**env, "JAX_PROCESS_ID": str(number)}, stdout=pipe, stderr=pipe, text=True)
@@ -225,7 +224,7 @@ def kill_after(processes: list[subprocess.Popen], folder: pathlib.Path, step: in
 def test_two_processes_give_the_losses_of_one_and_go_on_after_a_kill(tiny, one_process, tmp_path):
     """Killing the one that does not write; the coordinator must end too, with one line, and both go on."""
     config = settings(tiny, tmp_path, **QUICK)
-    processes = start_two(config, tmp_path)
+    processes = start_two(config, tmp_path, TPU_TUNE_HEARTBEAT_SECONDS="20")
     kill_after(processes, tmp_path, 5, 1, signal.SIGKILL)
     (code, _, said), (killed, _, _) = ended(processes)
     assert killed == -signal.SIGKILL and code != 0
@@ -242,7 +241,7 @@ def test_two_processes_give_the_losses_of_one_and_go_on_after_a_kill(tiny, one_p
 def test_the_coordinator_may_be_killed_too(tiny, one_process, tmp_path):
     """And the codes of nf4 are sharded over both, and an adapted embedding is written whole."""
     config = settings(tiny, tmp_path)
-    processes = start_two(config, tmp_path)
+    processes = start_two(config, tmp_path, TPU_TUNE_HEARTBEAT_SECONDS="20")
     kill_after(processes, tmp_path, 5, 0, signal.SIGKILL)
     assert all(code != 0 for code, _, _ in ended(processes))
     done = ended(start_two(config, tmp_path))
@@ -253,10 +252,9 @@ def test_the_coordinator_may_be_killed_too(tiny, one_process, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [-1])
-def test_a_signal_to_one_host_saves_on_all(tiny, tmp_path, seed):
+def test_a_signal_to_one_host_saves_on_all(tiny, tmp_path):
     """SIGTERM to process 1, as a preemption sends it; the seeds that process 0 draws are everybody's."""
-    config = settings(tiny, tmp_path, train__max_steps=400, train__save_strategy="no", seed=seed)
+    config = settings(tiny, tmp_path, train__max_steps=400, train__save_strategy="no", seed=-1, **QUICK)
     processes = start_two(config, tmp_path)
     kill_after(processes, tmp_path, 2, 1, signal.SIGTERM)
     done = ended(processes)

@@ -96,10 +96,12 @@ def _train(options: argparse.Namespace) -> int:
             json.dumps({"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir})
         )
     elif run.status != "interrupted":
+        from tpu_tune.checkpoints import storage
+
         curves = os.path.join(run.output_dir, "curves.png")
         print(
             f"metrics: {os.path.join(run.output_dir, 'metrics.jsonl')}"
-            + (f"; curves: {curves}" if os.path.exists(curves) else "")
+            + (f"; curves: {curves}" if storage.exists(curves) else "")
         )
     return 0
 

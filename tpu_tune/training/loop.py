@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -142,7 +141,7 @@ def train(
         result = run_directory.path(out, "adapter" if model.targets is not None else "model")
         stopped = 0 < config.train.early_stopping_patience <= memory.evals_without_gain
         # Before anything is written there: a process that is behind must see what the others saw.
-        done = (first >= total or stopped) and os.path.isdir(result)
+        done = (first >= total or stopped) and huggingface_write.is_whole(result)
         read, done = distributed.from_main([first, done], "checkpoint")
         distributed.together("checkpoint", lambda: _check_same_step(first, read))
         if is_main:
@@ -217,12 +216,14 @@ def _loop(
             memory.best_loss, memory.best_step, memory.evals_without_gain = row["eval_loss"], step, 0
         else:
             memory.evals_without_gain += 1
+        loggers.flush(sinks)
         if on_eval and is_main:
             on_eval(run_directory.read_metrics(out))
         clock, tokens_then = time.monotonic(), memory.num_tokens
         return 0 < train.early_stopping_patience <= memory.evals_without_gain
 
     def save(step: int) -> None:
+        loggers.flush(sinks)  # no checkpoint without the rows that lead to it
         if train.load_best_model_at_end:
             checkpoints.best_step = memory.best_step or None
         checkpoints.save(step, state, dataclasses.asdict(memory))

@@ -81,7 +81,10 @@ def _complain(text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = _config(options)
-    _distributed()
+    from tpu_tune.training import distributed
+
+    with distributed.leaving_alone():
+        distributed.join()
     import tpu_tune
 
     if not options.no_check:
@@ -89,16 +92,19 @@ def _train(options: argparse.Namespace) -> int:
 
     # With --json standard output holds nothing but JSON.
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-        run = tpu_tune.train(config)
+        with distributed.leaving_alone():
+            run = tpu_tune.train(config)
     if options.json:
         print(
             json.dumps({"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir})
         )
     elif run.status != "interrupted":
+        from tpu_tune.checkpoints import storage
+
         curves = os.path.join(run.output_dir, "curves.png")
         print(
             f"metrics: {os.path.join(run.output_dir, 'metrics.jsonl')}"
-            + (f"; curves: {curves}" if os.path.exists(curves) else "")
+            + (f"; curves: {curves}" if storage.exists(curves) else "")
         )
     return 0
 
@@ -254,14 +260,6 @@ def _config(options: argparse.Namespace) -> Any:
     for key, value in options.overrides:
         configuration.assign(config, key, value)
     return configuration.check(config)
-
-
-def _distributed() -> None:
-    """Join the other hosts of a pod slice, where there are any; jax finds them from the environment."""
-    if os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        import jax
-
-        jax.distributed.initialize()
 
 
 def _parser() -> argparse.ArgumentParser:

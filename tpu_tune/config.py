@@ -25,7 +25,7 @@ def default() -> ConfigDict:
     """Return a fresh configuration with every key at its default."""
     return _tree(
         {
-            "output_dir": "output",  # the run directory: config.json, metrics.jsonl, checkpoints/, adapter/ or model/
+            "output_dir": "output",  # the run directory, may be gs://: config.json, metrics.jsonl, checkpoints/, adapter/ or model/
             "method": "lora",  # lora | full
             "seed": 42,  # adapters' initial values and dropout; -1 draws one and records it
             "model": _model(),
@@ -90,7 +90,7 @@ def _lora() -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
     return {
-        "train": "",  # .jsonl, .json, .csv, .parquet, a directory of them, or a hub id
+        "train": "",  # .jsonl, .json, .csv, .parquet, a directory of them (local or gs://), or a hub id
         "eval": "",  # the same; empty: a seeded split of data.train that is never trained on
         "eval_ratio": 0.05,  # share of the rows taken for that split; 0 turns evaluation off
         "format": "auto",  # auto | text | input-output | prompt-generation | prompt-completion | alpaca | sharegpt | messages

@@ -78,6 +78,15 @@ def batch_spec(leading: int = 0) -> PartitionSpec:
     return PartitionSpec(*[None] * leading, ("data", "fsdp"), "sequence")
 
 
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """Return which of a batch's rows live on this process's devices, (rows,) bool."""
+    mine = np.zeros(rows, bool)
+    home = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    for index in home.addressable_devices_indices_map((rows,)).values():
+        mine[index] = True
+    return mine
+
+
 def leaf_sharding(
     path: str,
     leaf: Any,

@@ -25,6 +25,7 @@ from tpu_tune.planning.figures import figures, rules_of_thumb
 from tpu_tune.planning.flops import step_work
 from tpu_tune.planning.presets import PRESETS
 from tpu_tune.planning.scratch import score_bytes
+from tpu_tune.planning.suggest import _next_guess as next_guess
 from tpu_tune.planning.suggest import suggest, words
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
@@ -454,6 +455,18 @@ def test_the_compiles_of_a_search_are_bounded(straight_line):
     straight_line(0.01 * GB, 1 * GB)
     found = suggest(settings("llama-7b"), "v5e-1", max_compiles=3)
     assert found["compiles"] <= 3 and found["figures"]["fits"]
+
+
+def test_the_next_number_of_rows_lies_where_a_line_meets_the_capacity():
+    def found(peak, fits):
+        return {"peak_bytes_per_device": peak, "capacity_bytes_per_device": 17, "fits": fits}
+
+    assert next_guess({1: found(3, True)}, 100) == 2
+    assert next_guess({1: found(3, True), 2: found(5, True)}, 100) == 8
+    assert next_guess({1: found(3, True), 2: found(5, True)}, 6) == 6
+    assert next_guess({1: found(3, True), 2: found(4, True), 15: found(30, False)}, 100) == 8  # bent upwards
+    assert next_guess({2: found(4, True), 10: found(None, False)}, 100) == 6
+    assert next_guess({8: found(16, True), 9: found(19, False)}, 100) == 8  # nothing left to try
 
 
 def test_overrides_read_as_the_command_line_takes_them():

@@ -93,7 +93,8 @@ def figures(
             f"(now {config.train.per_device_eval_batch_size})"
         )
     if not measured["compiler"]:
-        notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']})")
+        low = "; a GPU's compiler has been seen to take three times the scratch" if device.kind == "gpu" else ""
+        notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']}){low}")
     if not config.data.packing or arch.encoder:
         notes.append("rows are as wide as the longest example; here as wide as data.max_length allows")
     if config.model.add_special_tokens:

@@ -199,20 +199,25 @@ def _less_remat(search: _Search, one: Overrides, tried: Mapping[int, Any], best:
     return []
 
 
-def _next_guess(rows: Mapping[int, Mapping[str, Any]], limit: int) -> int:
-    """Return the next number of rows to try, from the line through the two largest that were measured."""
-    fitting = sorted(number for number, found in rows.items() if found["fits"])
-    failing = sorted(number for number, found in rows.items() if not found["fits"])
-    ceiling = min([limit, *[number - 1 for number in failing]])
-    if len(fitting) < 2:
-        return ceiling if failing else min(2 * fitting[-1], ceiling)
-    low, high = fitting[-2:]
-    a, b = (rows[number]["peak_bytes_per_device"] for number in (low, high))
-    slope = max(1.0, (b - a) / (high - low))
-    guess = high + int((rows[high]["capacity_bytes_per_device"] - b) // slope)
-    if guess > ceiling and failing:  # the line was too hopeful: halve what is left
-        guess = (high + ceiling + 1) // 2
-    return min(guess, ceiling)
+def _next_guess(tried: Mapping[int, Mapping[str, Any]], limit: int) -> int:
+    """Return the next number of rows to try: where a line through two that were measured meets the capacity.
+
+    The two are the largest that fits and the smallest that does not, or the two largest that fit.
+    """
+    fitting = sorted(number for number, found in tried.items() if found["fits"])
+    failing = sorted(number for number, found in tried.items() if not found["fits"])
+    best, ceiling = fitting[-1], min([limit, *[number - 1 for number in failing]])
+    if failing and tried[failing[0]]["peak_bytes_per_device"]:
+        other = failing[0]
+    elif failing:  # the compiler did not say how much it lacks
+        return (best + ceiling + 1) // 2
+    elif len(fitting) > 1:
+        other = fitting[-2]
+    else:
+        return min(2 * best, ceiling)
+    a, b = (tried[number]["peak_bytes_per_device"] for number in (best, other))
+    slope = max(1.0, (b - a) / (other - best))
+    return min(best + int((tried[best]["capacity_bytes_per_device"] - a) // slope), ceiling)
 
 
 def _rows(number: int) -> Overrides:

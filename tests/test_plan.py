@@ -137,7 +137,7 @@ def test_presets_have_the_published_numbers_of_parameters():
 
 def test_the_rules_of_thumb_are_the_guides():
     rules = rules_of_thumb(PUBLISHED["llama-7b"])
-    assert rules["full_fine_tuning_16_bytes_a_parameter_gb"] == 107.8
+    assert rules["full_fine_tuning_16_bytes_a_parameter_gb"] == pytest.approx(107.8, abs=0.05)
     assert rules["guide_full_fine_tuning_6b_7b_gb"] == [160, 192]
     assert rules_of_thumb(6_750_000_000)["inference_16_bit_gb"] == pytest.approx(16.2, abs=0.01)  # a file of 13.5 GB
     assert rules_of_thumb(PUBLISHED["llama-65b"])["full_fine_tuning_16_bit_gb"] > 780
@@ -432,7 +432,9 @@ def test_suggest_finds_the_largest_batch_in_few_compiles(straight_line):
     assert found["figures"]["peak_bytes_per_device"] == pytest.approx(16.5 * GB)
     assert found["overrides"] == {"train.per_device_train_batch_size": 5}
     assert found["compiles"] <= 8
-    larger = suggest(settings("llama-7b", train__per_device_train_batch_size=64), "v5e-1")
+    larger = suggest(settings("llama-7b", train__per_device_train_batch_size=64), "v5e-1", rows=1000)
+    run = larger["figures"]["run"]
+    assert (run["rows"], run["steps_per_epoch"]) == (1000, 20)  # 39 batches of 26, two a step
     assert larger["overrides"] == {"train.per_device_train_batch_size": 26, "train.gradient_accumulation_steps": 2}
     freer = larger["alternatives"][0]
     assert freer["overrides"]["model.remat"] == "none" and freer["figures"]["fits"] and larger["compiles"] <= 8

@@ -89,7 +89,7 @@ def suggest(
     search = _Search(config, device, rows, compile, max_compiles, say)
     smallest: tuple[Overrides, dict[str, Any]] | None = None
     for choice in _choices(config, device):
-        one = {**choice, "model.remat": "full", **_rows(1)}
+        one = {**choice, "model.remat": "full", **_rows(config, 1)}
         counted = search.try_out(one, compile=False)
         if counted is None:
             continue
@@ -157,19 +157,19 @@ def _grow(search: _Search, one: Overrides, figures: dict[str, Any]) -> dict[str,
     best, limit = 1, _MOST_ROWS
     if search.rows:
         shards = figures["mesh"]["data"] * figures["mesh"]["fsdp"]
-        limit = max(1, search.rows // (shards * search.config.train.gradient_accumulation_steps))
+        limit = max(1, search.rows // shards)
     guess = 2
     while best < guess <= limit and guess not in tried:
-        found = search.try_out({**one, **_rows(guess)})
+        found = search.try_out({**one, **_rows(search.config, guess)})
         if found is None:
             break
         tried[guess] = found
         best = max(number for number, each in tried.items() if each["fits"])
         guess = _next_guess(tried, limit)
-    overrides = _final(search.config, {**one, **_rows(best)})
+    chosen = {**one, **_rows(search.config, best)}
     return {
-        "overrides": overrides,
-        "figures": tried[best],
+        "overrides": _final(search.config, chosen),
+        "figures": _with_run(search, chosen, tried[best]),
         "alternatives": _less_remat(search, one, tried, best),
     }
 
@@ -190,11 +190,12 @@ def _less_remat(search: _Search, one: Overrides, tried: Mapping[int, Any], best:
         fixed = peaks[-1] - slope * numbers[-1]
         rows = min(best, int((capacity - fixed) / (slope * factor)))
         while rows >= 1:
-            found = search.try_out({**freer, **_rows(rows)})
+            chosen = {**freer, **_rows(search.config, rows)}
+            found = search.try_out(chosen)
             if found is None:
                 return []
             if found["fits"]:
-                return [{"overrides": _final(search.config, {**freer, **_rows(rows)}), "figures": found}]
+                return [{"overrides": _final(search.config, chosen), "figures": _with_run(search, chosen, found)}]
             rows //= 2
     return []
 
@@ -220,17 +221,30 @@ def _next_guess(tried: Mapping[int, Mapping[str, Any]], limit: int) -> int:
     return min(best + int((tried[best]["capacity_bytes_per_device"] - a) // slope), ceiling)
 
 
-def _rows(number: int) -> Overrides:
-    return {"train.per_device_train_batch_size": number}
+def _rows(config: ConfigDict, number: int) -> Overrides:
+    """Return overrides for so many rows a device, and the accumulation that keeps the rows of a step as far as it can."""
+    before = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    return {
+        "train.per_device_train_batch_size": number,
+        "train.gradient_accumulation_steps": max(1, before // number),
+    }
 
 
 def _final(config: ConfigDict, overrides: Overrides) -> Overrides:
-    """Return overrides with the accumulation that keeps the rows of a step, without what the config says already."""
-    before = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    """Return overrides without what the config says already, and with evaluation at no more rows than training."""
     number = overrides["train.per_device_train_batch_size"]
-    changed = {**overrides, "train.gradient_accumulation_steps": max(1, round(before / number))}
-    changed["train.per_device_eval_batch_size"] = min(config.train.per_device_eval_batch_size, number)
+    changed = {**overrides, "train.per_device_eval_batch_size": min(config.train.per_device_eval_batch_size, number)}
     return {key: value for key, value in changed.items() if configuration.config_get(config, key) != value}
+
+
+def _with_run(search: _Search, overrides: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
+    """Return figures with the run's length for the rows that there are; the tries know of none."""
+    try:
+        config = with_overrides(search.config, overrides)
+        counted = plan(config, search.device, search.rows, compile=False, evaluate=False)
+    except UserError as error:  # more rows a step than there are
+        return {**figures, "notes": [*figures["notes"], str(error)]}
+    return {**figures, "run": counted["run"]}
 
 
 def _held(figures: Mapping[str, Any]) -> int:

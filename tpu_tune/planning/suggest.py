@@ -23,6 +23,7 @@ from tpu_tune.planning.figures import plan
 MAX_COMPILES = 8
 _BITS = ("none", "int8", "nf4")  # each about half of the one before
 _MOST_ROWS = 1024
+_MARGIN = 0.97
 _CONFIRMED = 2  # devices that are asked whether they would do
 
 Overrides = dict[str, Any]
@@ -218,7 +219,9 @@ def _next_guess(tried: Mapping[int, Mapping[str, Any]], limit: int) -> int:
         return min(2 * best, ceiling)
     a, b = (tried[number]["peak_bytes_per_device"] for number in (best, other))
     slope = max(1.0, (b - a) / (other - best))
-    return min(best + int((tried[best]["capacity_bytes_per_device"] - a) // slope), ceiling)
+    # Once a guess was too hopeful the next keeps clear of the edge: a compile costs more than a row.
+    aim = tried[best]["capacity_bytes_per_device"] * (_MARGIN if failing else 1.0)
+    return min(best + max(0, int((aim - a) // slope)), ceiling)
 
 
 def _rows(config: ConfigDict, number: int) -> Overrides:

@@ -117,15 +117,19 @@ def _rules(rules: Mapping[str, Any]) -> list[str]:
     low, high = rules["guide_full_fine_tuning_6b_7b_gb"]
     return [
         "rules of thumb, whatever the method and the device:",
-        f"  inference in 16 bits, 1.2 x the weights: {rules['inference_16_bit_gb']:g} GB",
-        f"  full fine-tuning, 16 bytes a parameter: {rules['full_fine_tuning_16_bytes_a_parameter_gb']:g} GB "
+        f"  inference in 16 bits, 1.2 x the weights: {_few(rules['inference_16_bit_gb'])} GB",
+        f"  full fine-tuning, 16 bytes a parameter: {_few(rules['full_fine_tuning_16_bytes_a_parameter_gb'])} GB "
         f"(the guide: {low}-{high} GB for 6B and 7B models, with activations and overhead)",
-        f"  full fine-tuning with 16-bit weights and gradients: {rules['full_fine_tuning_16_bit_gb']:g} GB",
+        f"  full fine-tuning with 16-bit weights and gradients: {_few(rules['full_fine_tuning_16_bit_gb'])} GB",
     ]
 
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f}" if size >= 5e6 else f"{size / 1e9:.5f}"
+
+
+def _few(gigabytes: float) -> str:
+    return f"{gigabytes:.1f}" if gigabytes >= 1 else f"{gigabytes:.2g}"
 
 
 def _time(seconds: float) -> str:

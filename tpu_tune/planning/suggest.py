@@ -23,6 +23,7 @@ from tpu_tune.planning.figures import plan
 MAX_COMPILES = 8
 _BITS = ("none", "int8", "nf4")  # each about half of the one before
 _MOST_ROWS = 1024
+_MARGIN = 0.97
 _CONFIRMED = 2  # devices that are asked whether they would do
 
 Overrides = dict[str, Any]
@@ -89,7 +90,7 @@ def suggest(
     search = _Search(config, device, rows, compile, max_compiles, say)
     smallest: tuple[Overrides, dict[str, Any]] | None = None
     for choice in _choices(config, device):
-        one = {**choice, "model.remat": "full", **_rows(1)}
+        one = {**choice, "model.remat": "full", **_rows(config, 1)}
         counted = search.try_out(one, compile=False)
         if counted is None:
             continue
@@ -157,19 +158,19 @@ def _grow(search: _Search, one: Overrides, figures: dict[str, Any]) -> dict[str,
     best, limit = 1, _MOST_ROWS
     if search.rows:
         shards = figures["mesh"]["data"] * figures["mesh"]["fsdp"]
-        limit = max(1, search.rows // (shards * search.config.train.gradient_accumulation_steps))
+        limit = max(1, search.rows // shards)
     guess = 2
     while best < guess <= limit and guess not in tried:
-        found = search.try_out({**one, **_rows(guess)})
+        found = search.try_out({**one, **_rows(search.config, guess)})
         if found is None:
             break
         tried[guess] = found
         best = max(number for number, each in tried.items() if each["fits"])
         guess = _next_guess(tried, limit)
-    overrides = _final(search.config, {**one, **_rows(best)})
+    chosen = {**one, **_rows(search.config, best)}
     return {
-        "overrides": overrides,
-        "figures": tried[best],
+        "overrides": _final(search.config, chosen),
+        "figures": _with_run(search, chosen, tried[best]),
         "alternatives": _less_remat(search, one, tried, best),
     }
 
@@ -190,42 +191,63 @@ def _less_remat(search: _Search, one: Overrides, tried: Mapping[int, Any], best:
         fixed = peaks[-1] - slope * numbers[-1]
         rows = min(best, int((capacity - fixed) / (slope * factor)))
         while rows >= 1:
-            found = search.try_out({**freer, **_rows(rows)})
+            chosen = {**freer, **_rows(search.config, rows)}
+            found = search.try_out(chosen)
             if found is None:
                 return []
             if found["fits"]:
-                return [{"overrides": _final(search.config, {**freer, **_rows(rows)}), "figures": found}]
+                return [{"overrides": _final(search.config, chosen), "figures": _with_run(search, chosen, found)}]
             rows //= 2
     return []
 
 
-def _next_guess(rows: Mapping[int, Mapping[str, Any]], limit: int) -> int:
-    """Return the next number of rows to try, from the line through the two largest that were measured."""
-    fitting = sorted(number for number, found in rows.items() if found["fits"])
-    failing = sorted(number for number, found in rows.items() if not found["fits"])
-    ceiling = min([limit, *[number - 1 for number in failing]])
-    if len(fitting) < 2:
-        return ceiling if failing else min(2 * fitting[-1], ceiling)
-    low, high = fitting[-2:]
-    a, b = (rows[number]["peak_bytes_per_device"] for number in (low, high))
-    slope = max(1.0, (b - a) / (high - low))
-    guess = high + int((rows[high]["capacity_bytes_per_device"] - b) // slope)
-    if guess > ceiling and failing:  # the line was too hopeful: halve what is left
-        guess = (high + ceiling + 1) // 2
-    return min(guess, ceiling)
+def _next_guess(tried: Mapping[int, Mapping[str, Any]], limit: int) -> int:
+    """Return the next number of rows to try: where a line through two that were measured meets the capacity.
+
+    The two are the largest that fits and the smallest that does not, or the two largest that fit.
+    """
+    fitting = sorted(number for number, found in tried.items() if found["fits"])
+    failing = sorted(number for number, found in tried.items() if not found["fits"])
+    best, ceiling = fitting[-1], min([limit, *[number - 1 for number in failing]])
+    if failing and tried[failing[0]]["peak_bytes_per_device"]:
+        other = failing[0]
+    elif failing:  # the compiler did not say how much it lacks
+        return (best + ceiling + 1) // 2
+    elif len(fitting) > 1:
+        other = fitting[-2]
+    else:
+        return min(2 * best, ceiling)
+    a, b = (tried[number]["peak_bytes_per_device"] for number in (best, other))
+    slope = max(1.0, (b - a) / (other - best))
+    # Once a guess was too hopeful the next keeps clear of the edge: a compile costs more than a row.
+    aim = tried[best]["capacity_bytes_per_device"] * (_MARGIN if failing else 1.0)
+    return min(best + max(0, int((aim - a) // slope)), ceiling)
 
 
-def _rows(number: int) -> Overrides:
-    return {"train.per_device_train_batch_size": number}
+def _rows(config: ConfigDict, number: int) -> Overrides:
+    """Return overrides for so many rows a device, and the accumulation that keeps the rows of a step as far as it can."""
+    before = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    return {
+        "train.per_device_train_batch_size": number,
+        "train.gradient_accumulation_steps": max(1, before // number),
+    }
 
 
 def _final(config: ConfigDict, overrides: Overrides) -> Overrides:
-    """Return overrides with the accumulation that keeps the rows of a step, without what the config says already."""
-    before = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    """Return overrides without what the config says already, and with evaluation at no more rows than training."""
     number = overrides["train.per_device_train_batch_size"]
-    changed = {**overrides, "train.gradient_accumulation_steps": max(1, round(before / number))}
-    changed["train.per_device_eval_batch_size"] = min(config.train.per_device_eval_batch_size, number)
+    changed = {**overrides, "train.per_device_eval_batch_size": min(config.train.per_device_eval_batch_size, number)}
     return {key: value for key, value in changed.items() if configuration.config_get(config, key) != value}
+
+
+def _with_run(search: _Search, overrides: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
+    """Return figures with the run's length for the rows that there are; the tries know of none."""
+    try:
+        config = with_overrides(search.config, overrides)
+        counted = plan(config, search.device, search.rows, compile=False, evaluate=False)
+    except UserError as error:  # more rows a step than there are
+        return {**figures, "notes": [*figures["notes"], str(error)]}
+    return {**figures, "run": counted["run"]}
 
 
 def _held(figures: Mapping[str, Any]) -> int:

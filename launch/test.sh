@@ -31,4 +31,7 @@ fi
 say "ruff check"
 python -m ruff check .
 say "pytest"
+# The whole suite runs in a process a core (each takes up to 5 GB of memory), whole files together: they share models.
+cores=$(nproc 2>/dev/null || echo 1)
+if [ $# = 0 ] && [ "$cores" -gt 1 ]; then set -- -n "$((cores < 4 ? cores : 4))" --dist loadfile; fi
 exec python -m pytest "$@"

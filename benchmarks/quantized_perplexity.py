@@ -1,13 +1,15 @@
-"""Perplexity of SmolLM2 on one real text, with its linear weights stored in each of our formats, as a Markdown table.
+"""Perplexity of a model on one real text, with its linear weights stored in each of our formats, as a Markdown table.
 
-    python benchmarks/quantized_perplexity.py
+    python benchmarks/quantized_perplexity.py                  # SmolLM2-135M-Instruct
+    python benchmarks/quantized_perplexity.py --model gemma    # Gemma 3 270M
 
-The text is the start of the Brown corpus; it is cut into windows of 512 tokens which are scored apart, every token but
-a window's first. All arithmetic is float32, so that rows differ by their weights alone. Bits per byte divide the
-summed loss by the bytes of the whole text. The base and the text come through `launch/fetch.py`, once a machine.
+The text is the start of the Brown corpus, its words put together as they were printed; it is cut into windows of 512
+tokens which are scored apart, every token but a window's first (which is BOS where the tokenizer begins texts with
+one). All arithmetic is float32, so that rows differ by their weights alone. Bits per byte divide the summed loss by the
+bytes of the whole text. Models and text come through `launch/fetch.py`, once a machine.
 
-The file's weights are four-bit already (GGUF Q4_1): the rows below the first measure what a second rounding, on
-another grid, adds. Against a model's original weights the losses of the four-bit formats are smaller than they look
+Both files' weights are four-bit already (GGUF Q4_1 and Q4_K_M): the rows below the first measure what a second
+rounding, on another grid, adds. Against a model's original weights the losses of the four-bit formats are smaller than they look
 here.
 """
 
@@ -19,6 +21,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -28,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "launch"
 
 # name -> (storage dtype of what is not quantized, format, double quantization)
 VARIANTS = {
-    "file's own (Q4_1), as float32": ("float32", "none", False),
+    "file's own, as float32": ("float32", "none", False),
     "bfloat16": ("bfloat16", "none", False),
     "int8": ("float32", "int8", False),
     "int4": ("float32", "int4", False),
@@ -39,29 +42,41 @@ VARIANTS = {
 
 
 def brown_text(folder: pathlib.Path, characters: int) -> str:
-    """Return the first characters of Brown: the files in order, their words joined by one blank, tags taken off."""
+    """Return the first characters of Brown: the files in order, tags taken off, punctuation and quotes put back."""
     words: list[str] = []
     length = 0
     for path in sorted(folder.glob("c[a-r][0-9][0-9]")):
         for item in path.read_text(encoding="latin-1").split():
             words.append(item.rsplit("/", 1)[0])
             length += len(words[-1]) + 1
-        if length > characters:
+        if length > 1.2 * characters:
             break
-    return " ".join(words)[:characters]
+    text = re.sub(r" ([.,;:?!])", r"\1", " ".join(words))
+    return text.replace("`` ", '"').replace(" ''", '"')[:characters]
 
 
-def windows(tokens: list[int], size: int) -> tuple[Any, Any]:
-    """Return (input_ids, targets), both (windows, size) int32: targets are -100 where nothing is to be predicted."""
+def windows(tokens: list[int], size: int, bos: list[int]) -> tuple[Any, Any]:
+    """Return (input_ids, targets), both (windows, size) int32: targets are -100 where nothing is to be predicted.
+
+    Each window begins with `bos`, which holds one token or none.
+    """
     import numpy as np
 
-    count = -(-len(tokens) // size)
+    room = size - len(bos)
+    count = -(-len(tokens) // room)
     ids, targets = np.zeros((count, size), np.int32), np.full((count, size), -100, np.int32)
     for row in range(count):
-        part = tokens[row * size : (row + 1) * size]
+        part = bos + tokens[row * room : (row + 1) * room]
         ids[row, : len(part)] = part
         targets[row, : len(part) - 1] = part[1:]
     return ids, targets
+
+
+def encode(source: Any, text: str, size: int) -> tuple[Any, Any]:
+    """Return the text's `windows`, with BOS where the model's tokenizer begins texts with one."""
+    tokenizer = source.load_tokenizer()
+    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+    return windows(tokenizer(text, add_special_tokens=False)["input_ids"], size, bos)
 
 
 def file_bits(path: str) -> tuple[int, float]:
@@ -127,7 +142,7 @@ def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", default="", help="a .gguf file or Hugging Face directory; default: the quickstart's base, fetched"
+        "--model", default="base", help="base (the quickstart's), gemma, a .gguf file or a Hugging Face directory"
     )
     parser.add_argument("--brown", default="", help="folder of the Brown corpus' files; default: fetched")
     parser.add_argument("--characters", type=int, default=16_000, help="how much of the text to score")
@@ -140,14 +155,15 @@ def main() -> int:
 
     from tpu_tune.checkpoints.source import open_source
 
-    model = options.model or str(next(fetch.fetch("base").glob("*.gguf")))
+    model = options.model
+    if model in ("base", "gemma"):
+        model = str(next(fetch.fetch(model).glob("*.gguf")))
     text = brown_text(pathlib.Path(options.brown) if options.brown else fetch.fetch("brown"), options.characters)
     source = open_source(model)
-    tokens = source.load_tokenizer()(text, add_special_tokens=False)["input_ids"]
-    ids, targets = windows(tokens, options.window)
+    ids, targets = encode(source, text, options.window)
     size = len(text.encode())
     note = functools.partial(print, file=sys.stderr, flush=True)
-    note(f"{len(text)} characters, {size} bytes, {len(tokens)} tokens, {len(ids)} windows of {options.window}")
+    note(f"{len(text)} characters, {size} bytes, {len(ids)} windows of {options.window}")
     rows = []
     for name, variant in VARIANTS.items():
         begun = time.monotonic()
@@ -160,7 +176,7 @@ def main() -> int:
         )
         note(f"{name}: perplexity {rows[-1]['perplexity']:.3f}, {time.monotonic() - begun:.0f} s")
     if options.json:
-        print(json.dumps({"model": os.path.basename(model), "text_bytes": size, "tokens": len(tokens), "rows": rows}))
+        print(json.dumps({"model": os.path.basename(model), "text_bytes": size, "rows": rows}))
     else:
         print(table(rows))
     return 0

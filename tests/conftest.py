@@ -59,6 +59,18 @@ def smollm2_gguf() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_gguf() -> pathlib.Path:
+    """Gemma 3 270M as a GGUF file, Q4_K_M: a real Gemma, with a vocabulary of 262,144."""
+    return next(_fetch_or_skip("gemma").glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def mistral_dir() -> pathlib.Path:
+    """Directory with Mistral's SentencePiece models, versions 1 and 3."""
+    return _fetch_or_skip("mistral")
+
+
+@pytest.fixture(scope="session")
 def chatterbot_dir() -> pathlib.Path:
     """Directory of the ChatterBot corpus' English .yml files."""
     return _fetch_or_skip("chats")

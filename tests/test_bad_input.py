@@ -372,6 +372,9 @@ def test_a_full_disk_during_export(place):
             found.stderr
         )
         assert not [path.name for path in place.iterdir() if path.name.startswith("x")]
+    found = process("export", place / "out", "--output", place / "x.gguf", "--gguf", preexec_fn=limited(30_000))
+    assert found.stderr == f"tpu-tune: {place / 'x.gguf'} cannot be written: File too large\n" and found.returncode == 1
+    assert not [path.name for path in place.iterdir() if path.name.startswith("x")]
 
 
 def test_a_full_disk_at_the_beginning_of_a_run(place):

@@ -12,7 +12,7 @@ from helpers_training import write_rows, write_tiny_llama
 import tpu_tune
 from tpu_tune.cli import main
 
-COMMANDS = ("train", "generate", "export", "inspect")
+COMMANDS = ("train", "plan", "generate", "export", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,7 @@ def test_as_a_module_and_its_version():
 @pytest.mark.parametrize("words", [
     [], ["trian"], ["train"], ["export", "x"], ["train", "--config", "x", "--config.seed"], ["inspect", "x", "--lora.rank=3"],
     ["generate", "--model", "x", "--config.seed=1"], ["export", "x", "--output", "y", "--merge", "--base"],
+    ["export", "x", "--output", "y", "--gguf", "--merge"], ["export", "x", "--output", "y", "--gguf", "--gguf-type", "q4_0"],
 ])  # fmt: skip
 def test_a_wrong_command_line_is_status_2(capsys, words):
     with pytest.raises(SystemExit) as end:
@@ -219,6 +220,41 @@ def test_export_in_another_dtype(capsys, run, tmp_path):
     assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_export_as_gguf_is_the_merged_model(capsys, run, tmp_path):
+    import gguf
+
+    file = tmp_path / "m.gguf"
+    text = out_of(capsys, "export", run, "--gguf", "--output", file)
+    assert "the merged model as GGUF, F16" in text and "logits differ by at most" in text
+    out_of(capsys, "export", run, "--merge", "--output", tmp_path / "m")
+    merged, written = tpu_tune.load(str(tmp_path / "m")), tpu_tune.load(str(file))
+    assert written.tokenizer("hi").input_ids == merged.tokenizer("hi").input_ids
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    assert stored["blk.0.ffn_up.weight"].tensor_type.name == "F16"
+    up = np.asarray(merged.params["model.layers.mlp.up_proj.weight"][0]).T
+    np.testing.assert_array_equal(stored["blk.0.ffn_up.weight"].data, up.astype(np.float16))
+    assert np.abs(merged(IDS) - written(IDS)).max() < 5e-3 * np.abs(merged(IDS)).max()
+
+
+@pytest.mark.parametrize(("kind", "error"), [("f16", 5e-3), ("bf16", 4e-2), ("q8_0", 8e-2)])
+def test_export_as_gguf_says_how_far_it_is_from_what_was_trained(capsys, run, tmp_path, kind, error):
+    words = ("--gguf", "--merge-base", "dequantized", "--gguf-type", kind, "--output", tmp_path / "m.gguf", "--json")
+    facts = json.loads(out_of(capsys, "export", run, *words))
+    assert 0 < facts["relative_logit_difference"] < error
+
+
+def test_export_as_gguf_refuses(capsys, run, tmp_path):
+    for words, says in (
+        (("--gguf", "--output", tmp_path / "m"), "a GGUF file's name ends with .gguf"),
+        (("--gguf", "--dtype", "bfloat16", "--output", tmp_path / "m.gguf"), "chosen with --gguf-type"),
+        (("--merge", "--gguf-type", "f16", "--output", tmp_path / "m"), "--gguf-type belongs to --gguf"),
+        (("--gguf", "--output", tmp_path / "none" / "m.gguf"), "m.gguf cannot be written: No such file or directory"),
+    ):
+        assert main(["export", str(run), *map(str, words)]) == 1
+        assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_replaces_nothing(capsys, run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -240,6 +276,8 @@ def test_full_run_and_its_export(capsys, config_file, tmp_path):
     assert "has no adapter; its model is" in capsys.readouterr().err and not (tmp_path / "a").exists()
     out_of(capsys, "export", out, "--merge", "--output", tmp_path / "m")
     np.testing.assert_array_equal(tpu_tune.load(str(tmp_path / "m"))(IDS), tpu_tune.load(str(out / "model"))(IDS))
+    facts = json.loads(out_of(capsys, "export", out, "--gguf", "--output", tmp_path / "m.gguf", "--json"))
+    assert 0 < facts["relative_logit_difference"] < 5e-3
 
 
 def test_load_gives_float32_logits_a_tokenizer_and_the_tree(tiny):

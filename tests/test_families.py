@@ -18,7 +18,10 @@ from tokenizers import Tokenizer, models
 from tpu_tune.checkpoints.huggingface_write import write_model
 from tpu_tune.checkpoints.peft import adapter_tensors, read_adapter, write_adapter
 from tpu_tune.errors import UserError
+from tpu_tune.inference.inspection import inspect_model
 from tpu_tune.models import Execution, architecture
+from tpu_tune.models.architecture import RelativePositions
+from tpu_tune.models.layers import buckets_of
 from tpu_tune.training.step import Problem
 from tpu_tune.transforms import LoraSpec, combine, find_targets, lora, split
 
@@ -107,10 +110,10 @@ def test_what_follows_the_columns_of_a_fused_matrix(case, settings, tmp_path):
     assert tiny_models.difference(ours, tiny_models.torch_logits_of(case, with_peft(base, tmp_path / "adapter"))) < 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.filterwarnings("ignore")
-def test_loss_and_gradients_equal_torch_and_peft(case, tmp_path):
-    torch = pytest.importorskip("torch")
+def loss_and_gradients(case, directory):
+    """Return our (loss, gradients) of one step's LoRA and those of torch and PEFT, gradients by PEFT's names."""
+    import torch
+
     arch, _, targets, trainable, frozen = adapted(case, "all-linear")
     ids = tiny_models.input_ids(case)
     labels = np.where(np.random.default_rng(0).random(ids.shape) < 0.7, np.roll(ids, -1, axis=1), -100)
@@ -127,9 +130,9 @@ def test_loss_and_gradients_equal_torch_and_peft(case, tmp_path):
         return problem.loss(trainable, frozen, batch, None)[0] / np.sum(labels != -100)
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(trainable)
-    base = tiny_models.write(tmp_path / "base", tiny_models.CONFIGS[case])
-    write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, base)
-    model = with_peft(base, tmp_path / "adapter", is_trainable=True).double()  # one side's rounding is enough
+    base = tiny_models.write(directory / "base", tiny_models.CONFIGS[case])
+    write_adapter(str(directory / "adapter"), trainable, targets, arch, base)
+    model = with_peft(base, directory / "adapter", is_trainable=True).double()  # one side's rounding is enough
     inputs = {"input_ids": torch.tensor(ids)}
     if arch.encoder:
         encoder, mask = (torch.tensor(part) for part in tiny_models.encoder_input(case))
@@ -137,13 +140,17 @@ def test_loss_and_gradients_equal_torch_and_peft(case, tmp_path):
     logits = model(**inputs, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(labels).flatten())
     expected.backward()
-    assert abs(float(loss) / expected.item() - 1) < 1e-4
-    theirs = {
-        name.replace(".default", ""): weight.grad.numpy()
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
-    ours = adapter_tensors(grads, targets, arch)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    theirs = {name.replace(".default", ""): weight.grad.numpy() for name, weight in trained.items()}
+    return float(loss), adapter_tensors(grads, targets, arch), expected.item(), theirs
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_loss_and_gradients_equal_torch_and_peft(case, tmp_path):
+    pytest.importorskip("torch")
+    loss, ours, expected, theirs = loss_and_gradients(case, tmp_path)
+    assert abs(loss / expected - 1) < 1e-4
     assert ours.keys() == theirs.keys() and len(ours) > 10
     for name, grad in theirs.items():
         assert tiny_models.difference(ours[name], grad) < 1e-4, name
@@ -186,3 +193,30 @@ def test_fused_columns_lie_in_units_and_come_back():
         units = module.interleave(columns).reshape(-1, module.unit)
         shares = [width * module.unit // sum(module.segments) for width in module.segments]
         np.testing.assert_array_equal(units, np.broadcast_to(np.repeat(np.arange(len(shares)), shares), units.shape))
+
+
+@pytest.mark.parametrize("case", [*CASES, "t5_gated", "opt"])
+def test_inspect_says_what_each_module_does(case, tmp_path):
+    base = tiny_models.write(tmp_path, tiny_models.CONFIGS[case])
+    arch = architecture(tiny_models.CONFIGS[case])
+    facts = inspect_model(base, LoraSpec(rank=4, target_modules="all-linear"))
+    assert [module["name"].count(".N.") for module in facts["modules"]] == [min(1, m.layers) for m in arch.modules()]
+    assert all(module["role"] for module in facts["modules"])
+    assert facts["parameters"] == sum(np.prod(shape) for shape in arch.leaf_shapes().values())
+    assert facts["lora"]["trainable"] == sum(
+        4 * sum(m.shape) * max(1, m.layers) for m in arch.modules() if m.kind == "linear" and not m.is_head
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("buckets", "longest"), [(32, 128), (8, 12), (64, 256)])
+def test_buckets_of_distances_are_t5s(causal, buckets, longest):
+    torch = pytest.importorskip("torch")
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    arch = dataclasses.replace(
+        architecture(tiny_models.CONFIGS["t5"]), relative=RelativePositions(buckets, longest), causal=causal
+    )
+    distances = np.arange(-400, 401)
+    theirs = T5Attention._relative_position_bucket(torch.tensor(distances), not causal, buckets, longest)
+    np.testing.assert_array_equal(jax.jit(lambda d: buckets_of(arch, d))(distances), theirs.numpy())

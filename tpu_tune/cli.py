@@ -81,22 +81,82 @@ def _complain(text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = _config(options)
-    _distributed()
+    from tpu_tune.training import distributed
+
+    with distributed.leaving_alone():
+        distributed.join()
     import tpu_tune
+
+    if not options.no_check:
+        _check_memory(config)
 
     # With --json standard output holds nothing but JSON.
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-        run = tpu_tune.train(config)
+        with distributed.leaving_alone():
+            run = tpu_tune.train(config)
     if options.json:
         print(
             json.dumps({"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir})
         )
     elif run.status != "interrupted":
+        from tpu_tune.checkpoints import storage
+
         curves = os.path.join(run.output_dir, "curves.png")
         print(
             f"metrics: {os.path.join(run.output_dir, 'metrics.jsonl')}"
-            + (f"; curves: {curves}" if os.path.exists(curves) else "")
+            + (f"; curves: {curves}" if storage.exists(curves) else "")
         )
+    return 0
+
+
+def _check_memory(config: Any) -> None:
+    """Plan for the devices of this machine, before anything is downloaded or loaded.
+
+    Raises:
+      UserError: the job does not fit; the table is on standard error.
+    """
+    from tpu_tune import planning
+
+    log = logging.getLogger("tpu_tune")
+    checkpoints = os.path.join(config.output_dir, "checkpoints")
+    if os.path.isdir(checkpoints) and os.listdir(checkpoints):
+        return  # it has run before
+    device = planning.device_here()
+    if device is None:
+        return
+    log.info("does it fit %s? (compiling the step beforehand; --no-check leaves it out)", device.name)
+    try:
+        figures = planning.plan(config, device)
+    except UserError:
+        return  # training says it better
+    except Exception as error:  # a plan that cannot be made is no reason not to train
+        log.warning("the memory could not be checked beforehand (%s: %s)", type(error).__name__, error)
+        return
+    log.info("%s (compiler: %s)", planning.verdict(figures), figures["compiler"])
+    if figures["fits"] or figures["compiler"].startswith("none"):
+        return
+    print(planning.table(figures), file=sys.stderr)
+    raise UserError(
+        f"this job does not fit {device.name}; tpu-tune plan --suggest --device '{device.name}' with the same --config "
+        "looks for one that does, and --no-check trains all the same"
+    )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from tpu_tune import planning
+
+    config, device = _config(options), planning.find_device(" ".join(options.device))
+    if not options.suggest:
+        figures = planning.plan(config, device, options.rows, not options.no_compile)
+        print(json.dumps(figures, indent=2) if options.json else planning.table(figures))
+        return 0
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    say(f"looking for what fits {device.name}, with at most {options.max_compiles} compiles")
+    found = planning.suggest(config, device, options.rows, not options.no_compile, options.max_compiles, say)
+    print(json.dumps(found, indent=2) if options.json else planning.advice(found, device))
     return 0
 
 
@@ -129,9 +189,19 @@ def _export(options: argparse.Namespace) -> int:
     from tpu_tune.inference import export
 
     figures: dict[str, Any] = {}
-    if not (options.base or options.merge) and (options.merge_base or options.dtype):
-        raise UserError("--merge-base and --dtype belong to --merge or --base; the adapter alone is copied as it is")
-    if options.base:
+    if not (options.base or options.merge or options.gguf) and (options.merge_base or options.dtype):
+        raise UserError(
+            "--merge-base and --dtype belong to --merge, --gguf or --base; the adapter alone is copied as it is"
+        )
+    if options.gguf and options.dtype:
+        raise UserError("--dtype belongs to --merge or --base; a GGUF file's numbers are chosen with --gguf-type")
+    if options.gguf_type and not options.gguf:
+        raise UserError("--gguf-type belongs to --gguf")
+    if options.gguf:
+        kind = options.gguf_type or "f16"
+        figures = export.export_gguf(options.run_directory, options.output, options.merge_base or "original", kind)
+        what = f"the merged model as GGUF, {kind.upper()}"
+    elif options.base:
         export.export_base(
             options.run_directory, options.output, options.merge_base or "dequantized", options.dtype or ""
         )
@@ -167,8 +237,9 @@ def _inspect(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     print(f"{options.model}: {facts['family']}, {facts['parameters']:,} parameters")
-    for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size"):
-        print(f"  {key}: {facts[key]:,}")
+    for key in ("hidden_size", "num_layers", "num_encoder_layers", "num_heads", "num_kv_heads", "vocab_size"):
+        if key in facts:
+            print(f"  {key}: {facts[key]:,}")
     print("modules (N is the layer; shapes are in x out):")
     for module in facts["modules"]:
         layers = f"x{module['layers']}" if module["layers"] else ""
@@ -189,14 +260,6 @@ def _config(options: argparse.Namespace) -> Any:
     for key, value in options.overrides:
         configuration.assign(config, key, value)
     return configuration.check(config)
-
-
-def _distributed() -> None:
-    """Join the other hosts of a pod slice, where there are any; jax finds them from the environment."""
-    if os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        import jax
-
-        jax.distributed.initialize()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,6 +284,27 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--config", required=True, metavar="FILE", help="config file; --config.KEY=VALUE overrides a key"
     )
+
+    train.add_argument(
+        "--no-check", action="store_true", help="start without asking the compiler first whether the job fits"
+    )
+
+    plan = command("plan", _plan, "say whether a job fits a device, and what it takes; needs neither weights nor the device",
+                   "tpu-tune plan --config configs/qlora.py --config.model.path=llama-7b --device v5e-1")  # fmt: skip
+    plan.add_argument("--config", metavar="FILE", help="config file; --config.KEY=VALUE overrides a key")
+    plan.add_argument(
+        "--device", required=True, nargs="+", metavar="NAME",
+        help="TPU slice (v2-8, v3-8, v4-8, v5e-1, v5e-4, v5e-8, v5e-64, v6e-1, v6e-8, v5p-8) or card (t4, l4, rtx3090, "
+        "rtx4080, rtx4090, a100-40g, a100-80g, h100, h200, rtx6000ada-48g), with x2 behind it for two cards",
+    )  # fmt: skip
+    plan.add_argument("--suggest", action="store_true", help="look for the largest batch that fits")
+    plan.add_argument(
+        "--rows", type=int, metavar="N", help="training rows (packed ones, if data.packing), for the run's length"
+    )
+    plan.add_argument(
+        "--no-compile", action="store_true", help="count bytes only: seconds instead of minutes, and an estimate"
+    )
+    plan.add_argument("--max-compiles", type=int, default=8, metavar="N", help="of --suggest (default 8)")
 
     generate = command("generate", _generate, "answer prompts with a model, with or without an adapter",
                        'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"')  # fmt: skip
@@ -248,17 +332,24 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     export = command("export", _export, "write a run's adapter, its merged model, or its base",
-                     "tpu-tune export output/quickstart --merge --output merged")  # fmt: skip
+                     "tpu-tune export output/quickstart --merge --output merged\n  tpu-tune export output/quickstart --gguf --output model.gguf")  # fmt: skip
     export.add_argument("run_directory", metavar="RUN", help="run directory")
-    export.add_argument("--output", required=True, help="directory to write")
+    export.add_argument("--output", required=True, help="directory to write; with --gguf the file")
     what = export.add_mutually_exclusive_group()
     what.add_argument("--merge", action="store_true", help="write a Hugging Face model with the adapter merged in")
+    what.add_argument(
+        "--gguf", action="store_true", help="write one GGUF file with the adapter merged in, for llama.cpp and its kin"
+    )
     what.add_argument(
         "--base", action="store_true", help="write the base model that PEFT should load below the adapter"
     )
     export.add_argument("--merge-base", choices=("original", "dequantized"),
                         help="weights to merge into (default original) or to write as the base (default dequantized, exact to training)")  # fmt: skip
     export.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: the original's; float32 from a GGUF)")
+
+    export.add_argument(
+        "--gguf-type", choices=("f16", "bf16", "q8_0"), help="number format of a GGUF file's matrices (default f16)"
+    )
 
     inspect = command("inspect", _inspect, "show a model's modules and what a LoRA configuration would train; reads no weights",
                       'tpu-tune inspect model.gguf --config.lora.target_modules=q_proj,v_proj --config.lora.rank=16')  # fmt: skip

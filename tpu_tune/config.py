@@ -25,7 +25,7 @@ def default() -> ConfigDict:
     """Return a fresh configuration with every key at its default."""
     return _tree(
         {
-            "output_dir": "output",  # the run directory: config.json, metrics.jsonl, checkpoints/, adapter/ or model/
+            "output_dir": "output",  # the run directory, may be gs://: config.json, metrics.jsonl, checkpoints/, adapter/ or model/
             "method": "lora",  # lora | full
             "seed": 42,  # adapters' initial values and dropout; -1 draws one and records it
             "model": _model(),
@@ -50,7 +50,7 @@ def _model() -> dict[str, Any]:
         "path": "",  # Hugging Face id, a local directory, or a .gguf file
         "dtype": "bfloat16",  # compute: bfloat16 | float16 (with dynamic loss scaling) | float32
         "param_dtype": "auto",  # storage of base weights: auto = float32 under method=full, model.dtype under lora
-        "attention": "auto",  # auto | reference | blockwise
+        "attention": "auto",  # auto | reference | blockwise | splash (TPU v4 and later)
         "remat": "full",  # none | full (keep only each layer's input) | dots (keep the results of linear layers)
         "adapter": "",  # start from this PEFT adapter directory instead of a fresh one
         "add_special_tokens": [],  # e.g. ["<|im_start|>"]; new ones get rows in embedding and head: the old rows' mean
@@ -90,7 +90,7 @@ def _lora() -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
     return {
-        "train": "",  # .jsonl, .json, .csv, .parquet, a directory of them, or a hub id
+        "train": "",  # .jsonl, .json, .csv, .parquet, a directory of them (local or gs://), or a hub id
         "eval": "",  # the same; empty: a seeded split of data.train that is never trained on
         "eval_ratio": 0.05,  # share of the rows taken for that split; 0 turns evaluation off
         "format": "auto",  # auto | text | input-output | prompt-generation | prompt-completion | alpaca | sharegpt | messages
@@ -98,8 +98,8 @@ def _data() -> dict[str, Any]:
         "chat_template": "",  # Jinja text or file; empty: the tokenizer's own
         "response_markers": [],  # text rows: loss only after one of these strings, up to the next instruction marker
         "instruction_markers": [],  # strings that end a response
-        "max_length": 2048,  # tokens a row
-        "packing": True,  # several documents a row, without attention across them
+        "max_length": 2048,  # tokens a row; of an encoder-decoder, of the input and of the output each
+        "packing": True,  # several documents a row, without attention across them; an encoder-decoder has one pair a row
         "train_on_source": False,  # loss on the prompt too
         "source_max_len": 0,  # truncate prompts (on the right) to this; 0: only max_length
         "target_max_len": 0,  # truncate answers to this; 0: only max_length
@@ -167,7 +167,7 @@ _CHOICES = {
     "method": ("full", "lora"),
     "model.dtype": ("bfloat16", "float16", "float32"),
     "model.param_dtype": ("auto", "bfloat16", "float16", "float32"),
-    "model.attention": ("auto", "reference", "blockwise"),
+    "model.attention": ("auto", "reference", "blockwise", "splash"),
     "model.remat": ("none", "full", "dots"),
     "quantize.format": ("none", "int8", "int4", "nf4"),
     "lora.bias": ("none", "all", "lora_only"),

@@ -42,7 +42,7 @@ def open_huggingface(directory: str) -> WeightSource:
         is not read here; the message names the file.
     """
     directory = os.fspath(directory)
-    config = _read_config(directory)
+    config = read_config(directory)
     tensors = _stored_tensors(directory)
     read = functools.partial(_read_named, tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -111,7 +111,12 @@ def _read_named(tensors: dict[str, StoredTensor], name: str) -> np.ndarray:
     return read_tensor(name, tensors[name])
 
 
-def _read_config(directory: str) -> dict[str, Any]:
+def read_config(directory: str) -> dict[str, Any]:
+    """Read a model directory's config.json; no weights need to be there.
+
+    Raises:
+      UserError: there is none, or it says no model_type.
+    """
     if not os.path.isdir(directory):
         raise UserError(f"{directory}: not a directory; give a model directory, a Hugging Face id or a .gguf file")
     path = os.path.join(directory, "config.json")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
@@ -31,6 +33,7 @@ _CARRIED = (
 )  # fmt: skip
 # Those of them that stay true when tokens are added; the rest is then written from the tokenizer.
 _STILL_TRUE = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+_LAST = ("adapter_config.json", "config.json")  # one of them is in every result
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -59,15 +62,25 @@ def write_model(
     name = dtype or str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix(
         "torch."
     )
-    tensors = ((tensor, value.astype(DTYPES[name])) for tensor, value in _with_head(params, architecture, untied))
+    tensors = (
+        (tensor, value.astype(DTYPES[name])) for tensor, value in tensors_with_head(params, architecture, untied)
+    )
     with whole_directory(directory) as aside:
         _write_shards(aside, tensors, shard_bytes)
         write_config(aside, source, name, untied)
         write_tokenizer(aside, source)
 
 
-def _with_head(params: Mapping[str, Any], architecture: Architecture, untied: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield all tensors; a head that merging has untied from its embedding gets the weight it used."""
+def tensors_with_head(
+    params: Mapping[str, Any], architecture: Architecture, untied: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield all tensors as `merged_tensors`; a head that merging has untied from its embedding gets the weight it used.
+
+    Args:
+      params: a combined tree.
+      architecture: of the model.
+      untied: whether merging unties the head (`unties_head`).
+    """
     yield from merged_tensors(params, architecture.modules())
     for module in architecture.modules():
         if module.tied_to and untied and module.weight not in params:
@@ -137,13 +150,30 @@ def _write_shards(directory: str, tensors: Iterable[tuple[str, np.ndarray]], sha
         json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, stream, indent=2, sort_keys=True)
 
 
+def is_whole(directory: str) -> bool:
+    """Whether `whole_directory` has finished a directory."""
+    if storage.is_remote(directory):
+        return any(storage.exists(f"{directory}/{name}") for name in _LAST)
+    return os.path.isdir(directory)
+
+
 @contextlib.contextmanager
 def whole_directory(directory: str) -> Iterator[str]:
     """Yield a directory to fill, which becomes `directory` when all went well and disappears when not.
 
+    For a directory in a bucket it is a local one, uploaded at the end, the config last: see `is_whole`.
+
     Raises:
       UserError: it cannot be written.
     """
+    if storage.is_remote(directory):
+        with tempfile.TemporaryDirectory() as local:
+            yield local
+            try:
+                storage.put_directory(local, directory.rstrip("/"), _LAST)
+            except OSError as error:
+                raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+        return
     aside = directory.rstrip("/") + ".tmp"
     try:
         shutil.rmtree(aside, ignore_errors=True)

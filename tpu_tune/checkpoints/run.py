@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: str, fingerprint: str, keep: int = 0):
-        self._directory = os.path.abspath(directory)
+        self._directory = storage.absolute(directory)
         self._fingerprint, self._keep = fingerprint, keep
         self._pending: int | None = None
         self._hook = sys.unraisablehook
@@ -45,6 +46,10 @@ class RunCheckpoints:
             )
         except OSError as error:
             raise UserError(f"{directory}: checkpoints cannot be kept there: {error.strerror or error}") from error
+        except Exception as error:  # a bucket's client has its own
+            if not storage.is_remote(directory):
+                raise
+            raise UserError(f"{directory}: checkpoints cannot be kept there: {_reason(error)}") from error
 
     def __enter__(self) -> RunCheckpoints:
         # A failure is told once, by us: Orbax logs tracebacks from its threads, and TensorStore's callbacks that find

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from tpu_tune.checkpoints import storage
 
 _TRAIN, _EVAL, _RATE, _NORM = "#2563eb", "#ea580c", "#0f766e", "#7c3aed"
 _SMOOTH_FROM = 30  # points; fewer are shown as they are
@@ -43,7 +46,7 @@ def _running(function: Callable[[np.ndarray], float], values: np.ndarray, half: 
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "") -> None:
-    """Draw the curves of a run into a PNG file, written aside and renamed.
+    """Draw the curves of a run into a PNG file, written aside and renamed; it may be in a bucket.
 
     Args:
       metrics: rows of metrics.jsonl (`training.run_directory.read_metrics`), in any order; few or none are fine.
@@ -59,9 +62,9 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, t
     for axes in figure.axes:
         axes.set_xlim(-0.015 * max(last, 5), 1.015 * max(last, 5))  # the same for all panels
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.04, wspace=0.04)
-    aside = f"{os.fspath(path)}.tmp"
-    FigureCanvasAgg(figure).print_png(aside)
-    os.replace(aside, path)
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(drawn)
+    storage.write_bytes(path, drawn.getvalue())
 
 
 def _draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -18,7 +18,7 @@ from tpu_tune.data import cache, chat
 from tpu_tune.data.formats import detect
 from tpu_tune.data.loading import Batches, PackedRows, eval_batches, num_target_tokens, prefetch
 from tpu_tune.data.packing import one_per_row, pack
-from tpu_tune.data.pairs import EncoderDecoder, PairRows, pair_rows
+from tpu_tune.data.pairs import PairRows, pair_rows
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenizing import Options, TokenizedSet, merge
 from tpu_tune.data.workers import tokenize_parallel
@@ -27,7 +27,6 @@ from tpu_tune.errors import UserError
 __all__ = [
     "Batches",
     "Datasets",
-    "EncoderDecoder",
     "PackedRows",
     "PairRows",
     "eval_batches",
@@ -55,31 +54,34 @@ class Datasets:
     summary: dict[str, Any]
 
 
-def load_data(
-    config: Any, tokenizer: Any, vocab_size: int | None = None, encoder_decoder: EncoderDecoder | None = None
-) -> Datasets:
+def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_token: int | None = None) -> Datasets:
     """Read, tokenize, split and pack the data of a configuration.
 
     Args:
       config: the whole configuration; only `config.data` is read.
       tokenizer: a Hugging Face tokenizer. It needs no pad token: padding is token 0 in segment 0.
       vocab_size: rows of the model's embedding, to hold the token ids against.
-      encoder_decoder: where the model is one; its rows are `PairRows`, which are padded, not packed.
+      start_token: of an encoder-decoder: the id before its answers. Its rows are `PairRows`, padded and not packed.
 
     Raises:
       UserError: data that cannot be read or understood, tokens that the model does not have, or nothing to train on.
     """
     data = config.data
+    pairs = start_token is not None
+    if pairs and data.train_on_source:
+        raise UserError(
+            "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
+        )
     train_sources, eval_sources = resolve(data.train)
     if data.eval:
         named, named_eval = resolve(data.eval)
         eval_sources = named_eval or named
-    train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size)
+    train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, pairs)
     _warn(data.train, train.summary)
     train_examples = np.arange(len(train))
     held_out = None
     if eval_sources:
-        held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size)
+        held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, pairs)
         _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
         eval_examples = np.arange(len(held_out))
     elif data.eval_ratio > 0:
@@ -88,13 +90,9 @@ def load_data(
             held_out = train
         else:
             logger.warning("%s holds one usable row: there is none to hold out for evaluation", data.train)
-    if encoder_decoder and data.train_on_source:
-        raise UserError(
-            "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
-        )
-    rows = functools.partial(_rows, config=data, encoder_decoder=encoder_decoder)
-    train_rows = rows(data.train, train, train_examples)
-    eval_rows = None if held_out is None else rows(data.eval or data.train, held_out, eval_examples)
+    rows = functools.partial(_rows, config=data, start_token=start_token)
+    train_rows = rows(train, train_examples)
+    eval_rows = None if held_out is None else rows(held_out, eval_examples)
     summary = {"train": _summarise(train, train_rows)}
     if eval_rows is not None:
         summary["eval"] = _summarise(held_out, eval_rows)
@@ -123,7 +121,9 @@ def split_rows(source_rows: np.ndarray, ratio: float, seed: int) -> tuple[np.nda
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
 
 
-def _tokenized(sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None) -> TokenizedSet:
+def _tokenized(
+    sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, pairs: bool
+) -> TokenizedSet:
     """Tokenize sources, or find them in the cache, and check that there is something to learn."""
     asked = Options(
         format=data.format,
@@ -136,6 +136,7 @@ def _tokenized(sources: list[str], name: str, data: Any, tokenizer: Any, vocab_s
         source_max_len=data.source_max_len,
         target_max_len=data.target_max_len,
         skip_bad_rows=data.skip_bad_rows,
+        encoder_decoder=pairs,
     )
     read = {source: read_rows(source, skip_bad_rows=data.skip_bad_rows) for source in sources if is_hub(source)}
     root = cache.directory(data.cache_dir)
@@ -190,11 +191,9 @@ def _check(data: TokenizedSet, name: str, vocab_size: int | None) -> None:
         )
 
 
-def _rows(
-    name: str, data: TokenizedSet, examples: np.ndarray, config: Any, encoder_decoder: EncoderDecoder | None
-) -> PackedRows | PairRows:
-    if encoder_decoder:
-        return pair_rows(name, data, examples, encoder_decoder)
+def _rows(data: TokenizedSet, examples: np.ndarray, config: Any, start_token: int | None) -> PackedRows | PairRows:
+    if start_token is not None:
+        return pair_rows(data, examples, config.max_length, start_token)
     lengths = data.lengths
     if config.packing:
         packing = pack(lengths[examples], config.max_length)

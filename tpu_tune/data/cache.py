@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.data.sources import is_hub
 from tpu_tune.data.tokenizing import Options, TokenizedSet
 
@@ -49,11 +50,17 @@ def fingerprint(sources: list[str], rows: list[dict] | None, tokenizer: Any, opt
     add(_describe_tokenizer(tokenizer))
     for source in sources:
         if not is_hub(source):
-            with open(source, "rb") as file:
-                add(hashlib.file_digest(file, "sha256").digest() + Path(source).suffix.encode())
+            add(_digest(source) + Path(source).suffix.encode())
     for row in rows or []:
         add(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
+
+
+def _digest(source: str) -> bytes:
+    if storage.is_remote(source):
+        return hashlib.sha256(storage.read_bytes(source)).digest()
+    with open(source, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _describe_tokenizer(tokenizer: Any) -> bytes:

@@ -1,8 +1,7 @@
 """Rows for an encoder-decoder: the input goes to the encoder, the output is the decoder's target.
 
-The tokens are those that a decoder-only model would see (`tokenizing`): input, then output and EOS, with a mask over
-the output. Here each example is cut where the mask begins. As T5 was trained, EOS ends what the encoder reads too, and
-the decoder reads its targets moved by one behind a start token.
+`tokenizing` has made each example as one run of tokens, input and EOS, then output and EOS, with a mask over the output.
+Here it is cut where the mask begins. The decoder reads its targets moved by one behind a start token.
 """
 
 from __future__ import annotations
@@ -12,18 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpu_tune.data.loading import IGNORE
+from tpu_tune.data.packing import one_per_row
 from tpu_tune.data.tokenizing import TokenizedSet
-from tpu_tune.errors import UserError
-
-_ROUND = 64  # widths are rounded up to multiples of this
-
-
-@dataclass(frozen=True)
-class EncoderDecoder:
-    """What an encoder-decoder's rows need to know: the ids before its answers and behind its inputs (None: nothing)."""
-
-    start_token: int
-    end_token: int | None
 
 
 @dataclass(frozen=True)
@@ -33,9 +22,9 @@ class PairRows:
     Attributes:
       data: tokens, loss mask and offsets of all examples.
       documents: (rows,) which examples these are, in order.
-      cuts: (examples,) tokens of each example's input.
+      cuts: (examples,) tokens of each example's input, EOS included.
       encoder_width, width: tokens a row, of the encoder's and of the decoder's side.
-      kind: the model's special tokens.
+      start_token: id before the first token of an answer.
     """
 
     data: TokenizedSet
@@ -43,7 +32,7 @@ class PairRows:
     cuts: np.ndarray
     encoder_width: int
     width: int
-    kind: EncoderDecoder
+    start_token: int
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -70,46 +59,33 @@ class PairRows:
         for name in ("input_ids", "positions", "segment_ids"):
             batch[name] = np.zeros((rows, self.width), np.int32)
         batch["targets"] = np.full((rows, self.width), IGNORE, np.int32)
-        end = [] if self.kind.end_token is None else [self.kind.end_token]
         for i, row in enumerate(indices):
             if row < 0:
                 continue
             document = self.documents[row]
             first, last = self.data.offsets[document], self.data.offsets[document + 1]
             cut = first + self.cuts[document]
-            source, target = [*self.data.tokens[first:cut], *end], self.data.tokens[cut:last]
+            source, target = self.data.tokens[first:cut], self.data.tokens[cut:last]
             batch["encoder_ids"][i, : len(source)] = source
             batch["encoder_segment_ids"][i, : len(source)] = 1
             length = len(target)
-            batch["input_ids"][i, :length] = [self.kind.start_token, *target[:-1]]
+            batch["input_ids"][i, :length] = [self.start_token, *target[:-1]]
             batch["targets"][i, :length] = target
             batch["positions"][i, :length] = np.arange(length)
             batch["segment_ids"][i, :length] = 1
         return batch
 
 
-def pair_rows(name: str, data: TokenizedSet, documents: np.ndarray, kind: EncoderDecoder) -> PairRows:
+def pair_rows(data: TokenizedSet, documents: np.ndarray, max_length: int, start_token: int) -> PairRows:
     """Cut examples into input and output; the widths are those of the longest of all.
 
     Args:
-      name: of the data, for messages.
-      data: all examples.
+      data: all examples, tokenized for an encoder-decoder.
       documents: (n,) the ones to make rows of.
-      kind: the model's special tokens.
-
-    Raises:
-      UserError: examples that are not pairs of an input and an output.
+      max_length: most tokens of either side; a width is otherwise rounded up, as in `one_per_row`.
+      start_token: id before the first token of an answer.
     """
-    if data.summary["format"] in ("text", "messages", "sharegpt"):
-        raise UserError(
-            f"{name}: an encoder-decoder learns from rows with an input and an output, and these are "
-            f"'{data.summary['format']}'; use input/output, prompt/completion or alpaca rows"
-        )
     starts = np.flatnonzero(data.loss_mask)
     cuts = starts[np.searchsorted(starts, data.offsets[:-1])] - data.offsets[:-1]
-    targets = data.lengths - cuts
-    extra = kind.end_token is not None
-    encoder_width, width = (
-        -(-int(longest) // _ROUND) * _ROUND for longest in (np.max(cuts, initial=1) + extra, np.max(targets, initial=1))
-    )
-    return PairRows(data, documents, cuts, encoder_width, width, kind)
+    encoder_width, width = (one_per_row(lengths, max_length).width for lengths in (cuts, data.lengths - cuts))
+    return PairRows(data, documents, cuts, encoder_width, width, start_token)

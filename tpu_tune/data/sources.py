@@ -1,5 +1,7 @@
 """Where rows come from: JSON Lines, JSON, CSV, TSV and Parquet files, a directory of them, or a hub dataset.
 
+Files and directories may be in a bucket (`gs://bucket/rows.jsonl`), and are read from there whole.
+
 `resolve` turns what the user named into a list of training sources and, where a directory or hub dataset brings its
 own, evaluation sources. `read_rows` reads one source into plain dictionaries. Everything that cannot be read is a
 `UserError` that names the file and the line, or a counted `BadRow` when the user chose to go on.
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -51,6 +54,8 @@ def resolve(path: str) -> tuple[list[str], list[str] | None]:
     """
     if not path:
         raise UserError("no data given; set data.train to a .jsonl file, a directory or a hub id")
+    if storage.is_remote(path):
+        return _resolve_remote(path.rstrip("/"))
     location = Path(path).expanduser()
     if location.is_dir():
         return _resolve_directory(location)
@@ -64,19 +69,39 @@ def resolve(path: str) -> tuple[list[str], list[str] | None]:
     return _resolve_hub(path)
 
 
+def _resolve_remote(path: str) -> tuple[list[str], list[str] | None]:
+    try:
+        if not storage.is_dir(path):
+            if not storage.exists(path):
+                raise UserError(f"{path}: there is no such file or directory")
+            if Path(path).suffix.lower() not in SUFFIXES:
+                raise UserError(
+                    f"{path}: unknown kind of data file '{Path(path).suffix}'; known: {', '.join(SUFFIXES)}"
+                )
+            return [path], None
+        files = [file for file in storage.list_files(path) if Path(file).suffix.lower() in SUFFIXES]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    return _split_files(path, files)
+
+
 def _resolve_directory(directory: Path) -> tuple[list[str], list[str] | None]:
     files = _data_files(directory) or _data_files(directory / "data")  # hub repositories keep theirs in data/
+    return _split_files(str(directory), [str(file) for file in files])
+
+
+def _split_files(directory: str, files: list[str]) -> tuple[list[str], list[str] | None]:
     if not files:
         raise UserError(f"{directory}: no data files in this directory; known kinds: {', '.join(SUFFIXES)}")
-    kinds = {file: re.split(r"[-_.]", file.name.lower())[0] for file in files}
+    kinds = {file: re.split(r"[-_.]", Path(file).name.lower())[0] for file in files}
     train = [file for file in files if kinds[file] in _TRAIN_NAMES]
     train = train or [file for file in files if kinds[file] not in _EVAL_NAMES]
     if not train:
-        names = ", ".join(file.name for file in files)
+        names = ", ".join(Path(file).name for file in files)
         raise UserError(f"{directory}: only evaluation files here ({names}); add a train.jsonl")
     kind = next((name for name in _EVAL_NAMES if name in kinds.values()), None)
-    held_out = [str(file) for file in files if kinds[file] == kind]
-    return [str(file) for file in train], held_out or None
+    held_out = [file for file in files if kinds[file] == kind]
+    return train, held_out or None
 
 
 def _data_files(directory: Path) -> list[Path]:
@@ -141,7 +166,7 @@ def read_rows(path: str, *, skip_bad_rows: bool = False) -> tuple[list[dict[str,
 
 def _read_bytes(path: str) -> bytes:
     try:
-        content = Path(path).read_bytes()
+        content = storage.read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not content.strip():
@@ -217,7 +242,8 @@ def _read_parquet(path: str) -> list[dict]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        source = pyarrow.BufferReader(storage.read_bytes(path)) if storage.is_remote(path) else path
+        return pyarrow.parquet.read_table(source).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as Parquet ({reason})") from error

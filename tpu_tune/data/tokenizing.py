@@ -8,7 +8,9 @@ The mask says which tokens are to be predicted:
 * text: every one (or, with response markers, those of the responses);
 * pair: the target and EOS (or everything with `train_on_source`), as the collator of qlora has it;
 * chat: what the assistant says (or everything with `train_on_source`).
-An example's first token is never predicted, so it is never marked.
+An example's first token is never predicted, so it is never marked. For an encoder-decoder every row is a pair, and EOS
+ends its source too: what is marked goes to the decoder (`pairs`), and each side is cut by itself, before its EOS, as
+Hugging Face truncates.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Options:
     source_max_len: int = 0  # 0: only max_length
     target_max_len: int = 0
     skip_bad_rows: bool = False
+    encoder_decoder: bool = False
 
 
 @dataclass
@@ -105,7 +108,8 @@ def tokenize_rows(
       first: index of the first row, for messages and `source_rows`.
 
     Raises:
-      UserError: a bad row (unless `options.skip_bad_rows`), or a template from which no mask can be had.
+      UserError: a bad row (unless `options.skip_bad_rows`), a template from which no mask can be had, or for an
+        encoder-decoder a row that is no pair.
     """
     if options.format in ("messages", "sharegpt") or options.response_markers:
         if not tokenizer.is_fast:
@@ -117,7 +121,10 @@ def tokenize_rows(
         samples = []
         for index, row in enumerate(rows[start : start + _BATCH], start=first + start):
             try:
-                samples.append((index, _prepare(convert(row, options.format, options.columns), tokenizer, options)))
+                sample = convert(row, options.format, options.columns)
+                if options.encoder_decoder and not isinstance(sample, Pair):
+                    raise UserError(_no_pair(sample, f"{where} {index + 1}"))
+                samples.append((index, _prepare(sample, tokenizer, options)))
             except RowError as error:
                 bad.append(BadRow(f"{where} {index + 1}", str(error)))
                 if not options.skip_bad_rows:
@@ -177,17 +184,20 @@ def _encode(
     counts: Counter,
     dropped: Counter,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    texts = [text for _, sample in samples for text in _texts(sample, marks)]
+    texts = [text for _, sample in samples for text in _texts(sample, marks, options)]
     with_offsets = bool(options.response_markers) or any(isinstance(sample, _Spans) for _, sample in samples)
     encoded = _tokenize(tokenizer, texts, with_offsets)
     for index, sample in samples:
-        pieces = [next(encoded) for _ in _texts(sample, marks)]
+        pieces = [next(encoded) for _ in _texts(sample, marks, options)]
         if isinstance(sample, Text):
             examples = _text_examples(sample, *pieces[0], marks, options, counts)
             reason = "no response marker in the text" if options.response_markers else "empty text"
         elif isinstance(sample, Pair):
-            examples = _pair_examples(pieces[0][0], pieces[1][0], marks, options, counts)
+            make = _two_sides if options.encoder_decoder else _pair_examples
+            examples = make(pieces[0][0], pieces[1][0], marks, options, counts)
             reason = "empty answer" if not sample.target else "no room for the answer within max_length"
+            if options.encoder_decoder and not examples:
+                reason = "nothing to read"
             if not sample.target and not options.train_on_source:
                 examples = []  # only EOS is left to learn: to say nothing
         else:
@@ -206,7 +216,17 @@ def _encode(
             dropped[reason] += 1
 
 
-def _texts(sample: Any, marks: _Marks) -> list[str]:
+def _no_pair(sample: Sample, where: str) -> str:
+    found = "plain text" if isinstance(sample, Text) else "a chat"
+    return (
+        f"{where}: this is {found}, and an encoder-decoder learns from rows with an input and an output; "
+        "use input/output, prompt/completion or alpaca rows"
+    )
+
+
+def _texts(sample: Any, marks: _Marks, options: Options) -> list[str]:
+    if options.encoder_decoder:  # its pairs are read as Hugging Face's tokenizers read one text each
+        return [(marks.bos if marks.adds_bos else "") + sample.source, sample.target]
     if isinstance(sample, Pair):
         bos = "" if marks.bos and sample.source.startswith(marks.bos) else marks.bos
         return [bos + sample.source, sample.target + marks.eos]
@@ -258,6 +278,23 @@ def _pair_examples(
     if not options.train_on_source:
         mask[: len(source)] = False
     return [_example(ids, mask)]
+
+
+def _two_sides(
+    source: np.ndarray, target: np.ndarray, marks: _Marks, options: Options, counts: Counter
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    end = np.asarray([] if marks.eos_id is None else [marks.eos_id], np.int32)
+
+    def cut(ids: np.ndarray, limit: int) -> np.ndarray:
+        return np.append(ids[: min(limit or options.max_length, options.max_length) - len(end)], end)
+
+    read, said = cut(source, options.source_max_len), cut(target, options.target_max_len)
+    if not len(read):
+        return []
+    lost = len(said) < len(target) + len(end)
+    counts["truncated"] += lost or len(read) < len(source) + len(end)
+    counts["eos_lost"] += lost  # not EOS itself, but what stood before it
+    return [_example(np.append(read, said), np.arange(len(read) + len(said)) >= len(read))]
 
 
 def _chat_examples(

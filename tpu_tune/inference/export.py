@@ -1,4 +1,4 @@
-"""From a run to files that others read: the PEFT adapter, a merged Hugging Face model, or the base below the adapter.
+"""From a run to files that others read: the PEFT adapter, a merged model (Hugging Face or GGUF), or the adapter's base.
 
 There are two schools of merging a QLoRA adapter: into the original weights, as peft's own advice goes, or into the
 dequantized ones it was trained over, which is exact to training. Both are offered, the original by default, and the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,14 +19,15 @@ from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import peft
-from tpu_tune.checkpoints.huggingface_write import whole_directory, write_model
+from tpu_tune.checkpoints.gguf_write import check_family, write_gguf
+from tpu_tune.checkpoints.huggingface_write import tensors_with_head, whole_directory, write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource, open_source
 from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
 from tpu_tune.models import Architecture
-from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split
+from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split, unties_head
 
 BASES = ("original", "dequantized")
 _PROBE_TOKENS = 64
@@ -75,11 +77,51 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     config = read_run(run)
     _check_output(output)
     if config.method == "full":
-        if not os.path.isdir(os.path.join(run, "model")):
-            raise UserError(f"{run} has no model/ yet; let the training finish first (the same train command goes on)")
+        model = _full_model(run)
         with whole_directory(output) as aside:
-            shutil.copytree(os.path.join(run, "model"), aside, dirs_exist_ok=True)
+            shutil.copytree(model, aside, dirs_exist_ok=True)
         return {"max_logit_difference": 0.0, "relative_logit_difference": 0.0, "same_first_guesses": 1.0}
+    source, arch, combined = _trained(run, config)
+    return _written_and_measured(
+        output, arch, combined, base, lambda params: write_model(output, params, source, arch, dtype)
+    )
+
+
+def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16") -> dict[str, Any]:
+    """Write a run's model, its adapter merged in, as one GGUF file; return figures as `export_merged` does.
+
+    Args:
+      run: run directory, of any method.
+      output: file to write, `NAME.gguf`.
+      base: original | dequantized; without meaning for a run that trained every weight.
+      kind: f16 | bf16 | q8_0, the number format of the matrices.
+
+    Raises:
+      UserError: llama.cpp does not know the family, or GGUF cannot express the model or its tokenizer.
+    """
+    config = read_run(run)
+    if not output.endswith(".gguf"):
+        raise UserError(f"--output is {output}; a GGUF file's name ends with .gguf")
+    _check_output(output)
+    if config.method == "full":
+        source = open_source(_full_model(run))
+        arch = open_architecture(source)
+
+        def combined(quantized: bool) -> dict[str, Any]:
+            return load_params(source, arch, jnp.float32)
+    else:
+        source, arch, combined = _trained(run, config)
+    check_family(source.config)
+
+    def write(params: dict[str, Any]) -> None:
+        untied = unties_head(params, arch.modules())
+        write_gguf(output, tensors_with_head(params, arch, untied), source, kind, untied)
+
+    return _written_and_measured(output, arch, combined, base, write)
+
+
+def _trained(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, Callable[[bool], dict[str, Any]]]:
+    """A run's base, its architecture, and what loads the tree with the adapter over the quantized base or the plain."""
     source, arch, policy = _opened(run, config)
     spec, adapters = peft.read_adapter(_adapter_of(run, config), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
@@ -90,12 +132,23 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
         )
         return combine(*split(params, targets, adapters), targets)
 
+    return source, arch, combined
+
+
+def _written_and_measured(
+    output: str,
+    arch: Architecture,
+    combined: Callable[[bool], dict[str, Any]],
+    base: str,
+    write: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Write a tree, read it back, and compare its logits on one probe text with those of the tree as it was trained."""
     # One tree at a time: the trained one gives the reference logits, then the exported one is written and measured.
     probe = np.random.default_rng(0).integers(0, arch.vocab_size, (1, _PROBE_TOKENS))
     trained = combined(True)
     probes = [jnp.asarray(probe, jnp.int32)] * (2 if arch.encoder else 1)
     reference = np.asarray(logits(arch, jnp.dtype("float32"), trained, *probes))
-    write_model(output, trained if base == "dequantized" else combined(False), source, arch, dtype)
+    write(trained if base == "dequantized" else combined(False))
     del trained
     exported = open_source(output)
     written_arch = open_architecture(exported)
@@ -130,6 +183,13 @@ def _opened(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, Q
     except UserError as error:
         raise UserError(f"the model that {run} was trained on cannot be opened: {error}") from None
     return source, open_architecture(source), QuantizePolicy.from_config(config.quantize)
+
+
+def _full_model(run: str) -> str:
+    model = os.path.join(run, "model")
+    if not os.path.isdir(model):
+        raise UserError(f"{run} has no model/ yet; let the training finish first (the same train command goes on)")
+    return model
 
 
 def _adapter_of(run: str, config: ConfigDict) -> str:

@@ -60,8 +60,11 @@ def generate(
     chat: bool,
 ) -> list[str]:
     """Return one decoded answer a prompt (see `Model.generate`)."""
-    # An encoder-decoder's prompt is what its encoder reads, not a turn of a chat.
+    # An encoder-decoder's prompt is what its encoder reads, not a turn of a chat; EOS ends it, as in training.
     encoded = [encode_prompt(tokenizer, prompt, chat and arch.encoder is None) for prompt in prompts]
+    if arch.encoder and tokenizer.eos_token_id is not None:
+        end = tokenizer.eos_token_id
+        encoded = [ids if ids[-1:] == [end] else [*ids, end] for ids in encoded]
     answers = generate_ids(arch, params, encoded, sampling, end_tokens(tokenizer), dtype)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 

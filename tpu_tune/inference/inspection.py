@@ -38,8 +38,9 @@ def inspect_model(path: str, spec: LoraSpec) -> dict[str, Any]:
     """Return the facts that `tpu-tune inspect` prints.
 
     Returns:
-      `family`, `hidden_size`, `num_layers`, `num_heads`, `num_kv_heads`, `vocab_size`, `parameters`, `modules` (a list
-      of `name`, `shape` (in, out), `layers`, `kind`, `role`), and `lora`: `targets`, `trainable`, `all`.
+      `family`, `hidden_size`, `num_layers` (of an encoder-decoder the decoder's, beside `num_encoder_layers`),
+      `num_heads`, `num_kv_heads`, `vocab_size`, `parameters`, `modules` (a list of `name`, `shape` (in, out), `layers`,
+      `kind`, `role`, `tied_to`, `bias`), and `lora`: `targets`, `trainable`, `all`.
     """
     source = open_source(path)
     arch = open_architecture(source)
@@ -54,10 +55,12 @@ def inspect_model(path: str, spec: LoraSpec) -> dict[str, Any]:
     magnitudes = sum(len(t.ranks) * t.module.shape[-1] for t in targets.adapted) if spec.use_dora else 0
     rows = sum(len(tokens.ids) * arch.hidden_size for tokens in targets.tokens)
     added = sum(target.num_parameters for target in targets.adapted) + magnitudes + rows
+    encoder = {"num_encoder_layers": arch.encoder.num_layers} if arch.encoder else {}
     return {
         "family": arch.family,
         "hidden_size": arch.hidden_size,
         "num_layers": arch.num_layers,
+        **encoder,
         "num_heads": arch.num_heads,
         "num_kv_heads": arch.num_kv_heads,
         "vocab_size": arch.vocab_size,

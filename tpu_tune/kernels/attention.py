@@ -1,56 +1,25 @@
-"""Causal attention with grouped heads, segments and sliding windows, in plain JAX.
+"""Attention with grouped heads, segments and sliding windows: which implementation runs, and the plain one.
 
-`reference` holds all scores at once; `blockwise` walks over blocks of queries and recomputes each block's scores in
-the backward pass, so that its memory grows linearly with the sequence. Both take the same arguments.
+`reference` holds all scores at once. `blockwise.py` holds those of two blocks, on any device; `splash.py` is the kernel
+for newer TPUs. Scores with a learned bias go through `rematerialised`, which lets JAX derive the bias's gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.blockwise import BLOCK, blockwise
+from tpu_tune.kernels.places import Bias, Places, soft_cap
+from tpu_tune.kernels.splash import splash
 
-QUERY_BLOCK = 512
 _AUTO_LIMIT = 2048  # longest key sequence for which `auto` holds all scores
-
-# (query index (B, T), key index (B, S)) -> (B, H, T, S) float32, added to the scores
-Bias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "B H T S"]]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["query_index", "key_index", "query_segments", "key_segments"],
-    meta_fields=["causal"],
-)
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where queries and keys stand: a query sees keys of its own segment, if causal at or before its index.
-
-    Attributes:
-      query_index, key_index: place in the row, (B, T) and (B, S).
-      query_segments, key_segments: document number; 0 is padding, and no other document sees it.
-      causal: whether keys behind the query are hidden from it.
-    """
-
-    query_index: Int[Array, "B T"]
-    key_index: Int[Array, "B S"]
-    query_segments: Int[Array, "B T"]
-    key_segments: Int[Array, "B S"]
-    causal: bool = True
-
-    def mask(self, window: int | None) -> Bool[Array, "B T S"]:
-        """Return which keys each query sees."""
-        seen = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        distance = self.query_index[:, :, None] - self.key_index[:, None, :]
-        if self.causal:
-            seen &= distance >= 0
-        return seen if window is None else seen & (distance < window)
 
 
 def attention(
@@ -64,32 +33,62 @@ def attention(
     cap: float | None = None,
     bias: Bias | None = None,
     implementation: str = "auto",
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention; H is a multiple of K (grouped heads), scores and softmax are float32.
 
     Args:
+      places: where queries and keys stand; where there are as many of both and attention is causal, they are one row
+        from its beginning.
       window: each query sees so many keys, its own place included; None for all.
       scale: of the scores; D ** -0.5 by default.
       cap: soft limit of the scores, see `soft_cap`.
       bias: added to the scores, by place.
-      implementation: auto | reference | blockwise.
+      implementation: auto | reference | blockwise | splash; what splash cannot do (a cache, a bias, an encoder, rows
+        cut over `sequence`) goes to auto.
+      mesh: for kernels that run on each device's part; None on one device.
 
     Raises:
       UserError: an unknown implementation.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == "auto":
-        implementation = "blockwise" if k.shape[1] > _AUTO_LIMIT and q.shape[1] > QUERY_BLOCK else "reference"
+    if implementation == "splash":
+        whole = mesh is None or mesh.shape["sequence"] == 1
+        if bias is None and places.causal and q.shape[1] == k.shape[1] and whole:
+            return splash(q, k, v, places.query_segments, window, scale, cap, mesh)
+        implementation = "auto"
+    implementation = chosen(implementation, q.shape[1], k.shape[1])
     if implementation == "reference":
         return reference(q, k, v, places, window, scale, cap, bias)
     if implementation == "blockwise":
-        return blockwise(q, k, v, places, window, scale, cap=cap, bias=bias)
-    raise UserError(f"model.attention is '{implementation}'; it must be auto, reference or blockwise")
+        if bias is not None:
+            return rematerialised(q, k, v, places, window, scale, bias, cap)
+        return blockwise(q, k, v, places, window, scale, cap=cap)
+    raise UserError(f"model.attention is '{implementation}'; it must be auto, reference, blockwise or splash")
 
 
-def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-    """Return cap * tanh(x / cap), which keeps x between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
+def for_device(implementation: str, device: Any) -> str:
+    """Return the implementation to use on a device: what is asked for, or the best where that is auto.
+
+    Args:
+      implementation: as in `attention`.
+      device: of the mesh, there or of a topology.
+
+    Raises:
+      UserError: splash on what it is not for.
+    """
+    kind = device.device_kind
+    has_splash = device.platform == "tpu" and not kind.startswith(("TPU v2", "TPU v3"))
+    if implementation == "splash" and not has_splash:
+        raise UserError(f"model.attention=splash needs a TPU v4 or later, and this is {kind}; leave it at auto")
+    return "splash" if implementation == "auto" and has_splash else implementation
+
+
+def chosen(implementation: str, queries: int, keys: int) -> str:
+    """Return the implementation that a name stands for: what `auto` takes for so many queries and keys, or itself."""
+    if implementation != "auto":
+        return implementation
+    return "blockwise" if keys > _AUTO_LIMIT and queries > BLOCK else "reference"
 
 
 def reference(
@@ -110,9 +109,9 @@ def reference(
     return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(batch, length, heads, size)
 
 
-def blockwise(
-    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float,
-    block: int = QUERY_BLOCK, cap: float | None = None, bias: Bias | None = None,
+def rematerialised(
+    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float, bias: Bias,
+    cap: float | None = None, block: int = BLOCK,
 ) -> Array:  # fmt: skip
     """Attention over blocks of queries, scores recomputed in the backward pass."""
     batch, length, heads, size = q.shape

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.attention import Places
+from tpu_tune.kernels.places import Places
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
 from tpu_tune.models.layers import Branch, Past, Surroundings, apply_head, layer, linear, norm, relative_bias
@@ -40,6 +41,7 @@ class Execution:
     Attributes:
       dtype: of the activations; norms, rotary angles and softmax are float32 whatever it is.
       attention: implementation, see `kernels.attention`.
+      mesh: for its kernels that run on each device's part; None on one device.
       remat: none | full | dots: what of a layer the backward pass recomputes.
       gather: applied to one layer's leaves, by path, inside the rematerialised scan body; training constrains quantized
         codes there, so that they are gathered over fsdp instead of dequantized weights.
@@ -48,6 +50,7 @@ class Execution:
 
     dtype: Any = jnp.float32
     attention: str = "auto"
+    mesh: Mesh | None = None
     remat: str = "none"
     gather: Callable[[dict[str, Any]], dict[str, Any]] = lambda leaves: leaves
     constrain: Callable[[Array], Array] = lambda hidden: hidden
@@ -174,6 +177,7 @@ class Decoder(nnx.Module):
             places=Places(index, key_index, segment_ids, segments, arch.causal),
             angles={kind.rope: rotary.tables(kind.rope, positions) for kind in arch.kinds if kind.rope is not None},
             implementation=run.attention,
+            mesh=run.mesh,
             bias=relative_bias(arch, self.outside.at(names.relative_bias).leaf("weight")) if arch.relative else None,
             start=start,
         )

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from tpu_tune.kernels.attention import Bias, Places, attention, soft_cap
+from tpu_tune.kernels.attention import attention
+from tpu_tune.kernels.places import Bias, Places, soft_cap
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind
@@ -58,6 +60,7 @@ class Surroundings:
       places: of queries and keys.
       angles: cosines and sines of each rotary embedding.
       implementation: of attention.
+      mesh: for its kernels; None on one device.
       bias: on the scores, from learned relative positions; or None.
       memory: an encoder's output and its places, for cross-attention; or None.
       start: where new keys and values are written in a cache, None without one.
@@ -66,6 +69,7 @@ class Surroundings:
     places: Places
     angles: Mapping[rotary.Rope, tuple[Array, Array]]
     implementation: str
+    mesh: Mesh | None = None
     bias: Bias | None = None
     memory: tuple[Array | None, Places] | None = None
     start: Array | None = None
@@ -145,7 +149,7 @@ def _self_attention(
             entry = (k, v)
         seen = attention(
             q, k, v, around.places, window=kind.window, scale=arch.attention_scale, cap=arch.attention_soft_cap,
-            bias=around.bias, implementation=around.implementation,
+            bias=around.bias, implementation=around.implementation, mesh=around.mesh,
         )  # fmt: skip
         return seen, entry
 
@@ -222,12 +226,12 @@ def relative_bias(arch: Architecture, table: Any) -> Bias:
 
     def bias(query_index: Int[Array, "B T"], key_index: Int[Array, "B S"]) -> Float[Array, "B H T S"]:
         distance = key_index[:, None, :] - query_index[:, :, None]
-        return jnp.moveaxis(embed(_buckets(arch, distance), table, jnp.float32), -1, 1)
+        return jnp.moveaxis(embed(buckets_of(arch, distance), table, jnp.float32), -1, 1)
 
     return bias
 
 
-def _buckets(arch: Architecture, distance: Array) -> Array:
+def buckets_of(arch: Architecture, distance: Int[Array, "..."]) -> Int[Array, "..."]:
     """T5's buckets (arXiv:1910.10683, section 2.1): exact to half their number, then logarithmic to `max_distance`.
 
     Without `causal`, one half of the buckets is for what lies ahead.

@@ -7,14 +7,21 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from tpu_tune.data import PackedRows, PairRows, eval_batches
 from tpu_tune.training.setup import Steps
 
 
 def evaluate(
-    steps: Steps, trainable: Mapping[str, Any], frozen: Mapping[str, Any], rows: PackedRows | PairRows, batch_rows: int
+    steps: Steps,
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    rows: PackedRows | PairRows,
+    batch_rows: int,
+    mine: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of one pass over `rows`.
+    """Return the metrics of one pass over `rows`; `mine` says which rows of a batch this process reads.
 
     Returns:
       `eval_loss` (nats, mean over all target tokens), `eval_perplexity` = exp(eval_loss), `eval_token_accuracy`
@@ -22,7 +29,7 @@ def evaluate(
     """
     start = time.monotonic()
     loss, right, count = 0.0, 0, 0
-    for batch in eval_batches(rows, batch_rows):
+    for batch in eval_batches(rows, batch_rows, mine):
         sums = steps.evaluate(trainable, frozen, steps.put_batch(batch, 0))
         loss += float(sums["loss"])
         right += int(sums["right"])

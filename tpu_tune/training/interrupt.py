@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 
+import jax
+from jax.experimental import multihost_utils
+
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGTERM or SIGINT has come; a second SIGINT interrupts at once."""
+def catch_signals() -> Iterator[Callable[[int], bool]]:
+    """Yield a function that says whether to stop after a step, because SIGTERM or SIGINT has come.
+
+    It is asked once a step. A second SIGINT interrupts at once. With several processes one's signal stops all of them
+    after the same step.
+    """
     came = threading.Event()
+    if jax.process_count() > 1:
+        yield from _catch_preemption()
+        return
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set  # signals belong to the main thread
+        yield lambda step: came.is_set()  # signals belong to the main thread
         return
 
     def handle(number: int, _: object) -> None:
@@ -25,7 +36,23 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came.is_set
+        yield lambda step: came.is_set()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _catch_preemption() -> Iterator[Callable[[int], bool]]:
+    # jax's coordination service has its own handler for SIGTERM, and picks the step that all processes can still stop at.
+    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    def reached(step: int) -> bool:
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return False
+        print("\nSIGTERM to one of the hosts: saving after this step", file=sys.stderr, flush=True)
+        return True
+
+    try:
+        yield reached
+    finally:
+        signal.signal(signal.SIGINT, before)

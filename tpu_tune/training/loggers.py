@@ -14,17 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.errors import UserError
 from tpu_tune.training import run_directory
 
 
 @dataclass(frozen=True)
 class Sink:
-    """One receiver of metrics: its name, `log(row)`, and `close()`. A row is a flat dict that has "step"."""
+    """One receiver of metrics: its name, `log(row)`, `close()` and `flush()`. A row is a flat dict that has "step"."""
 
     name: str
     log: Callable[[Mapping[str, Any]], None]
     close: Callable[[], None] = lambda: None
+    flush: Callable[[], None] = lambda: None
 
 
 def _warn(message: str) -> None:
@@ -72,7 +74,8 @@ def open_sinks(
     names = reporters(report_to)
     if not is_main:
         return []
-    sinks = [Sink("metrics.jsonl", lambda row: run_directory.append_metrics(output_dir, row))]
+    metrics = run_directory.MetricsFile(output_dir)
+    sinks = [Sink("metrics.jsonl", metrics.append, metrics.flush, metrics.flush)]
     for name in names:
         package, opener = _OPENERS[name]
         if not importlib.util.find_spec(package):
@@ -89,6 +92,12 @@ def log(sinks: Sequence[Sink], row: Mapping[str, Any]) -> None:
     """Send one row to every sink."""
     for sink in sinks:
         sink.log(row)
+
+
+def flush(sinks: Sequence[Sink]) -> None:
+    """Write what a sink still holds back."""
+    for sink in sinks:
+        sink.flush()
 
 
 def close(sinks: Sequence[Sink]) -> None:
@@ -151,14 +160,13 @@ def _open_wandb(output_dir: str, config: Mapping[str, Any], resume_step: int) ->
     # A resumed run goes on in the same wandb run, whose id is kept beside the metrics.
     id_file = run_directory.path(output_dir, "wandb_run_id")
     identity = wandb.util.generate_id()
-    if os.path.exists(id_file):
-        with open(id_file, encoding="utf-8") as stream:
-            identity = stream.read().strip() or identity
+    if storage.exists(id_file):
+        identity = storage.read_bytes(id_file).decode().strip() or identity
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "tpu_tune"),
         id=identity,
         resume="allow",
-        dir=output_dir,
+        dir=None if storage.is_remote(output_dir) else output_dir,
         config=dict(config),
     )
     run_directory.write_aside(id_file, identity + "\n")

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +24,21 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.checkpoints.run import RunCheckpoints
-from tpu_tune.data import Batches, Datasets, EncoderDecoder, load_data, prefetch
+from tpu_tune.data import Batches, Datasets, PairRows, load_data, prefetch
 from tpu_tune.errors import UserError
-from tpu_tune.training import loggers, run_directory
+from tpu_tune.training import distributed, loggers, run_directory
 from tpu_tune.training.evaluation import evaluate
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.progress import Progress
-from tpu_tune.training.setup import PreparedModel, Steps, check_settings, open_model, prepare_model, prepare_steps
+from tpu_tune.training.setup import (
+    PreparedModel,
+    Steps,
+    check_settings,
+    micro_batch_rows,
+    open_model,
+    prepare_model,
+    prepare_steps,
+)
 from tpu_tune.training.step import TrainState
 from tpu_tune.transforms import sharding
 
@@ -95,30 +102,27 @@ def train(
     # --- the run directory, the devices -------------------------------------------------------------------------
     is_main = jax.process_index() == 0
     say = say if is_main else lambda line: None
-    config = check_settings(config)
-    mesh = sharding.make_mesh(config.mesh)
-    batch_rows, eval_rows = _batch_rows(config, mesh)
-    start = run_directory.open_run(config, write=False)
-    config, out = start.config, start.config.output_dir
+    mesh, start = distributed.together("settings", lambda: _start(config))
+    batch_rows, eval_rows = micro_batch_rows(start.config, mesh)
+    config, out = _same_seeds(start.config), start.config.output_dir
     for note in start.notes:
         say(note)
 
     # --- data and model; whatever can be wrong with them is found before the run directory is made --------------
-    source, architecture = open_model(config)
-    tokenizer, pairs = source.load_tokenizer(), None
-    if architecture.encoder:
-        pairs = EncoderDecoder(architecture.start_token, tokenizer.eos_token_id)
-    data = load_data(config, tokenizer, architecture.vocab_size, pairs)
+    data = distributed.together("data", lambda: _data(config, mesh))
     begun = time.monotonic()
     model = prepare_model(config, mesh)
     jax.block_until_ready((model.trainable, model.frozen))
-    if is_main:
-        run_directory.write_config(config)
+    distributed.together("config.json", lambda: run_directory.write_config(config) if is_main else None)
+    distributed.together("run directory", lambda: run_directory.check_shared(out))
     say(
         f"model: {config.model.path} ({model.architecture.family}), loaded in {time.monotonic() - begun:.1f} s on {_devices(mesh)}"
     )
     say(trainable_line(model))
-    batches = Batches(data.train, batch_rows, config.train.gradient_accumulation_steps, config.data.data_seed)
+    batches = Batches(
+        data.train, batch_rows, config.train.gradient_accumulation_steps, config.data.data_seed,
+        sharding.rows_here(mesh, batch_rows),
+    )  # fmt: skip
     total = total_steps(config, batches)
     say(_data_line(data, batches, total))
 
@@ -142,11 +146,15 @@ def train(
                     f"a step was {memory.rows} rows and is now {rows}, for the mesh has changed: order and schedule are new from here on"
                 )
         first, memory.rows = int(state.step), rows
-        if is_main:
-            run_directory.truncate_metrics(out, first)
         result = run_directory.path(out, "adapter" if model.targets is not None else "model")
         stopped = 0 < config.train.early_stopping_patience <= memory.evals_without_gain
-        if (first >= total or stopped) and os.path.isdir(result):
+        # Before anything is written there: a process that is behind must see what the others saw.
+        done = (first >= total or stopped) and huggingface_write.is_whole(result)
+        read, done = distributed.from_main([first, done], "checkpoint")
+        distributed.together("checkpoint", lambda: _check_same_step(first, read))
+        if is_main:
+            run_directory.truncate_metrics(out, first)
+        if done:
             say(f"this run is done: {first} of {total} steps; its result is in {result}")
             return Run(out, config, run_directory.read_metrics(out), first, total, result, "already finished")
         sinks = loggers.open_sinks(config.train.report_to, out, configuration.to_dict(config), first, is_main)
@@ -167,6 +175,7 @@ def train(
             state = checkpoints.restore(state, memory.best_step)[0]
             say(f"taking the weights of step {memory.best_step}, eval_loss {memory.best_loss:.4f}")
         _write_result(config, model, state, result)
+        distributed.barrier("result")
     rows = run_directory.read_metrics(out)
     if on_eval and is_main:
         on_eval(rows)
@@ -192,6 +201,7 @@ def _loop(
     train, per_epoch, out = config.train, batches.steps_per_epoch, config.output_dir
     first, status = int(state.step), "finished"
     is_main = jax.process_index() == 0
+    eval_mine = sharding.rows_here(model.mesh, eval_rows)
     progress = Progress(total, first, train.logging_steps, show=is_main)
     clock, tokens_then = time.monotonic(), memory.num_tokens
     compile_note = time.monotonic()
@@ -204,7 +214,7 @@ def _loop(
         row = {
             "step": step,
             "epoch": step / per_epoch,
-            **evaluate(steps, state.trainable, model.frozen, data.eval, eval_rows),
+            **evaluate(steps, state.trainable, model.frozen, data.eval, eval_rows, eval_mine),
         }
         loggers.log(sinks, row)
         progress.write(
@@ -214,17 +224,19 @@ def _loop(
             memory.best_loss, memory.best_step, memory.evals_without_gain = row["eval_loss"], step, 0
         else:
             memory.evals_without_gain += 1
+        loggers.flush(sinks)
         if on_eval and is_main:
             on_eval(run_directory.read_metrics(out))
         clock, tokens_then = time.monotonic(), memory.num_tokens
         return 0 < train.early_stopping_patience <= memory.evals_without_gain
 
     def save(step: int) -> None:
+        loggers.flush(sinks)  # no checkpoint without the rows that lead to it
         if train.load_best_model_at_end:
             checkpoints.best_step = memory.best_step or None
         checkpoints.save(step, state, dataclasses.asdict(memory))
 
-    with progress, catch_signals() as interrupted:
+    with progress, catch_signals() as interrupting:
         for number, batch in enumerate(prefetch(batches.batch, first, total), start=first):
             state, device_metrics = steps.train(state, model.frozen, steps.put_batch(batch, 1))
             metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
@@ -263,12 +275,12 @@ def _loop(
                 clock, tokens_then = now, memory.num_tokens
             else:
                 progress.update(step)
-            stop = False
+            stop, interrupted = False, interrupting(step)
             if data.eval is not None and _due(train.eval_strategy, train.eval_steps, step, per_epoch):
                 stop = evaluated(step)
-            if interrupted() or stop or _due(train.save_strategy, train.save_steps, step, per_epoch):
+            if interrupted or stop or _due(train.save_strategy, train.save_steps, step, per_epoch):
                 save(step)
-            if interrupted():
+            if interrupted:
                 return state, memory, "interrupted"
             if stop:
                 progress.write(f"stopping early: eval_loss has not improved in {memory.evals_without_gain} evaluations")
@@ -311,24 +323,27 @@ def base_fingerprint(config: ConfigDict, model: PreparedModel) -> str:
 
 
 def _write_result(config: ConfigDict, model: PreparedModel, state: TrainState, directory: str) -> None:
-    trainable = jax.tree.map(_whole, state.trainable)
+    trainable = jax.tree.map(distributed.whole, state.trainable)
+    params = model.frozen
+    if jax.process_count() > 1 and model.targets is not None:
+        # An adapted embedding or head is written beside its adapter.
+        wanted = [f"{target.module.tied_to or target.module.path}.weight" for target in model.targets.adapted]
+        ends = [
+            f"{module.path}.weight"
+            for module in model.architecture.modules()
+            if module.kind == "embedding" or module.is_head
+        ]
+        params = {
+            path: jax.tree.map(distributed.whole, params[path]) for path in sorted({*wanted} & {*ends} & {*params})
+        }
     if jax.process_index() != 0:
         return
     if model.targets is not None:
         peft.write_adapter(
-            directory, trainable, model.targets, model.architecture, config.model.path, model.frozen, model.source
+            directory, trainable, model.targets, model.architecture, config.model.path, params, model.source
         )
     else:
         huggingface_write.write_model(directory, trainable, model.source, model.architecture)
-
-
-def _whole(leaf: jax.Array) -> Any:
-    """Return an array that this process can read whole; collective where several processes share it."""
-    if jax.process_count() == 1:
-        return leaf
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _due(strategy: str, every: int, step: int, per_epoch: int) -> bool:
@@ -337,13 +352,46 @@ def _due(strategy: str, every: int, step: int, per_epoch: int) -> bool:
     return step % (every if strategy == "steps" else per_epoch) == 0
 
 
-def _batch_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.max_length % mesh.shape["sequence"]:
+def _check_widths(data: Datasets, mesh: jax.sharding.Mesh) -> None:
+    shares = mesh.shape["sequence"]
+    for rows in (data.train, data.eval):
+        for width in (
+            () if rows is None else (rows.width, *([rows.encoder_width] if isinstance(rows, PairRows) else []))
+        ):
+            if width % shares:
+                raise UserError(
+                    f"the rows are {width} tokens wide, which does not divide over mesh.sequence={shares}; "
+                    "choose one that divides 64"
+                )
+
+
+def _start(config: ConfigDict) -> tuple[jax.sharding.Mesh, run_directory.RunStart]:
+    config = check_settings(config)
+    mesh = sharding.make_mesh(config.mesh)
+    micro_batch_rows(config, mesh)
+    return mesh, run_directory.open_run(config, write=False)
+
+
+def _same_seeds(config: ConfigDict) -> ConfigDict:
+    """Take process 0's seeds: one of -1 was drawn by each process for itself."""
+    config.seed, config.data.data_seed = distributed.from_main([config.seed, config.data.data_seed], "seeds")
+    return config
+
+
+def _data(config: ConfigDict, mesh: jax.sharding.Mesh) -> Datasets:
+    source, architecture = open_model(config)
+    start_token = architecture.start_token if architecture.encoder else None
+    data = load_data(config, source.load_tokenizer(), architecture.vocab_size, start_token)
+    _check_widths(data, mesh)
+    return data
+
+
+def _check_same_step(mine: int, main: int) -> None:
+    if mine != main:
         raise UserError(
-            f"data.max_length={config.data.max_length} does not divide over mesh.sequence={mesh.shape['sequence']}; make it a multiple"
+            f"read checkpoint {mine} where process 0 read {main}: a damaged one, or an output_dir that is not the same for all "
+            "hosts; use a gs:// path or a shared disk"
         )
-    return config.train.per_device_train_batch_size * shards, config.train.per_device_eval_batch_size * shards
 
 
 def _devices(mesh: jax.sharding.Mesh) -> str:
@@ -355,7 +403,10 @@ def _devices(mesh: jax.sharding.Mesh) -> str:
 def _data_line(data: Datasets, batches: Batches, total: int) -> str:
     held_out = f", {len(data.eval)} for evaluation" if data.eval is not None else ""
     rows = batches.batch_rows * batches.accumulation
+    width = str(data.train.width)
+    if isinstance(data.train, PairRows):
+        width = f"{data.train.encoder_width} + {width}"
     return (
-        f"data: {len(data.train)} rows of {data.train.width} tokens{held_out}; {rows} rows a step, "
+        f"data: {len(data.train)} rows of {width} tokens{held_out}; {rows} rows a step, "
         f"{batches.steps_per_epoch} steps an epoch, {total} steps in all"
     )

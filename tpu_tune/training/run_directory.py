@@ -2,6 +2,8 @@
 
 `open_run` is the first thing a start does: it holds the new configuration against the recorded one and refuses what
 would silently change a run half-way. Files are written aside and renamed, so that a kill leaves the old or the new one.
+The directory may be in a bucket (`storage`), where a file cannot be appended to: `MetricsFile` uploads it whole, now and
+then, and before every checkpoint.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints import storage
 from tpu_tune.errors import UserError
 
 # What may differ between two starts of one run: how long it goes on, what it reports, and the machine it runs on.
@@ -69,7 +73,7 @@ def open_run(config: ConfigDict, write: bool = True) -> RunStart:
     notes: list[str] = []
     if recorded is not None:
         recorded = {**dict(configuration.flatten(configuration.default())), **recorded}
-    elif os.path.isdir(path(directory, "checkpoints")):
+    elif storage.is_dir(path(directory, "checkpoints")):
         raise UserError(
             f"{directory} holds checkpoints but no config.json, so they cannot be continued; choose another output_dir"
         )
@@ -95,14 +99,31 @@ def write_config(config: ConfigDict) -> None:
       UserError: the directory or the file cannot be written.
     """
     try:
-        os.makedirs(config.output_dir, exist_ok=True)
+        storage.make_dirs(config.output_dir)
     except OSError as error:
         raise UserError(f"output_dir {config.output_dir} cannot be made: {error.strerror}") from error
     write_aside(path(config.output_dir, "config.json"), json.dumps(configuration.to_dict(config), indent=2) + "\n")
 
 
+def check_shared(output_dir: str | os.PathLike) -> None:
+    """Hold against several hosts that each has a disk of its own: all have to see what process 0 has written.
+
+    Raises:
+      UserError: there is no config.json.
+    """
+    if _read_config(path(output_dir, "config.json")) is None:
+        raise UserError(
+            f"output_dir {output_dir}: process 0's config.json is not there; hosts need one place for checkpoints, a gs:// path or a shared disk"
+        )
+
+
 def _check_place(directory: str) -> None:
     """Raise where `directory` clearly cannot be made or written, before hours are spent."""
+    if storage.is_remote(directory):
+        try:
+            return storage.check_writable(directory)
+        except OSError as error:
+            raise UserError(f"output_dir {directory} cannot be written: {error.strerror or error}") from error
     place = os.path.abspath(directory)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
@@ -114,8 +135,7 @@ def _check_place(directory: str) -> None:
 
 def _read_config(file: str) -> dict[str, Any] | None:
     try:
-        with open(file, encoding="utf-8") as stream:
-            return dict(configuration.flatten(json.load(stream)))
+        return dict(configuration.flatten(json.loads(storage.read_bytes(file).decode())))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, AttributeError, OSError) as error:
@@ -153,16 +173,9 @@ def _show(value: Any) -> str:
 
 def write_aside(file: str, text: str) -> None:
     """Write a text file so that a kill or a full disk leaves either the old or the new content."""
-    aside = file + ".tmp"
     try:
-        with open(aside, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
+        storage.write_bytes(file, text.encode())
     except OSError as error:
-        if os.path.exists(aside):
-            os.unlink(aside)
         raise UserError(f"{file} cannot be written: {error.strerror}") from error
 
 
@@ -172,15 +185,73 @@ def append_metrics(output_dir: str | os.PathLike, row: Mapping[str, Any]) -> Non
     Raises:
       UserError: the file cannot be written, e.g. because the disk is full.
     """
-    line = json.dumps({key: plain_number(value) for key, value in row.items()}) + "\n"
-    file = path(output_dir, "metrics.jsonl")
-    try:
-        with open(file, "a", encoding="utf-8") as stream:
-            stream.write(line)  # closing flushes: rows are few and each must survive a kill
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be written: {error.strerror}; once that is mended, the same command goes on from the last checkpoint"
-        ) from error
+    file = MetricsFile(output_dir)
+    file.append(row)
+    file.flush()
+
+
+class MetricsFile:
+    """`metrics.jsonl`, open for rows. On a disk each is written at once; in a bucket the file is uploaded by `flush`.
+
+    Args:
+      output_dir: the run directory.
+      seconds: in a bucket, between uploads that nobody asked for; Google allows one a second.
+      clock: seconds; for tests.
+    """
+
+    def __init__(
+        self, output_dir: str | os.PathLike, seconds: float = 30.0, clock: Callable[[], float] = time.monotonic
+    ):
+        self._file = path(output_dir, "metrics.jsonl")
+        self._seconds, self._clock, self._last = seconds, clock, -math.inf
+        self._text: str | None = None  # the whole file, in a bucket
+        self._pending = False
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+          UserError: as `append_metrics`.
+        """
+        line = json.dumps({key: plain_number(value) for key, value in row.items()}) + "\n"
+        if storage.is_remote(self._file):
+            self._text = (self._read() if self._text is None else self._text) + line
+            self._pending = True
+            if self._clock() - self._last >= self._seconds:
+                self.flush()
+            return
+        try:
+            with open(self._file, "a", encoding="utf-8") as stream:
+                stream.write(line)  # closing flushes: rows are few and each must survive a kill
+        except OSError as error:
+            raise self._mistake(error) from error
+
+    def flush(self) -> None:
+        """Upload what is held back.
+
+        Raises:
+          UserError: as `append_metrics`.
+        """
+        if not self._pending:
+            return
+        try:
+            storage.write_bytes(self._file, self._text.encode())
+        except OSError as error:
+            raise self._mistake(error) from error
+        self._pending, self._last = False, self._clock()
+
+    def _read(self) -> str:
+        try:
+            return storage.read_bytes(self._file).decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise self._mistake(error) from error
+
+    def _mistake(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._file} cannot be written: {error.strerror}; once that is mended, the same command goes on from the last checkpoint"
+        )
 
 
 def plain_number(value: Any) -> Any:
@@ -205,10 +276,9 @@ def truncate_metrics(output_dir: str | os.PathLike, step: int) -> int:
       The number of rows dropped.
     """
     file = path(output_dir, "metrics.jsonl")
-    if not os.path.exists(file):
+    if not storage.exists(file):
         return 0
-    with open(file, encoding="utf-8", errors="replace") as stream:
-        before = stream.read()
+    before = _text(file)
     kept = [line for line, row in _rows(output_dir) if row.get("step", 0) <= step]
     after = "".join(line + "\n" for line in kept)
     if after != before:
@@ -216,10 +286,13 @@ def truncate_metrics(output_dir: str | os.PathLike, step: int) -> int:
     return len(before.splitlines()) - len(kept)
 
 
+def _text(file: str) -> str:
+    return storage.read_bytes(file).decode("utf-8", errors="replace").replace("\r\n", "\n")
+
+
 def _rows(output_dir: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
     try:
-        with open(path(output_dir, "metrics.jsonl"), encoding="utf-8", errors="replace") as stream:
-            lines = stream.read().splitlines()
+        lines = _text(path(output_dir, "metrics.jsonl")).splitlines()
     except FileNotFoundError:
         return []
     rows = []

@@ -25,6 +25,7 @@ from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
 from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution, architecture, check_length
 from tpu_tune.tensors import LoraTensor, SavedTensor
 from tpu_tune.training.loggers import reporters
@@ -87,8 +88,12 @@ class Steps:
     put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
 
 
-def check_settings(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = True) -> ConfigDict:
     """Hold a configuration against all that is known before anything is loaded or written, and return it whole.
+
+    Args:
+      config: the configuration, possibly partial.
+      with_data: whether the data must be there; a plan needs none.
 
     Raises:
       UserError: an unknown optimizer, schedule (or setting of it) or reporter, data that is not there, or settings
@@ -110,8 +115,9 @@ def check_settings(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
         raise UserError(
             "model.adapter needs method=lora; to train a merged model in full, merge it with tpu-tune export first"
         )
-    resolve(config.data.train)
-    if config.data.eval:
+    if with_data:
+        resolve(config.data.train)
+    if with_data and config.data.eval:
         resolve(config.data.eval)
     return config
 
@@ -175,7 +181,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
         adapters = lora.init(targets, params, jax.random.key(config.seed))
     trainable, frozen = split(params, targets, adapters)
     del params
-    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked))
+    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked), units=sharding_units(arch))
     trainable = {path: put(leaf, placed[path]) for path, leaf in trainable.items()}
     return PreparedModel(source, arch, mesh, targets, trainable, frozen, found)
 
@@ -203,7 +209,7 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
 
     trainable, frozen = jax.eval_shape(parts, base)
     found = sharding.shardings(base, mesh, stacked, units=sharding_units(arch))
-    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked))
+    placed = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked), units=sharding_units(arch))
     trainable = {path: _at(leaf, placed[path]) for path, leaf in trainable.items()}
     frozen = {path: jax.tree.map(_at, leaf, found[path]) for path, leaf in frozen.items()}
     return PreparedModel(None, arch, mesh, targets, trainable, frozen, found)
@@ -296,7 +302,8 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
 
 def execution(config: ConfigDict, model: PreparedModel) -> Execution:
     """Return how the decoder runs: dtype, attention, remat, and on more than one device its sharding hooks."""
-    plain = Execution(compute_dtype(config), config.model.attention, config.model.remat)
+    attention = for_device(config.model.attention, model.mesh.devices.flat[0])
+    plain = Execution(compute_dtype(config), attention, model.mesh if model.mesh.size > 1 else None, config.model.remat)
     if model.mesh.size == 1:
         return plain
     stacked = model.architecture.stacked()
@@ -353,6 +360,20 @@ def put(array: Any, home: NamedSharding) -> jax.Array:
         return jax.device_put(array, home)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, home, lambda index: host[index])
+
+
+def micro_batch_rows(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+    """Return the rows of a micro-batch over all devices: of training, and of evaluation.
+
+    Raises:
+      UserError: a row's tokens do not divide over the mesh.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.max_length % mesh.shape["sequence"]:
+        raise UserError(
+            f"data.max_length={config.data.max_length} does not divide over mesh.sequence={mesh.shape['sequence']}; make it a multiple"
+        )
+    return config.train.per_device_train_batch_size * shards, config.train.per_device_eval_batch_size * shards
 
 
 def _put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], leading: int) -> dict[str, jax.Array]:

@@ -47,6 +47,22 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def mesh_sizes(sizes: Mapping[str, int] | ConfigDict, count: int) -> dict[str, int]:
+    """Return the size of every axis of the mesh that `config.mesh` describes over so many devices.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    shape = [int(sizes[axis]) for axis in AXES]
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape and count % known == 0:
+        shape[shape.index(-1)] = count // known
+    if any(size < 1 for size in shape) or math.prod(shape) != count:
+        told = ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in AXES)
+        raise UserError(f"{told} does not make {count} devices; set one of them to -1")
+    return dict(zip(AXES, shape, strict=True))
+
+
 def make_mesh(sizes: Mapping[str, int] | ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh that `config.mesh` describes over the given (default: all) devices.
 
@@ -54,19 +70,21 @@ def make_mesh(sizes: Mapping[str, int] | ConfigDict, devices: Sequence[Any] | No
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = [int(sizes[axis]) for axis in AXES]
-    known = math.prod(size for size in shape if size != -1)
-    if -1 in shape and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if any(size < 1 for size in shape) or math.prod(shape) != len(devices):
-        told = ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in AXES)
-        raise UserError(f"{told} does not make {len(devices)} devices; set one of them to -1")
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+    return Mesh(np.asarray(devices).reshape(list(mesh_sizes(sizes, len(devices)).values())), AXES)
 
 
 def batch_spec(leading: int = 0) -> PartitionSpec:
     """Return the sharding of (leading..., rows, tokens) arrays."""
     return PartitionSpec(*[None] * leading, ("data", "fsdp"), "sequence")
+
+
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """Return which of a batch's rows live on this process's devices, (rows,) bool."""
+    mine = np.zeros(rows, bool)
+    home = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    for index in home.addressable_devices_indices_map((rows,)).values():
+        mine[index] = True
+    return mine
 
 
 def leaf_sharding(
@@ -175,4 +193,6 @@ def _fit(path: str, shape: Sequence[int], units: Sequence[int], wanted: Sequence
                         "%s: axis %d of %s moved to axis %d for mesh axis '%s'", path, axis, tuple(shape), place, name
                     )
                 given[place].append(name)
+    # The storage axes come last: gathering over them then leaves each device its own contiguous piece of `tensor`.
+    given = [sorted(names, key=lambda name: name in STORED) for names in given]
     return [tuple(names) if len(names) > 1 else (names[0] if names else None) for names in given]

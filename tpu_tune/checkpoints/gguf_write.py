@@ -1,0 +1,178 @@
+"""Writing a GGUF file, as llama.cpp's convert_hf_to_gguf.py writes it.
+
+Tensors come one at a time; their bytes are put into a file beside the output until all are known, since GGUF's header
+stands first and holds their sizes. The file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+import gguf
+import numpy as np
+
+from tpu_tune.checkpoints.gguf_families import FAMILIES
+from tpu_tune.checkpoints.gguf_file import open_gguf_file
+from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
+from tpu_tune.checkpoints.gguf_tokenizer_write import fitted, tokenizer_metadata
+from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.errors import UserError
+
+# name on the command line -> number format of the matrices, and GGUF's general.file_type
+FORMATS = {
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+_LARGEST_F16 = float(np.finfo(np.float16).max)
+
+
+def check_family(config: dict[str, Any]) -> None:
+    """Raise a UserError if llama.cpp knows no models of this configuration; nothing is read or written."""
+    gguf_metadata(config)
+
+
+def write_gguf(
+    path: str, tensors: Iterable[tuple[str, np.ndarray]], source: WeightSource, kind: str = "f16", untied: bool = False
+) -> None:
+    """Write a model as one GGUF file.
+
+    Args:
+      path: file to write; an existing one is replaced when the new one is complete.
+      tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out.
+      source: where the model came from; configuration and tokenizer are taken from it.
+      kind: number format of the matrices: f16, bf16 or q8_0 (matrices whose rows are no multiple of 32 become F16).
+        Vectors, norms and learned positions are float32, as in llama.cpp.
+      untied: the head has a weight of its own although the source's configuration ties it.
+
+    Raises:
+      UserError: llama.cpp does not know the family, GGUF cannot express the configuration or the tokenizer, a weight
+        does not fit into half precision, or the file cannot be written.
+    """
+    config = source.config | ({"tie_word_embeddings": False} if untied else {})
+    architecture, metadata, extra = gguf_metadata(config)
+    aside, data = f"{path}.tmp", f"{path}.data.tmp"
+    writer = gguf.GGUFWriter(None, architecture)
+    try:
+        shapes = {}
+        with open(data, "wb") as stream:
+            for name, array in extra.items():
+                _append(stream, writer, name, array, kind)
+            for name, array in tensors:
+                shapes[name] = array.shape
+                _append(stream, writer, *_to_gguf(architecture, config, source, name, array), kind)
+        tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
+        general = {
+            "general.type": "model",
+            "general.name": _name(path, architecture, tokenizer),
+            "general.file_type": int(FORMATS[kind][1]),
+            "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        }
+        for key, value in (general | metadata | tokenizer).items():
+            _add(writer, key, value)
+        writer.write_header_to_file(path=aside)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        # Not through the writer, which writes with `ndarray.tofile` and does not notice a disk that fills at the end.
+        with open(data, "rb") as stream, open(aside, "ab") as whole:
+            whole.write(bytes(-whole.tell() % _ALIGNMENT))
+            shutil.copyfileobj(stream, whole, 1 << 24)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # a full disk fails again when the rest of a buffer is written
+            writer.close()
+        for left in (aside, data):
+            with contextlib.suppress(OSError):
+                os.remove(left)
+
+
+def _to_gguf(
+    architecture: str, config: dict[str, Any], source: WeightSource, name: str, array: np.ndarray
+) -> tuple[str, np.ndarray]:
+    """GGUF's name of a tensor, and the tensor as GGUF has it."""
+    family = FAMILIES[architecture]
+    stored = family.gguf_name(name, source.shapes)
+    if stored is None:
+        raise UserError(f"{name} has no place in a GGUF file of the family {architecture}; export it with --merge")
+    if stored == "output.weight" and gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[_kind(architecture)]:
+        raise UserError(
+            f"llama.cpp ties the head of every {architecture} model to its embedding, and this one has a head of its "
+            "own (the embedding was trained or adapted); export it with --merge"
+        )
+    return stored, family.to_gguf(name, array, config)
+
+
+def _kind(architecture: str) -> gguf.MODEL_ARCH:
+    return next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+
+
+def _append(stream: Any, writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> None:
+    """Put a tensor's bytes, filled up to the alignment, at the end of a file and its description into the writer."""
+    number = _number_format(name, array, kind)
+    if number == gguf.GGMLQuantizationType.F16 and np.max(np.abs(array), initial=0.0) > _LARGEST_F16:
+        raise UserError(f"{name} has values beyond {_LARGEST_F16:.0f}, the largest of f16; write bf16 instead")
+    content = gguf.quantize(np.ascontiguousarray(array, np.float32), number)
+    writer.add_tensor_info(name, content.shape, content.dtype, content.nbytes, raw_dtype=number)
+    stream.write(content.tobytes())
+    stream.write(bytes(-content.nbytes % _ALIGNMENT))
+
+
+def _number_format(name: str, array: np.ndarray, kind: str) -> gguf.GGMLQuantizationType:
+    """As convert_hf_to_gguf.py, `prepare_tensors`, chooses it."""
+    plain = array.ndim <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight")
+    if plain or name == "position_embd.weight":
+        return gguf.GGMLQuantizationType.F32
+    number = FORMATS[kind][0]
+    block = gguf.GGML_QUANT_SIZES[number][0]
+    return number if array.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
+
+
+def _vocabulary_rows(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Rows of the embedding, whatever the family calls it."""
+    embeddings = {family.names["token_embd"] for family in FAMILIES.values()}
+    return next(shape[0] for name, shape in shapes.items() if name.removesuffix(".weight") in embeddings)
+
+
+def _name(path: str, architecture: str, tokenizer: dict[str, Any]) -> str:
+    """The file's name without its ending, except for what llama.cpp reads out of it.
+
+    It lets special tokens swallow the blanks behind them in a model whose name has `phi-3` or `phi3` in it, and fails
+    where such a model lacks one of four tokens (llama-vocab.cpp, `_set_tokenid_attr`).
+    """
+    name = os.path.splitext(os.path.basename(path))[0]
+    if architecture == "phi3" and {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= set(tokenizer["tokenizer.ggml.tokens"]):
+        return name if re.search("phi-?3", name, re.IGNORECASE) else f"Phi-3 {name}"
+    return re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
+
+
+def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, Any]:
+    """The tokenizer's metadata, as the source's where that is a GGUF file."""
+    if source.path.endswith(".gguf") and os.path.isfile(source.path):
+        metadata = open_gguf_file(source.path).metadata
+        return fitted({key: value for key, value in metadata.items() if key.startswith("tokenizer.")}, rows)
+    return tokenizer_metadata(source.load_tokenizer(), rows, architecture)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Add one metadata value under the GGUF type that llama.cpp expects of such a value."""
+    if isinstance(value, np.ndarray):
+        value = value.tobytes() if value.dtype.itemsize == 1 else value.tolist()
+    if isinstance(value, (list, bytes)):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)

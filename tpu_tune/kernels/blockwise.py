@@ -1,0 +1,180 @@
+"""Attention over blocks of queries and keys in plain JAX, with memory linear in the sequence (FlashAttention).
+
+The forward pass keeps a running maximum and sum for each query, so that scores exist for one pair of blocks at a time;
+what it keeps for the backward pass is the result and one number a query, from which each block's weights are computed
+again (Dao 2023, arXiv:2307.08691, algorithms 1 and 2). Blocks that the causal mask or the window leaves empty are not
+visited where queries and keys are the same row. It runs on every device: older TPUs, GPUs, CPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tpu_tune.kernels.places import Places, soft_cap
+
+BLOCK = 512
+_NEVER = -1e30  # finite: a query that sees no key must give zeros, not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What is static of one call: the mask's window, the scores' scale and cap, the sizes, which blocks may be skipped."""
+
+    window: int | None
+    scale: float
+    cap: float | None
+    size: int
+    queries: int
+    keys: int
+    aligned: bool
+
+    def keys_of(self, query: Array) -> tuple[Array, Array]:
+        """Return the first key block that a query block needs, and the one behind the last."""
+        if not self.aligned:
+            return jnp.int32(0), jnp.int32(self.keys)
+        first = jnp.int32(0)
+        if self.window is not None:
+            first = jnp.maximum(query * self.size - self.window + 1, 0) // self.size
+        return first, jnp.minimum(query + 1, self.keys)
+
+    def queries_of(self, key: Array) -> tuple[Array, Array]:
+        """Return the first query block that needs a key block, and the one behind the last."""
+        if not self.aligned:
+            return jnp.int32(0), jnp.int32(self.queries)
+        last = jnp.int32(self.queries)
+        if self.window is not None:
+            last = jnp.minimum(((key + 1) * self.size + self.window - 2) // self.size + 1, last)
+        return key, last
+
+
+def blockwise(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    places: Places,
+    window: int | None,
+    scale: float,
+    block: int = BLOCK,
+    cap: float | None = None,
+) -> Float[Array, "B T H D"]:
+    """Return attention as `attention.reference` does; see there for the arguments. `block`: tokens of a block."""
+    batch, length, heads, size = q.shape
+    groups = k.shape[2]
+    block = min(block, max(length, k.shape[1]))
+    q = q.reshape(batch, length, groups, heads // groups, size)
+
+    def cut(x: Array, fill: int = 0) -> Array:
+        """(B, N, ...) -> (blocks, B, block, ...); what fills the last block is a segment that nothing else has."""
+        short = -x.shape[1] % block
+        x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
+
+    where = (
+        cut(places.query_index), cut(places.query_segments, -1), cut(places.key_index), cut(places.key_segments, -2),
+    )  # fmt: skip
+    q, k, v = cut(q), cut(k), cut(v)
+    # Self-attention without a cache: indices are the places themselves, so that block numbers tell what is seen.
+    aligned = places.causal and length == places.key_index.shape[1]
+    static = _Blocks(window, scale, cap, block, q.shape[0], k.shape[0], aligned)
+    out = _flash((static, places.causal), q, k, v, where)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(static: Any, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> Array:
+    return _forward(static, q, k, v, where)[0]
+
+
+def _scores(static: Any, q: Array, k: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
+    """Return (scores before the mask, mask) of one pair of blocks, (B, K, G, block, block)."""
+    blocks, causal = static
+    raw = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * blocks.scale
+    seen = Places(where[0], where[2], where[1], where[3], causal).mask(blocks.window)
+    return raw, seen[:, None, None]
+
+
+def _at(parts: tuple[Array, ...], number: Array) -> list[Array]:
+    return [jax.lax.dynamic_index_in_dim(part, number, keepdims=False) for part in parts]
+
+
+def _forward(static: Any, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
+    """Return the result (blocks, B, block, K, G, D) and log-sum-exp of the scores (blocks, B, K, G, block), float32."""
+    blocks = static[0]
+
+    def one(_: None, scanned: tuple) -> tuple[None, tuple[Array, Array]]:
+        number, queries, index, segments = scanned
+
+        def add(key: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            largest, total, out = carry
+            keys, values, key_index, key_segments = _at((k, v, *where[2:]), key)
+            raw, seen = _scores(static, queries, keys, (index, segments, key_index, key_segments))
+            scores = jnp.where(seen, soft_cap(raw, blocks.cap), _NEVER)
+            new = jnp.maximum(largest, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - new[..., None])
+            shrink = jnp.exp(largest - new)
+            part = jnp.einsum(
+                "bkgts,bskd->bkgtd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+            )
+            return new, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + part
+
+        shape = (queries.shape[0], *queries.shape[2:4], queries.shape[1])
+        start = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, queries.shape[-1])))
+        largest, total, out = jax.lax.fori_loop(*blocks.keys_of(number), add, start)
+        out = jnp.moveaxis(out / total[..., None], 3, 1).astype(v.dtype)
+        return None, (out, largest + jnp.log(total))
+
+    _, found = jax.lax.scan(one, None, (jnp.arange(blocks.queries), q, *where[:2]))
+    return found
+
+
+def _flash_forward(static: Any, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, tuple]:
+    out, normaliser = _forward(static, q, k, v, where)
+    return out, (q, k, v, where, out, normaliser)
+
+
+def _flash_backward(static: Any, kept: tuple, g: Array) -> tuple:
+    q, k, v, where, out, normaliser = kept
+    blocks = static[0]
+    # The softmax's derivative needs, for each query, the product of its result with what comes back.
+    delta = jnp.einsum("nbtkgd,nbtkgd->nbkgt", out.astype(jnp.float32), g.astype(jnp.float32))
+
+    def one(to_q: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
+        number, keys, values, key_index, key_segments = scanned
+
+        def add(query: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            to_q, to_k, to_v = carry
+            queries, back, norm, product, index, segments = _at((q, g, normaliser, delta, *where[:2]), query)
+            raw, seen = _scores(static, queries, keys, (index, segments, key_index, key_segments))
+            capped = soft_cap(raw, blocks.cap)
+            weights = jnp.where(seen, jnp.exp(capped - norm[..., None]), 0.0)
+            to_v += jnp.einsum(
+                "bkgts,btkgd->bskd", weights.astype(back.dtype), back, preferred_element_type=jnp.float32
+            )
+            slope = jnp.einsum("btkgd,bskd->bkgts", back, values, preferred_element_type=jnp.float32)
+            slope = weights * (slope - product[..., None])
+            if blocks.cap is not None:
+                slope *= 1 - (capped / blocks.cap) ** 2
+            slope = (slope * blocks.scale).astype(queries.dtype)
+            to_k += jnp.einsum("bkgts,btkgd->bskd", slope, queries, preferred_element_type=jnp.float32)
+            more = jnp.einsum("bkgts,bskd->btkgd", slope, keys, preferred_element_type=jnp.float32)
+            old = jax.lax.dynamic_index_in_dim(to_q, query, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(to_q, old + more, query, 0), to_k, to_v
+
+        zeros = jnp.zeros(keys.shape, jnp.float32)
+        to_q, to_k, to_v = jax.lax.fori_loop(*blocks.queries_of(number), add, (to_q, zeros, zeros))
+        return to_q, (to_k.astype(k.dtype), to_v.astype(v.dtype))
+
+    scanned = (jnp.arange(blocks.keys), k, v, *where[2:])
+    to_q, (to_k, to_v) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), scanned)
+    nothing = tuple(np.zeros(part.shape, jax.dtypes.float0) for part in where)
+    return to_q.astype(q.dtype), to_k, to_v, nothing
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

@@ -1,0 +1,49 @@
+"""What every attention implementation shares: who sees whom, and the soft cap on scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# (query index (B, T), key index (B, S)) -> (B, H, T, S) float32, added to the scores
+Bias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "B H T S"]]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query_index", "key_index", "query_segments", "key_segments"],
+    meta_fields=["causal"],
+)
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where queries and keys stand: a query sees keys of its own segment, if causal at or before its index.
+
+    Attributes:
+      query_index, key_index: place in the row, (B, T) and (B, S).
+      query_segments, key_segments: document number; 0 is padding, and no other document sees it.
+      causal: whether keys behind the query are hidden from it.
+    """
+
+    query_index: Int[Array, "B T"]
+    key_index: Int[Array, "B S"]
+    query_segments: Int[Array, "B T"]
+    key_segments: Int[Array, "B S"]
+    causal: bool = True
+
+    def mask(self, window: int | None) -> Bool[Array, "B T S"]:
+        """Return which keys each query sees."""
+        seen = self.query_segments[:, :, None] == self.key_segments[:, None, :]
+        distance = self.query_index[:, :, None] - self.key_index[:, None, :]
+        if self.causal:
+            seen &= distance >= 0
+        return seen if window is None else seen & (distance < window)
+
+
+def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Return cap * tanh(x / cap), which keeps x between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

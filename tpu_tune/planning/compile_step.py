@@ -1,0 +1,239 @@
+"""The program that a plan runs in a process of its own: build the real training step from shapes, and compile it.
+
+    python -m tpu_tune.planning.compile_step < job.json
+
+libtpu and jax read their environment once, when they are imported, and libtpu belongs to one process: whoever plans
+may have a TPU, or jax on a CPU, and keeps it. The job comes as JSON on standard input (see `measure`), the answer
+leaves as one line of JSON on standard output: what `measure` returns, or `{"user_error": message}`.
+
+Without the compiler the same shapes are laid over as many CPU devices, which gives the bytes of all that is held
+between steps; what is needed within a step is then an estimate (`scratch`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from tpu_tune import config as configuration
+from tpu_tune.errors import UserError
+from tpu_tune.planning.scratch import scratch_bytes
+from tpu_tune.training.loop import count_parameters
+from tpu_tune.training.setup import (
+    PreparedModel,
+    abstract_model,
+    check_settings,
+    micro_batch_rows,
+    prepare_steps,
+)
+from tpu_tune.transforms import sharding
+
+_COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}  # packages, by platform
+_DECODER = ("input_ids", "targets", "positions", "segment_ids")
+_ENCODER = ("encoder_ids", "encoder_segment_ids")
+_ROUND = 64  # data/pairs.py rounds the widths of an encoder-decoder's rows up to multiples of this
+
+
+def measure(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the bytes a device needs for a training step, and for an evaluation step.
+
+    Args:
+      job: `config` (nested dicts), `model_config` (as config.json), `topology` (keywords of `get_topology_desc`),
+        `count` (devices), `compile` (False: count bytes only), `evaluate` (compile the evaluation step too).
+
+    Returns:
+      `compiler` (its name and version; "" where it was not used), `why` (no compiler), `held` (bytes a device: frozen,
+      trainable, optimizer, batch; of the shapes), `gradients`, `train` and `evaluate` (arguments, peak, host, fits, and
+      capacity where it does not; of the compiler or of the estimate), `parameters`, `trainable`, `rows` (of a step), `width` and
+      `encoder_width` (tokens a row), `mesh`.
+
+    Raises:
+      UserError: settings that do not fit the model or the devices.
+    """
+    config = check_settings(configuration.from_dict(job["config"]), with_data=False)
+    devices, compiler, why = find_devices(job)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    rows, eval_rows = micro_batch_rows(config, mesh)
+    model = abstract_model(config, job["model_config"], mesh)
+    steps = prepare_steps(config, model, max(config.train.max_steps, 1))
+    accumulation = config.train.gradient_accumulation_steps
+    batch = abstract_batch(config, model, (accumulation, rows))
+    state = steps.initial_state
+    held = {
+        "frozen": device_bytes(model.frozen),
+        "trainable": device_bytes(model.trainable),
+        "optimizer": device_bytes((state.opt_state, state.loss_scale)),
+        "batch": device_bytes(batch),
+    }
+    found = {
+        "compiler": compiler,
+        "why": why,
+        "held": held,
+        "gradients": device_bytes(model.trainable),
+        "parameters": count_parameters(model),
+        "trainable": model.num_trainable,
+        "rows": rows * accumulation,
+        "width": batch["input_ids"].shape[-1],
+        "encoder_width": batch["encoder_ids"].shape[-1] if "encoder_ids" in batch else 0,
+        "mesh": dict(mesh.shape),
+    }
+    per_device = config.train.per_device_train_batch_size, config.train.per_device_eval_batch_size
+    if not compiler:
+        for name, number in zip(("train", "evaluate"), per_device, strict=True):
+            scratch = scratch_bytes(model.architecture, config, number, found["width"], mesh.shape, name == "train")
+            scratch += (found["gradients"] if name == "train" else 0) + _dequantized(model)
+            found[name] = _estimate(sum(held.values()), scratch)
+        return found
+    on_tpu = job["topology"]["platform"] == "tpu"
+    found["train"] = compile_one(steps.train, (state, model.frozen, batch), on_tpu)
+    if job.get("evaluate") and found["train"]["fits"]:
+        arguments = (model.trainable, model.frozen, abstract_batch(config, model, (eval_rows,)))
+        found["evaluate"] = compile_one(steps.evaluate, arguments, on_tpu)
+        if found["evaluate"]["peak"]:  # the optimizer's state is held beside it, though the program does not see it
+            found["evaluate"]["peak"] += held["optimizer"]
+    return found
+
+
+def find_devices(job: Mapping[str, Any]) -> tuple[list[Any], str, str]:
+    """Return (devices to lay shapes over, the compiler's name or "", why there is none)."""
+    platform = job["topology"]["platform"]
+    why = _missing(platform) if job["compile"] else "asked for bytes only"
+    if not why:
+        try:
+            devices = topologies.get_topology_desc(**job["topology"]).devices
+            if len(devices) != job["count"]:
+                raise ValueError(f"the compiler counts {len(devices)} devices, not {job['count']}")
+            return list(devices), _compiler_name(platform), ""
+        except Exception as error:  # absent libraries, plugins and unknown cards all raise their own
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+    return jax.devices("cpu")[: job["count"]], "", why
+
+
+def _missing(platform: str) -> str:
+    """Return why there is no compiler for a platform, "" where it is installed."""
+    if any(importlib.util.find_spec(name.replace("-", "_")) for name in _COMPILERS[platform]):
+        return ""
+    extra = {"tpu": "tpu", "cuda": "cuda13"}[platform]
+    return f"{_COMPILERS[platform][0]}, the compiler, is not installed; pip install 'tpu_tune[{extra}]' brings it"
+
+
+def _compiler_name(platform: str) -> str:
+    for name in _COMPILERS[platform]:
+        try:
+            return f"{name} {importlib.metadata.version(name)}, jax {jax.__version__}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return f"{platform}, jax {jax.__version__}"
+
+
+def abstract_batch(config: Any, model: PreparedModel, leading: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a batch, (leading..., tokens) int32 each, as `data.load_data` would make them.
+
+    Packed rows have `data.max_length` tokens. Rows of one example each, and those of an encoder-decoder, are as wide as
+    the longest; what bounds it is taken.
+    """
+    home = NamedSharding(model.mesh, sharding.batch_spec(len(leading) - 1))
+    width = config.data.max_length
+    widths = dict.fromkeys(_DECODER, width)
+    if model.architecture.encoder:
+        source = min(width, config.data.source_max_len or width)
+        target = min(width, config.data.target_max_len or width)
+        source, target = (-(-length // _ROUND) * _ROUND for length in (source + 1, target + 1))
+        widths = dict.fromkeys(_DECODER, target) | dict.fromkeys(_ENCODER, source)
+    return {name: jax.ShapeDtypeStruct((*leading, size), jnp.int32, sharding=home) for name, size in widths.items()}
+
+
+def device_bytes(tree: Any) -> int:
+    """Return the bytes that one device holds of a tree of sharded shapes."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if hasattr(leaf, "sharding")
+    )
+
+
+def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict[str, Any]:
+    """Compile a jitted function and return what the compiler says of its memory, in bytes a device.
+
+    The peak is on a TPU what its compiler holds against the chip's memory (its `temp_size_in_bytes` may be larger than
+    the chip in a program that it accepts). On a GPU scratch is one allocation, and the peak the sum of all.
+
+    A program that is too large for a TPU is a result: `fits` is False, and `peak` what it would need, as far as the
+    compiler says it (else 0).
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler refuses the program for another reason.
+    """
+    lowered = function.lower(*arguments)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text or not re.search("hbm", text, re.IGNORECASE):
+            raise  # a kernel's own small memory does not get larger with the device
+        return {"fits": False, "arguments": device_bytes(arguments), **too_large(text, device_bytes(arguments))}
+    found = compiled.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    total = held + found.temp_size_in_bytes
+    return {
+        "fits": True,
+        "arguments": found.argument_size_in_bytes,
+        "peak": found.peak_memory_in_bytes if on_tpu and found.peak_memory_in_bytes else total,
+        "host": found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
+    }
+
+
+def too_large(message: str, arguments: int) -> dict[str, int]:
+    """Read from libtpu's RESOURCE_EXHAUSTED message what a program needs, and what there is, in bytes a device.
+
+    Args:
+      message: either "... (16.04G) exceeds available HBM (15.75G)" of the temporaries, or "Used 20.1G of 15.75G hbm".
+      arguments: bytes of what is passed in, which the first form leaves out.
+    """
+    sizes = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+    def find(pattern: str) -> int:
+        number = re.search(pattern, message)
+        return int(float(number[1]) * sizes[number[2]]) if number else 0
+
+    used = find(r"Used ([\d.]+)([KMGT]?) of")
+    temporaries = find(r"temporaries \(([\d.]+)([KMGT]?)B?\)")
+    capacity = find(r"of ([\d.]+)([KMGT]?) hbm") or find(r"available HBM \(([\d.]+)([KMGT]?)B?\)")
+    return {"peak": used or (temporaries + arguments if temporaries else 0), "capacity": capacity}
+
+
+def _estimate(held: int, scratch: int) -> dict[str, Any]:
+    return {"fits": True, "arguments": held, "peak": held + scratch, "host": 0}
+
+
+def _dequantized(model: PreparedModel) -> int:
+    """Return the bytes of the largest frozen matrix in the compute dtype: what is unpacked for one product."""
+    quantized = [leaf for leaf in model.frozen.values() if hasattr(leaf, "codes")]
+    return max((2 * math.prod(leaf.shape) for leaf in quantized), default=0) // model.mesh.shape["tensor"]
+
+
+def main() -> int:
+    """Run one job."""
+    job = json.load(sys.stdin)
+    jax.config.update("jax_num_cpu_devices", job["count"])
+    try:
+        found = measure(job)
+    except UserError as error:
+        found = {"user_error": str(error)}
+    print(json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

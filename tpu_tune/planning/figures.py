@@ -1,0 +1,221 @@
+"""From a configuration and a device to the figures of a plan: memory, work, and the length of the run.
+
+The dictionary that `plan` returns is what `tpu-tune plan --json` prints; `report` turns it into a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tpu_tune import config as configuration
+from tpu_tune.errors import UserError
+from tpu_tune.models import Architecture, architecture
+from tpu_tune.planning.devices import Device, find_device
+from tpu_tune.planning.flops import ROOFLINE_SHARE, roofline_seconds, step_work
+from tpu_tune.planning.model import model_config
+from tpu_tune.planning.process import TIMEOUT, run_job
+from tpu_tune.planning.rows import guess_rows
+from tpu_tune.training.setup import check_settings
+from tpu_tune.transforms.sharding import mesh_sizes
+
+# The Novice's LLM Training Guide: "multiply the size of the model file by 1.2", and what a 6B or 7B model takes in full.
+INFERENCE_FACTOR = 1.2
+GUIDE_FULL_GB = (160, 192)
+FULL_BYTES, FULL_16_BIT_BYTES = 16, 12  # float32 weight, gradient, two moments; the same with a 16-bit weight, gradient
+
+
+def plan(
+    config: Mapping[str, Any] | ConfigDict,
+    device: str | Device,
+    rows: int | None = None,
+    compile: bool = True,
+    evaluate: bool = True,
+    timeout: float = TIMEOUT,
+) -> dict[str, Any]:
+    """Return what a job needs of a device, without the weights and without the device.
+
+    Args:
+      config: the whole configuration, or nested dicts of what differs from the defaults. `model.path` may be a preset.
+      device: a name of the catalogue (see `devices`), `x4` behind it for several cards.
+      rows: training rows, where they are known; packed rows where `data.packing` packs.
+      compile: False counts bytes only, which takes seconds.
+      evaluate: whether to plan the evaluation step too, where the configuration evaluates.
+      timeout: seconds that the compiler may take.
+
+    Returns:
+      `device`, `num_devices`, `peak_bytes_per_device`, `capacity_bytes_per_device`, `fits`, `compiler` ("none (why)"
+      where bytes were counted only), `breakdown` (bytes a device, which add up to the peak: frozen, trainable,
+      gradients, optimizer, batch, padding, scratch), `host_bytes_per_device`, `evaluation_peak_bytes_per_device`
+      (None without evaluation), `capacity_note`, `model`, `mesh`, `step`, `run`, `rules_of_thumb`, `notes`.
+
+    Raises:
+      UserError: an unknown device or model, or settings that do not fit it; one line.
+    """
+    config = check_settings(config, with_data=False)
+    device = find_device(device) if isinstance(device, str) else device
+    mesh = mesh_sizes(config.mesh, device.count)
+    _check_rows(config, mesh["data"] * mesh["fsdp"], rows)
+    shapes = model_config(config)
+    arch = architecture(shapes)
+    evaluates = evaluate and config.train.eval_strategy != "no" and bool(config.data.eval or config.data.eval_ratio)
+    job = {
+        "config": configuration.to_dict(config), "model_config": shapes, "topology": device.topology,
+        "count": device.count, "compile": compile, "evaluate": evaluates,
+    }  # fmt: skip
+    measured = run_job(job, device.kind, timeout)
+    return figures(config, device, arch, measured, rows, evaluates)
+
+
+def figures(
+    config: ConfigDict,
+    device: Device,
+    arch: Architecture,
+    measured: Mapping[str, Any],
+    rows: int | None,
+    evaluates: bool,
+) -> dict[str, Any]:
+    """Assemble `plan`'s figures from what `compile_step.measure` found."""
+    train, notes = measured["train"], []
+    capacity = train.get("capacity") or device.capacity
+    breakdown = _breakdown(measured)
+    peak = sum(breakdown.values()) if train["peak"] else None
+    evaluation = measured.get("evaluate") if evaluates else None
+    eval_peak = evaluation and (evaluation["peak"] or None)
+    train_fits = train["fits"] and peak is not None and peak <= capacity
+    eval_fits = evaluation is None or (evaluation["fits"] and (eval_peak or 0) <= capacity)
+    if train_fits and not eval_fits:
+        notes.append(
+            "the training step fits, the evaluation does not: lower train.per_device_eval_batch_size "
+            f"(now {config.train.per_device_eval_batch_size})"
+        )
+    if not measured["compiler"]:
+        notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']})")
+    if not config.data.packing or arch.encoder:
+        notes.append("rows are as wide as the longest example; here as wide as data.max_length allows")
+    if config.model.add_special_tokens:
+        notes.append("every token of model.add_special_tokens is counted as new")
+    step = _step(config, device, arch, measured, breakdown)
+    return {
+        "device": device.name,
+        "num_devices": device.count,
+        "peak_bytes_per_device": peak,
+        "capacity_bytes_per_device": capacity,
+        "fits": bool(train_fits and eval_fits),
+        "compiler": measured["compiler"] or f"none ({measured['why']})",
+        "breakdown": breakdown,
+        "host_bytes_per_device": train.get("host", 0),
+        "evaluation_peak_bytes_per_device": eval_peak,
+        "capacity_note": device.capacity_note,
+        "model": {
+            "path": config.model.path,
+            "family": arch.family,
+            "parameters": measured["parameters"],
+            "trainable": measured["trainable"],
+        },
+        "mesh": measured["mesh"],
+        "step": step,
+        "run": _run(config, measured, step["seconds_estimate"], rows, bool(arch.encoder)),
+        "rules_of_thumb": rules_of_thumb(base_parameters(arch)),
+        "notes": notes,
+    }
+
+
+def base_parameters(arch: Architecture) -> int:
+    """Return the model's own parameters."""
+    return sum(math.prod(shape) for shape in arch.leaf_shapes().values())
+
+
+def rules_of_thumb(parameters: int) -> dict[str, float]:
+    """Return what the guide's rules say, in GB, of a model with so many parameters."""
+    return {
+        "inference_16_bit_gb": round(2 * parameters * INFERENCE_FACTOR / 1e9, 2),
+        "full_fine_tuning_16_bytes_a_parameter_gb": round(FULL_BYTES * parameters / 1e9, 1),
+        "full_fine_tuning_16_bit_gb": round(FULL_16_BIT_BYTES * parameters / 1e9, 1),
+        "guide_full_fine_tuning_6b_7b_gb": list(GUIDE_FULL_GB),
+    }
+
+
+def _breakdown(measured: Mapping[str, Any]) -> dict[str, int]:
+    """Share the peak out; where the program did not fit and the compiler said no number, scratch is 0."""
+    held, train = measured["held"], measured["train"]
+    known = sum(held.values())
+    padding = max(0, train.get("arguments", known) - known)
+    within = max(0, train["peak"] - known - padding)
+    gradients = min(measured["gradients"], within) if train["peak"] else measured["gradients"]
+    return {
+        "frozen": held["frozen"],
+        "trainable": held["trainable"],
+        "gradients": gradients,
+        "optimizer": held["optimizer"],
+        "batch": held["batch"],
+        "padding": padding,
+        "scratch": within - gradients if train["peak"] else 0,
+    }
+
+
+def _step(
+    config: ConfigDict, device: Device, arch: Architecture, measured: Mapping[str, Any], breakdown: Mapping[str, int]
+) -> dict[str, Any]:
+    rows, width, encoder_width = measured["rows"], measured["width"], measured["encoder_width"]
+    adapters = measured["trainable"] if config.method == "lora" else 0
+    work = step_work(arch, config, rows, width, encoder_width, adapters)
+    seconds, bound = roofline_seconds(
+        device,
+        work,
+        weights=breakdown["frozen"] + breakdown["trainable"],
+        state=breakdown["trainable"] + breakdown["optimizer"],
+        micro_batches=config.train.gradient_accumulation_steps,
+        passes=2 + (config.model.remat == "full"),
+    )
+    return {
+        "rows": rows,
+        "micro_batch_rows": rows // config.train.gradient_accumulation_steps,
+        "tokens": rows * (width + encoder_width),
+        "flops": work.model,
+        "hardware_flops": work.hardware,
+        "flops_formula": work.formula,
+        "roofline_seconds": seconds,
+        "bound_by": bound,
+        "roofline_share": ROOFLINE_SHARE,
+        "seconds_estimate": seconds / ROOFLINE_SHARE,
+    }
+
+
+def _check_rows(config: ConfigDict, shards: int, rows: int | None) -> None:
+    batch = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * shards
+    if rows is not None and rows < 1:
+        raise UserError(f"--rows is {rows}; there must be at least one")
+    if rows is not None and batch > rows:
+        raise UserError(
+            f"a step takes {batch} rows and there are only {rows}; lower train.per_device_train_batch_size "
+            "or train.gradient_accumulation_steps"
+        )
+
+
+def _run(
+    config: ConfigDict, measured: Mapping[str, Any], seconds: float, rows: int | None, encoder: bool
+) -> dict[str, Any]:
+    """Return steps and hours, as far as the number of rows is known."""
+    given, batch = rows is not None, measured["rows"]
+    if rows is None:
+        rows = guess_rows(config, one_each=encoder or not config.data.packing)
+    train, kind, per_epoch, total = config.train, None, None, None
+    if train.max_steps > 0:
+        total = train.max_steps
+    if rows is not None:
+        micro = batch // train.gradient_accumulation_steps
+        per_epoch = math.ceil(math.ceil(rows / micro) / train.gradient_accumulation_steps)
+        total = total or math.ceil(train.num_train_epochs * per_epoch)
+        kind = "stochastic" if batch == 1 else ("batch" if batch >= rows else "mini-batch")
+    return {
+        "rows": rows,
+        "rows_are": "given" if given else ("a guess from the size of data.train" if rows is not None else "not known"),
+        "gradient_descent": kind,
+        "steps_per_epoch": per_epoch,
+        "total_steps": total,
+        "hours_estimate": None if total is None else total * seconds / 3600,
+    }

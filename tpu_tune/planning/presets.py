@@ -1,0 +1,164 @@
+"""Published models by name, so that a job can be planned before anything is downloaded.
+
+Each entry is what matters of the model's own config.json on the Hugging Face hub; a preset's name may stand as
+`model.path` of a plan. The parameter counts that follow from them are held against the published ones in the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Config = dict[str, Any]
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int = 0, **changes: Any) -> Config:
+    return {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads or heads,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": False, **changes,
+    }  # fmt: skip
+
+
+def _llama3(width: int, inner: int, layers: int, heads: int, **changes: Any) -> Config:
+    sizes = {"vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+    return _llama(width, inner, layers, heads, 8, **{**sizes, **changes})
+
+
+def _llama31(factor: float = 8.0, **changes: Any) -> Config:
+    scaling = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    return {"max_position_embeddings": 131072, "rope_scaling": scaling, **changes}
+
+
+def _qwen(family: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
+    sizes = {"vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1000000.0}
+    return _llama(
+        width, inner, layers, heads, kv_heads, model_type=family, use_sliding_window=False, **sizes, **changes
+    )
+
+
+def _neox(width: int, inner: int, layers: int, heads: int, vocab: int, **changes: Any) -> Config:
+    return {
+        "model_type": "gpt_neox", "vocab_size": vocab, "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5, "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000,
+        "use_parallel_residual": True, "tie_word_embeddings": False, **changes,
+    }  # fmt: skip
+
+
+def _gpt2(width: int, layers: int, heads: int) -> Config:
+    return {
+        "model_type": "gpt2", "vocab_size": 50257, "n_embd": width, "n_layer": layers, "n_head": heads,
+        "n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+    }  # fmt: skip
+
+
+def _opt(width: int, layers: int, heads: int) -> Config:
+    return {
+        "model_type": "opt", "vocab_size": 50272, "hidden_size": width, "ffn_dim": 4 * width,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 2048,
+        "word_embed_proj_dim": width, "do_layer_norm_before": True, "activation_function": "relu",
+    }  # fmt: skip
+
+
+def _gemma(family: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
+    return {
+        "model_type": family, "vocab_size": 256000, "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 256,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        **changes,
+    }  # fmt: skip
+
+
+def _gemma3(width: int, inner: int, layers: int, heads: int, kv_heads: int, window: int, **changes: Any) -> Config:
+    sizes = {"vocab_size": 262144, "max_position_embeddings": 32768, "rope_theta": 1000000.0}
+    sizes |= {"rope_local_base_freq": 10000.0, "sliding_window": window, "sliding_window_pattern": 6}
+    return _gemma("gemma3_text", width, inner, layers, heads, kv_heads, **{**sizes, **changes})
+
+
+def _phi3(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, window: int | None) -> Config:
+    return _llama(
+        width, inner, layers, heads, kv_heads, model_type="phi3", vocab_size=vocab, rms_norm_eps=1e-5,
+        max_position_embeddings=4096, original_max_position_embeddings=4096, sliding_window=window,
+    )  # fmt: skip
+
+
+def _t5(width: int, inner: int, layers: int, heads: int, head_dim: int, gated: bool) -> Config:
+    return {
+        "model_type": "t5", "vocab_size": 32128, "d_model": width, "d_ff": inner, "num_layers": layers,
+        "num_decoder_layers": layers, "num_heads": heads, "d_kv": head_dim, "layer_norm_epsilon": 1e-6,
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu" if gated else "relu", "tie_word_embeddings": not gated,
+        "decoder_start_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+
+
+PRESETS: dict[str, Config] = {
+    # Llama 1 and 2 (arXiv:2302.13971, table 2; arXiv:2307.09288)
+    "llama-7b": _llama(4096, 11008, 32, 32),
+    "llama-13b": _llama(5120, 13824, 40, 40),
+    "llama-33b": _llama(6656, 17920, 60, 52),
+    "llama-65b": _llama(8192, 22016, 80, 64, rms_norm_eps=1e-5),
+    "llama-2-7b": _llama(4096, 11008, 32, 32, max_position_embeddings=4096, rms_norm_eps=1e-5),
+    "llama-2-13b": _llama(5120, 13824, 40, 40, max_position_embeddings=4096, rms_norm_eps=1e-5),
+    "llama-2-70b": _llama(8192, 28672, 80, 64, 8, max_position_embeddings=4096, rms_norm_eps=1e-5),
+    # Llama 3 (arXiv:2407.21783, table 3)
+    "llama-3-8b": _llama3(4096, 14336, 32, 32),
+    "llama-3-70b": _llama3(8192, 28672, 80, 64),
+    "llama-3.1-8b": _llama3(4096, 14336, 32, 32, **_llama31()),
+    "llama-3.1-70b": _llama3(8192, 28672, 80, 64, **_llama31()),
+    "llama-3.2-1b": _llama3(2048, 8192, 16, 32, head_dim=64, **_llama31(32.0, tie_word_embeddings=True)),
+    "llama-3.2-3b": _llama3(3072, 8192, 28, 24, head_dim=128, **_llama31(32.0, tie_word_embeddings=True)),
+    "smollm2-135m": _llama(
+        576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0,
+        tie_word_embeddings=True,
+    ),
+    "mistral-7b": _llama(
+        4096, 14336, 32, 32, 8, model_type="mistral", max_position_embeddings=32768, rms_norm_eps=1e-5,
+        sliding_window=4096,
+    ),
+    # Qwen (arXiv:2412.15115, arXiv:2505.09388)
+    "qwen2.5-0.5b": _qwen("qwen2", 896, 4864, 24, 14, 2, tie_word_embeddings=True),
+    "qwen2.5-7b": _qwen("qwen2", 3584, 18944, 28, 28, 4) | {"vocab_size": 152064, "max_position_embeddings": 131072},
+    "qwen3-0.6b": _qwen("qwen3", 1024, 3072, 28, 16, 8, head_dim=128, tie_word_embeddings=True),
+    "qwen3-8b": _qwen("qwen3", 4096, 12288, 36, 32, 8, head_dim=128) | {"max_position_embeddings": 40960},
+    # GPT-NeoX (arXiv:2204.06745, arXiv:2304.01373, RedPajama-INCITE)
+    "gpt-neox-20b": _neox(6144, 24576, 44, 64, 50432, hidden_act="gelu_fast"),
+    "pythia-6.9b": _neox(4096, 16384, 32, 32, 50432),
+    "pythia-1b": _neox(2048, 8192, 16, 8, 50304),
+    "redpajama-3b": _neox(2560, 10240, 32, 32, 50432, rotary_pct=1.0, use_parallel_residual=False),
+    # GPT-J, GPT-2, OPT (arXiv:2205.01068, table 1)
+    "gpt-j-6b": {
+        "model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048,
+        "rotary_dim": 64, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "tie_word_embeddings": False,
+    },
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-xl": _gpt2(1600, 48, 25),
+    "opt-125m": _opt(768, 12, 12),
+    "opt-6.7b": _opt(4096, 32, 32),
+    # Gemma (arXiv:2403.08295, arXiv:2408.00118, arXiv:2503.19786)
+    "gemma-7b": _gemma("gemma", 3072, 24576, 28, 16, 16, hidden_act="gelu_pytorch_tanh"),
+    "gemma-2-2b": _gemma("gemma2", 2304, 9216, 26, 8, 4, query_pre_attn_scalar=256, sliding_window=4096),
+    "gemma-2-9b": _gemma("gemma2", 3584, 14336, 42, 16, 8, query_pre_attn_scalar=256, sliding_window=4096),
+    "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, 512),
+    "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, 512),
+    "gemma-3-4b-text": _gemma3(
+        2560, 10240, 34, 8, 4, 1024, vocab_size=262208, max_position_embeddings=131072,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    # Phi (arXiv:2309.05463, arXiv:2404.14219)
+    "phi-2": _llama(
+        2560, 10240, 32, 32, model_type="phi", vocab_size=51200, layer_norm_eps=1e-5, hidden_act="gelu_new",
+        partial_rotary_factor=0.4,
+    ),
+    "phi-3-mini": _phi3(3072, 8192, 32, 32, 32, 32064, 2047),
+    "phi-3-medium": _phi3(5120, 17920, 40, 40, 10, 32064, 2047),
+    # T5 1.0 and FLAN-T5 (arXiv:1910.10683, arXiv:2210.11416)
+    "t5-small": _t5(512, 2048, 6, 8, 64, gated=False),
+    "flan-t5-base": _t5(768, 2048, 12, 12, 64, gated=True),
+    "flan-t5-xl": _t5(2048, 5120, 24, 32, 64, gated=True),
+    "flan-t5-xxl": _t5(4096, 10240, 24, 64, 64, gated=True),
+}  # fmt: skip

@@ -1,0 +1,132 @@
+"""A plan's figures as text: one table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpu_tune.planning.devices import Device
+
+_LABELS = {
+    "frozen": "frozen weights",
+    "trainable": "trainable weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "batch": "batch",
+    "padding": "padding of the above",
+    "scratch": "scratch",
+}
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Return the table that `tpu-tune plan` prints; GB are 1e9 bytes."""
+    step, run, model = figures["step"], figures["run"], figures["model"]
+    axes = ", ".join(f"{axis}={size}" for axis, size in figures["mesh"].items() if size > 1)
+    count = figures["num_devices"]
+    lines = [
+        f"{model['path']} ({model['family']}) on {figures['device']}: {count} device{'s' if count > 1 else ''}"
+        + (f" ({axes})" if axes else ""),
+        f"trainable params: {model['trainable']:,} || all params: {model['parameters']:,} || "
+        f"trainable%: {100 * model['trainable'] / model['parameters']:.4f}",
+        "",
+        f"{'bytes a device':<24}{'GB':>10}",
+    ]
+    for name, size in figures["breakdown"].items():
+        if name != "padding" or size >= 5e6:
+            lines.append(f"  {_LABELS[name]:<22}{_gb(size):>10}")
+    peak = figures["peak_bytes_per_device"]
+    lines += [
+        f"  {'peak':<22}{_gb(peak) if peak is not None else 'too large':>10}",
+        f"  {'capacity':<22}{_gb(figures['capacity_bytes_per_device']):>10}   {figures['capacity_note']}",
+    ]
+    if figures["evaluation_peak_bytes_per_device"]:
+        lines.append(f"  {'peak in evaluation':<22}{_gb(figures['evaluation_peak_bytes_per_device']):>10}")
+    if figures["host_bytes_per_device"]:
+        lines.append(f"  {'in host memory':<22}{_gb(figures['host_bytes_per_device']):>10}")
+    lines += [verdict(figures), f"compiler: {figures['compiler']}", ""]
+    lines += _work(step, run)
+    lines += ["", *_rules(figures["rules_of_thumb"])]
+    lines += ["", *[f"note: {note}" for note in figures["notes"]]] if figures["notes"] else []
+    return "\n".join(lines)
+
+
+def advice(found: Mapping[str, Any], device: Device) -> str:
+    """Return what `tpu-tune plan --suggest` prints of `suggest`'s findings."""
+    if found["overrides"] is None:
+        head = f"nothing that was tried fits {device.name} ({found['compiles']} compiles)"
+        if not found["devices"]:
+            return f"{head}; by an estimate no device of the catalogue would do either; shorten data.max_length"
+        confirmed = f"; the compiler confirms {found['compiled_device']}" if found["compiled_device"] else ""
+        return f"{head}; by an estimate these would do, the smallest first: {', '.join(found['devices'])}{confirmed}"
+    figures = found["figures"]
+    lines = [
+        table(figures),
+        "",
+        f"the largest batch found ({found['compiles']} compiles): {_rows(figures)}",
+        f"  {_words(found['overrides']) or 'the configuration as it is'}",
+    ]
+    for other in found["alternatives"]:
+        lines += [f"repeating less in the backward pass: {_rows(other['figures'])}", f"  {_words(other['overrides'])}"]
+    return "\n".join(lines)
+
+
+def _rows(figures: Mapping[str, Any]) -> str:
+    rows = figures["step"]["micro_batch_rows"]
+    return f"{rows:,} rows at a time on {figures['num_devices']} device{'s' if figures['num_devices'] > 1 else ''}"
+
+
+def _words(overrides: Mapping[str, Any]) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
+
+
+def verdict(figures: Mapping[str, Any]) -> str:
+    """Return in one line whether the job fits."""
+    peak, capacity = figures["peak_bytes_per_device"], figures["capacity_bytes_per_device"]
+    if peak is None:
+        return f"DOES NOT FIT: it needs more than the {_gb(capacity)} GB of a device"
+    if figures["fits"]:
+        return f"fits: {_gb(peak)} of {_gb(capacity)} GB, {100 * peak / capacity:.0f}%"
+    if peak <= capacity:
+        return f"DOES NOT FIT: training would, with {_gb(peak)} of {_gb(capacity)} GB; evaluation does not"
+    return f"DOES NOT FIT: {_gb(peak)} GB needed, {_gb(capacity)} GB there"
+
+
+def _work(step: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"a step: {step['rows']:,} rows, {step['tokens']:,} tokens, {step['flops']:.3g} FLOPs "
+        f"({step['hardware_flops']:.3g} with what is computed twice or masked)",
+        f"  FLOPs = {step['flops_formula']}",
+        f"  roofline {_time(step['roofline_seconds'])} (bound by {step['bound_by']}); "
+        f"estimate {_time(step['seconds_estimate'])}, at {step['roofline_share']:.0%} of the roofline; not measured",
+    ]
+    if run["rows"] is not None:
+        lines.append(
+            f"the run: {run['rows']:,} rows ({run['rows_are']}), {run['steps_per_epoch']:,} steps an epoch, "
+            f"{run['total_steps']:,} steps in all, {run['gradient_descent']} gradient descent"
+        )
+    elif run["total_steps"] is not None:
+        lines.append(f"the run: {run['total_steps']:,} steps (train.max_steps)")
+    else:
+        lines.append("the run: how many rows there are is not known; give --rows N for its steps and hours")
+    if run["hours_estimate"] is not None:
+        lines.append(f"  estimate {run['hours_estimate']:.2g} hours, without compiling and evaluation")
+    return lines
+
+
+def _rules(rules: Mapping[str, Any]) -> list[str]:
+    low, high = rules["guide_full_fine_tuning_6b_7b_gb"]
+    return [
+        "rules of thumb, whatever the method and the device:",
+        f"  inference in 16 bits, 1.2 x the weights: {rules['inference_16_bit_gb']:g} GB",
+        f"  full fine-tuning, 16 bytes a parameter: {rules['full_fine_tuning_16_bytes_a_parameter_gb']:g} GB "
+        f"(the guide: {low}-{high} GB for 6B and 7B models, with activations and overhead)",
+        f"  full fine-tuning with 16-bit weights and gradients: {rules['full_fine_tuning_16_bit_gb']:g} GB",
+    ]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}" if size >= 5e6 else f"{size / 1e9:.5f}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"

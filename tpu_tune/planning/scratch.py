@@ -1,0 +1,67 @@
+"""What a step needs beside all that is held between steps, estimated from shapes, for where no compiler says it.
+
+A sum of the large arrays that live at one time, each counted by hand: what remat keeps of every layer, one layer's own
+arrays with their gradients, the attention's scores, one chunk of logits. It is meant to be within a third of what the
+compilers say, not to replace them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from tpu_tune.kernels.attention import chosen
+from tpu_tune.kernels.blockwise import BLOCK
+from tpu_tune.models import Architecture
+
+_FLOAT32 = 4
+
+
+def score_bytes(arch: Architecture, rows: int, queries: int, keys: int, implementation: str, copies: int) -> int:
+    """Return the bytes of attention scores (float32) that exist at one time, in one layer.
+
+    Args:
+      arch: of the model.
+      rows: sequences on the device.
+      queries, keys: tokens of each that meet.
+      implementation: reference holds all scores; any other those of a block of queries and one of keys.
+      copies: of the scores that live at one time: scores and weights, and in training their gradient.
+    """
+    if implementation != "reference":
+        queries, keys = min(queries, BLOCK), min(keys, BLOCK)
+    return copies * rows * arch.num_heads * queries * keys * _FLOAT32
+
+
+def scratch_bytes(
+    arch: Architecture, config: ConfigDict, rows: int, width: int, mesh: Mapping[str, int], training: bool
+) -> int:
+    """Return the estimated scratch of one device, in bytes; gradients of weights and unpacked weights not among it.
+
+    Args:
+      arch: of the model.
+      config: the whole configuration.
+      rows: sequences on the device, of one micro-batch.
+      width: tokens of a sequence, the longer side of an encoder-decoder.
+      mesh: sizes of its axes.
+      training: whether a backward pass follows.
+    """
+    size = 4 if config.model.dtype == "float32" else 2
+    tokens = rows * math.ceil(width / mesh["sequence"])
+    tensor = mesh["tensor"]
+    hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    inner = arch.intermediate_size * (2 if arch.names.gate or arch.names.gate_up else 1)
+    projected = 2 * hidden + (q + 2 * kv + inner) // tensor  # what a layer's linear modules give, a token
+    layers = arch.num_layers + (arch.encoder.num_layers if arch.encoder else 0)
+    used = chosen(config.model.attention, width, width)
+    scores = score_bytes(arch, rows, math.ceil(width / mesh["sequence"]), width, used, 3 if training else 2) // tensor
+    work = tokens * size * (projected + arch.intermediate_size // tensor + 2 * hidden)
+    chunk = min(max(1, config.train.loss_chunk_size // rows), width) * rows
+    logits = chunk * arch.vocab_size * _FLOAT32 * (2 if training else 1)
+    if not training:
+        return max(work + scores, logits) + tokens * hidden * size * 2
+    kept = {"full": hidden, "dots": hidden + projected}.get(config.model.remat)
+    if kept is None:  # everything that the backward pass reads, scores among it
+        return layers * (tokens * size * (2 * projected + 4 * hidden) + scores * 2 // 3) + max(work, logits)
+    return layers * tokens * kept * size + max(2 * work + scores, logits) + tokens * hidden * size * 2

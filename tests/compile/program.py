@@ -13,10 +13,12 @@ to start, hence one process for many jobs. A job is a JSON object:
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import math
 import re
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -29,6 +31,7 @@ from tpu_tune.tensors import QuantizedTensor
 from tpu_tune.training.setup import PreparedModel, abstract_model, prepare_steps
 from tpu_tune.transforms import sharding
 
+LOADING = threading.Lock()  # two threads must not load libtpu at one time
 FLOATS = re.compile(r"\b(?:f32|bf16|f16)\[([0-9,]+)\]")
 
 
@@ -40,6 +43,13 @@ def main() -> None:
             print(json.dumps(found), flush=True)
 
 
+@functools.cache
+def devices_of(topology: str) -> list[Any]:
+    """Return a slice's devices."""
+    one_chip = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **one_chip).devices
+
+
 def compile_step(job: dict[str, Any]) -> dict[str, Any]:
     """Return bytes (temp, peak, arguments, frozen, trained) and `dequantized` shapes; or an `error`."""
     try:
@@ -49,9 +59,8 @@ def compile_step(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
-    topology = job.get("topology", "v5e:1x1")
-    one_chip = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one_chip).devices
+    with LOADING:
+        devices = devices_of(job.get("topology", "v5e:1x1"))
     config = configuration.from_dict(job["config"])
     mesh = sharding.make_mesh(config.mesh, devices)
     model = abstract_model(config, job["model"], mesh)

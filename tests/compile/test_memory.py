@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 WIDTH, INNER, TOKENS, ROWS = 1024, 2816, 512, 4
-DEEP, SHALLOW = 24, 16  # of fewer layers the compiler keeps part of the residuals on the chip, outside this count
+DEEP, SHALLOW = 128, 64  # of fewer layers the compiler keeps part of the residuals on the chip, outside this count
 
 
 def job(layers):

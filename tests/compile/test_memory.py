@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-WIDTH, INNER, TOKENS, ROWS = 1024, 2816, 512, 4
-DEEP, SHALLOW = 128, 64  # of fewer layers the compiler keeps part of the residuals on the chip, outside this count
+WIDTH, INNER, TOKENS, ROWS = 512, 1408, 512, 4
+DEEP, SHALLOW = 192, 96  # the residuals of fewer layers fit the fast memory of the chip, which is outside this count
 
 
 def job(layers):
     """Return what `program.py` compiles."""
     llama = dict(
-        model_type="llama", vocab_size=8192, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=2048, rms_norm_eps=1e-5,
+        model_type="llama", vocab_size=4096, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-5,
         rope_theta=1e4, hidden_act="silu", tie_word_embeddings=False,
     )  # fmt: skip
     config = dict(
         method="lora", model=dict(dtype="bfloat16", remat="full"), quantize=dict(format="nf4", double_quant=True),
-        lora=dict(rank=16), train=dict(per_device_train_batch_size=ROWS), mesh=dict(fsdp=1),
+        lora=dict(rank=8), train=dict(per_device_train_batch_size=ROWS), mesh=dict(fsdp=1),
     )  # fmt: skip
     return dict(model=llama, config=config, rows=ROWS, tokens=TOKENS)
 
@@ -27,9 +27,9 @@ def test_the_scratch_of_a_qlora_step_holds_no_dequantized_weight(compile_steps) 
     adapters = deep["trained"] - shallow["trained"]  # float32
     weights = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # one layer, bfloat16
     grown = deep["temp"] - shallow["temp"] - residuals
-    # What belongs to the adapters: their gradients, their updates, their copies in bfloat16. One layer's codes alone would
-    # be five times its adapters.
-    assert grown <= 3 * adapters, f"{grown / 1e6:.1f} MB more than the residuals; the adapters are {adapters / 1e6:.1f}"
+    # What belongs to the adapters: their gradients, their updates, their copies in bfloat16. The codes of as many layers
+    # would be five times these, the dequantized stack of the smallest matrix nearly twice.
+    assert grown <= 2 * adapters, f"{grown / 1e6:.1f} MB more than the residuals; the adapters are {adapters / 1e6:.1f}"
     # The codes are what is passed in: half a byte a weight, scales on top.
     per_layer = (deep["frozen"] - shallow["frozen"]) / (DEEP - SHALLOW)
     assert per_layer < 0.27 * weights

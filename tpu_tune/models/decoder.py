@@ -191,12 +191,14 @@ class Decoder(nnx.Module):
 
         def step(x: Array, scanned: tuple[dict[str, Any], Array, Past]) -> tuple[Array, Past]:
             leaves, kind, past = scanned
+            from jax.experimental.layout import Layout, with_layout_constraint
+            x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
             inside = {path[len(names.layers) + 1 :]: leaf for path, leaf in run.gather(leaves).items()}
             x, past = layer(arch, Branch(inside), x, kind, around, past)
             return run.constrain(x), past if cache is not None else Past()
 
         if run.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[run.remat], prevent_cse=True)
         kinds = jnp.asarray(np.array([arch.kinds.index(kind) for kind in arch.layer_kinds], np.int32))
         past = Past() if cache is None else cache.past
         x, past = jax.lax.scan(step, x, (self.layers.get_value(), kinds, past))

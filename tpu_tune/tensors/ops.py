@@ -9,6 +9,7 @@ every layer, and of x nothing unless w is trained. Sums are float32 whatever the
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -108,13 +109,13 @@ def _dora_norm(w: LoraTensor) -> Float[Array, "*layers out"]:
 
 def _dropout(x: Array, key: Array, rate: float) -> Array:
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    return (x / (1 - rate)).astype(x.dtype) * keep.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, w: Array | QuantizedTensor, transposed: bool) -> Array:
     """Return x @ w, or x @ w.T, summed in float32 and rounded to x's dtype once."""
-    return _contract(x, _weight(w, x.dtype), 0 if not transposed else 1).astype(x.dtype)
+    return _weigh(x, w, 0 if not transposed else 1).astype(x.dtype)
 
 
 def _product_forward(x: Any, w: Any, transposed: bool) -> tuple[Array, tuple[Array | None, Any]]:
@@ -125,7 +126,7 @@ def _product_forward(x: Any, w: Any, transposed: bool) -> tuple[Array, tuple[Arr
 
 def _product_backward(transposed: bool, kept: tuple[Array | None, Any], g: Array) -> tuple[Array, Any]:
     x, w = kept
-    to_input = _contract(g, _weight(w, g.dtype), 1 if not transposed else 0).astype(g.dtype)
+    to_input = _weigh(g, w, 1 if not transposed else 0).astype(g.dtype)
     if x is None:
         return to_input, None
     if transposed:
@@ -144,6 +145,30 @@ def _outer(left: Array, right: Array) -> Array:
 
 
 _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
+import os
+PIECE = int(os.environ.get("PIECE", 2**24))
+
+def _weigh(x: Array, w: Any, axis: int) -> Array:
+    if not isinstance(w, QuantizedTensor):
+        return _contract(x, _weight(w, x.dtype), axis)
+    unit = 128 if axis == 0 else math.lcm(w.pack_block, w.group_size)
+    size, other = w.shape[1 - axis], w.shape[axis]
+    width = max(1, PIECE // other // unit) * unit
+    if width >= size or size % unit:
+        return _contract(x, _weight(w, x.dtype), axis)
+    count = -(-size // width)
+
+    def piece(start):
+        return (w.columns if axis == 0 else w.rows)(start, width).dequantize(x.dtype)
+
+    def product(number, y):
+        start = jnp.minimum(number * (width // unit), (size - width) // unit) * unit
+        part = _contract(x, piece(start), axis).astype(x.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
+
+    return jax.lax.fori_loop(0, count, product, jnp.zeros((*x.shape[:-1], size), x.dtype))
 
 
 def _contract(x: Array, w: Array, axis: int) -> Array:

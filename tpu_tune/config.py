@@ -51,7 +51,12 @@ def _model() -> dict[str, Any]:
         "dtype": "bfloat16",  # compute: bfloat16 | float16 (with dynamic loss scaling) | float32
         "param_dtype": "auto",  # storage of base weights: auto = float32 under method=full, model.dtype under lora
         "attention": "auto",  # auto | reference | blockwise | splash (TPU v4 and later)
-        "remat": "full",  # none | full (keep only each layer's input) | dots (keep the results of linear layers)
+        # none | full (keep only each layer's input) | dots (keep the results of linear layers) | offload (each layer's
+        # input waits in the host's memory: for long contexts, slower)
+        "remat": "full",
+        # Tokens of a device that a layer's projections and MLP work on at one time; 0: all of up to 8,192, chunks of 4,096
+        # of more. A number of data.max_length times the rows, or more, is all at any length.
+        "token_chunk_size": 0,
         "adapter": "",  # start from this PEFT adapter directory instead of a fresh one
         "add_special_tokens": [],  # e.g. ["<|im_start|>"]; new ones get rows in embedding and head: the old rows' mean
         "train_added_tokens": False,  # train these tokens' rows under method=lora too; full trains every row anyway
@@ -129,7 +134,7 @@ def _train() -> dict[str, Any]:
         "weight_decay": 0.0,  # not on biases and norm weights
         "max_grad_norm": 1.0,  # global norm, after accumulation; 0 turns clipping off
         "optim_offload": False,  # optimizer state in host memory
-        "loss_chunk_size": 1024,  # tokens whose logits exist at one time
+        "loss_chunk_size": 0,  # tokens of a device whose logits exist at one time; 0: as many as 256 MiB hold, at most 1,024
         "max_nonfinite_steps": 10,  # end the run after so many updates in a row with a non-finite loss or gradient
         "logging_steps": 10,
         "logging_first_step": True,
@@ -168,7 +173,7 @@ _CHOICES = {
     "model.dtype": ("bfloat16", "float16", "float32"),
     "model.param_dtype": ("auto", "bfloat16", "float16", "float32"),
     "model.attention": ("auto", "reference", "blockwise", "splash"),
-    "model.remat": ("none", "full", "dots"),
+    "model.remat": ("none", "full", "dots", "offload"),
     "quantize.format": ("none", "int8", "int4", "nf4"),
     "lora.bias": ("none", "all", "lora_only"),
     "lora.init_lora_weights": ("true", "gaussian"),
@@ -180,11 +185,12 @@ _CHOICES = {
 }  # fmt: skip
 _POSITIVE = (
     "quantize.group_size", "lora.rank", "data.max_length", "train.per_device_train_batch_size",
-    "train.per_device_eval_batch_size", "train.gradient_accumulation_steps", "train.loss_chunk_size",
+    "train.per_device_eval_batch_size", "train.gradient_accumulation_steps",
     "train.logging_steps", "train.eval_steps", "train.save_steps", "train.max_nonfinite_steps",
 )  # fmt: skip
 
 _NOT_NEGATIVE = (
+    "model.token_chunk_size", "train.loss_chunk_size",
     "data.source_max_len", "data.target_max_len", "data.num_workers", "train.learning_rate", "train.warmup_steps",
     "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm", "train.save_total_limit",
     "train.early_stopping_patience",

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -28,9 +29,16 @@ from tpu_tune.tensors import embed
 
 Params = Mapping[str, Any]  # path -> leaf
 
+_LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("projection"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -42,7 +50,9 @@ class Execution:
       dtype: of the activations; norms, rotary angles and softmax are float32 whatever it is.
       attention: implementation, see `kernels.attention`.
       mesh: for its kernels that run on each device's part; None on one device.
-      remat: none | full | dots: what of a layer the backward pass recomputes.
+      remat: none | full | dots | offload: what of a layer the backward pass recomputes; all but its input under full,
+        which waits in the host's memory under offload.
+      chunk: tokens of each row and device that a layer's projections and MLP work on at one time, in training; 0: all.
       gather: applied to one layer's leaves, by path, inside the rematerialised scan body; training constrains quantized
         codes there, so that they are gathered over fsdp instead of dequantized weights.
       constrain: applied to hidden states (B, T, D) between layers; training pins their sharding there.
@@ -52,6 +62,7 @@ class Execution:
     attention: str = "auto"
     mesh: Mesh | None = None
     remat: str = "none"
+    chunk: int = 0
     gather: Callable[[dict[str, Any]], dict[str, Any]] = lambda leaves: leaves
     constrain: Callable[[Array], Array] = lambda hidden: hidden
 
@@ -180,6 +191,7 @@ class Decoder(nnx.Module):
             mesh=run.mesh,
             bias=relative_bias(arch, self.outside.at(names.relative_bias).leaf("weight")) if arch.relative else None,
             start=start,
+            chunk=run.chunk if cache is None else 0,
         )
         memory_segments = None
         if names.cross_q:
@@ -191,10 +203,14 @@ class Decoder(nnx.Module):
 
         def step(x: Array, scanned: tuple[dict[str, Any], Array, Past]) -> tuple[Array, Past]:
             leaves, kind, past = scanned
+<<<<<<< HEAD
             from jax.experimental.layout import Layout, with_layout_constraint
             x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
+=======
+            x = checkpoint_name(x, _LAYER_INPUT)
+>>>>>>> offload
             inside = {path[len(names.layers) + 1 :]: leaf for path, leaf in run.gather(leaves).items()}
-            x, past = layer(arch, Branch(inside), x, kind, around, past)
+            x, past = layer(arch, inside, x, kind, around, past)
             return run.constrain(x), past if cache is not None else Past()
 
         if run.remat != "none":

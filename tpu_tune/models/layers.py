@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.attention import attention
+from tpu_tune.kernels.chunks import over_tokens
 from tpu_tune.kernels.places import Bias, Places, soft_cap
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
@@ -64,6 +65,7 @@ class Surroundings:
       bias: on the scores, from learned relative positions; or None.
       memory: an encoder's output and its places, for cross-attention; or None.
       start: where new keys and values are written in a cache, None without one.
+      chunk: tokens of each row that what is not attention works on at one time; 0: all.
     """
 
     places: Places
@@ -73,6 +75,7 @@ class Surroundings:
     bias: Bias | None = None
     memory: tuple[Array | None, Places] | None = None
     start: Array | None = None
+    chunk: int = 0
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["own", "cross"], meta_fields=[])
@@ -85,13 +88,17 @@ class Past:
 
 
 def layer(
-    arch: Architecture, weights: Branch, x: Float[Array, "B T D"], kind: Array | int, around: Surroundings, past: Past
-) -> tuple[Float[Array, "B T D"], Past]:
+    arch: Architecture, leaves: Mapping[str, Any], x: Float[Array, "B T D"], kind: Array | int, around: Surroundings,
+    past: Past,
+) -> tuple[Float[Array, "B T D"], Past]:  # fmt: skip
     """Run one layer.
+
+    Attention apart, a layer is functions of each token alone: `_heads` before it, `_sum` and `_fed` behind it. They run
+    over chunks of tokens where `around.chunk` says so.
 
     Args:
       arch: the facts.
-      weights: this layer's.
+      leaves: this layer's, by path.
       x: hidden states.
       kind: index into `arch.kinds`.
       around: what all layers share.
@@ -101,32 +108,38 @@ def layer(
       New hidden states, and what the cache is to hold.
     """
     names = arch.names
-    if not arch.norm_first:
-        attended, own = _self_attention(arch, weights, x, kind, around, past.own)
-        x = norm(arch, weights.at(names.attention_norm), x + attended)
-        return norm(arch, weights.at(names.mlp_norm), x + _mlp(arch, weights, x)), Past(own)
-    normed = norm(arch, weights.at(names.attention_norm), x)
-    attended, own = _self_attention(arch, weights, normed, kind, around, past.own)
-    if names.attention_out_norm:
-        attended = norm(arch, weights.at(names.attention_out_norm), attended)
+
+    def each_token(function: Callable[[Architecture, Branch, Any], Any], tokens: Any, *modules: str) -> Any:
+        """Run a function of (architecture, these modules, tokens)."""
+        wanted = {path: leaf for path, leaf in leaves.items() if path.rpartition(".")[0] in modules}
+        shards = around.mesh.shape["sequence"] if around.mesh is not None else 1
+
+        def run(wanted: Mapping[str, Any], tokens: Any) -> Any:
+            return function(arch, Branch(wanted), tokens)
+
+        return over_tokens(run, wanted, tokens, around.chunk, shards)
+
+    into = (names.attention_norm, names.qkv, names.q, names.k, names.v, names.q_norm, names.k_norm)
+    out = (names.o, names.attention_norm, names.attention_out_norm)
+    mlp = (names.mlp_norm, names.gate_up, names.gate, names.up, names.down, names.mlp_out_norm)
+    seen, own = _attend(arch, each_token(_heads, x, *into), kind, around, past.own)
     if arch.residual == "parallel":
-        read = norm(arch, weights.at(names.mlp_norm), x) if names.mlp_norm else normed
-        return x + attended + _mlp(arch, weights, read), Past(own)
-    x, cross = x + attended, None
-    if names.cross_q:
-        seen, cross = _cross_attention(arch, weights, norm(arch, weights.at(names.cross_norm), x), around, past.cross)
-        x = x + seen
-    fed = _mlp(arch, weights, norm(arch, weights.at(names.mlp_norm), x))
-    if names.mlp_out_norm:
-        fed = norm(arch, weights.at(names.mlp_out_norm), fed)
-    return x + fed, Past(own, cross)
+        return each_token(_parallel, (x, seen), *out, *mlp), Past(own)
+    if not names.cross_q:
+        return each_token(lambda *given: _fed(*given[:2], _sum(*given)), (x, seen), *out, *mlp), Past(own)
+    x = each_token(_sum, (x, seen), *out)
+    q = each_token(_cross_queries, x, names.cross_norm, names.cross_q)
+    seen, cross = _cross_attention(arch, Branch(leaves), q, around, past.cross)
+    x = each_token(lambda arch, weights, tokens: tokens[0] + linear(weights.at(names.cross_o), tokens[1]), (x, seen), names.cross_o)
+    return each_token(_fed, x, *mlp), Past(own, cross)
 
 
-def _self_attention(
-    arch: Architecture, weights: Branch, x: Array, kind: Array | int, around: Surroundings, past: KeysValues | None
-) -> tuple[Array, KeysValues | None]:
+def _heads(arch: Architecture, weights: Branch, x: Array) -> tuple[Array, Array, Array]:
+    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions."""
     names, heads, groups, size = arch.names, arch.num_heads, arch.num_kv_heads, arch.head_dim
     batch, length, _ = x.shape
+    if arch.norm_first:
+        x = norm(arch, weights.at(names.attention_norm), x)
     if names.qkv:  # in the tree, fused columns lie group by group: see `Module.from_torch`
         fused = linear(weights.at(names.qkv), x).reshape(batch, length, groups, heads // groups + 2, size)
         q, k, v = fused[:, :, :, :-2].reshape(batch, length, heads, size), fused[:, :, :, -2], fused[:, :, :, -1]
@@ -136,6 +149,14 @@ def _self_attention(
         v = linear(weights.at(names.v), x).reshape(batch, length, groups, size)
     if names.q_norm:
         q, k = norm(arch, weights.at(names.q_norm), q), norm(arch, weights.at(names.k_norm), k)
+    return q, k, v
+
+
+def _attend(
+    arch: Architecture, heads: tuple[Array, Array, Array], kind: Array | int, around: Surroundings,
+    past: KeysValues | None,
+) -> tuple[Float[Array, "B T HD"], KeysValues | None]:  # fmt: skip
+    """Turn queries and keys to their positions and attend."""
 
     def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
         if kind.rope is not None:
@@ -156,18 +177,50 @@ def _self_attention(
     # The kinds differ in static facts (windows, rotary tables) that attention's kernels need to know; the products
     # around it are the same, so that only this part is compiled once a kind.
     branches = [functools.partial(attend, kind) for kind in arch.kinds]
-    seen, entry = branches[0](q, k, v) if len(branches) == 1 else jax.lax.switch(kind, branches, q, k, v)
-    return linear(weights.at(names.o), seen.reshape(batch, length, heads * size)), entry
+    seen, entry = branches[0](*heads) if len(branches) == 1 else jax.lax.switch(kind, branches, *heads)
+    return seen.reshape(*seen.shape[:2], -1), entry
+
+
+def _sum(arch: Architecture, weights: Branch, tokens: tuple[Array, Array]) -> Array:
+    """Return a layer's input plus what attention saw, normed where norms follow."""
+    x, seen = tokens
+    attended = linear(weights.at(arch.names.o), seen)
+    if not arch.norm_first:
+        return norm(arch, weights.at(arch.names.attention_norm), x + attended)
+    if arch.names.attention_out_norm:
+        attended = norm(arch, weights.at(arch.names.attention_out_norm), attended)
+    return x + attended
+
+
+def _fed(arch: Architecture, weights: Branch, x: Array) -> Array:
+    """Return x plus its MLP."""
+    names = arch.names
+    if not arch.norm_first:
+        return norm(arch, weights.at(names.mlp_norm), x + _mlp(arch, weights, x))
+    fed = _mlp(arch, weights, norm(arch, weights.at(names.mlp_norm), x))
+    return x + (norm(arch, weights.at(names.mlp_out_norm), fed) if names.mlp_out_norm else fed)
+
+
+def _parallel(arch: Architecture, weights: Branch, tokens: tuple[Array, Array]) -> Array:
+    """Return a layer's input plus what attention saw plus the input's own MLP."""
+    x, seen = tokens
+    read = norm(arch, weights.at(arch.names.mlp_norm or arch.names.attention_norm), x)
+    return _sum(arch, weights, (x, seen)) + _mlp(arch, weights, read)
+
+
+def _cross_queries(arch: Architecture, weights: Branch, x: Array) -> Array:
+    """Return the queries (B, T, H, D) to an encoder's output."""
+    q = linear(weights.at(arch.names.cross_q), norm(arch, weights.at(arch.names.cross_norm), x))
+    return q.reshape(*q.shape[:2], arch.num_heads, arch.head_dim)
 
 
 def _cross_attention(
-    arch: Architecture, weights: Branch, x: Array, around: Surroundings, past: KeysValues | None
-) -> tuple[Array, KeysValues]:
+    arch: Architecture, weights: Branch, q: Array, around: Surroundings, past: KeysValues | None
+) -> tuple[Float[Array, "B T HD"], KeysValues]:
     """Attend to the encoder: its keys and values are made where its output is at hand, else taken from the cache."""
-    names, heads, groups, size = arch.names, arch.num_heads, arch.num_kv_heads, arch.head_dim
-    batch, length, _ = x.shape
+    names, groups, size = arch.names, arch.num_kv_heads, arch.head_dim
+    batch, length, _, _ = q.shape
     encoded, places = around.memory
-    q = linear(weights.at(names.cross_q), x).reshape(batch, length, heads, size)
     if encoded is None:
         k, v = past
     else:
@@ -176,7 +229,7 @@ def _cross_attention(
             for name in (names.cross_k, names.cross_v)
         )
     seen = attention(q, k, v, places, scale=arch.attention_scale, implementation=around.implementation)
-    return linear(weights.at(names.cross_o), seen.reshape(batch, length, heads * size)), (k, v)
+    return seen.reshape(batch, length, -1), (k, v)
 
 
 def _mlp(arch: Architecture, weights: Branch, x: Array) -> Array:

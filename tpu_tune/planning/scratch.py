@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from tpu_tune.kernels.attention import chosen
 from tpu_tune.kernels.blockwise import BLOCK
 from tpu_tune.models import Architecture
+from tpu_tune.training.setup import loss_chunk, token_chunk
 
 _FLOAT32 = 4
 
@@ -58,7 +59,7 @@ def scratch_bytes(
     used = chosen(config.model.attention, width, width)
     scores = score_bytes(arch, rows, math.ceil(width / mesh["sequence"]), width, used, 3 if training else 2) // tensor
     work = tokens * size * (projected + arch.intermediate_size // tensor + 2 * hidden)
-    chunk = min(max(1, config.train.loss_chunk_size // rows), width) * rows
+    chunk = min(loss_chunk(config, arch.vocab_size, rows), width) * rows
     logits = chunk * arch.vocab_size * _FLOAT32 * (2 if training else 1)
     if not training:
         return max(work + scores, logits) + tokens * hidden * size * 2

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tpu_tune.kernels.chunks import token_keys
 from tpu_tune.tensors.quantized import QuantizedTensor
 from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, TokensTensor, Transposed
 
@@ -108,7 +109,10 @@ def _dora_norm(w: LoraTensor) -> Float[Array, "*layers out"]:
 
 
 def _dropout(x: Array, key: Array, rate: float) -> Array:
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    """Drop elements of x, (..., tokens, dim); `key` is one, or one a token (see `kernels.chunks.token_keys`)."""
+    keys = token_keys(key, jnp.arange(x.shape[-2])) if key.ndim == 0 else key
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (*x.shape[:-2], x.shape[-1])))(keys)
+    keep = jnp.moveaxis(keep, 0, -2)
     return (x / (1 - rate)).astype(x.dtype) * keep.astype(x.dtype)
 
 

@@ -36,6 +36,9 @@ from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets,
 
 log = logging.getLogger(__name__)
 
+LOGITS_BYTES = 256 * 2**20  # float32 logits that exist at one time, where train.loss_chunk_size is left to us
+TOKEN_CHUNK = 4096  # tokens of a device that a layer works on, where model.token_chunk_size is left to us
+
 
 @dataclasses.dataclass(frozen=True)
 class PreparedModel:
@@ -279,10 +282,13 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
         **config.train.lr_scheduler_kwargs,
     )
     optimizer = make_optimizer(config.train, schedule, stacked=lambda path: path in stacked)
-    rows = config.train.per_device_train_batch_size
-    problem = Problem(
-        model.architecture, execution(config, model), model.targets, max(1, config.train.loss_chunk_size // rows)
-    )
+    problem, eval_problem = (
+        Problem(
+            model.architecture, execution(config, model, rows), model.targets,
+            loss_chunk(config, model.architecture.vocab_size, rows),
+        )
+        for rows in (config.train.per_device_train_batch_size, config.train.per_device_eval_batch_size)
+    )  # fmt: skip
     dropout = model.targets is not None and model.targets.spec.dropout > 0
     key = jax.random.fold_in(jax.random.key(config.seed), 1) if dropout else None
     step = make_train_step(problem, optimizer, schedule, config.train.max_grad_norm, key)
@@ -294,16 +300,39 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
     state = jax.tree.map(_at, shapes, homes) if abstract else jax.jit(start, out_shardings=homes)(model.trainable)
     return Steps(
         train=jax.jit(step, donate_argnums=0, out_shardings=(homes, None)),
-        evaluate=jax.jit(make_eval_step(problem)),
+        evaluate=jax.jit(make_eval_step(eval_problem)),
         initial_state=state,
         put_batch=functools.partial(_put_batch, model.mesh),
     )
 
 
-def execution(config: ConfigDict, model: PreparedModel) -> Execution:
-    """Return how the decoder runs: dtype, attention, remat, and on more than one device its sharding hooks."""
+def loss_chunk(config: ConfigDict, vocabulary: int, rows: int) -> int:
+    """Return the tokens of each of a device's `rows` whose logits exist at one time."""
+    # Logits are float32, of a power of two of tokens: the less they are, the more often the head's weights are read.
+    most = 1 << max(LOGITS_BYTES // (4 * vocabulary), 1).bit_length() - 1
+    return max(1, (config.train.loss_chunk_size or min(most, 1024)) // rows)
+
+
+def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
+    """Return the tokens of each of a device's `rows` that a layer works on at one time, attention apart; 0 for all.
+
+    Args:
+      config: the whole configuration.
+      rows: of a micro-batch, on the device.
+      shards: devices that share a row.
+    """
+    if config.model.token_chunk_size:
+        return max(1, config.model.token_chunk_size // rows)
+    recomputed = config.model.remat in ("full", "offload")
+    return max(1, TOKEN_CHUNK // rows) if recomputed and rows * config.data.max_length > 2 * TOKEN_CHUNK * shards else 0
+
+
+def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
+    """Return how the decoder runs: dtype, attention, remat, chunks, and on more than one device its sharding hooks."""
     attention = for_device(config.model.attention, model.mesh.devices.flat[0])
-    plain = Execution(compute_dtype(config), attention, model.mesh if model.mesh.size > 1 else None, config.model.remat)
+    mesh = model.mesh if model.mesh.size > 1 else None
+    chunk = token_chunk(config, rows, model.mesh.shape["sequence"])
+    plain = Execution(compute_dtype(config), attention, mesh, config.model.remat, chunk)
     if model.mesh.size == 1:
         return plain
     stacked = model.architecture.stacked()

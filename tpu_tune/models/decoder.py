@@ -203,12 +203,9 @@ class Decoder(nnx.Module):
 
         def step(x: Array, scanned: tuple[dict[str, Any], Array, Past]) -> tuple[Array, Past]:
             leaves, kind, past = scanned
-<<<<<<< HEAD
             from jax.experimental.layout import Layout, with_layout_constraint
             x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
-=======
             x = checkpoint_name(x, _LAYER_INPUT)
->>>>>>> offload
             inside = {path[len(names.layers) + 1 :]: leaf for path, leaf in run.gather(leaves).items()}
             x, past = layer(arch, inside, x, kind, around, past)
             return run.constrain(x), past if cache is not None else Past()

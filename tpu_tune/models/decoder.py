@@ -25,7 +25,7 @@ from tpu_tune.kernels.places import Places
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
 from tpu_tune.models.layers import Branch, Past, Surroundings, apply_head, layer, linear, norm, relative_bias
-from tpu_tune.tensors import embed
+from tpu_tune.tensors import embed, outside_scan
 
 Params = Mapping[str, Any]  # path -> leaf
 
@@ -201,11 +201,14 @@ class Decoder(nnx.Module):
             around = dataclasses.replace(around, memory=(None if memory is None else memory.hidden, places))
         x = run.constrain(self._embedded(input_ids, positions))
 
-        def step(x: Array, scanned: tuple[dict[str, Any], Array, Past]) -> tuple[Array, Past]:
-            leaves, kind, past = scanned
+        leaves, layer_of = outside_scan(self.layers.get_value())
+
+        def step(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
+            number, leaves, kind, past = scanned
             from jax.experimental.layout import Layout, with_layout_constraint
             x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
             x = checkpoint_name(x, _LAYER_INPUT)
+            leaves = layer_of(leaves, number)
             inside = {path[len(names.layers) + 1 :]: leaf for path, leaf in run.gather(leaves).items()}
             x, past = layer(arch, inside, x, kind, around, past)
             return run.constrain(x), past if cache is not None else Past()
@@ -214,7 +217,7 @@ class Decoder(nnx.Module):
             step = jax.checkpoint(step, policy=REMAT_POLICIES[run.remat], prevent_cse=True)
         kinds = jnp.asarray(np.array([arch.kinds.index(kind) for kind in arch.layer_kinds], np.int32))
         past = Past() if cache is None else cache.past
-        x, past = jax.lax.scan(step, x, (self.layers.get_value(), kinds, past))
+        x, past = jax.lax.scan(step, x, (jnp.arange(arch.num_layers), leaves, kinds, past))
         if names.final_norm:
             x = norm(arch, self.outside.at(names.final_norm), x)
         if names.project_out:

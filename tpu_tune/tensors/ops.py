@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.chunks import token_keys
 from tpu_tune.tensors.quantized import QuantizedTensor
-from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, TokensTensor, Transposed
+from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, TokensTensor, Transposed, LayerView
 
 
 def matmul(x: Float[Array, "*batch in"], w: Any) -> Float[Array, "*batch out"]:
@@ -66,6 +66,8 @@ def unembed(x: Float[Array, "*batch dim"], w: Any) -> Float[Array, "*batch vocab
 
 def dense(w: Any) -> Float[Array, "*layers in out"]:
     """Return a leaf as one float32 array, adapters merged in; a leading layer axis is kept."""
+    if isinstance(w, LayerView):
+        return w.cut().dequantize()
     if isinstance(w, QuantizedTensor):
         return w.dequantize()
     if isinstance(w, SavedTensor):
@@ -155,24 +157,22 @@ import os
 PIECE = int(os.environ.get("PIECE", 2**24))
 
 def _weigh(x: Array, w: Any, axis: int) -> Array:
-    if not isinstance(w, QuantizedTensor):
-        return _contract(x, _weight(w, x.dtype), axis)
-    unit = 128 if axis == 0 else math.lcm(w.pack_block, w.group_size)
-    size, other = w.shape[1 - axis], w.shape[axis]
+    """Return x @ w (axis 0) or x @ w.T (axis 1) in x's dtype; large quantized kernels a piece of the result at a time."""
+    if not isinstance(w, LayerView):
+        return _contract(x, _weight(w, x.dtype), axis).astype(x.dtype)
+    tensor = w.stack
+    unit = 128 if axis == 0 else math.lcm(tensor.pack_block, tensor.group_size)
+    size, other = tensor.shape[1 - axis], tensor.shape[axis]
     width = max(1, PIECE // other // unit) * unit
     if width >= size or size % unit:
-        return _contract(x, _weight(w, x.dtype), axis)
-    count = -(-size // width)
+        return _contract(x, w.cut().dequantize(x.dtype), axis).astype(x.dtype)
 
-    def piece(start):
-        return (w.columns if axis == 0 else w.rows)(start, width).dequantize(x.dtype)
-
-    def product(number, y):
+    def piece(number, y):
         start = jnp.minimum(number * (width // unit), (size - width) // unit) * unit
-        part = _contract(x, piece(start), axis).astype(x.dtype)
+        part = _contract(x, w.cut(1 - axis, start, width).dequantize(x.dtype), axis).astype(x.dtype)
         return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
 
-    return jax.lax.fori_loop(0, count, product, jnp.zeros((*x.shape[:-1], size), x.dtype))
+    return jax.lax.fori_loop(0, -(-size // width), piece, jnp.zeros((*x.shape[:-1], size), x.dtype))
 
 
 def _contract(x: Array, w: Array, axis: int) -> Array:

@@ -81,22 +81,6 @@ class QuantizedTensor:
             return self.scales.astype(jnp.float32)
         return self.scales.astype(jnp.float32) * (self.scale_max * jnp.float32(1 / 255))
 
-    def columns(self, start: Any, width: int) -> QuantizedTensor:
-        """Return the tensor of output columns start .. start + width - 1."""
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=width, axis=-1)
-        return dataclasses.replace(jax.tree.map(cut, self), shape=(self.shape[0], width))
-
-    def rows(self, start: Any, count: int) -> QuantizedTensor:
-        """Return the tensor of input rows start .. start + count - 1, whole groups and pack blocks."""
-
-        def cut(leaf: Array, rows_each: int) -> Array:
-            return jax.lax.dynamic_slice_in_dim(leaf, start // rows_each, count // rows_each, axis=-2)
-
-        codes = cut(self.codes, 2 if self.pack_block > 1 else 1)
-        return dataclasses.replace(
-            self, codes=codes, scales=cut(self.scales, self.group_size), shape=(count, self.shape[1])
-        )
-
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "*layers in out"]:
         """Return the weight: decoded and scaled in float32, then cast, as bitsandbytes does."""
         values = FORMATS[self.format].decode(self.unpacked())

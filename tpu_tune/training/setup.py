@@ -27,7 +27,7 @@ from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution, architecture, check_length
-from tpu_tune.tensors import LoraTensor, SavedTensor
+from tpu_tune.tensors import LayerView, LoraTensor, SavedTensor
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, make_optimizer
 from tpu_tune.training.schedules import make_schedule
@@ -340,6 +340,8 @@ def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
     hidden = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
     def gather_leaf(leaf: Any, home: Any) -> Any:
+        if isinstance(leaf, LayerView):
+            leaf = leaf.cut()
         if isinstance(leaf, (LoraTensor, SavedTensor)):
             return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -51,6 +51,8 @@ def _model() -> dict[str, Any]:
         "dtype": "bfloat16",  # compute: bfloat16 | float16 (with dynamic loss scaling) | float32
         "param_dtype": "auto",  # storage of base weights: auto = float32 under method=full, model.dtype under lora
         "attention": "auto",  # auto | reference | blockwise | splash (TPU v4 and later)
+        # Products with quantized weights: auto | xla (dequantizes whole) | pieces (a part at a time) | pallas (TPUs)
+        "quantized_matmul": "auto",
         # none | full (keep only each layer's input) | dots (keep the results of linear layers) | offload (each layer's
         # input waits in the host's memory: for long contexts, slower)
         "remat": "full",
@@ -173,6 +175,7 @@ _CHOICES = {
     "model.dtype": ("bfloat16", "float16", "float32"),
     "model.param_dtype": ("auto", "bfloat16", "float16", "float32"),
     "model.attention": ("auto", "reference", "blockwise", "splash"),
+    "model.quantized_matmul": ("auto", "xla", "pieces", "pallas"),
     "model.remat": ("none", "full", "dots", "offload"),
     "quantize.format": ("none", "int8", "int4", "nf4"),
     "lora.bias": ("none", "all", "lora_only"),

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.places import Places
+from tpu_tune.kernels.quantized_matmul import Product
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
 from tpu_tune.models.layers import Branch, Past, Surroundings, apply_head, layer, linear, norm, relative_bias
@@ -53,6 +55,7 @@ class Execution:
       remat: none | full | dots | offload: what of a layer the backward pass recomputes; all but its input under full,
         which waits in the host's memory under offload.
       chunk: tokens of each row and device that a layer's projections and MLP work on at one time, in training; 0: all.
+      product: how products with quantized kernels are computed.
       gather: applied to one layer's leaves, by path, inside the rematerialised scan body; training constrains quantized
         codes there, so that they are gathered over fsdp instead of dequantized weights.
       constrain: applied to hidden states (B, T, D) between layers; training pins their sharding there.
@@ -63,6 +66,7 @@ class Execution:
     mesh: Mesh | None = None
     remat: str = "none"
     chunk: int = 0
+    product: Product = Product()
     gather: Callable[[dict[str, Any]], dict[str, Any]] = lambda leaves: leaves
     constrain: Callable[[Array], Array] = lambda hidden: hidden
 
@@ -201,11 +205,11 @@ class Decoder(nnx.Module):
             around = dataclasses.replace(around, memory=(None if memory is None else memory.hidden, places))
         x = run.constrain(self._embedded(input_ids, positions))
 
-        leaves, layer_of = outside_scan(self.layers.get_value())
+        leaves, layer_of = outside_scan(self.layers.get_value(), run.product)
 
         def step(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
             number, leaves, kind, past = scanned
-            from jax.experimental.layout import Layout, with_layout_constraint
+            # XLA's GPU compiler would like the backward loop's inputs transposed, and keeps all of them twice.
             x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
             x = checkpoint_name(x, _LAYER_INPUT)
             leaves = layer_of(leaves, number)

@@ -25,6 +25,7 @@ from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
 from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
+from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution, architecture, check_length
 from tpu_tune.tensors import LayerView, LoraTensor, SavedTensor
@@ -332,7 +333,8 @@ def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
     attention = for_device(config.model.attention, model.mesh.devices.flat[0])
     mesh = model.mesh if model.mesh.size > 1 else None
     chunk = token_chunk(config, rows, model.mesh.shape["sequence"])
-    plain = Execution(compute_dtype(config), attention, mesh, config.model.remat, chunk)
+    product = quantized_matmul.for_device(config.model.quantized_matmul, model.mesh)
+    plain = Execution(compute_dtype(config), attention, mesh, config.model.remat, chunk, product)
     if model.mesh.size == 1:
         return plain
     stacked = model.architecture.stacked()
@@ -341,7 +343,8 @@ def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
 
     def gather_leaf(leaf: Any, home: Any) -> Any:
         if isinstance(leaf, LayerView):
-            leaf = leaf.cut()
+            one = jax.tree.map(jax.lax.with_sharding_constraint, leaf.cut(), home)
+            return LayerView(jax.tree.map(lambda part: part[None], one), jnp.int32(0), product)
         if isinstance(leaf, (LoraTensor, SavedTensor)):
             return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):

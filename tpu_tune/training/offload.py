@@ -1,0 +1,110 @@
+"""Optimizer state in the host's memory between steps (`train.optim_offload`), what the guide's paged optimizers are for.
+
+The state of one layer of one leaf at a time comes to the device, is updated there and goes back: a loop over the
+layers, because XLA starts all transfers that nothing holds back at once, and then the device holds the whole state
+after all. Leaves that are there once (embedding, head) come whole. The numbers are those of one update of all leaves,
+for every optimizer here treats each layer of each leaf by itself. Only the memory kind of a leaf's sharding says where
+it waits, so a checkpoint is the same with and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+Update = Callable[[Any, Any, Any], tuple[Any, Any]]  # (gradients, optimizer state, weights) -> (weights, state)
+
+_HOST = "pinned_host"
+
+
+def to_host(homes: Any, shapes: Any) -> Any:
+    """Return the shardings of an optimizer's state with its arrays, not its counters, in host memory.
+
+    Args:
+      homes: tree of NamedShardings.
+      shapes: the same tree of shapes.
+    """
+    return jax.tree.map(lambda home, leaf: home.with_memory_kind(_HOST) if leaf.ndim else home, homes, shapes)
+
+
+def update_each(
+    update: Update,
+    grads: Mapping[str, Array],
+    state: Any,
+    weights: Mapping[str, Array],
+    homes: Any,
+    stacked: Callable[[str], bool],
+) -> tuple[dict[str, Array], Any]:
+    """Return (weights, state) after an update of one layer of one leaf after the other.
+
+    Args:
+      update: of any part of the tree: the optimizer's, given the same three trees with some paths and layers only.
+      grads: path -> gradient.
+      state: the optimizer's; what belongs to a leaf stands in a dict under its path, and has its axis 0.
+      weights: path -> leaf.
+      homes: shardings of the state: where its leaves lie, and are to lie again.
+      stacked: whether axis 0 of a path's leaf is the layers.
+    """
+    new_weights, new_state = {}, state
+    for path in grads:
+        mine, places = _part(state, path, grads), _part(homes, path, grads)
+        by_layer = stacked(path) and weights[path].shape[0] > 1
+        one = _each_layer if by_layer else _whole
+        new_weights[path], mine = one(update, path, grads[path], mine, weights[path], places)
+        new_state = _merged(new_state, mine, grads)
+    return new_weights, new_state
+
+
+def _whole(update: Update, path: str, grad: Array, state: Any, weight: Array, homes: Any) -> tuple[Array, Any]:
+    found, state = update({path: grad}, _fetched(state, homes), {path: weight})
+    return found[path], _returned(state, homes)
+
+
+def _each_layer(update: Update, path: str, grad: Array, state: Any, weight: Array, homes: Any) -> tuple[Array, Any]:
+    def at(leaf: Array, layer: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(leaf, layer, 1) if leaf.ndim else leaf
+
+    def put(leaf: Array, new: Array, layer: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, new, layer, 0) if leaf.ndim else new
+
+    def one(layer: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        weight, carried = carry
+        # Counters are those from before the step in every layer.
+        here = jax.tree.map(lambda new, old: at(new if new.ndim else old, layer), carried, state)
+        found, here = update({path: at(grad, layer)}, _fetched(here, homes), {path: at(weight, layer)})
+        here = jax.tree.map(lambda leaf, new: put(leaf, new, layer), carried, _returned(here, homes))
+        return put(weight, found[path], layer), here
+
+    return jax.lax.fori_loop(0, weight.shape[0], one, (weight, state))
+
+
+def _fetched(state: Any, homes: Any) -> Any:
+    return jax.tree.map(lambda leaf, home: jax.device_put(leaf, home.with_memory_kind("device")), state, homes)
+
+
+def _returned(state: Any, homes: Any) -> Any:
+    return jax.tree.map(lambda leaf, home: jax.device_put(leaf, home) if leaf.ndim else leaf, state, homes)
+
+
+def _by_path(paths: Mapping[str, Any]) -> Callable[[Any], bool]:
+    return lambda node: isinstance(node, dict) and set(node) == set(paths)
+
+
+def _part(tree: Any, path: str, paths: Mapping[str, Any]) -> Any:
+    """Return a state's part for one leaf, with the counters that all share."""
+    is_dict = _by_path(paths)
+    return jax.tree.map(lambda node: {path: node[path]} if is_dict(node) else node, tree, is_leaf=is_dict)
+
+
+def _merged(tree: Any, part: Any, paths: Mapping[str, Any]) -> Any:
+    """Return a state with one leaf's part in it, and its counters."""
+    is_dict = _by_path(paths)
+    nodes, structure = jax.tree.flatten(tree, is_leaf=is_dict)
+    parts = structure.flatten_up_to(part)
+    return structure.unflatten(
+        [{**node, **new} if is_dict(node) else new for node, new in zip(nodes, parts, strict=True)]
+    )

@@ -113,7 +113,10 @@ def over_tokens(
             sums = jax.tree.map(lambda total, grad: total + grad.astype(jnp.float32), sums, grads)
             return sums, put(back, chunk_back, number)
 
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), moving), jax.tree.map(jnp.zeros_like, tokens)
+        start = (
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), moving),
+            jax.tree.map(jnp.zeros_like, tokens),
+        )
         sums, back = jax.lax.fori_loop(0, count, one, start)
         return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, moving), back
 

@@ -130,7 +130,9 @@ def layer(
     x = each_token(_sum, (x, seen), *out)
     q = each_token(_cross_queries, x, names.cross_norm, names.cross_q)
     seen, cross = _cross_attention(arch, Branch(leaves), q, around, past.cross)
-    x = each_token(lambda arch, weights, tokens: tokens[0] + linear(weights.at(names.cross_o), tokens[1]), (x, seen), names.cross_o)
+    x = each_token(
+        lambda arch, weights, tokens: tokens[0] + linear(weights.at(names.cross_o), tokens[1]), (x, seen), names.cross_o
+    )
     return each_token(_fed, x, *mlp), Past(own, cross)
 
 

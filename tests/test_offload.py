@@ -38,7 +38,8 @@ def batches(count: int) -> list[dict[str, np.ndarray]]:
 
 
 def kinds(tree: Any) -> set[str]:
-    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+    """Return the memories of the matrices of a tree with stacked layers."""
+    return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim > 2}
 
 
 def counters(state: Any) -> list[Any]:
@@ -76,7 +77,7 @@ def test_optimizer_state_on_the_host_changes_no_number(tiny: pathlib.Path, metho
     keys = {"method": method, "train__optim": optim, "train__weight_decay": 0.1}
     expected, expected_rows = trained(tiny, **keys)
     state, rows = trained(tiny, train__optim_offload=True, **keys)
-    if optim != "sgd":
+    if optim in ("adamw", "adamw_8bit"):
         assert kinds(state.opt_state) == {"pinned_host"} and kinds(expected.opt_state) == {"device"}
     assert kinds(state.trainable) == {"device"}
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected_rows], rel=1e-6)

@@ -29,6 +29,7 @@ from jax.sharding import NamedSharding
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
 from tpu_tune.planning.scratch import scratch_bytes
+from tpu_tune.training import offload
 from tpu_tune.training.loop import count_parameters
 from tpu_tune.training.setup import (
     PreparedModel,
@@ -36,6 +37,7 @@ from tpu_tune.training.setup import (
     check_settings,
     micro_batch_rows,
     prepare_steps,
+    stacked_trainable,
 )
 from tpu_tune.transforms import sharding
 
@@ -71,7 +73,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     accumulation = config.train.gradient_accumulation_steps
     batch = abstract_batch(config, model, (accumulation, rows))
     state = steps.initial_state
-    waiting = _waiting(config, state)
+    waiting = _waiting(config, model, state)
     held = {
         "frozen": device_bytes(model.frozen),
         "trainable": device_bytes(model.trainable),
@@ -226,10 +228,14 @@ def too_large(message: str, arguments: int) -> dict[str, int]:
     return {"peak": used or (temporaries + arguments if temporaries else 0), "capacity": capacity}
 
 
-def _waiting(config: Any, state: Any) -> list[int]:
+def _waiting(config: Any, model: PreparedModel, state: Any) -> list[int]:
     """Return the bytes a device of each of the optimizer's arrays that wait in host memory."""
-    arrays = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    return [device_bytes(leaf) for leaf in arrays] if config.train.optim_offload else []
+    if not config.train.optim_offload:
+        return []
+    stacked = stacked_trainable(model.targets, model.architecture.stacked())
+    waiting = jax.tree.leaves(offload.waits(state.opt_state, stacked.__contains__))
+    leaves = jax.tree.leaves(state.opt_state)
+    return [device_bytes(leaf) for leaf, waits in zip(leaves, waiting, strict=True) if waits]
 
 
 def _estimate(held: int, scratch: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]  # (gradients, optimizer state, weights) -> (weights, state)
@@ -21,14 +20,27 @@ Update = Callable[[Any, Any, Any], tuple[Any, Any]]  # (gradients, optimizer sta
 _HOST = "pinned_host"
 
 
-def to_host(homes: Any, shapes: Any) -> Any:
-    """Return the shardings of an optimizer's state with its arrays, not its counters, in host memory.
+def waits(state: Any, stacked: Callable[[str], bool]) -> Any:
+    """Return a tree of bools: which arrays of an optimizer's state wait in host memory.
+
+    Matrices do. Counters, and what is one vector a layer (norms, factored moments), stay: they are small, and libtpu
+    0.0.42 aborts at a slice of one row between host and device.
 
     Args:
-      homes: tree of NamedShardings.
-      shapes: the same tree of shapes.
+      state: of arrays or shapes.
+      stacked: whether axis 0 of a path's leaf is the layers.
     """
-    return jax.tree.map(lambda home, leaf: home.with_memory_kind(_HOST) if leaf.ndim else home, homes, shapes)
+
+    def one(path: tuple[Any, ...], leaf: Any) -> bool:
+        is_stacked = any(stacked(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        return leaf.ndim >= 2 + is_stacked
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def to_host(homes: Any, waiting: Any) -> Any:
+    """Return the shardings of an optimizer's state with those that `waits` names in host memory."""
+    return jax.tree.map(lambda home, goes: home.with_memory_kind(_HOST) if goes else home, homes, waiting)
 
 
 def update_each(

@@ -293,7 +293,8 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
     homes = state_shardings(shapes, model)
     in_parts = None
     if config.train.optim_offload:
-        homes = dataclasses.replace(homes, opt_state=offload.to_host(homes.opt_state, shapes.opt_state))
+        waiting = offload.waits(shapes.opt_state, stacked.__contains__)
+        homes = dataclasses.replace(homes, opt_state=offload.to_host(homes.opt_state, waiting))
         in_parts = functools.partial(offload.update_each, homes=homes.opt_state, stacked=stacked.__contains__)
     step = make_train_step(problem, optimizer, schedule, config.train.max_grad_norm, key, in_parts)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.trainable.values())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]  # (gradients, optimizer state, weights) -> (weights, state)
@@ -48,6 +49,7 @@ def update_each(
     grads: Mapping[str, Array],
     state: Any,
     weights: Mapping[str, Array],
+    wanted: Array,
     homes: Any,
     stacked: Callable[[str], bool],
 ) -> tuple[dict[str, Array], Any]:
@@ -58,15 +60,16 @@ def update_each(
       grads: path -> gradient.
       state: the optimizer's; what belongs to a leaf stands in a dict under its path, and has its axis 0.
       weights: path -> leaf.
+      wanted: bool; where it is False, `update` changes nothing. Layers are then not visited. That their number is not
+        known beforehand also keeps XLA from taking loops apart whose transfers then need more semaphores than a TPU has.
       homes: shardings of the state: where its leaves lie, and are to lie again.
       stacked: whether axis 0 of a path's leaf is the layers.
     """
     new_weights, new_state = {}, state
     for path in grads:
         mine, places = _part(state, path, grads), _part(homes, path, grads)
-        by_layer = stacked(path) and weights[path].shape[0] > 1
-        one = _each_layer if by_layer else _whole
-        new_weights[path], mine = one(update, path, grads[path], mine, weights[path], places)
+        given = update, path, grads[path], mine, weights[path], places
+        new_weights[path], mine = _each_layer(*given, wanted) if stacked(path) else _whole(*given)
         new_state = _merged(new_state, mine, grads)
     return new_weights, new_state
 
@@ -76,7 +79,9 @@ def _whole(update: Update, path: str, grad: Array, state: Any, weight: Array, ho
     return found[path], _returned(state, homes)
 
 
-def _each_layer(update: Update, path: str, grad: Array, state: Any, weight: Array, homes: Any) -> tuple[Array, Any]:
+def _each_layer(
+    update: Update, path: str, grad: Array, state: Any, weight: Array, homes: Any, wanted: Array
+) -> tuple[Array, Any]:
     def at(leaf: Array, layer: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(leaf, layer, 1) if leaf.ndim else leaf
 
@@ -91,7 +96,7 @@ def _each_layer(update: Update, path: str, grad: Array, state: Any, weight: Arra
         here = jax.tree.map(lambda leaf, new: put(leaf, new, layer), carried, _returned(here, homes))
         return put(weight, found[path], layer), here
 
-    return jax.lax.fori_loop(0, weight.shape[0], one, (weight, state))
+    return jax.lax.fori_loop(0, jnp.where(wanted, weight.shape[0], 0), one, (weight, state))
 
 
 def _fetched(state: Any, homes: Any) -> Any:

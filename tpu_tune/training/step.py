@@ -104,7 +104,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, dict[str, Array]]]:
     """Return the step function, to be jitted with the state donated.
 
-    `in_parts(update, gradients, optimizer state, weights)` updates one part of the tree after the other where the
+    `in_parts(update, gradients, optimizer state, weights, finite)` updates one part of the tree after the other where the
     optimizer's state waits in host memory (`offload.update_each`).
 
     The batch's arrays are (accumulation, rows, tokens). The metrics are float32 scalars: `loss` (mean over the
@@ -171,7 +171,7 @@ def _update(
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (trainable, opt_state))
 
     given = grads, state.opt_state, state.trainable
-    trainable, opt_state = update(*given) if in_parts is None else in_parts(update, *given)
+    trainable, opt_state = update(*given) if in_parts is None else in_parts(update, *given, finite)
     loss_scale = None if state.loss_scale is None else scaling.update(state.loss_scale, finite)
     # A float16 overflow is the loss scale looking for its value, not a failure, until it can shrink no further.
     is_search = False if state.loss_scale is None else state.loss_scale.scale > 1.0

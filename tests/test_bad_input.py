@@ -163,7 +163,6 @@ def test_a_config_that_is_not_json(refused, copy):
     ({"train__learning_rat": 1}, "unknown config key 'train.learning_rat'; did you mean 'train.learning_rate'?"),
     ({"train__learning_rate": "fast"}, "config key 'train.learning_rate' is 'fast'; it must be of type float"),
     ({"train__optim": "adamw8bit"}, "unknown train.optim 'adamw8bit'; did you mean 'adamw_8bit'?"),
-    ({"train__optim_offload": True}, "train.optim_offload is not built yet"),
     ({"train__lr_scheduler_type": "cosin"}, "unknown train.lr_scheduler_type 'cosin'; did you mean 'cosine'?"),
     ({"train__lr_scheduler_kwargs": {"cycles": 2}, "train__lr_scheduler_type": "cosine"}, "num_cycles"),
     ({"train__report_to": ["tensorbord"]}, "unknown train.report_to 'tensorbord'; did you mean 'tensorboard'?"),

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from tpu_tune.kernels.places import Places, soft_cap
 
-BLOCK = 256
+BLOCK = 512
 _NEVER = -1e30  # finite: a query that sees no key must give zeros, not NaN
 
 

@@ -29,6 +29,7 @@ from jax.sharding import NamedSharding
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
 from tpu_tune.planning.scratch import scratch_bytes
+from tpu_tune.training import offload
 from tpu_tune.training.loop import count_parameters
 from tpu_tune.training.setup import (
     PreparedModel,
@@ -36,6 +37,7 @@ from tpu_tune.training.setup import (
     check_settings,
     micro_batch_rows,
     prepare_steps,
+    stacked_trainable,
 )
 from tpu_tune.transforms import sharding
 
@@ -56,7 +58,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
       `compiler` (its name and version; "" where it was not used), `why` (no compiler), `held` (bytes a device: frozen,
       trainable, optimizer, batch; of the shapes), `gradients`, `train` and `evaluate` (arguments, peak, host, fits, and
       capacity where it does not; of the compiler or of the estimate), `parameters`, `trainable`, `rows` (of a step), `width` and
-      `encoder_width` (tokens a row), `mesh`.
+      `encoder_width` (tokens a row), `mesh`, `host_state` ("computed": the optimizer's state in host memory is not in the
+      compiled program, but taken off its figures).
 
     Raises:
       UserError: settings that do not fit the model or the devices.
@@ -70,10 +73,11 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     accumulation = config.train.gradient_accumulation_steps
     batch = abstract_batch(config, model, (accumulation, rows))
     state = steps.initial_state
+    waiting = _waiting(config, model, state)
     held = {
         "frozen": device_bytes(model.frozen),
         "trainable": device_bytes(model.trainable),
-        "optimizer": device_bytes((state.opt_state, state.loss_scale)),
+        "optimizer": device_bytes((state.opt_state, state.loss_scale)) - sum(waiting),
         "batch": device_bytes(batch),
     }
     found = {
@@ -94,9 +98,17 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
             scratch = scratch_bytes(model.architecture, config, number, found["width"], mesh.shape, name == "train")
             scratch += (found["gradients"] if name == "train" else 0) + _dequantized(model)
             found[name] = _estimate(sum(held.values()), scratch)
+        found["train"]["host"] = sum(waiting)
         return found
     on_tpu = job["topology"]["platform"] == "tpu"
     found["train"] = compile_one(steps.train, (state, model.frozen, batch), on_tpu)
+    if waiting and not on_tpu:
+        # CUDA's devices that are not there name no host memory: the program compiled holds the state on the card.
+        train, largest = found["train"], max(waiting)
+        train["peak"] -= sum(waiting) - largest
+        train["arguments"] -= sum(waiting)
+        train["host"] += sum(waiting)
+        found["host_state"] = "computed"
     if job.get("evaluate") and found["train"]["fits"]:
         arguments = (model.trainable, model.frozen, abstract_batch(config, model, (eval_rows,)))
         found["evaluate"] = compile_one(steps.evaluate, arguments, on_tpu)
@@ -167,7 +179,8 @@ def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict
     """Compile a jitted function and return what the compiler says of its memory, in bytes a device.
 
     The peak is on a TPU what its compiler holds against the chip's memory (its `temp_size_in_bytes` may be larger than
-    the chip in a program that it accepts). On a GPU scratch is one allocation, and the peak the sum of all.
+    the chip in a program that it accepts). On a GPU scratch is one allocation, and the peak the sum of all. A TPU's
+    peak counts what is in the host's memory too; of a program that puts something there the sum is taken if it is less.
 
     A program that is too large for a TPU is a result: `fits` is False, and `peak` what it would need, as far as the
     compiler says it (else 0).
@@ -186,11 +199,13 @@ def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict
     found = compiled.memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     total = held + found.temp_size_in_bytes
+    host = found.host_temp_size_in_bytes + found.host_argument_size_in_bytes
+    peak = found.peak_memory_in_bytes if on_tpu and found.peak_memory_in_bytes else total
     return {
         "fits": True,
         "arguments": found.argument_size_in_bytes,
-        "peak": found.peak_memory_in_bytes if on_tpu and found.peak_memory_in_bytes else total,
-        "host": found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
+        "peak": min(peak, total) if host else peak,
+        "host": host,
     }
 
 
@@ -211,6 +226,16 @@ def too_large(message: str, arguments: int) -> dict[str, int]:
     temporaries = find(r"temporaries \(([\d.]+)([KMGT]?)B?\)")
     capacity = find(r"of ([\d.]+)([KMGT]?) hbm") or find(r"available HBM \(([\d.]+)([KMGT]?)B?\)")
     return {"peak": used or (temporaries + arguments if temporaries else 0), "capacity": capacity}
+
+
+def _waiting(config: Any, model: PreparedModel, state: Any) -> list[int]:
+    """Return the bytes a device of each of the optimizer's arrays that wait in host memory."""
+    if not config.train.optim_offload:
+        return []
+    stacked = stacked_trainable(model.targets, model.architecture.stacked())
+    waiting = jax.tree.leaves(offload.waits(state.opt_state, stacked.__contains__))
+    leaves = jax.tree.leaves(state.opt_state)
+    return [device_bytes(leaf) for leaf, waits in zip(leaves, waiting, strict=True) if waits]
 
 
 def _estimate(held: int, scratch: int) -> dict[str, Any]:

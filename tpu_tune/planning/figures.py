@@ -95,6 +95,11 @@ def figures(
     if not measured["compiler"]:
         low = "; a GPU's compiler has been seen to take three times the scratch" if device.kind == "gpu" else ""
         notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']}){low}")
+    if measured.get("host_state"):
+        notes.append(
+            "the optimizer's state in host memory is taken off the compiler's figure, and one leaf of it left for what is "
+            "under way: this compiler knows no host memory for arguments"
+        )
     if not config.data.packing or arch.encoder:
         notes.append("rows are as wide as the longest example; here as wide as data.max_length allows")
     if config.model.add_special_tokens:
@@ -170,7 +175,7 @@ def _step(
         weights=breakdown["frozen"] + breakdown["trainable"],
         state=breakdown["trainable"] + breakdown["optimizer"],
         micro_batches=config.train.gradient_accumulation_steps,
-        passes=2 + (config.model.remat == "full"),
+        passes=2 + (config.model.remat in ("full", "offload")),
     )
     return {
         "rows": rows,

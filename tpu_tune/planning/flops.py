@@ -58,7 +58,7 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
     full = config.method == "full"
     # Backward: as much again for the inputs' gradients, and for the weights' where these are trained.
     model = (3 if full else 2) * (layers + head) + 3 * seen + 6.0 * adapters * tokens
-    again = {"full": layers + computed, "dots": computed}.get(config.model.remat, 0.0)
+    again = {"full": layers + computed, "offload": layers + computed, "dots": computed}.get(config.model.remat, 0.0)
     hardware = model - 3 * seen + 3 * computed + again
     words = (
         f"{6 if full else 4} x parameters of matrices x tokens"

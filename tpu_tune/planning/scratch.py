@@ -58,12 +58,15 @@ def scratch_bytes(
     layers = arch.num_layers + (arch.encoder.num_layers if arch.encoder else 0)
     used = chosen(config.model.attention, width, width)
     scores = score_bytes(arch, rows, math.ceil(width / mesh["sequence"]), width, used, 3 if training else 2) // tensor
-    work = tokens * size * (projected + arch.intermediate_size // tensor + 2 * hidden)
+    chunk = min(rows * token_chunk(config, rows, mesh["sequence"]) or tokens, tokens)
+    # What a chunk of tokens needs at one time, and what attention takes and gives of all.
+    work = chunk * size * (projected + arch.intermediate_size // tensor + 2 * hidden)
+    work += (tokens - chunk) * size * (2 * (q + kv) // tensor + hidden)
     chunk = min(loss_chunk(config, arch.vocab_size, rows), width) * rows
     logits = chunk * arch.vocab_size * _FLOAT32 * (2 if training else 1)
     if not training:
         return max(work + scores, logits) + tokens * hidden * size * 2
-    kept = {"full": hidden, "dots": hidden + projected}.get(config.model.remat)
+    kept = {"full": hidden, "offload": 0, "dots": hidden + projected}.get(config.model.remat)
     if kept is None:  # everything that the backward pass reads, scores among it
         return layers * (tokens * size * (2 * projected + 4 * hidden) + scores * 2 // 3) + max(work, logits)
     return layers * tokens * kept * size + max(2 * work + scores, logits) + tokens * hidden * size * 2

@@ -90,7 +90,8 @@ def suggest(
     search = _Search(config, device, rows, compile, max_compiles, say)
     smallest: tuple[Overrides, dict[str, Any]] | None = None
     for choice in _choices(config, device):
-        one = {**choice, "model.remat": "full", **_rows(config, 1)}
+        remat = config.model.remat if config.model.remat == "offload" else "full"
+        one = {**choice, "model.remat": remat, **_rows(config, 1)}
         counted = search.try_out(one, compile=False)
         if counted is None:
             continue

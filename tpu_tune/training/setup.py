@@ -29,6 +29,7 @@ from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution, architecture, check_length
 from tpu_tune.tensors import LayerView, LoraTensor, SavedTensor
+from tpu_tune.training import offload
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, make_optimizer
 from tpu_tune.training.schedules import make_schedule
@@ -105,10 +106,6 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
     """
     config = configuration.from_dict(config)
     canonical_name(config.train.optim)
-    if config.train.optim_offload:
-        raise UserError(
-            "train.optim_offload is not built yet; leave it false, or set train.optim=adamw_8bit for less state"
-        )
     make_schedule(
         config.train.lr_scheduler_type, config.train.learning_rate, max(config.train.max_steps, 1),
         config.train.warmup_steps, config.train.warmup_ratio, **config.train.lr_scheduler_kwargs,
@@ -292,11 +289,15 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
     )  # fmt: skip
     dropout = model.targets is not None and model.targets.spec.dropout > 0
     key = jax.random.fold_in(jax.random.key(config.seed), 1) if dropout else None
-    step = make_train_step(problem, optimizer, schedule, config.train.max_grad_norm, key)
-
     start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
     shapes = jax.eval_shape(start, model.trainable)
     homes = state_shardings(shapes, model)
+    in_parts = None
+    if config.train.optim_offload:
+        waiting = offload.waits(shapes.opt_state, stacked.__contains__)
+        homes = dataclasses.replace(homes, opt_state=offload.to_host(homes.opt_state, waiting))
+        in_parts = functools.partial(offload.update_each, homes=homes.opt_state, stacked=stacked.__contains__)
+    step = make_train_step(problem, optimizer, schedule, config.train.max_grad_norm, key, in_parts)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.trainable.values())
     state = jax.tree.map(_at, shapes, homes) if abstract else jax.jit(start, out_shardings=homes)(model.trainable)
     return Steps(

@@ -100,8 +100,12 @@ def make_train_step(
     schedule: optax.Schedule,
     max_grad_norm: float,
     dropout_key: Array | None,
+    in_parts: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, dict[str, Array]]]:
     """Return the step function, to be jitted with the state donated.
+
+    `in_parts(update, gradients, optimizer state, weights, finite)` updates one part of the tree after the other where the
+    optimizer's state waits in host memory (`offload.update_each`).
 
     The batch's arrays are (accumulation, rows, tokens). The metrics are float32 scalars: `loss` (mean over the
     window's target tokens), `grad_norm` (before clipping), `learning_rate` (of this update), `num_targets`,
@@ -138,7 +142,7 @@ def make_train_step(
         grads, norm = clip_by_global_norm(grads, max_grad_norm)
         loss = loss_sum / jnp.maximum(num_targets, 1)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new_state = _update(state, grads, finite, optimizer)
+        new_state = _update(state, grads, finite, optimizer, in_parts)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
@@ -155,13 +159,19 @@ def make_train_step(
 
 
 def _update(
-    state: TrainState, grads: Mapping[str, Array], finite: Array, optimizer: optax.GradientTransformation
+    state: TrainState,
+    grads: Mapping[str, Array],
+    finite: Array,
+    optimizer: optax.GradientTransformation,
+    in_parts: Callable[..., tuple[Any, Any]] | None,
 ) -> TrainState:
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
-    trainable, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
-    )
+    def update(grads: Any, opt_state: Any, trainable: Any) -> tuple[Any, Any]:
+        updates, new_state = optimizer.update(grads, opt_state, trainable)
+        new = optax.apply_updates(trainable, updates), new_state
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (trainable, opt_state))
+
+    given = grads, state.opt_state, state.trainable
+    trainable, opt_state = update(*given) if in_parts is None else in_parts(update, *given, finite)
     loss_scale = None if state.loss_scale is None else scaling.update(state.loss_scale, finite)
     # A float16 overflow is the loss scale looking for its value, not a failure, until it can shrink no further.
     is_search = False if state.loss_scale is None else state.loss_scale.scale > 1.0

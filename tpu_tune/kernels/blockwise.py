@@ -232,23 +232,3 @@ def backward(
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash_offset(blocks, q, k, v, where, offset):
-    return forward(blocks, q, k, v, where, v.dtype, offset)[0]
-
-
-def _fof(blocks, q, k, v, where, offset):
-    out, n = forward(blocks, q, k, v, where, v.dtype, offset)
-    return out, (q, k, v, where, out, n, offset)
-
-
-def _fob(blocks, kept, g):
-    q, k, v, where, out, n, offset = kept
-    to_q = jnp.zeros(q.shape, jnp.float32)
-    to_q, to_k, to_v = backward(blocks, q, k, v, where, g, n, delta_of(out, g), to_q, k.dtype, offset)
-    return to_q.astype(q.dtype), to_k, to_v, no_gradient(where), np.zeros((), jax.dtypes.float0)
-
-
-_flash_offset.defvjp(_fof, _fob)

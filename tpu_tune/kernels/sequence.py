@@ -2,7 +2,8 @@
 
 Each device holds the queries, keys and values of its own tokens. Keys and values go round the ring of devices, and
 every device adds what its queries see of them; in the backward pass their gradients travel with them and arrive home
-complete (Liu et al. 2023, "Ring attention", arXiv:2310.01889). No device ever holds a whole row's keys.
+complete (Liu et al. 2023, "Ring attention", arXiv:2310.01889). No device ever holds a whole row's keys: gathering them
+takes two to eight times the scratch without grouped heads, and no less with them (`benchmarks/attention_memory.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from tpu_tune.kernels.blockwise import BLOCK, Blocks, backward, blockwise, delta_of, forward, in_blocks, no_gradient
+from tpu_tune.kernels.blockwise import BLOCK, Blocks, backward, delta_of, forward, in_blocks, no_gradient
 from tpu_tune.kernels.mesh import SEQUENCE, on_each_device
 from tpu_tune.kernels.places import Places
 
@@ -114,19 +115,3 @@ def _ring_backward(way: _Ring, kept: tuple, g: Array) -> tuple:
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
-
-
-def gathered(q, k, v, places, window, scale, mesh, cap=None, block=BLOCK):
-    """Experiment: each device gathers all keys and values."""
-    from tpu_tune.kernels.blockwise import _flash_offset
-
-    def local(q, k, v, index, segments):
-        whole = [jax.lax.all_gather(part, SEQUENCE, axis=1, tiled=True) for part in (k, v, index, segments)]
-        here = dataclasses.replace(
-            places, query_index=index, key_index=whole[2], query_segments=segments, key_segments=whole[3]
-        )
-        blocks, cut_up = in_blocks(q, whole[0], whole[1], here, window, scale, cap, min(block, q.shape[1]), places.causal)
-        out = _flash_offset(blocks, *cut_up, jax.lax.axis_index(SEQUENCE) * q.shape[1])
-        return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, q.shape[2], q.shape[3])[:, : q.shape[1]]
-
-    return on_each_device(local, mesh, q.shape[2], k.shape[2])(q, k, v, places.query_index, places.query_segments)

@@ -302,8 +302,9 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
 
 def execution(config: ConfigDict, model: PreparedModel) -> Execution:
     """Return how the decoder runs: dtype, attention, remat, and on more than one device its sharding hooks."""
-    attention = for_device(config.model.attention, model.mesh.devices.flat[0])
-    plain = Execution(compute_dtype(config), attention, model.mesh if model.mesh.size > 1 else None, config.model.remat)
+    dtype, packed, mesh = compute_dtype(config), config.data.packing, model.mesh
+    attention = for_device(config.model.attention, mesh.devices.flat[0], dtype, packed)
+    plain = Execution(dtype, attention, mesh if mesh.size > 1 else None, config.model.remat, packed=packed)
     if model.mesh.size == 1:
         return plain
     stacked = model.architecture.stacked()

@@ -59,6 +59,7 @@ class Execution:
       gather: applied to one layer's leaves, by path, inside the rematerialised scan body; training constrains quantized
         codes there, so that they are gathered over fsdp instead of dequantized weights.
       constrain: applied to hidden states (B, T, D) between layers; training pins their sharding there.
+      packed: whether rows with segments may hold several documents, see `kernels.places.Places`.
     """
 
     dtype: Any = jnp.float32
@@ -69,6 +70,7 @@ class Execution:
     product: Product = Product()
     gather: Callable[[dict[str, Any]], dict[str, Any]] = lambda leaves: leaves
     constrain: Callable[[Array], Array] = lambda hidden: hidden
+    packed: bool = True
 
 
 @functools.partial(
@@ -183,13 +185,14 @@ class Decoder(nnx.Module):
         start = None if cache is None else cache.length
         index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) + (0 if start is None else start), (batch, length))
         positions = index if positions is None else positions
+        packed = run.packed and segment_ids is not None
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
         segments, key_index = segment_ids, index
         if cache is not None:
             segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segment_ids, cache.length, axis=1)
             key_index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
         around = Surroundings(
-            places=Places(index, key_index, segment_ids, segments, arch.causal),
+            places=Places(index, key_index, segment_ids, segments, arch.causal, packed),
             angles={kind.rope: rotary.tables(kind.rope, positions) for kind in arch.kinds if kind.rope is not None},
             implementation=run.attention,
             mesh=run.mesh,

@@ -331,11 +331,11 @@ def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
 
 def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
     """Return how the decoder runs: dtype, attention, remat, chunks, and on more than one device its sharding hooks."""
-    attention = for_device(config.model.attention, model.mesh.devices.flat[0])
-    mesh = model.mesh if model.mesh.size > 1 else None
+    dtype, packed, mesh = compute_dtype(config), config.data.packing, model.mesh if model.mesh.size > 1 else None
+    attention = for_device(config.model.attention, model.mesh.devices.flat[0], dtype, packed)
     chunk = token_chunk(config, rows, model.mesh.shape["sequence"])
     product = quantized_matmul.for_device(config.model.quantized_matmul, model.mesh)
-    plain = Execution(compute_dtype(config), attention, mesh, config.model.remat, chunk, product)
+    plain = Execution(dtype, attention, mesh, config.model.remat, chunk, product, packed=packed)
     if model.mesh.size == 1:
         return plain
     stacked = model.architecture.stacked()

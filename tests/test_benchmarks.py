@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import pathlib
 import shlex
 import subprocess
@@ -73,3 +75,26 @@ def test_the_bars_are_the_issues(memory):
     }  # fmt: skip
     longest = {job.name: job.overrides["data.max_length"] for job in memory.JOBS}
     assert longest["8b-rtx4080"] > 40_724 and longest["8b-rtx4090"] > 78_475
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(capfd):
+    gpu = script("gpu")
+    words = "--model tiny --method qlora full --tokens 32 --rows 2 --steps 1 --rounds 2 --warm 0 --json"
+    assert gpu.main(words.split()) == 0
+    results = {each["method"]: each for each in json.loads(capfd.readouterr().out)["results"]}
+    assert list(results) == ["qlora", "full"]
+    layer = 4 * 128 * 128 + 3 * 128 * 256
+    weights = 2 * layer + 512 * 128  # what a token is multiplied with
+    adapters = 2 * 16 * (4 * (128 + 128) + 3 * (128 + 256))
+    seen = 12 * 128 * 2 * 64 * (32 + 1) / 2
+    assert results["full"]["facts"]["flops"] == pytest.approx(6 * weights * 64 + seen)
+    assert results["qlora"]["facts"]["flops"] == pytest.approx(4 * weights * 64 + 6 * adapters * 64 + seen)
+    for method, result in results.items():
+        sides = [side for side in ("ours", "theirs") if side in result]
+        assert ("theirs" in sides) == (not gpu.missing(method))
+        for side in sides:
+            assert result[side]["trainable"] == (adapters if method == "qlora" else weights + 512 * 128 + 5 * 128)
+            assert result[side]["tokens_per_second"] == pytest.approx(64 / result[side]["step_seconds"])
+            # A fresh model knows nothing: the loss begins at ln(512). One batch again and again: it falls.
+            assert result[side]["losses"][0] == pytest.approx(math.log(512), abs=0.1)
+            assert result[side]["losses"][-1] < result[side]["losses"][0]

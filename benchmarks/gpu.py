@@ -5,16 +5,18 @@
     python benchmarks/gpu.py --method full --layers 8 --json
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --model tiny --tokens 64    # tries the script itself
 
-Weights are random (seeded), so that nothing is downloaded: neither speed nor memory depends on them. Both sides train on one batch of
-random tokens, without padding: bfloat16 computation, each layer's input kept and the rest computed again, AdamW with float32 adapters
-and state; rank 16 on every linear layer; nf4 with double quantization (theirs by bitsandbytes); float32 weights in the full step (theirs
-under autocast). Theirs attends through torch's scaled_dot_product_attention and takes fused AdamW, as a careful user would. A side
-is left out where torch, peft or (of QLoRA) bitsandbytes is not installed: pip install ".[cuda13]" torch peft bitsandbytes.
+Weights are random (seeded), so that nothing is downloaded: neither speed nor memory depends on them. Both sides train
+on one batch of random tokens, without padding: bfloat16 computation, each layer's input kept and the rest computed
+again, AdamW with float32 adapters and state; rank 16 on every linear layer; nf4 with double quantization (theirs by
+bitsandbytes); float32 weights in the full step (theirs under autocast). Theirs attends through torch's
+scaled_dot_product_attention and takes fused AdamW, as a careful user would. A side is left out where torch, peft or (of
+QLoRA) bitsandbytes is not installed: pip install ".[cuda13]" torch peft bitsandbytes.
 
-Each side lives in a process of its own and is asked in turn for some steps, after warm-up ones that compile; both are on the card at one
-time, so jax takes memory as it needs it. Model FLOPs are `tpu_tune.planning.flops`' (what the mathematics asks for, causal
-attention, nothing twice), MFU is model FLOPs a second over the card's dense bfloat16 peak. Memory is the allocators' own peak: ours since
-the process began, making the weights included; theirs since the model stood.
+Each side lives in a process of its own and is asked in turn for some steps, after warm-up ones that compile; both are
+on the card at one time, so jax takes memory as it needs it. Model FLOPs are `tpu_tune.planning.flops`' (what the
+mathematics asks for, causal attention, nothing twice), MFU is model FLOPs a second over the card's dense bfloat16 peak.
+Memory is the allocators' own peak: ours since the process began, making the weights included; theirs since the model
+stood.
 """
 
 from __future__ import annotations
@@ -342,7 +344,8 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     facts = results[0]["facts"]
     versions = {"jax": facts["jax"]} | results[0].get("theirs", {}).get("versions", {})
     lines = [
-        f"{time.strftime('%Y-%m-%d')}, {facts['device']}, {options.model}'s shapes, {options.rows} x {options.tokens} tokens a step; "
+        f"{time.strftime('%Y-%m-%d')}, {facts['device']}, {options.model}'s shapes, "
+        f"{options.rows} x {options.tokens} tokens a step; "
         + ", ".join(f"{name} {version}" for name, version in versions.items()),
         "",
         "| method | layers | parameters | side | tokens/s | MFU | peak memory, GB | step, s | ours / theirs |",

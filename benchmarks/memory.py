@@ -4,9 +4,9 @@
     python benchmarks/memory.py --list
     python benchmarks/memory.py --only 7b-v5e-1 33b-rtx3090    # some; the other rows of the file stay as they are
 
-Each job is one `tpu-tune plan` command, run in a process of its own and written beside its figures, so that every row can be had
-again by hand. Needs the compilers, not the devices: pip install -e ".[tpu,cuda-compiler]". A bar without a number means that the job
-fits. GB are 1e9 bytes, of one device.
+Each job is one `tpu-tune plan` command, run in a process of its own and written beside its figures, so that every row
+can be had again by hand. Needs the compilers, not the devices: pip install -e ".[tpu,cuda-compiler]". A bar without a
+number means that the job fits. GB are 1e9 bytes, of one device.
 """
 
 from __future__ import annotations

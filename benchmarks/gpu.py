@@ -1,6 +1,6 @@
 """Training speed on a GPU at a real model's shapes, against torch + PEFT: QLoRA, LoRA and a full step.
 
-    python benchmarks/gpu.py                                         # LLaMA-7B's shapes, all three, on this machine's GPU
+    python benchmarks/gpu.py                                               # LLaMA-7B's shapes, all three methods
     python benchmarks/gpu.py --method qlora --tokens 4096 --rows 2
     python benchmarks/gpu.py --method full --layers 8 --json
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --model tiny --tokens 64    # tries the script itself
@@ -84,7 +84,7 @@ def token_ids(options: argparse.Namespace, vocabulary: int) -> Any:
 
 
 def turns(step: Callable[[], Any], first: dict[str, Any], warm: int) -> Iterator[dict[str, Any]]:
-    """Yield `first` with the seconds of the first step once the step is warm, then a timing for each number of steps sent in."""
+    """Yield `first` and the first step's seconds once the step is warm, then a timing for each number of steps."""
     begun = time.monotonic()
     step()
     first["first_step_seconds"] = time.monotonic() - begun
@@ -359,7 +359,8 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
             memory, mfu = found["peak_memory_bytes"], found["mfu"]
             cells = [
                 result["method"], str(result["facts"]["layers"]), f"{result['facts']['parameters'] / 1e9:.2f}e9", side,
-                f"{found['tokens_per_second']:,.0f}", f"{mfu:.1%}" if mfu else "", f"{memory / 1e9:.2f}" if memory else "",
+                f"{found['tokens_per_second']:,.0f}", f"{mfu:.1%}" if mfu else "",
+                f"{memory / 1e9:.2f}" if memory else "",
                 f"{found['step_seconds']:.3f}",
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio and side == "ours" else "",
             ]  # fmt: skip

@@ -73,10 +73,13 @@ JOBS = (
     Job("7b-v3-8", "LLaMA-7B QLoRA", "llama-7b", "v3-8", 2.0),
     Job("33b-rtx3090", "LLaMA-33B QLoRA", "llama-33b", "rtx3090", 21.6),
     Job("65b-rtx6000ada", "LLaMA-65B QLoRA", "llama-65b", "rtx6000ada-48g", 41.0),
-    Job("65b-v2-8", "LLaMA-65B QLoRA, one sequence over all devices", "llama-65b", "v2-8", None, {**_QLORA, **_OVER_EIGHT}),
     Job(
-        "7b-full-v3-8", "LLaMA-7B full fine-tuning, float32 weights and AdamW, bf16 compute, state in host memory", "llama-7b",
-        "v3-8", None, {**_QLORA, "train.optim_offload": "true"}, "configs/full.py",
+        "65b-v2-8", "LLaMA-65B QLoRA, one sequence over all devices", "llama-65b", "v2-8", None,
+        {**_QLORA, **_OVER_EIGHT},
+    ),
+    Job(
+        "7b-full-v3-8", "LLaMA-7B full fine-tuning, float32 weights and AdamW, bf16 compute, state in host memory",
+        "llama-7b", "v3-8", None, {**_QLORA, "train.optim_offload": "true"}, "configs/full.py",
     ),
     Job(
         "8b-rtx4080", "Llama-3-8B QLoRA r=32, 40,960 tokens, host offload", "llama-3-8b", "rtx4080", None,
@@ -90,9 +93,9 @@ JOBS = (
 
 _HEAD = """# Memory of the promised jobs
 
-Peak bytes of one device, in GB of 1e9 bytes, as the device's own compiler says of the whole training step: compiled, not
-run. nf4 with double quantization, rank 16 on every linear layer, AdamW with float32 adapters and state, one row of 2,048 tokens a
-device, unless said. Written by `python benchmarks/memory.py`; `--only NAME` renews single rows.
+Peak bytes of one device, in GB of 1e9 bytes, as the device's own compiler says of the whole training step: compiled,
+not run. nf4 with double quantization, rank 16 on every linear layer, AdamW with float32 adapters and state, one row of
+2,048 tokens a device, unless said. Written by `python benchmarks/memory.py`; `--only NAME` renews single rows.
 """
 _COLUMNS = ("name", "job", "device", "bar", "peak", "capacity", "", "frozen", "trainable", "gradients", "optimizer",
             "batch, padding", "scratch", "in host memory", "compiler", "date")  # fmt: skip

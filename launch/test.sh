@@ -4,7 +4,7 @@
 #   bash launch/test.sh -m slow
 # With CI=true or TPU_TUNE_PARITY=1, torch, peft and bitsandbytes are installed too, and compared with live; without them
 # those tests compare with stored numbers, or are skipped. With CI=true or TPU_TUNE_CUDA_COMPILER=1 the CUDA plugin comes
-# too (0.8 GB), whose compiler the tests of tests/compile ask about GPUs; without it these are skipped.
+# too (0.7 GB), whose compiler the tests of tests/compile ask about GPUs; without it these are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$project"

@@ -1,4 +1,4 @@
-"""The benchmarks' own bookkeeping: a selection of jobs leaves the file's other rows alone; the GPU benchmark runs, tiny."""
+"""The benchmarks themselves: a selection of jobs leaves the file's other rows alone; the GPU's runs with tiny shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The QLoRA step of each family, two layers of it, compiles for a v3-8 and an H100; Llama's for slices of several hosts.
+"""The QLoRA step of each family, two layers of it, compiles for a v3-8 and an H100; Llama's for several hosts.
 
 Where weights are sharded, the TPU's compiler says what it gathers: codes of four bits, never a dequantized weight.
 """

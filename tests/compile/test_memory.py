@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from compile_skips import needs_libtpu
+
 WIDTH, INNER, TOKENS, ROWS = 512, 1408, 512, 4
 DEEP, SHALLOW = 192, 96  # the residuals of fewer layers fit the fast memory of the chip, which is outside this count
 
@@ -20,6 +22,7 @@ def job(layers):
     return dict(model=llama, config=config, rows=ROWS, tokens=TOKENS)
 
 
+@needs_libtpu
 def test_the_scratch_of_a_qlora_step_holds_no_dequantized_weight(compile_steps) -> None:
     shallow, deep = compile_steps(job(SHALLOW), job(DEEP))
     assert not shallow["dequantized"] and not deep["dequantized"], "stacks of dequantized weights in the compiled step"

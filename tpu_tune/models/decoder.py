@@ -208,7 +208,9 @@ class Decoder(nnx.Module):
             around = dataclasses.replace(around, memory=(None if memory is None else memory.hidden, places))
         x = run.constrain(self._embedded(input_ids, positions))
 
-        leaves, layer_of = outside_scan(self.layers.get_value(), run.product)
+        leaves, layer_of = self.layers.get_value(), lambda leaves, _: leaves
+        if run.mesh is None:  # on more devices `gather` takes the layer that the scan cuts out
+            leaves, layer_of = outside_scan(leaves, run.product)
 
         def step(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
             number, leaves, kind, past = scanned

@@ -28,7 +28,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution, architecture, check_length
-from tpu_tune.tensors import LayerView, LoraTensor, SavedTensor
+from tpu_tune.tensors import LayerView, LoraTensor, QuantizedTensor, SavedTensor
 from tpu_tune.training import offload
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, make_optimizer
@@ -343,14 +343,12 @@ def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
     hidden = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
     def gather_leaf(leaf: Any, home: Any) -> Any:
-        if isinstance(leaf, LayerView):
-            one = jax.tree.map(jax.lax.with_sharding_constraint, leaf.cut(), home)
-            return LayerView(jax.tree.map(lambda part: part[None], one), jnp.int32(0), product)
-        if isinstance(leaf, (LoraTensor, SavedTensor)):
-            return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
-        return jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
+        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
+        if isinstance(leaf, QuantizedTensor) and product.implementation != "xla":
+            return LayerView(jax.tree.map(lambda part: part[None], leaf), jnp.int32(0), product)
+        return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:
         return {path: gather_leaf(leaf, wanted[path]) for path, leaf in leaves.items()}

@@ -214,8 +214,9 @@ class Decoder(nnx.Module):
 
         def step(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
             number, leaves, kind, past = scanned
-            # XLA's GPU compiler would like the backward loop's inputs transposed, and keeps all of them twice.
-            x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
+            if run.mesh is None:  # the partitioner would gather what the constraint is put on
+                # XLA's GPU compiler would like the backward loop's inputs transposed, and keep them all both ways.
+                x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
             x = checkpoint_name(x, _LAYER_INPUT)
             leaves = layer_of(leaves, number)
             inside = {path[len(names.layers) + 1 :]: leaf for path, leaf in run.gather(leaves).items()}

@@ -343,6 +343,8 @@ def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
     hidden = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
     def gather_leaf(leaf: Any, home: Any) -> Any:
+        if isinstance(leaf, (LoraTensor, SavedTensor)):
+            return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
         leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)

@@ -51,7 +51,7 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def compile_step(job: dict[str, Any]) -> dict[str, Any]:
-    """Return bytes (temp, peak, arguments, frozen, trained) and `dequantized` shapes; or an `error`."""
+    """Return bytes (temp, peak, arguments, host, frozen, trained) and `dequantized` shapes; or an `error`."""
     try:
         return _compile_step(job)
     except Exception:
@@ -79,6 +79,7 @@ def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
         "temp": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes,
+        "host": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         "frozen": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.frozen)),
         "trained": sum(leaf.size * leaf.dtype.itemsize for leaf in model.trainable.values()),
         "dequantized": dequantized(compiled.as_text(), model),

@@ -1,57 +1,100 @@
-"""Scratch of attention, forward and backward, as the TPU's own compiler says for one v5e chip, as a Markdown table.
+"""Scratch of attention, forward and backward, as the devices' own compilers say, as Markdown tables.
 
-    python benchmarks/attention_memory.py        # needs libtpu, not a TPU: pip install -e ".[test]"
+    python benchmarks/attention_memory.py            # all that is installed: pip install -e ".[test]" brings libtpu,
+    python benchmarks/attention_memory.py v2-8       # pip install -e ".[cuda13]" the GPUs' compiler; no device is needed
 
-One row of bfloat16 with 32 heads of 128 (LLaMA-7B's), causal, with segments. Compiled, not run.
+One row of bfloat16 with 32 heads of 128 (LLaMA-7B's), causal, with segments; cudnn without, as it takes none. On eight
+devices the row is cut over them, and the heads are 64 (LLaMA-65B's). Compiled, not run. What cuDNN itself asks for when
+it runs is not in the figures.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.update(
     JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", CUDA_VISIBLE_DEVICES="",
 )  # fmt: skip
 
-import jax  # noqa: E402 - libtpu reads the environment when jax is imported
+import jax  # noqa: E402 - the compilers read the environment when jax is imported
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from tpu_tune.kernels.attention import attention  # noqa: E402
+from tpu_tune.kernels.blockwise import blockwise  # noqa: E402
 from tpu_tune.kernels.places import Places  # noqa: E402
+from tpu_tune.planning.compile_step import find_devices  # noqa: E402
+from tpu_tune.planning.devices import find_device  # noqa: E402
+from tpu_tune.transforms.sharding import batch_spec, make_mesh  # noqa: E402
 
-HEADS, SIZE = 32, 128
+SIZE = 128
+LENGTHS = (2048, 8192, 32768)
+TABLES = {  # device -> implementations
+    "v5e-1": ("reference", "blockwise", "splash"),
+    "h100": ("reference", "blockwise", "pallas", "cudnn"),
+    "rtx3090": ("reference", "blockwise", "pallas", "cudnn"),
+    "v2-8": ("partitioner", "ring"),
+    "v5e-8": ("partitioner", "ring", "splash"),
+}
+LARGEST_REFERENCE = 2048  # tokens; all scores of more fit no device
 
 
-def scratch(implementation: str, tokens: int) -> int:
-    """Return bytes of scratch of one implementation at so many tokens."""
-    one = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=[1, 1, 1]).devices
-    home = SingleDeviceSharding(one[0])
-    states = jax.ShapeDtypeStruct((1, tokens, HEADS, SIZE), jnp.bfloat16, sharding=home)
-    segments = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=home)
+def scratch(name: str, implementation: str, tokens: int, heads: int, groups: int) -> int:
+    """Return bytes of scratch a device of one implementation, forward and backward.
+
+    Args:
+      name: of the device.
+      implementation: as in `attention`; `ring` is blockwise attention there, `partitioner` the same left to XLA.
+      tokens: of the row.
+      heads, groups: of queries and of keys.
+
+    Raises:
+      RuntimeError: there is no compiler for the device.
+    """
+    device = find_device(name)
+    devices, compiler, why = find_devices({"topology": device.topology, "count": device.count, "compile": True})
+    if not compiler:
+        raise RuntimeError(why)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": device.count}, devices)
+
+    def shape(*tail: int, dtype: object = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        home = NamedSharding(mesh, PartitionSpec(*batch_spec(), *[None] * len(tail)))
+        return jax.ShapeDtypeStruct((1, tokens, *tail), dtype, sharding=home)
 
     def summed(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         index = jnp.arange(tokens)[None]
-        out = attention(q, k, v, Places(index, index, segments, segments), implementation=implementation)
-        return out.astype(jnp.float32).sum()
+        places = Places(index, index, segments, segments, packed=implementation != "cudnn")
+        if implementation == "partitioner":
+            return blockwise(q, k, v, places, None, SIZE**-0.5).astype(jnp.float32).sum()
+        used = "blockwise" if implementation == "ring" else implementation
+        return attention(q, k, v, places, implementation=used, mesh=mesh).astype(jnp.float32).sum()
 
     step = jax.jit(jax.grad(summed, argnums=(0, 1, 2)))
-    return step.lower(states, states, states, segments).compile().memory_analysis().temp_size_in_bytes
+    arguments = shape(heads, SIZE), shape(groups, SIZE), shape(groups, SIZE), shape(dtype=jnp.int32)
+    return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
 def main() -> None:
-    """Print the table."""
-    print("| tokens | reference | blockwise | splash |")
-    print("|---|---|---|---|")
-    for tokens in (2048, 8192):
-        found = [scratch(name, tokens) if tokens < 8192 or name != "reference" else None for name in NAMES]
-        cells = " | ".join("" if size is None else f"{size / 1e6:.0f} MB" for size in found)
-        print(f"| {tokens:,} | {cells} |", flush=True)
+    """Print the tables."""
+    for name in sys.argv[1:] or TABLES:
+        heads = 32 if find_device(name).count == 1 else 64
+        for groups in (heads, 8):
+            rows = [f"{name}: {heads} heads, {groups} of keys", "| tokens | " + " | ".join(TABLES[name]) + " |"]
+            rows.append("|---" * (1 + len(TABLES[name])) + "|")
+            try:
+                for tokens in LENGTHS:
+                    tried = [one != "reference" or tokens <= LARGEST_REFERENCE for one in TABLES[name]]
+                    cells = [
+                        f"{scratch(name, one, tokens, heads, groups) / 1e6:,.0f} MB" if does else ""
+                        for one, does in zip(TABLES[name], tried, strict=True)
+                    ]
+                    rows.append(f"| {tokens:,} | " + " | ".join(cells) + " |")
+            except RuntimeError as error:
+                rows = [f"{name}: {error}"]
+            print("\n".join(rows), end="\n\n", flush=True)
 
-
-NAMES = ("reference", "blockwise", "splash")
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,8 @@
 #   bash launch/test.sh tests/test_config.py -x
 #   bash launch/test.sh -m slow
 # With CI=true or TPU_TUNE_PARITY=1, torch, peft and bitsandbytes are installed too, and compared with live; without them
-# those tests compare with stored numbers, or are skipped.
+# those tests compare with stored numbers, or are skipped. With CI=true or TPU_TUNE_CUDA_COMPILER=1 the CUDA plugin comes
+# too (0.7 GB), whose compiler the tests of tests/compile ask about GPUs; without it these are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$project"
@@ -19,13 +20,15 @@ cpu_torch() {
     [[ "$report" =~ \"version\":\ *\"2\.13\.0\+cpu\" ]]
 }
 
+extras="test"
+if [ "${CI:-}" = true ] || [ "${TPU_TUNE_CUDA_COMPILER:-}" = 1 ]; then extras+=,cuda-compiler; fi
 if [ "${CI:-}" != true ] && [ "${TPU_TUNE_PARITY:-}" != 1 ]; then
-  install_project test
+  install_project "$extras"
 elif cpu_torch; then
-  install_project test,parity torch==2.13.0
+  install_project "$extras,parity" torch==2.13.0
 else
   warn "no CPU build of torch is to be had for this Python: the parity tests use their stored numbers"
-  install_project test
+  install_project "$extras"
 fi
 
 say "ruff check"

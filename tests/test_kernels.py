@@ -1,8 +1,10 @@
-"""Attention and the chunked cross-entropy against torch, and against their own plain references."""
+"""Attention and the chunked cross-entropy against torch, and against their own plain references.
+
+Kernels for one kind of device, and rows cut over several, have `test_attention_kernels.py`.
+"""
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 import tiny_models
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.attention import attention, for_device, reference, rematerialised
+from tpu_tune.kernels.attention import attention, reference, rematerialised
 from tpu_tune.kernels.blockwise import blockwise
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
 from tpu_tune.kernels.places import Places
@@ -58,10 +60,11 @@ def test_reference_equals_torch(groups, window, segments):
 
 
 @pytest.mark.parametrize(
-    ("window", "block", "cap", "causal"),
-    [(None, 8, None, True), (6, 4, None, True), (1, 8, 1.5, True), (6, 32, 1.5, True), (None, 8, 1.5, False), (6, 8, None, False)],
+    ("window", "block", "cap", "causal", "groups"),
+    [(None, 8, None, True, 2), (6, 4, None, True, 4), (1, 8, 1.5, True, 2), (6, 32, 1.5, True, 1), (None, 8, 1.5, False, 2),
+     (6, 8, None, False, 4)],
 )  # fmt: skip
-def test_blockwise_equals_reference_with_gradients(window, block, cap, causal):
+def test_blockwise_equals_reference_with_gradients(window, block, cap, causal, groups):
     where = dataclasses.replace(places(PACKED), causal=causal)
 
     def run(implementation, **extra):
@@ -69,7 +72,7 @@ def test_blockwise_equals_reference_with_gradients(window, block, cap, causal):
             out = implementation(q, k, v, where, window, 0.3, cap=cap, **extra)
             return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
 
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*queries())
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*queries(groups=groups))
         return out, grads
 
     for found, expected in zip(
@@ -112,19 +115,6 @@ def test_blocks_with_a_bias_equal_reference():
     np.testing.assert_allclose(rematerialised(*inputs, where, 6, 0.3, bias, 2.0, 8), expected, atol=1e-5)
     for cap, added in ((None, bias), (2.0, None)):
         assert float(jnp.abs(reference(*inputs, where, 6, 0.3, cap, added) - expected).max()) > 1e-2
-
-
-def test_each_device_gets_the_attention_that_it_has():
-    def device(platform, kind):
-        return types.SimpleNamespace(platform=platform, device_kind=kind)
-
-    assert for_device("auto", device("tpu", "TPU v5 lite")) == "splash"
-    assert for_device("auto", device("tpu", "TPU v4")) == "splash"
-    assert for_device("blockwise", device("tpu", "TPU v4")) == "blockwise"
-    for other in (device("tpu", "TPU v3"), device("tpu", "TPU v2"), device("gpu", "NVIDIA H100"), device("cpu", "cpu")):
-        assert for_device("auto", other) == "auto"
-        with pytest.raises(UserError, match="model.attention=splash needs a TPU v4 or later"):
-            for_device("splash", other)
 
 
 def test_a_query_that_sees_nothing_gives_no_nan():

@@ -23,6 +23,8 @@ MESHES = {
     "data=8": {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1},
     "fsdp=8": {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},
     "fsdp=4 x tensor=2": {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1},
+    "sequence=8": {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 8},  # two tokens a device
+    "all but data": {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2},
 }
 WHOLE = "fsdp=4 x tensor=2"
 WIDTH, ROWS, STEPS = 16, 8, 3
@@ -69,10 +71,12 @@ def prepared(path: pathlib.Path, mesh: str, method: str) -> tuple[Any, Any]:
 
 
 def batches() -> list[dict[str, np.ndarray]]:
-    return [
-        helpers.window(helpers.rows_of([[one] for one in helpers.documents(24, 3, WIDTH, ROWS, seed)], WIDTH), 1)
-        for seed in range(STEPS)
-    ]
+    """Rows of two documents each, most of them with padding behind."""
+    found = []
+    for seed in range(STEPS):
+        first, second = (helpers.documents(24, 3, WIDTH // 2, ROWS, seed + part) for part in (0, 50))
+        found.append(helpers.window(helpers.rows_of(list(zip(first, second, strict=True)), WIDTH), 1))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,7 @@ def test_losses_and_storage_on_eight_devices(
     state, metrics = helpers.run_steps(model, steps, batches())
     np.testing.assert_allclose([row["loss"] for row in metrics], one_device_losses(even, method), rtol=1e-4)
     sizes = MESHES[mesh]
-    shares = sizes["fsdp"] * sizes["tensor"]
+    shares = sizes["fsdp"] * sizes["tensor"] * sizes["sequence"]
     kernels = {
         path: leaf for path, leaf in (model.frozen or state.trainable).items() if re.search(r"(proj)\.weight$", path)
     }

@@ -315,6 +315,15 @@ def test_without_a_compiler_bytes_are_counted_and_that_is_said(no_compilers, dev
     assert "estimate" in planning.table(found)
 
 
+def test_what_cudnn_will_ask_for_is_counted():
+    call = (
+        "  %dot_product_attention_bwd.8 = (bf16[2,32,1024,128]{3,1,2,0}, bf16[2,8,1024,128]{3,1,2,0}, u8[0]{0}) "
+        'custom-call(%q, %k), custom_call_target="__cudnn$fmhaSoftmaxBackward", api_version=1\n'
+    )
+    assert compile_step.cudnn_workspace(call.replace("1024", "512") + call) == 4 * 2 * 32 * 1024 * 128
+    assert compile_step.cudnn_workspace(call.replace("Backward", "")) == compile_step.cudnn_workspace("") == 0
+
+
 def test_what_libtpu_says_of_too_large_a_program():
     first = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.04G) exceeds "

@@ -1,13 +1,13 @@
-"""Compile training steps for a TPU that is not there and say what its compiler says of them; run as a program.
+"""Compile training steps for a device that is not there and say what its compiler says of them; run as a program.
 
 Each line of standard input is a job, or a list of jobs to compile side by side; each line of standard output is what
-was found, or the list. libtpu reads its environment when jax is imported, hence a process of its own; it takes seconds
-to start, hence one process for many jobs. A job is a JSON object:
+was found, or the list. libtpu and jax read their environment when jax is imported, hence a process of its own; it takes
+seconds to start, hence one process for many jobs. A job is a JSON object:
 
     model: a Hugging Face config
     config: overrides of tpu_tune's
     rows, tokens: of the batch; encoder_tokens of an encoder-decoder's
-    topology: v5e:1x1 (one chip) by default
+    device: of the catalogue of `tpu_tune.planning`: v3-8, h100; v5e-1 by default
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from tpu_tune import config as configuration
+from tpu_tune.planning import find_device
 from tpu_tune.tensors import QuantizedTensor
 from tpu_tune.training.setup import PreparedModel, abstract_model, prepare_steps
 from tpu_tune.transforms import sharding
 
-LOADING = threading.Lock()  # two threads must not load libtpu at one time
+LOADING = threading.Lock()  # two threads must not load a compiler at one time
+GATHERS = re.compile(r"^.* = (.*?) all-gather(?:-start)?\(", re.MULTILINE)  # with the shapes of the results
+SHAPES = re.compile(r"\b([a-z]+\d+)\[([0-9,]+)\]")
 FLOATS = re.compile(r"\b(?:f32|bf16|f16)\[([0-9,]+)\]")
 
 
@@ -44,14 +47,13 @@ def main() -> None:
 
 
 @functools.cache
-def devices_of(topology: str) -> list[Any]:
-    """Return a slice's devices."""
-    one_chip = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **one_chip).devices
+def devices_of(name: str) -> list[Any]:
+    """Return the devices of a slice or a card."""
+    return topologies.get_topology_desc(**find_device(name).topology).devices
 
 
 def compile_step(job: dict[str, Any]) -> dict[str, Any]:
-    """Return bytes (temp, peak, arguments, host, frozen, trained) and `dequantized` shapes; or an `error`."""
+    """Return what `_compile_step` finds, or an `error`."""
     try:
         return _compile_step(job)
     except Exception:
@@ -59,8 +61,14 @@ def compile_step(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a step's figures.
+
+    Returns:
+      bytes on a device: `temp`, `peak`, `arguments` (of the compiler); over all devices: `frozen`, `trained`;
+      `devices` and `hosts`, their number; shapes in the program: `dequantized` stacks, `gathered` arrays.
+    """
     with LOADING:
-        devices = devices_of(job.get("topology", "v5e:1x1"))
+        devices = devices_of(job.get("device", "v5e-1"))
     config = configuration.from_dict(job["config"])
     mesh = sharding.make_mesh(config.mesh, devices)
     model = abstract_model(config, job["model"], mesh)
@@ -75,14 +83,18 @@ def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
         batch |= {name: ids(job["encoder_tokens"]) for name in ("encoder_ids", "encoder_segment_ids")}
     compiled = steps.train.lower(steps.initial_state, model.frozen, batch).compile()
     memory = compiled.memory_analysis()
+    text = compiled.as_text()
     return {
+        "devices": len(devices),
+        "hosts": len({device.process_index for device in devices}),
         "temp": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "host": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         "frozen": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.frozen)),
         "trained": sum(leaf.size * leaf.dtype.itemsize for leaf in model.trainable.values()),
-        "dequantized": dequantized(compiled.as_text(), model),
+        "dequantized": dequantized(text, model),
+        "gathered": sorted({f"{hit[1]}[{hit[2]}]" for line in GATHERS.findall(text) for hit in SHAPES.finditer(line)}),
     }
 
 

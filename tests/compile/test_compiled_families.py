@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from compile_skips import needs_libtpu
 from tiny_models import CONFIGS, FAMILY_CASES
 
 from tpu_tune.models import FAMILIES, architecture
@@ -27,18 +28,18 @@ WIDE = {
 }  # fmt: skip
 
 
-def wide(case):
+def wide(case, layers=LAYERS):
     """Return a tiny model's config with wide and many layers; ratios and facts stay."""
     tiny = CONFIGS[case]
     found = {key: WIDE.get(key, value) for key, value in tiny.items()}
     for key in {"num_hidden_layers", "n_layer", "num_layers"} & set(tiny):
-        found[key] = LAYERS
+        found[key] = layers
     if "num_key_value_heads" in tiny:
         found["num_key_value_heads"] = WIDTH // HEAD * tiny["num_key_value_heads"] // tiny["num_attention_heads"]
     if "word_embed_proj_dim" in tiny:
         found["word_embed_proj_dim"] = WIDTH * tiny["word_embed_proj_dim"] // tiny["hidden_size"]
     if "layer_types" in tiny:
-        found["layer_types"] = (tiny["layer_types"] * LAYERS)[:LAYERS]
+        found["layer_types"] = (tiny["layer_types"] * layers)[:layers]
     return found
 
 
@@ -46,7 +47,7 @@ def test_every_family_is_compiled() -> None:
     assert {CONFIGS[case]["model_type"] for case in CASES} == set(FAMILIES)
 
 
-def job(case):
+def job(case, layers=LAYERS):
     """Return what `program.py` compiles."""
     config = {
         "method": "lora",
@@ -56,7 +57,13 @@ def job(case):
         "train": {"per_device_train_batch_size": 1},
         "mesh": {"fsdp": 1},
     }
-    return {"model": wide(case), "config": config, "rows": 1, "tokens": TOKENS, "encoder_tokens": ENCODER_TOKENS}
+    return {
+        "model": wide(case, layers),
+        "config": config,
+        "rows": 1,
+        "tokens": TOKENS,
+        "encoder_tokens": ENCODER_TOKENS,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,7 @@ def compiled(compile_steps, request):
     return dict(zip(cases, compile_steps(*map(job, cases)), strict=True))
 
 
+@needs_libtpu
 @pytest.mark.parametrize("case", CASES)
 def test_no_dequantized_weight_outlives_its_layer(case, compiled) -> None:
     check(case, compiled[case])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from compile_skips import needs_libtpu
 
 WIDTH, INNER, TOKENS, ROWS = 512, 1408, 512, 4
 DEEP, SHALLOW = 192, 96  # the residuals of fewer layers fit the fast memory of the chip, which is outside this count
@@ -28,6 +29,7 @@ def steps(compile_steps):
     return compile_steps(job(SHALLOW), job(DEEP), job(DEEP, remat="offload", offload=True))
 
 
+@needs_libtpu
 def test_the_scratch_of_a_qlora_step_holds_no_dequantized_weight(steps) -> None:
     shallow, deep, _ = steps
     assert not shallow["dequantized"] and not deep["dequantized"], "stacks of dequantized weights in the compiled step"
@@ -43,6 +45,7 @@ def test_the_scratch_of_a_qlora_step_holds_no_dequantized_weight(steps) -> None:
     assert per_layer < 0.27 * weights
 
 
+@needs_libtpu
 def test_layer_inputs_and_optimizer_state_go_to_the_host(steps) -> None:
     _, here, host = steps
     residuals, state = DEEP * ROWS * TOKENS * WIDTH * 2, 2 * here["trained"]

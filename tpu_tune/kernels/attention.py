@@ -1,12 +1,14 @@
 """Attention with grouped heads, segments and sliding windows: which implementation runs, and the plain one.
 
 `reference` holds all scores at once. `blockwise.py` holds those of two blocks, on any device; `splash.py` is the kernel
-for newer TPUs. Scores with a learned bias go through `rematerialised`, which lets JAX derive the bias's gradient.
+for newer TPUs, `gpu.py` has those for newer GPUs. `sequence.py` is blockwise attention over rows that are cut over
+devices. Scores with a learned bias go through `rematerialised`, which lets JAX derive the bias's gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -15,11 +17,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tpu_tune.errors import UserError
+from tpu_tune.kernels import gpu
+from tpu_tune.kernels import splash as tpu
 from tpu_tune.kernels.blockwise import BLOCK, blockwise
+from tpu_tune.kernels.mesh import SEQUENCE
 from tpu_tune.kernels.places import Bias, Places, soft_cap
-from tpu_tune.kernels.splash import splash
+from tpu_tune.kernels.sequence import ring
 
-_AUTO_LIMIT = 2048  # longest key sequence for which `auto` holds all scores
+IMPLEMENTATIONS = ("auto", "reference", "blockwise", "splash", "cudnn", "pallas")
+_KERNELS = ("splash", "cudnn", "pallas")  # the devices' own; what they cannot do goes to auto
+_OLDEST_GPU = (8, 0)  # compute capability of Ampere; older cards have neither cuDNN's kernel nor bfloat16
 
 
 def attention(
@@ -44,51 +51,98 @@ def attention(
       scale: of the scores; D ** -0.5 by default.
       cap: soft limit of the scores, see `soft_cap`.
       bias: added to the scores, by place.
-      implementation: auto | reference | blockwise | splash; what splash cannot do (a cache, a bias, an encoder, rows
-        cut over `sequence`) goes to auto.
-      mesh: for kernels that run on each device's part; None on one device.
+      implementation: auto | reference | blockwise | splash | cudnn | pallas. What the last three cannot do (a cache, a
+        bias, an encoder; for the GPU's also other things, see `gpu.py`) goes to auto.
+      mesh: for what runs on each device's part; None on one device.
 
     Raises:
       UserError: an unknown implementation.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == "splash":
-        whole = mesh is None or mesh.shape["sequence"] == 1
-        if bias is None and places.causal and q.shape[1] == k.shape[1] and whole:
-            return splash(q, k, v, places.query_segments, window, scale, cap, mesh)
-        implementation = "auto"
-    implementation = chosen(implementation, q.shape[1], k.shape[1])
+    window = None if window is not None and window >= k.shape[1] else window
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"model.attention is '{implementation}'; it must be one of {', '.join(IMPLEMENTATIONS)}")
+    row = bias is None and q.shape[1] == k.shape[1]  # queries and keys are the same tokens
+    pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
+    if implementation in _KERNELS and row and places.causal:
+        found = _kernel(implementation, q, k, v, places, window, scale, cap, mesh)
+        if found is not None:
+            return found
+    if pieces > 1 and row and implementation != "reference" and q.shape[1] % pieces == 0:
+        return ring(q, k, v, places, window, scale, mesh, cap)
+    implementation = chosen("auto" if implementation in _KERNELS else implementation, q.shape[1], k.shape[1])
     if implementation == "reference":
         return reference(q, k, v, places, window, scale, cap, bias)
-    if implementation == "blockwise":
-        if bias is not None:
-            return rematerialised(q, k, v, places, window, scale, bias, cap)
-        return blockwise(q, k, v, places, window, scale, cap=cap)
-    raise UserError(f"model.attention is '{implementation}'; it must be auto, reference, blockwise or splash")
+    if bias is not None:
+        return rematerialised(q, k, v, places, window, scale, bias, cap)
+    return blockwise(q, k, v, places, window, scale, cap=cap)
 
 
-def for_device(implementation: str, device: Any) -> str:
+def _kernel(
+    implementation: str, q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float,
+    cap: float | None, mesh: Mesh | None,
+) -> Array | None:  # fmt: skip
+    """Return causal self-attention by a device's own kernel; None where it cannot do what is asked."""
+    segments = places.query_segments
+    if implementation == "splash":
+        return tpu.splash(q, k, v, segments, window, scale, cap, mesh) if tpu.fits(q.shape[1], mesh) else None
+    if cap is not None or (mesh is not None and mesh.shape[SEQUENCE] > 1):
+        return None
+    if implementation == "cudnn" and not places.packed and gpu.cudnn_takes(q):
+        return gpu.cudnn(q, k, v, window, scale, mesh)
+    if window is None and gpu.pallas_takes(q):
+        return gpu.pallas(q, k, v, segments, scale, mesh)
+    return None
+
+
+def for_device(implementation: str, device: Any, dtype: Any = jnp.bfloat16, packed: bool = True) -> str:
     """Return the implementation to use on a device: what is asked for, or the best where that is auto.
 
     Args:
       implementation: as in `attention`.
       device: of the mesh, there or of a topology.
+      dtype: of queries, keys and values.
+      packed: see `Places`.
 
     Raises:
-      UserError: splash on what it is not for.
+      UserError: a kernel on a device, or for a dtype or rows, that it is not for.
     """
     kind = device.device_kind
     has_splash = device.platform == "tpu" and not kind.startswith(("TPU v2", "TPU v3"))
+    new_gpu = _capability(device) >= _OLDEST_GPU
+    half = jnp.dtype(dtype).itemsize == 2
+    if implementation == "auto":
+        if has_splash:
+            return "splash"
+        return ("pallas" if packed else "cudnn") if new_gpu and half else "auto"
+    said = f"model.attention={implementation}"
     if implementation == "splash" and not has_splash:
-        raise UserError(f"model.attention=splash needs a TPU v4 or later, and this is {kind}; leave it at auto")
-    return "splash" if implementation == "auto" and has_splash else implementation
+        raise UserError(f"{said} needs a TPU v4 or later, and this is {kind}; leave it at auto")
+    if implementation in ("cudnn", "pallas"):
+        if not new_gpu:
+            raise UserError(
+                f"{said} needs an NVIDIA GPU of compute capability 8.0 or later, and this is {kind}; leave it at auto"
+            )
+        if not half:
+            raise UserError(
+                f"{said} takes bfloat16 or float16, and model.dtype is {jnp.dtype(dtype)}; leave it at auto"
+            )
+        if implementation == "cudnn" and packed:
+            raise UserError(f"{said} takes no packed rows; set data.packing=false, or leave it at auto")
+    return implementation
+
+
+def _capability(device: Any) -> tuple[int, int]:
+    """Return an NVIDIA GPU's compute capability, (0, 0) of anything else."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def chosen(implementation: str, queries: int, keys: int) -> str:
     """Return the implementation that a name stands for: what `auto` takes for so many queries and keys, or itself."""
     if implementation != "auto":
         return implementation
-    return "blockwise" if keys > _AUTO_LIMIT and queries > BLOCK else "reference"
+    return "blockwise" if keys > BLOCK and queries > BLOCK else "reference"
 
 
 def reference(

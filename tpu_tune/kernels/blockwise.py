@@ -3,7 +3,8 @@
 The forward pass keeps a running maximum and sum for each query, so that scores exist for one pair of blocks at a time;
 what it keeps for the backward pass is the result and one number a query, from which each block's weights are computed
 again (Dao 2023, arXiv:2307.08691, algorithms 1 and 2). Blocks that the causal mask or the window leaves empty are not
-visited where queries and keys are the same row. It runs on every device: older TPUs, GPUs, CPUs.
+visited where queries and keys are the same row. It runs on every device: older TPUs, GPUs, CPUs. `sequence.py` calls
+the two passes for queries and keys that are different parts of one row.
 """
 
 from __future__ import annotations
@@ -24,8 +25,16 @@ _NEVER = -1e30  # finite: a query that sees no key must give zeros, not NaN
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """What is static of one call: the mask's window, the scores' scale and cap, the sizes, which blocks may be skipped."""
+class Blocks:
+    """What is static of one call.
+
+    Attributes:
+      window, scale, cap: of the mask and the scores, see `attention.attention`.
+      size: tokens of a block.
+      queries, keys: blocks of each.
+      causal: whether keys behind the query are hidden from it.
+      aligned: whether queries and keys are parts of one row, so that their places tell which blocks may be skipped.
+    """
 
     window: int | None
     scale: float
@@ -33,25 +42,31 @@ class _Blocks:
     size: int
     queries: int
     keys: int
+    causal: bool
     aligned: bool
 
-    def keys_of(self, query: Array) -> tuple[Array, Array]:
-        """Return the first key block that a query block needs, and the one behind the last."""
+    def keys_of(self, query: Array, offset: Array | int) -> tuple[Array, Array]:
+        """Return the first key block that a query block needs, and the one behind the last.
+
+        Args:
+          query: number of the block.
+          offset: place of the first query in the row, less that of the first key.
+        """
         if not self.aligned:
             return jnp.int32(0), jnp.int32(self.keys)
-        first = jnp.int32(0)
+        first, start = jnp.int32(0), query * self.size + offset
         if self.window is not None:
-            first = jnp.maximum(query * self.size - self.window + 1, 0) // self.size
-        return first, jnp.minimum(query + 1, self.keys)
+            first = jnp.clip((start - self.window + 1) // self.size, 0, self.keys)
+        return first, jnp.clip((start + self.size - 1) // self.size + 1, 0, self.keys)
 
-    def queries_of(self, key: Array) -> tuple[Array, Array]:
+    def queries_of(self, key: Array, offset: Array | int) -> tuple[Array, Array]:
         """Return the first query block that needs a key block, and the one behind the last."""
         if not self.aligned:
             return jnp.int32(0), jnp.int32(self.queries)
-        last = jnp.int32(self.queries)
+        last, start = jnp.int32(self.queries), key * self.size - offset
         if self.window is not None:
-            last = jnp.minimum(((key + 1) * self.size + self.window - 2) // self.size + 1, last)
-        return key, last
+            last = jnp.clip((start + self.size + self.window - 2) // self.size + 1, 0, self.queries)
+        return jnp.clip(start // self.size, 0, self.queries), last
 
 
 def blockwise(
@@ -65,6 +80,24 @@ def blockwise(
     cap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """Return attention as `attention.reference` does; see there for the arguments. `block`: tokens of a block."""
+    batch, length, heads, size = q.shape
+    # Self-attention without a cache: indices are the places themselves, so that block numbers tell what is seen.
+    aligned = places.causal and length == k.shape[1]
+    blocks, cut_up = in_blocks(q, k, v, places, window, scale, cap, block, aligned)
+    out = _flash(blocks, *cut_up)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]
+
+
+def in_blocks(
+    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float, cap: float | None, block: int,
+    aligned: bool,
+) -> tuple[Blocks, tuple[Array, Array, Array, tuple[Array, ...]]]:  # fmt: skip
+    """Cut attention's arguments into blocks, for `forward` and `backward`.
+
+    Returns:
+      What is static, and (q (blocks, B, block, K, G, D), k and v (blocks, B, block, K, D), (index and segments of
+      queries, of keys, (blocks, B, block) each)).
+    """
     batch, length, heads, size = q.shape
     groups = k.shape[2]
     block = min(block, max(length, k.shape[1]))
@@ -80,23 +113,18 @@ def blockwise(
         cut(places.query_index), cut(places.query_segments, -1), cut(places.key_index), cut(places.key_segments, -2),
     )  # fmt: skip
     q, k, v = cut(q), cut(k), cut(v)
-    # Self-attention without a cache: indices are the places themselves, so that block numbers tell what is seen.
-    aligned = places.causal and length == places.key_index.shape[1]
-    static = _Blocks(window, scale, cap, block, q.shape[0], k.shape[0], aligned)
-    out = _flash((static, places.causal), q, k, v, where)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]
+    return Blocks(window, scale, cap, block, q.shape[0], k.shape[0], places.causal, aligned), (q, k, v, where)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(static: Any, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> Array:
-    return _forward(static, q, k, v, where)[0]
+def _flash(blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> Array:
+    return forward(blocks, q, k, v, where, v.dtype)[0]
 
 
-def _scores(static: Any, q: Array, k: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
+def _scores(blocks: Blocks, q: Array, k: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
     """Return (scores before the mask, mask) of one pair of blocks, (B, K, G, block, block)."""
-    blocks, causal = static
     raw = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * blocks.scale
-    seen = Places(where[0], where[2], where[1], where[3], causal).mask(blocks.window)
+    seen = Places(where[0], where[2], where[1], where[3], blocks.causal).mask(blocks.window)
     return raw, seen[:, None, None]
 
 
@@ -104,9 +132,13 @@ def _at(parts: tuple[Array, ...], number: Array) -> list[Array]:
     return [jax.lax.dynamic_index_in_dim(part, number, keepdims=False) for part in parts]
 
 
-def _forward(static: Any, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
-    """Return the result (blocks, B, block, K, G, D) and log-sum-exp of the scores (blocks, B, K, G, block), float32."""
-    blocks = static[0]
+def forward(
+    blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...], dtype: Any, offset: Array | int = 0
+) -> tuple[Array, Array]:
+    """Return the result (blocks, B, block, K, G, D) in `dtype`, and the scores' log-sum-exp (blocks, B, K, G, block).
+
+    The latter is float32, and about -1e30 where a query sees no key. See `in_blocks` for the arguments.
+    """
 
     def one(_: None, scanned: tuple) -> tuple[None, tuple[Array, Array]]:
         number, queries, index, segments = scanned
@@ -114,7 +146,7 @@ def _forward(static: Any, q: Array, k: Array, v: Array, where: tuple[Array, ...]
         def add(key: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             largest, total, out = carry
             keys, values, key_index, key_segments = _at((k, v, *where[2:]), key)
-            raw, seen = _scores(static, queries, keys, (index, segments, key_index, key_segments))
+            raw, seen = _scores(blocks, queries, keys, (index, segments, key_index, key_segments))
             scores = jnp.where(seen, soft_cap(raw, blocks.cap), _NEVER)
             new = jnp.maximum(largest, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new[..., None])
@@ -126,24 +158,48 @@ def _forward(static: Any, q: Array, k: Array, v: Array, where: tuple[Array, ...]
 
         shape = (queries.shape[0], *queries.shape[2:4], queries.shape[1])
         start = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, queries.shape[-1])))
-        largest, total, out = jax.lax.fori_loop(*blocks.keys_of(number), add, start)
-        out = jnp.moveaxis(out / total[..., None], 3, 1).astype(v.dtype)
+        largest, total, out = jax.lax.fori_loop(*blocks.keys_of(number, offset), add, start)
+        total = jnp.maximum(total, 1e-30)  # 0 where no block was visited
+        out = jnp.moveaxis(out / total[..., None], 3, 1).astype(dtype)
         return None, (out, largest + jnp.log(total))
 
     _, found = jax.lax.scan(one, None, (jnp.arange(blocks.queries), q, *where[:2]))
     return found
 
 
-def _flash_forward(static: Any, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, tuple]:
-    out, normaliser = _forward(static, q, k, v, where)
+def _flash_forward(blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, tuple]:
+    out, normaliser = forward(blocks, q, k, v, where, v.dtype)
     return out, (q, k, v, where, out, normaliser)
 
 
-def _flash_backward(static: Any, kept: tuple, g: Array) -> tuple:
+def _flash_backward(blocks: Blocks, kept: tuple, g: Array) -> tuple:
     q, k, v, where, out, normaliser = kept
-    blocks = static[0]
-    # The softmax's derivative needs, for each query, the product of its result with what comes back.
-    delta = jnp.einsum("nbtkgd,nbtkgd->nbkgt", out.astype(jnp.float32), g.astype(jnp.float32))
+    to_q = jnp.zeros(q.shape, jnp.float32)
+    to_q, to_k, to_v = backward(blocks, q, k, v, where, g, normaliser, delta_of(out, g), to_q, k.dtype)
+    return to_q.astype(q.dtype), to_k, to_v, no_gradient(where)
+
+
+def delta_of(out: Array, g: Array) -> Array:
+    """Return what the softmax's derivative needs of each query: the product of its result with what comes back."""
+    return jnp.einsum("nbtkgd,nbtkgd->nbkgt", out.astype(jnp.float32), g.astype(jnp.float32))
+
+
+def no_gradient(where: tuple[Array, ...]) -> tuple[np.ndarray, ...]:
+    """Return the cotangents of integers."""
+    return tuple(np.zeros(part.shape, jax.dtypes.float0) for part in where)
+
+
+def backward(
+    blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...], g: Array, normaliser: Array, delta: Array,
+    to_q: Array, dtype: Any, offset: Array | int = 0,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Return `to_q` (float32) with these keys' part added, and the gradients of k and v in `dtype`.
+
+    Args:
+      g: what comes back, as `q` is cut.
+      normaliser: log-sum-exp of each query over all keys that it sees, here and elsewhere.
+      delta: from `delta_of`.
+    """
 
     def one(to_q: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
         number, keys, values, key_index, key_segments = scanned
@@ -151,7 +207,7 @@ def _flash_backward(static: Any, kept: tuple, g: Array) -> tuple:
         def add(query: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             to_q, to_k, to_v = carry
             queries, back, norm, product, index, segments = _at((q, g, normaliser, delta, *where[:2]), query)
-            raw, seen = _scores(static, queries, keys, (index, segments, key_index, key_segments))
+            raw, seen = _scores(blocks, queries, keys, (index, segments, key_index, key_segments))
             capped = soft_cap(raw, blocks.cap)
             weights = jnp.where(seen, jnp.exp(capped - norm[..., None]), 0.0)
             to_v += jnp.einsum(
@@ -168,13 +224,11 @@ def _flash_backward(static: Any, kept: tuple, g: Array) -> tuple:
             return jax.lax.dynamic_update_index_in_dim(to_q, old + more, query, 0), to_k, to_v
 
         zeros = jnp.zeros(keys.shape, jnp.float32)
-        to_q, to_k, to_v = jax.lax.fori_loop(*blocks.queries_of(number), add, (to_q, zeros, zeros))
-        return to_q, (to_k.astype(k.dtype), to_v.astype(v.dtype))
+        to_q, to_k, to_v = jax.lax.fori_loop(*blocks.queries_of(number, offset), add, (to_q, zeros, zeros))
+        return to_q, (to_k.astype(dtype), to_v.astype(dtype))
 
-    scanned = (jnp.arange(blocks.keys), k, v, *where[2:])
-    to_q, (to_k, to_v) = jax.lax.scan(one, jnp.zeros(q.shape, jnp.float32), scanned)
-    nothing = tuple(np.zeros(part.shape, jax.dtypes.float0) for part in where)
-    return to_q.astype(q.dtype), to_k, to_v, nothing
+    to_q, (to_k, to_v) = jax.lax.scan(one, to_q, (jnp.arange(blocks.keys), k, v, *where[2:]))
+    return to_q, to_k, to_v
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -17,7 +17,7 @@ Bias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "B H T S"]]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["query_index", "key_index", "query_segments", "key_segments"],
-    meta_fields=["causal"],
+    meta_fields=["causal", "packed"],
 )
 @dataclasses.dataclass(frozen=True)
 class Places:
@@ -27,6 +27,8 @@ class Places:
       query_index, key_index: place in the row, (B, T) and (B, S).
       query_segments, key_segments: document number; 0 is padding, and no other document sees it.
       causal: whether keys behind the query are hidden from it.
+      packed: whether a row may hold several documents. False: one from the row's beginning, padding behind it. What
+        padded queries see is then of no consequence, and causal kernels need no segments.
     """
 
     query_index: Int[Array, "B T"]
@@ -34,6 +36,7 @@ class Places:
     query_segments: Int[Array, "B T"]
     key_segments: Int[Array, "B S"]
     causal: bool = True
+    packed: bool = True
 
     def mask(self, window: int | None) -> Bool[Array, "B T S"]:
         """Return which keys each query sees."""

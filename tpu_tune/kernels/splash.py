@@ -1,7 +1,8 @@
 """Splash attention on TPU v4 and later: jax's own Pallas kernel, in the shapes of `attention`.
 
 It never holds the scores, skips blocks that the causal mask or the window leaves empty, and takes segments. It wants
-tokens in multiples of 128, so rows are padded; on a mesh every device runs it on its own rows and heads.
+tokens in multiples of 128, so rows are padded; on a mesh every device runs it on its own rows and heads. Where a row
+is cut over the mesh axis `sequence`, every device gathers the row's keys and values and masks its own queries' part.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from tpu_tune.kernels.mesh import SEQUENCE, on_each_device
 
 _LANES = 128  # tokens come in multiples of this
 _BLOCKS = (512, 256, 128)
-_ROWS = ("data", "fsdp")
+
+
+def fits(length: int, mesh: Mesh | None) -> bool:
+    """Return whether the kernel takes rows of so many tokens: those that are cut over devices cannot be padded."""
+    pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
+    return pieces == 1 or length % (pieces * _LANES) == 0
 
 
 def splash(
@@ -37,38 +45,38 @@ def splash(
       segments: document of each token; queries see keys of their own.
       window: each query sees so many keys, its own place included; None for all.
       scale, cap: of the scores, see `attention`.
-      mesh: over which rows and heads are cut; None on one device.
+      mesh: over which rows, heads and tokens are cut; None on one device. See `fits`.
       interpret: run the kernel as plain JAX, to test it without a TPU.
     """
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
+    pieces, tensor = (1, 1) if mesh is None else (mesh.shape[SEQUENCE], mesh.shape["tensor"])
     short = -length % _LANES
     q, k, v = (jnp.pad(part, [(0, 0), (0, short), (0, 0), (0, 0)]) for part in (q * scale, k, v))
     segments = jnp.pad(segments, [(0, 0), (0, short)], constant_values=-1)
+    here = heads // tensor if heads % tensor == 0 and groups % tensor == 0 else heads
+    kernel = _kernel(here, length + short, pieces, window, cap, interpret)
 
-    def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        kernel = _kernel(q.shape[2], q.shape[1], window, cap, interpret)
-        ids = splash_attention.SegmentIds(segments, segments)
+    def local(kernel: Any, q: Array, k: Array, v: Array, segments: Array) -> Array:
+        whole = segments
+        if pieces > 1:
+            k, v, whole = (jax.lax.all_gather(part, SEQUENCE, axis=1, tiled=True) for part in (k, v, segments))
         turned = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
-        return jnp.swapaxes(jax.vmap(kernel)(*turned, ids), 1, 2)
+        return jnp.swapaxes(jax.vmap(kernel)(*turned, splash_attention.SegmentIds(segments, whole)), 1, 2)
 
-    if mesh is not None and mesh.size > 1:
-        tensor = mesh.shape["tensor"]
-        cut = "tensor" if heads % tensor == 0 and groups % tensor == 0 else None
-        spec = PartitionSpec(_ROWS, None, cut, None)
-        local = jax.shard_map(
-            local, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(_ROWS, None)), out_specs=spec, check_vma=False
-        )
-    return local(q, k, v, segments)[:, :length].astype(v.dtype)
+    masks = None if mesh is None else kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, SEQUENCE)))
+    run = on_each_device(local, mesh, heads, groups, masks)
+    return run(kernel, q, k, v, segments)[:, :length].astype(v.dtype)
 
 
-def _kernel(heads: int, length: int, window: int | None, cap: float | None, interpret: bool) -> Any:
+def _kernel(heads: int, length: int, pieces: int, window: int | None, cap: float | None, interpret: bool) -> Any:
     shape = (length, length)
     if window is None:
-        mask = splash_attention.CausalMask(shape)
+        mask = splash_attention.CausalMask(shape, shard_count=pieces)
     else:
-        mask = splash_attention.LocalMask(shape, window_size=(window - 1, 0), offset=0)
-    block = next(size for size in _BLOCKS if length % size == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = splash_attention.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
-    make = functools.partial(splash_attention.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret)
+        mask = splash_attention.LocalMask(shape, window_size=(window - 1, 0), offset=0, shard_count=pieces)
+    block, own = (next(size for size in _BLOCKS if tokens % size == 0) for tokens in (length, length // pieces))
+    keys = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq")
+    queries = ("block_q", "block_q_dkv", "block_q_dq")
+    sizes = splash_attention.BlockSizes(**dict.fromkeys(keys, block), **dict.fromkeys(queries, own))
+    make = functools.partial(splash_attention.make_splash_mha, head_shards=1, q_seq_shards=pieces, interpret=interpret)
     return make(splash_attention.MultiHeadMask([mask] * heads), block_sizes=sizes, attn_logits_soft_cap=cap)

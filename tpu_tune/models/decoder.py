@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.places import Places
+from tpu_tune.kernels.quantized_matmul import Product
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
 from tpu_tune.models.layers import Branch, Past, Surroundings, apply_head, layer, linear, norm, relative_bias
-from tpu_tune.tensors import embed
+from tpu_tune.tensors import embed, outside_scan
 
 Params = Mapping[str, Any]  # path -> leaf
 
@@ -53,9 +55,11 @@ class Execution:
       remat: none | full | dots | offload: what of a layer the backward pass recomputes; all but its input under full,
         which waits in the host's memory under offload.
       chunk: tokens of each row and device that a layer's projections and MLP work on at one time, in training; 0: all.
+      product: how products with quantized kernels are computed.
       gather: applied to one layer's leaves, by path, inside the rematerialised scan body; training constrains quantized
         codes there, so that they are gathered over fsdp instead of dequantized weights.
       constrain: applied to hidden states (B, T, D) between layers; training pins their sharding there.
+      packed: whether rows with segments may hold several documents, see `kernels.places.Places`.
     """
 
     dtype: Any = jnp.float32
@@ -63,8 +67,10 @@ class Execution:
     mesh: Mesh | None = None
     remat: str = "none"
     chunk: int = 0
+    product: Product = Product()
     gather: Callable[[dict[str, Any]], dict[str, Any]] = lambda leaves: leaves
     constrain: Callable[[Array], Array] = lambda hidden: hidden
+    packed: bool = True
 
 
 @functools.partial(
@@ -179,13 +185,14 @@ class Decoder(nnx.Module):
         start = None if cache is None else cache.length
         index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) + (0 if start is None else start), (batch, length))
         positions = index if positions is None else positions
+        packed = run.packed and segment_ids is not None
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
         segments, key_index = segment_ids, index
         if cache is not None:
             segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segment_ids, cache.length, axis=1)
             key_index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
         around = Surroundings(
-            places=Places(index, key_index, segment_ids, segments, arch.causal),
+            places=Places(index, key_index, segment_ids, segments, arch.causal, packed),
             angles={kind.rope: rotary.tables(kind.rope, positions) for kind in arch.kinds if kind.rope is not None},
             implementation=run.attention,
             mesh=run.mesh,
@@ -201,18 +208,25 @@ class Decoder(nnx.Module):
             around = dataclasses.replace(around, memory=(None if memory is None else memory.hidden, places))
         x = run.constrain(self._embedded(input_ids, positions))
 
-        def step(x: Array, scanned: tuple[dict[str, Any], Array, Past]) -> tuple[Array, Past]:
-            leaves, kind, past = scanned
+        leaves, layer_of = self.layers.get_value(), lambda leaves, _: leaves
+        if run.mesh is None:  # on more devices `gather` takes the layer that the scan cuts out
+            leaves, layer_of = outside_scan(leaves, run.product)
+
+        def step(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
+            number, leaves, kind, past = scanned
+            # XLA's GPU compiler would like the backward loop's inputs transposed, and keeps all of them twice.
+            x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
             x = checkpoint_name(x, _LAYER_INPUT)
+            leaves = layer_of(leaves, number)
             inside = {path[len(names.layers) + 1 :]: leaf for path, leaf in run.gather(leaves).items()}
             x, past = layer(arch, inside, x, kind, around, past)
             return run.constrain(x), past if cache is not None else Past()
 
         if run.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[run.remat], prevent_cse=True)
         kinds = jnp.asarray(np.array([arch.kinds.index(kind) for kind in arch.layer_kinds], np.int32))
         past = Past() if cache is None else cache.past
-        x, past = jax.lax.scan(step, x, (self.layers.get_value(), kinds, past))
+        x, past = jax.lax.scan(step, x, (jnp.arange(arch.num_layers), leaves, kinds, past))
         if names.final_norm:
             x = norm(arch, self.outside.at(names.final_norm), x)
         if names.project_out:

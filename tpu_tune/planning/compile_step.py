@@ -179,7 +179,8 @@ def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict
     """Compile a jitted function and return what the compiler says of its memory, in bytes a device.
 
     The peak is on a TPU what its compiler holds against the chip's memory (its `temp_size_in_bytes` may be larger than
-    the chip in a program that it accepts). On a GPU scratch is one allocation, and the peak the sum of all. A TPU's
+    the chip in a program that it accepts). On a GPU scratch is one allocation, and the peak the sum of all, with
+    what cuDNN will ask for. A TPU's
     peak counts what is in the host's memory too; of a program that puts something there the sum is taken if it is less.
 
     A program that is too large for a TPU is a result: `fits` is False, and `peak` what it would need, as far as the
@@ -199,6 +200,7 @@ def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict
     found = compiled.memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     total = held + found.temp_size_in_bytes
+    total += 0 if on_tpu else cudnn_workspace(compiled.as_text() or "")
     host = found.host_temp_size_in_bytes + found.host_argument_size_in_bytes
     peak = found.peak_memory_in_bytes if on_tpu and found.peak_memory_in_bytes else total
     return {
@@ -207,6 +209,15 @@ def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict
         "peak": min(peak, total) if host else peak,
         "host": host,
     }
+
+
+def cudnn_workspace(program: str) -> int:
+    """Return the bytes that cuDNN's attention allocates in its backward pass, which only a compiler with a card counts.
+
+    It sums the queries' gradient in float32 (cudnn-frontend, `dQ_accum` of its scaled dot product attention).
+    """
+    found = re.findall(r"= \(\w+\[([\d,]+)\].*?__cudnn\$fmhaSoftmaxBackward", program)
+    return max((4 * math.prod(map(int, shape.split(","))) for shape in found), default=0)
 
 
 def too_large(message: str, arguments: int) -> dict[str, int]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 # QLoRA (Dettmers et al. 2023, arXiv:2305.14314), Appendix E; values and decision thresholds as bitsandbytes' kernels.
@@ -50,8 +52,15 @@ def _encode_nf4(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
 
 
 def _decode_nf4(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    level = [jnp.float32(value) for value in NF4_VALUES]
-    for bit in range(4):
+    # The leaves of the tree are chosen among by exclusive or of their bit patterns, not by `where`: its operands would
+    # be arrays of constants, which JAX moves out of the scan over layers and XLA then holds whole, one for each value.
+    patterns = np.array(NF4_VALUES, np.float32).view(np.int32).tolist()
+    lowest = -(codes & 1).astype(jnp.int32)  # all bits set, or none
+    level = [
+        jax.lax.bitcast_convert_type(even ^ (lowest & (even ^ odd)), jnp.float32)
+        for even, odd in zip(patterns[::2], patterns[1::2], strict=True)
+    ]
+    for bit in range(1, 4):
         is_set = (codes & (1 << bit)) != 0
         level = [jnp.where(is_set, odd, even) for even, odd in zip(level[::2], level[1::2], strict=True)]
     return level[0]

@@ -9,6 +9,7 @@ every layer, and of x nothing unless w is trained. Sums are float32 whatever the
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,8 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.chunks import token_keys
+from tpu_tune.kernels.quantized_matmul import fits, quantized_matmul
+from tpu_tune.tensors.formats import FORMATS
 from tpu_tune.tensors.quantized import QuantizedTensor
-from tpu_tune.tensors.wrapped import LoraTensor, SavedTensor, TokensTensor, Transposed
+from tpu_tune.tensors.wrapped import LayerView, LoraTensor, SavedTensor, TokensTensor, Transposed
+
+PIECE = 2**24  # weights that exist dequantized at one time, where products are computed in pieces
 
 
 def matmul(x: Float[Array, "*batch in"], w: Any) -> Float[Array, "*batch out"]:
@@ -65,6 +70,8 @@ def unembed(x: Float[Array, "*batch dim"], w: Any) -> Float[Array, "*batch vocab
 
 def dense(w: Any) -> Float[Array, "*layers in out"]:
     """Return a leaf as one float32 array, adapters merged in; a leading layer axis is kept."""
+    if isinstance(w, LayerView):
+        return w.cut().dequantize()
     if isinstance(w, QuantizedTensor):
         return w.dequantize()
     if isinstance(w, SavedTensor):
@@ -112,13 +119,13 @@ def _dropout(x: Array, key: Array, rate: float) -> Array:
     keys = token_keys(key, jnp.arange(x.shape[-2])) if key.ndim == 0 else key
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (*x.shape[:-2], x.shape[-1])))(keys)
     keep = jnp.moveaxis(keep, 0, -2)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    return (x / (1 - rate)).astype(x.dtype) * keep.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, w: Array | QuantizedTensor, transposed: bool) -> Array:
     """Return x @ w, or x @ w.T, summed in float32 and rounded to x's dtype once."""
-    return _contract(x, _weight(w, x.dtype), 0 if not transposed else 1).astype(x.dtype)
+    return _times(x, w, int(transposed))
 
 
 def _product_forward(x: Any, w: Any, transposed: bool) -> tuple[Array, tuple[Array | None, Any]]:
@@ -129,7 +136,7 @@ def _product_forward(x: Any, w: Any, transposed: bool) -> tuple[Array, tuple[Arr
 
 def _product_backward(transposed: bool, kept: tuple[Array | None, Any], g: Array) -> tuple[Array, Any]:
     x, w = kept
-    to_input = _contract(g, _weight(w, g.dtype), 1 if not transposed else 0).astype(g.dtype)
+    to_input = _times(g, w, int(not transposed))
     if x is None:
         return to_input, None
     if transposed:
@@ -150,8 +157,41 @@ def _outer(left: Array, right: Array) -> Array:
 _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
+def _times(x: Array, w: Any, axis: int) -> Array:
+    """Return x @ w (axis 0) or x @ w.T (axis 1), summed in float32 and rounded to x's dtype once."""
+    if not isinstance(w, LayerView):
+        return _contract(x, _weight(w, x.dtype), axis)
+    stack = w.stack
+    if w.product.implementation == "pallas" and fits(stack.shape, stack.pack_block, stack.group_size):
+        return quantized_matmul(
+            x, stack.codes, stack.scales, stack.scale_max, w.layer, FORMATS[stack.format].decode, stack.group_size,
+            axis == 1, w.product,
+        )  # fmt: skip
+    if w.product.implementation != "xla":
+        return _in_pieces(x, w, axis)
+    return _contract(x, w.cut().dequantize(x.dtype), axis)
+
+
+def _in_pieces(x: Array, w: LayerView, axis: int) -> Array:
+    """Compute the product some output columns, or some rows, at a time: no more of w exists dequantized."""
+    stack = w.stack
+    unit = 128 if axis == 0 else math.lcm(stack.pack_block, stack.group_size)
+    size, other = stack.shape[1 - axis], stack.shape[axis]
+    width = max(1, PIECE // other // unit) * unit
+    if width >= size or size % unit:
+        return _contract(x, w.cut().dequantize(x.dtype), axis)
+
+    def piece(number: Array, y: Array) -> Array:
+        start = jnp.minimum(number * (width // unit), (size - width) // unit) * unit  # the last ones overlap
+        part = _contract(x, w.cut(1 - axis, start, width).dequantize(x.dtype), axis)
+        return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
+
+    return jax.lax.fori_loop(0, -(-size // width), piece, jnp.zeros((*x.shape[:-1], size), x.dtype))
+
+
 def _contract(x: Array, w: Array, axis: int) -> Array:
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    wide = jax.lax.dot_general(x, w, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return wide.astype(x.dtype)
 
 
 def _weight(w: Array | QuantizedTensor, dtype: Any) -> Array:

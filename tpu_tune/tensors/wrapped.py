@@ -1,4 +1,4 @@
-"""Leaves that wrap another leaf: `LoraTensor`, `SavedTensor`, `TokensTensor` and `Transposed`.
+"""Leaves that wrap another leaf: `LoraTensor`, `SavedTensor`, `TokensTensor`, `Transposed` and `LayerView`.
 
 `transforms.combine` puts them into the parameter tree inside the jitted loss; `ops.py` says what they mean in a
 matmul. They are pytrees, so a stacked one is sliced by `jax.lax.scan` like any array.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
+
+from tpu_tune.kernels.quantized_matmul import Product
+from tpu_tune.tensors.quantized import QuantizedTensor
 
 
 @functools.partial(
@@ -82,3 +86,76 @@ class Transposed:
     """An embedding (vocabulary, dim) used as the head's kernel (dim, vocabulary), without a copy."""
 
     base: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=["product"])
+@dataclasses.dataclass(frozen=True)
+class LayerView:
+    """One layer of a stacked `QuantizedTensor`, not cut out: what reads it reads the stack.
+
+    Slices that `jax.lax.scan` makes of its inputs are copies wherever they go into another loop, and all of a layer's
+    at once. Of this, a product cuts what it needs at that moment.
+
+    Attributes:
+      stack: all layers, on a leading axis.
+      layer: which.
+      product: how products with it are computed.
+    """
+
+    stack: QuantizedTensor
+    layer: Int[Array, ""]
+    product: Product = Product()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The logical (in, out)."""
+        return self.stack.shape
+
+    def cut(self, axis: int = 1, start: Any = 0, size: int | None = None) -> QuantizedTensor:
+        """Return the layer, or of its axis `in` (0: whole groups and pack blocks) or `out` (1) a part."""
+        stack, size = self.stack, self.stack.shape[axis] if size is None else size
+
+        def slice_of(leaf: Array, rows_each: int) -> Array:
+            """Cut a stacked leaf, each row of which stands for so many of the kernel's (0: for all)."""
+            starts, sizes = [self.layer, 0, 0], [1, *leaf.shape[1:]]
+            if axis == 1:
+                starts[2], sizes[2] = start, size
+            elif rows_each:
+                starts[1], sizes[1] = start // rows_each, size // rows_each
+            return jax.lax.dynamic_slice(leaf, starts, sizes)[0]
+
+        return dataclasses.replace(
+            stack,
+            codes=slice_of(stack.codes, 2 if stack.pack_block > 1 else 1),
+            scales=slice_of(stack.scales, stack.group_size),
+            scale_max=None if stack.scale_max is None else slice_of(stack.scale_max, 0),
+            shape=(size, stack.shape[1]) if axis == 0 else (stack.shape[0], size),
+        )
+
+
+def outside_scan(leaves: Any, product: Product) -> tuple[Any, Callable[[Any, Array], Any]]:
+    """Split stacked leaves into what `jax.lax.scan` is to walk and what stays outside, quantized tensors.
+
+    Args:
+      leaves: a tree of them.
+      product: how products with the quantized ones are computed.
+
+    Returns:
+      A tree for scan's inputs, and a function (one layer of it, the layer's number) -> the layer's leaves.
+    """
+
+    def is_quantized(leaf: Any) -> bool:
+        return isinstance(leaf, QuantizedTensor)
+
+    flat, structure = jax.tree.flatten(leaves, is_leaf=is_quantized)
+    walked = [None if is_quantized(leaf) else leaf for leaf in flat]
+
+    def layer(inside: Any, number: Array) -> Any:
+        return structure.unflatten(
+            [
+                LayerView(leaf, number, product) if is_quantized(leaf) else part
+                for leaf, part in zip(flat, inside, strict=True)
+            ]
+        )
+
+    return walked, layer

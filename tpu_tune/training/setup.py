@@ -25,9 +25,10 @@ from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
 from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
+from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution, architecture, check_length
-from tpu_tune.tensors import LoraTensor, SavedTensor
+from tpu_tune.tensors import LayerView, QuantizedTensor
 from tpu_tune.training import offload
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, make_optimizer
@@ -330,10 +331,11 @@ def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
 
 def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
     """Return how the decoder runs: dtype, attention, remat, chunks, and on more than one device its sharding hooks."""
-    attention = for_device(config.model.attention, model.mesh.devices.flat[0])
-    mesh = model.mesh if model.mesh.size > 1 else None
+    dtype, packed, mesh = compute_dtype(config), config.data.packing, model.mesh if model.mesh.size > 1 else None
+    attention = for_device(config.model.attention, model.mesh.devices.flat[0], dtype, packed)
     chunk = token_chunk(config, rows, model.mesh.shape["sequence"])
-    plain = Execution(compute_dtype(config), attention, mesh, config.model.remat, chunk)
+    product = quantized_matmul.for_device(config.model.quantized_matmul, model.mesh)
+    plain = Execution(dtype, attention, mesh, config.model.remat, chunk, product, packed=packed)
     if model.mesh.size == 1:
         return plain
     stacked = model.architecture.stacked()
@@ -341,11 +343,12 @@ def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
     hidden = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
     def gather_leaf(leaf: Any, home: Any) -> Any:
-        if isinstance(leaf, (LoraTensor, SavedTensor)):
-            return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
-        return jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
+        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
+        if isinstance(leaf, QuantizedTensor) and product.implementation != "xla":
+            return LayerView(jax.tree.map(lambda part: part[None], leaf), jnp.int32(0), product)
+        return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:
         return {path: gather_leaf(leaf, wanted[path]) for path, leaf in leaves.items()}

@@ -1,0 +1,226 @@
+"""The devices' attention kernels in Pallas' interpreter, rows cut over devices, and which implementation runs where."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpu_tune.errors import UserError
+from tpu_tune.kernels import attention as choosing
+from tpu_tune.kernels import gpu
+from tpu_tune.kernels.attention import attention, chosen, for_device, reference
+from tpu_tune.kernels.places import Places
+from tpu_tune.kernels.sequence import ring
+from tpu_tune.kernels.splash import fits, splash
+from tpu_tune.transforms.sharding import make_mesh
+
+SCALE = 0.3
+
+
+@functools.cache
+def inputs(length: int, heads: int, groups: int, size: int, rows: int = 2) -> tuple[list[jax.Array], jax.Array]:
+    """Return [q, k, v], and weights for the results that make a scalar of them."""
+    random = np.random.default_rng(0)
+    shapes = [(rows, length, heads, size), *[(rows, length, groups, size)] * 2, (rows, length, heads, size)]
+    *states, weights = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
+    return states, weights
+
+
+def places(length: int, ends: tuple[int, ...] = (), rows: int = 2, **facts: Any) -> Places:
+    """Return rows whose documents end there, the second row's one token later; behind the last is padding."""
+    segments = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        first = 0
+        for number, end in enumerate(ends, start=1):
+            segments[row, first : end + row] = number
+            first = end + row
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    return Places(index, index, jnp.asarray(segments), jnp.asarray(segments), **facts)
+
+
+def results(function: Any, states: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
+    """Return a function's result, and the gradients of its weighted sum."""
+
+    def loss(*states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = function(*states)
+        return jnp.sum(out * weights), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*states)
+    return [out, *grads]
+
+
+def assert_near(found: list[jax.Array], expected: list[jax.Array]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()), rtol=0)
+
+
+@pytest.mark.parametrize(("length", "heads", "groups", "size"), [(200, 4, 2, 64), (128, 2, 2, 16), (140, 3, 1, 48)])
+def test_pallas_equals_reference_with_gradients(length, heads, groups, size):
+    """Lengths that are no multiples of the kernel's blocks, head sizes that are no powers of two."""
+    states, weights = inputs(length, heads, groups, size)
+    where = places(length, (length // 3, length - 20))
+    found = results(
+        lambda *qkv: gpu.pallas(*qkv, where.query_segments, SCALE, interpret=True), states, weights
+    )  # fmt: skip
+    assert_near(found, results(lambda *qkv: reference(*qkv, where, None, SCALE), states, weights))
+
+
+@pytest.mark.parametrize(("window", "groups"), [(None, 2), (7, 1), (1, 4)])
+def test_the_call_of_cudnn_needs_no_segments_where_a_row_is_one_document(window, groups):
+    """jax's own plain implementation of that call: what real tokens give and get is the same, windows too."""
+    length, real = 40, 29
+    states, weights = inputs(length, 4, groups, 16)
+    where = places(length, (real,))
+    weights = weights * (where.query_segments > 0)[:, :, None, None]  # no loss reads what padding gives
+    real = (where.query_segments > 0)[:, :, None, None]
+    found = results(lambda *qkv: gpu.cudnn(*qkv, window, SCALE, implementation="xla") * real, states, weights)
+    assert_near(found, results(lambda *qkv: reference(*qkv, where, window, SCALE) * real, states, weights))
+
+
+MESHES = {"sequence=8": (1, 1, 8), "all three": (2, 2, 2), "whole heads": (1, 4, 2)}  # fsdp, tensor, sequence
+
+
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    return make_mesh(dict(zip(("data", "fsdp", "tensor", "sequence"), (1, *MESHES[name]), strict=True)))
+
+
+@pytest.mark.parametrize(("mesh", "groups", "window", "cap", "causal", "block"), [
+    ("sequence=8", 2, None, None, True, 4), ("sequence=8", 4, 9, 2.0, True, 512), ("sequence=8", 1, 30, None, True, 3),
+    ("all three", 2, None, None, True, 5), ("all three", 2, 1, None, True, 512), ("whole heads", 2, 9, None, True, 4),
+    ("sequence=8", 2, None, 1.5, False, 4), ("all three", 4, 9, None, False, 512),
+])  # fmt: skip
+def test_the_ring_equals_reference_with_gradients(mesh, groups, window, cap, causal, block):
+    """Documents that begin and end inside a device's part, on it alone, and across several."""
+    length = 48
+    states, weights = inputs(length, 4, groups, 8)
+    where = places(length, (3, 5, 26, 40), causal=causal)
+    found = results(lambda *qkv: ring(*qkv, where, window, SCALE, mesh_of(mesh), cap, block), states, weights)
+    assert_near(found, results(lambda *qkv: reference(*qkv, where, window, SCALE, cap), states, weights))
+
+
+def test_the_ring_never_gathers_a_row():
+    length, mesh = 64, mesh_of("sequence=8")
+    states, weights = inputs(length, 4, 2, 8)
+    where = places(length, (30,))
+    home = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "sequence"))
+    states = [jax.device_put(part, home) for part in states]
+
+    def loss(implementation: str, *qkv: jax.Array) -> jax.Array:
+        return jnp.sum(attention(*qkv, where, implementation=implementation, mesh=mesh) * weights)
+
+    def program(implementation: str) -> str:
+        step = jax.jit(jax.grad(functools.partial(loss, implementation), argnums=(0, 1, 2)))
+        return step.lower(*states).compile().as_text()
+
+    assert "all-gather" in program("reference")
+    assert "all-gather" not in program("auto") and "collective-permute" in program("auto")
+
+
+@pytest.mark.parametrize(("mesh", "window", "cap"), [("all three", 150, 2.0), ("whole heads", None, None)])
+def test_splash_takes_rows_that_are_cut_over_devices(mesh, window, cap):
+    length = 256
+    states, weights = inputs(length, 4, 2, 64)
+    where = places(length, (100, 230))
+    found = results(
+        lambda *qkv: splash(*qkv, where.query_segments, window, SCALE, cap, mesh_of(mesh), interpret=True),
+        states, weights,
+    )  # fmt: skip
+    assert_near(found, results(lambda *qkv: reference(*qkv, where, window, SCALE, cap), states, weights))
+    assert fits(length, mesh_of(mesh)) and not fits(length - 128, mesh_of(mesh)) and fits(length - 56, None)
+
+
+def device(platform: str, kind: str, capability: str | None = None) -> types.SimpleNamespace:
+    facts = {} if capability is None else {"compute_capability": capability}
+    return types.SimpleNamespace(platform=platform, device_kind=kind, **facts)
+
+
+H100, RTX3090, T4 = (device("gpu", *card) for card in (("NVIDIA H100", "9.0"), ("RTX 3090", "8.6"), ("T4", "7.5")))
+AMD, CPU = device("gpu", "AMD Instinct", "gfx942"), device("cpu", "cpu")
+V2, V3, V4, V5E = (device("tpu", kind) for kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v5 lite"))
+
+
+def test_each_device_gets_the_attention_that_it_has():
+    for new in (V4, V5E):
+        assert for_device("auto", new) == for_device("auto", new, jnp.float32) == "splash"
+    assert for_device("blockwise", V4) == "blockwise"
+    for card in (H100, RTX3090):
+        for dtype in (jnp.bfloat16, jnp.float16):
+            assert for_device("auto", card, dtype) == "pallas"
+            assert for_device("auto", card, dtype, packed=False) == "cudnn"
+            assert for_device("pallas", card, dtype, packed=False) == "pallas"
+        assert for_device("auto", card, jnp.float32, packed=False) == "auto"
+        with pytest.raises(UserError, match="model.attention=cudnn takes no packed rows; set data.packing=false"):
+            for_device("cudnn", card)
+        for name in ("cudnn", "pallas"):
+            with pytest.raises(UserError, match=f"model.attention={name} takes bfloat16 or float16, .* is float32"):
+                for_device(name, card, jnp.float32, packed=False)
+    for other in (V2, V3, T4, AMD, CPU):
+        assert for_device("auto", other, packed=False) == "auto"
+        for name in ("cudnn", "pallas"):
+            with pytest.raises(
+                UserError, match=f"model.attention={name} needs an NVIDIA GPU of compute capability 8.0"
+            ):
+                for_device(name, other, packed=False)
+    for other in (V2, V3, H100, CPU):
+        with pytest.raises(UserError, match="model.attention=splash needs a TPU v4 or later"):
+            for_device("splash", other)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Function (implementation, keywords) -> the name of what `attention` ran."""
+    for module, name in (
+        (choosing.gpu, "cudnn"), (choosing.gpu, "pallas"), (choosing.tpu, "splash"), (choosing, "ring"),
+        (choosing, "blockwise"), (choosing, "reference"), (choosing, "rematerialised"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *args, _name=name, **kwargs: _name)
+
+    def run(implementation: str, packed: bool = True, causal: bool = True, keys: int = 0, **facts: Any) -> str:
+        size, length, dtype = facts.pop("size", 64), facts.pop("length", 1024), facts.pop("dtype", jnp.bfloat16)
+        q = jnp.zeros((1, length, 2, size), dtype)
+        where = places(length, (5,), rows=1, packed=packed, causal=causal)
+        if not keys:
+            return attention(q, q, q, where, implementation=implementation, **facts)
+        k = jnp.zeros((1, keys, 2, size), dtype)
+        where = dataclasses.replace(where, key_index=jnp.zeros((1, keys), jnp.int32))
+        return attention(q, k, k, where, implementation=implementation, **facts)
+
+    return run
+
+
+def test_a_kernel_runs_where_it_can_and_else_the_next_best(ran):
+    assert ran("cudnn", packed=False) == ran("cudnn", packed=False, window=100) == "cudnn"
+    assert ran("cudnn") == ran("pallas", packed=False) == ran("pallas") == "pallas"
+    assert ran("cudnn", packed=False, size=256) == ran("pallas", window=1024) == "pallas"
+    for facts in ({"cap": 5.0}, {"window": 20}, {"size": 512}, {"dtype": jnp.float32}, {"keys": 2048}):
+        assert ran("pallas", **facts) == "blockwise"
+        assert ran("pallas", **facts | {"length": 32}) == "reference" or "keys" in facts
+    assert ran("cudnn", packed=False, cap=5.0) == "blockwise"
+    assert ran("splash") == ran("splash", packed=False, window=100, cap=5.0) == "splash"
+    for name in ("splash", "cudnn", "pallas", "auto", "blockwise"):
+        assert ran(name, causal=False, packed=False) == "blockwise"
+        assert ran(name, bias=lambda *index: 0.0) == "rematerialised"
+    assert ran("reference", packed=False) == "reference"
+
+
+def test_rows_cut_over_devices_go_round_the_ring(ran):
+    cut, whole = mesh_of("all three"), make_mesh({"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1})
+    for name in ("auto", "blockwise", "cudnn", "pallas"):
+        assert ran(name, packed=False, mesh=cut) == ran(name, packed=False, mesh=cut, causal=False) == "ring"
+        assert ran(name, packed=False, mesh=whole) != "ring"
+    assert ran("splash", mesh=cut) == "splash"
+    assert ran("splash", mesh=cut, length=128) == "ring"  # 64 tokens a device are half of what the kernel takes
+    assert ran("auto", mesh=cut, length=33) == ran("reference", mesh=cut) == "reference"
+    assert ran("auto", mesh=cut, bias=lambda *index: 0.0) == "rematerialised"
+
+
+def test_auto_holds_the_scores_of_short_rows_only():
+    assert chosen("auto", 512, 512) == chosen("auto", 1, 4096) == "reference"
+    assert chosen("auto", 1024, 1024) == "blockwise"

@@ -1,0 +1,76 @@
+"""The notebooks run from top to bottom, here on a CPU with the quickstart's model and a few steps, and show what they say."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("ipykernel")
+
+PROJECT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+STEPS = 3
+
+
+def texts(notebook):
+    """All that a run notebook printed, and its Markdown outputs."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            found.append(output.get("text", "") or output.get("data", {}).get("text/markdown", ""))
+    return "\n".join(found)
+
+
+def images(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+
+
+def test_there_are_the_three_that_the_readme_names():
+    assert [path.stem for path in NOTEBOOKS] == ["00_quickstart", "colab_gpu_qlora", "colab_tpu_qlora"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_valid_and_holds_no_outputs(path):
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    nbformat.validate(notebook)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and not any(cell.outputs or cell.execution_count for cell in code)
+    for cell in code:  # a magic is not Python
+        source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+        compile(source, f"{path.name} {cell.id}", "exec")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(path, smollm2_gguf, chatterbot_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TPU_TUNE_SOURCE", str(PROJECT))  # a folder; the notebook itself runs elsewhere, as on Colab
+    monkeypatch.setenv("TPU_TUNE_NOTEBOOK_STEPS", str(STEPS))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # the tests' eight virtual devices would share two cores
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # Agg would show no figure
+    monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION", raising=False)
+    notebook = nbformat.read(path, as_version=4)
+    kernel = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=kernel).execute()
+
+    said = texts(notebook)
+    assert "SmolLM2-135M-Instruct" in said
+    assert "rules of thumb" in said and "peak" in said  # the plan's table
+    assert f"finished: {STEPS} of {STEPS} steps" in said
+    assert said.count("> What is AI?") == 1 and "| What is AI? |" in said  # answers before, and beside those after
+    assert len(images(notebook)) >= 3  # the plan, curves.png, the figure under it; the quickstart draws its data too
+
+    (out,) = tmp_path.glob("output/*")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == STEPS and all(0 < loss < 10 for loss in losses)
+    assert any("eval_loss" in row for row in rows)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in (out / "adapter").iterdir()}
+    assert (out / "adapter.zip").stat().st_size > 1e6

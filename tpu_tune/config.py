@@ -53,12 +53,8 @@ def _model() -> dict[str, Any]:
         "attention": "auto",  # auto | reference | blockwise | splash (TPU v4 and later) | cudnn, pallas (GPUs from 8.0)
         # Products with quantized weights: auto | xla (dequantizes whole) | pieces (a part at a time) | pallas (TPUs)
         "quantized_matmul": "auto",
-        # none | full (keep only each layer's input) | dots (keep the results of linear layers) | offload (each layer's
-        # input waits in the host's memory: for long contexts, slower)
-        "remat": "full",
-        # Tokens of a device that a layer's projections and MLP work on at one time; 0: all of up to 8,192, chunks of 4,096
-        # of more. A number of data.max_length times the rows, or more, is all at any length.
-        "token_chunk_size": 0,
+        "remat": "full",  # none | full (keep each layer's input) | dots (results of linear layers) | offload (inputs, on the host)
+        "token_chunk_size": 0,  # tokens of a device in a layer's projections and MLP at one time; 0: all to 8,192, then 4,096
         "adapter": "",  # start from this PEFT adapter directory instead of a fresh one
         "add_special_tokens": [],  # e.g. ["<|im_start|>"]; new ones get rows in embedding and head: the old rows' mean
         "train_added_tokens": False,  # train these tokens' rows under method=lora too; full trains every row anyway
@@ -135,8 +131,8 @@ def _train() -> dict[str, Any]:
         "adam_epsilon": 1e-8,
         "weight_decay": 0.0,  # not on biases and norm weights
         "max_grad_norm": 1.0,  # global norm, after accumulation; 0 turns clipping off
-        "optim_offload": False,  # optimizer state in host memory
-        "loss_chunk_size": 0,  # tokens of a device whose logits exist at one time; 0: as many as 256 MiB hold, at most 1,024
+        "optim_offload": False,  # optimizer state waits in host memory and comes to the device layer by layer; slower
+        "loss_chunk_size": 0,  # tokens of a device whose logits exist at one time; 0: what 256 MiB hold, at most 1,024
         "max_nonfinite_steps": 10,  # end the run after so many updates in a row with a non-finite loss or gradient
         "logging_steps": 10,
         "logging_first_step": True,

@@ -90,6 +90,7 @@ def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
         "temp": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes,
+        "host": memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         "frozen": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.frozen)),
         "trained": sum(leaf.size * leaf.dtype.itemsize for leaf in model.trainable.values()),
         "dequantized": dequantized(text, model),

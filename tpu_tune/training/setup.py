@@ -28,7 +28,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution, architecture, check_length
-from tpu_tune.tensors import LayerView, QuantizedTensor
+from tpu_tune.tensors import LayerView, LoraTensor, QuantizedTensor, SavedTensor
 from tpu_tune.training import offload
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, make_optimizer

@@ -1,0 +1,129 @@
+"""Products with quantized kernels: the Pallas kernel (interpreted), pieces, and layers left in their stack."""
+
+from __future__ import annotations
+
+import functools
+
+import helpers_training as helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from tpu_tune.errors import UserError
+from tpu_tune.kernels import quantized_matmul as kernel
+from tpu_tune.kernels.quantized_matmul import Product
+from tpu_tune.tensors import FORMATS, LayerView, QuantizedTensor, matmul, ops, outside_scan, quantize_tensor
+from tpu_tune.transforms.sharding import make_mesh
+
+LAYERS, ROWS, COLUMNS = 3, 512, 384
+
+
+@functools.cache
+def stack(format: str, group_size: int = 64, double_quant: bool = True) -> QuantizedTensor:
+    weight = jax.random.normal(jax.random.key(0), (LAYERS, ROWS, COLUMNS))
+    return quantize_tensor(weight, format, group_size, double_quant)
+
+
+def tokens(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), shape)
+
+
+def close(found: jax.Array, wanted: np.ndarray, tolerance: float = 2e-6) -> None:
+    assert np.max(np.abs(np.asarray(found) - wanted)) <= tolerance * np.max(np.abs(wanted))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "format, group_size, double_quant", [("nf4", 64, True), ("nf4", 32, False), ("int4", 128, True)]
+)
+def test_the_pallas_kernel_is_the_product_with_the_dequantized_layer(format, group_size, double_quant, transposed):
+    leaf = stack(format, group_size, double_quant)
+    assert kernel.fits(leaf.shape, leaf.pack_block, group_size)
+    x = tokens(2, 23, COLUMNS if transposed else ROWS)  # 46 tokens: the last block is padded
+    weight = np.asarray(leaf.dequantize(), np.float64)
+    for layer in range(LAYERS):
+        found = kernel.quantized_matmul(
+            x, leaf.codes, leaf.scales, leaf.scale_max, jnp.int32(layer), FORMATS[format].decode, group_size,
+            transposed, interpret=True,
+        )  # fmt: skip
+        close(found, np.asarray(x, np.float64) @ (weight[layer].T if transposed else weight[layer]))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_pallas_kernel_runs_on_each_devices_tokens(transposed):
+    leaf, mesh = stack("nf4"), make_mesh({"data": 2, "fsdp": 2, "tensor": 1, "sequence": 2})
+    x = tokens(4, 16, COLUMNS if transposed else ROWS)
+
+    def product(how: Product) -> jax.Array:
+        return kernel.quantized_matmul(
+            x, leaf.codes, leaf.scales, leaf.scale_max, jnp.int32(1), FORMATS["nf4"].decode, 64, transposed, how,
+            interpret=True,
+        )  # fmt: skip
+
+    np.testing.assert_allclose(product(Product("pallas", True, mesh)), product(Product("pallas")), rtol=1e-6, atol=1e-5)
+
+
+def test_what_the_pallas_kernel_takes():
+    assert kernel.fits((512, 128), 256, 64)
+    assert not kernel.fits((512, 100), 256, 64)  # a last block of columns that is not whole
+    assert not kernel.fits((384, 128), 384, 64)  # packed over all rows
+    assert not kernel.fits((512, 128), 1, 64)  # a code a byte
+    assert not kernel.fits((512, 128), 256, 256)  # a group over both halves of a block
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("implementation", ["xla", "pieces"])
+@pytest.mark.parametrize("piece", [128 * COLUMNS, 300 * ROWS, 2**24])  # small ones, some that overlap, all at once
+def test_a_layer_in_its_stack_multiplies_like_the_layer_alone(format, implementation, piece, monkeypatch):
+    monkeypatch.setattr(ops, "PIECE", piece)
+    leaf, x = stack(format), tokens(2, 5, ROWS)
+    alone = jax.tree.map(lambda part: part[2], leaf)
+    view = LayerView(leaf, jnp.int32(2), Product(implementation))
+    for mine, wanted in (
+        (matmul(x, view), matmul(x, alone)),
+        (jax.grad(lambda x: jnp.sum(matmul(x, view) ** 2))(x), jax.grad(lambda x: jnp.sum(matmul(x, alone) ** 2))(x)),
+    ):
+        close(mine, np.asarray(wanted))
+
+
+def test_parts_of_a_layer():
+    leaf = stack("nf4")
+    view, whole = LayerView(leaf, jnp.int32(1)), np.asarray(leaf.dequantize()[1])
+    np.testing.assert_array_equal(view.cut().dequantize(), whole)
+    np.testing.assert_array_equal(view.cut(1, 128, 200).dequantize(), whole[:, 128:328])
+    np.testing.assert_array_equal(view.cut(0, 256, 256).dequantize(), whole[256:])
+
+
+def test_quantized_leaves_stay_outside_a_scan():
+    leaves = {"w": stack("nf4"), "b": jnp.arange(LAYERS)}
+    walked, layer_of = outside_scan(leaves, Product("pieces"))
+    assert len(jax.tree.leaves(walked)) == 1
+
+    def step(_: None, scanned: tuple) -> tuple[None, jax.Array]:
+        number, inside = scanned
+        leaves = layer_of(inside, number)
+        return None, matmul(tokens(4, ROWS), leaves["w"]) + leaves["b"]
+
+    _, found = jax.lax.scan(step, None, (jnp.arange(LAYERS), walked))
+    wanted = np.einsum("tk,lkn->ltn", tokens(4, ROWS), stack("nf4").dequantize()) + np.arange(LAYERS)[:, None, None]
+    close(found, wanted)
+
+
+def test_training_in_pieces_equals_training_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "PIECE", 2**14)
+    base = helpers.write_model(tmp_path / "base", tiny_models.CONFIGS["llama"] | {"hidden_size": 256, "intermediate_size": 512})
+    losses = {}
+    for name in ("xla", "pieces"):
+        losses[name] = helpers.losses_of(base, tmp_path / name, **{"model.quantized_matmul": name})
+    np.testing.assert_allclose(losses["xla"], losses["pieces"], rtol=1e-5)
+
+
+def test_the_choice_by_device():
+    mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1})
+    assert kernel.for_device("auto", mesh) == Product("xla", False, mesh)
+    assert kernel.for_device("pieces", mesh).implementation == "pieces"
+    assert kernel.for_device("pieces", make_mesh({"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1})).implementation == "xla"
+    with pytest.raises(UserError, match="quantized_matmul=pallas needs a TPU"):
+        kernel.for_device("pallas", mesh)

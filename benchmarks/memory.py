@@ -29,6 +29,7 @@ _ONE_ROW = {
     "train.gradient_accumulation_steps": 1, "train.eval_strategy": "no",
 }  # fmt: skip
 _QLORA = {"data.max_length": 2048, **_ONE_ROW}
+_CHUNKED = {**_QLORA, "model.token_chunk_size": 512}  # projections and MLP of so many tokens at one time
 _OFFLOAD = {"model.remat": "offload", "train.optim_offload": "true", "lora.rank": 32}
 _OVER_EIGHT = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.sequence": 8}
 
@@ -66,13 +67,13 @@ class Job:
 
 # Of a context that must be longer than a number: the next multiple of 1,024 tokens has to fit.
 JOBS = (
-    Job("7b-v5e-1", "LLaMA-7B QLoRA", "llama-7b", "v5e-1", 5.4),
-    Job("13b-v5e-1", "LLaMA-13B QLoRA", "llama-13b", "v5e-1", 9.5),
-    Job("20b-v5e-1", "GPT-NeoX-20B QLoRA", "gpt-neox-20b", "v5e-1", None),
+    Job("7b-v5e-1", "LLaMA-7B QLoRA", "llama-7b", "v5e-1", 5.4, _CHUNKED),
+    Job("13b-v5e-1", "LLaMA-13B QLoRA", "llama-13b", "v5e-1", 9.5, _CHUNKED),
+    Job("20b-v5e-1", "GPT-NeoX-20B QLoRA", "gpt-neox-20b", "v5e-1", None, _CHUNKED),
     Job("7b-v2-8", "LLaMA-7B QLoRA", "llama-7b", "v2-8", 2.0),
     Job("7b-v3-8", "LLaMA-7B QLoRA", "llama-7b", "v3-8", 2.0),
-    Job("33b-rtx3090", "LLaMA-33B QLoRA", "llama-33b", "rtx3090", 21.6),
-    Job("65b-rtx6000ada", "LLaMA-65B QLoRA", "llama-65b", "rtx6000ada-48g", 41.0),
+    Job("33b-rtx3090", "LLaMA-33B QLoRA", "llama-33b", "rtx3090", 21.6, _CHUNKED),
+    Job("65b-rtx6000ada", "LLaMA-65B QLoRA", "llama-65b", "rtx6000ada-48g", 41.0, _CHUNKED),
     Job(
         "65b-v2-8", "LLaMA-65B QLoRA, one sequence over all devices", "llama-65b", "v2-8", None,
         {**_QLORA, **_OVER_EIGHT},

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_models
 
 from tpu_tune.errors import UserError
 from tpu_tune.kernels import quantized_matmul as kernel
@@ -113,10 +112,20 @@ def test_quantized_leaves_stay_outside_a_scan():
 
 def test_training_in_pieces_equals_training_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "PIECE", 2**14)
-    base = helpers.write_model(tmp_path / "base", tiny_models.CONFIGS["llama"] | {"hidden_size": 256, "intermediate_size": 512})
+    base = helpers.write_tiny_llama(tmp_path / "base", hidden_size=256, intermediate_size=512)
+    documents = [helpers.documents(24, 3, 16, 2, seed) for seed in (0, 50)]
+    batches = [helpers.window(helpers.rows_of(list(zip(*documents, strict=True)), 32), 1)]
     losses = {}
     for name in ("xla", "pieces"):
-        losses[name] = helpers.losses_of(base, tmp_path / name, **{"model.quantized_matmul": name})
+        config = helpers.make_config(
+            **{
+                "model.path": str(base), "method": "lora", "quantize.format": "nf4", "model.quantized_matmul": name,
+                "train.per_device_train_batch_size": 2, "train.learning_rate": 1e-2,
+            }
+        )  # fmt: skip
+        model, steps = helpers.prepare(config, 2)
+        losses[name] = [row["loss"] for row in helpers.run_steps(model, steps, batches * 2)[1]]
+    assert losses["xla"][0] != losses["xla"][1]
     np.testing.assert_allclose(losses["xla"], losses["pieces"], rtol=1e-5)
 
 
@@ -124,6 +133,9 @@ def test_the_choice_by_device():
     mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1})
     assert kernel.for_device("auto", mesh) == Product("xla", False, mesh)
     assert kernel.for_device("pieces", mesh).implementation == "pieces"
-    assert kernel.for_device("pieces", make_mesh({"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1})).implementation == "xla"
+    assert (
+        kernel.for_device("pieces", make_mesh({"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1})).implementation
+        == "xla"
+    )
     with pytest.raises(UserError, match="quantized_matmul=pallas needs a TPU"):
         kernel.for_device("pallas", mesh)

@@ -12,8 +12,8 @@ import sys
 import pytest
 from compile_skips import needs_cuda, needs_libtpu
 
-HOLD: tuple[str, ...] = ()  # of a GPU, compiled in seconds
-HOLD_SLOWLY: tuple[str, ...] = ()  # of a TPU, compiled in minutes
+HOLD: tuple[str, ...] = ("33b-rtx3090", "65b-rtx6000ada")  # of a GPU, compiled in seconds
+HOLD_SLOWLY: tuple[str, ...] = ("7b-v5e-1",)  # of a TPU, compiled in minutes
 
 
 def memory():

@@ -167,7 +167,7 @@ def _times(x: Array, w: Any, axis: int) -> Array:
             x, stack.codes, stack.scales, stack.scale_max, w.layer, FORMATS[stack.format].decode, stack.group_size,
             axis == 1, w.product,
         )  # fmt: skip
-    if w.product.implementation != "xla":
+    if w.product.implementation == "pieces":
         return _in_pieces(x, w, axis)
     return _contract(x, w.cut().dequantize(x.dtype), axis)
 

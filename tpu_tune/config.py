@@ -51,8 +51,7 @@ def _model() -> dict[str, Any]:
         "dtype": "bfloat16",  # compute: bfloat16 | float16 (with dynamic loss scaling) | float32
         "param_dtype": "auto",  # storage of base weights: auto = float32 under method=full, model.dtype under lora
         "attention": "auto",  # auto | reference | blockwise | splash (TPU v4 and later) | cudnn, pallas (GPUs from 8.0)
-        # Products with quantized weights: auto | xla (dequantizes whole) | pieces (a part at a time) | pallas (TPUs)
-        "quantized_matmul": "auto",
+        "quantized_matmul": "auto",  # auto | xla (dequantizes whole matrices) | pieces (parts of them) | pallas (TPUs)
         "remat": "full",  # none | full (keep each layer's input) | dots (results of linear layers) | offload (inputs, on the host)
         "token_chunk_size": 0,  # tokens of a device in a layer's projections and MLP at one time; 0: all to 8,192, then 4,096
         "adapter": "",  # start from this PEFT adapter directory instead of a fresh one

@@ -30,7 +30,7 @@ _ONE_ROW = {
 }  # fmt: skip
 _QLORA = {"data.max_length": 2048, **_ONE_ROW}
 _CHUNKED = {**_QLORA, "model.token_chunk_size": 512}  # projections and MLP of so many tokens at one time
-_OFFLOAD = {"model.remat": "offload", "train.optim_offload": "true", "lora.rank": 32}
+_OFFLOAD = {"model.remat": "offload", "lora.rank": 32}
 _OVER_EIGHT = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.sequence": 8}
 
 
@@ -83,11 +83,11 @@ JOBS = (
         "llama-7b", "v3-8", None, {**_QLORA, "train.optim_offload": "true"}, "configs/full.py",
     ),
     Job(
-        "8b-rtx4080", "Llama-3-8B QLoRA r=32, 40,960 tokens, host offload", "llama-3-8b", "rtx4080", None,
+        "8b-rtx4080", "Llama-3-8B QLoRA r=32, 40,960 tokens, layer inputs in host memory", "llama-3-8b", "rtx4080", None,
         {**_QLORA, **_OFFLOAD, "data.max_length": 40960},
     ),
     Job(
-        "8b-rtx4090", "Llama-3-8B QLoRA r=32, 78,848 tokens, host offload", "llama-3-8b", "rtx4090", None,
+        "8b-rtx4090", "Llama-3-8B QLoRA r=32, 78,848 tokens, layer inputs in host memory", "llama-3-8b", "rtx4090", None,
         {**_QLORA, **_OFFLOAD, "data.max_length": 78848},
     ),
 )  # fmt: skip

@@ -152,6 +152,7 @@ def test_full_fine_tuning_of_7b_is_sixteen_bytes_a_parameter_and_does_not_fit(de
     parts = found["breakdown"]
     kept = sum(parts[name] for name in ("frozen", "trainable", "gradients", "optimizer"))
     assert kept / GB == pytest.approx(107.8, abs=0.1)
+    assert (device == "t4") == any("set model.dtype=float16" in note for note in found["notes"])
     assert parts["frozen"] == 0 and parts["trainable"] == parts["gradients"] == 4 * PUBLISHED["llama-7b"]
     assert not found["fits"] and "160-192 GB" in planning.table(found) and "DOES NOT FIT" in planning.table(found)
 
@@ -415,6 +416,7 @@ def measured_by_rows(per_row, fixed):
         rows = config["train"]["per_device_train_batch_size"]
         frozen = int(fixed * bits / 4) // job["count"]
         within = int(per_row * rows * {"full": 1, "dots": 4, "none": 20}[config["model"]["remat"]])
+        within //= 4 if config["model"]["token_chunk_size"] else 1
         held = {"frozen": frozen, "trainable": 0, "optimizer": 0, "batch": 0}
         train = {"fits": True, "arguments": frozen, "peak": frozen + within, "host": 0}
         train["fits"] = train["peak"] <= 15.75 * 2**30
@@ -461,6 +463,13 @@ def test_suggest_takes_fewer_bits_where_it_must_and_says_what_would_do_where_not
     assert nothing["devices"][:2] == ["rtx6000ada-48g", "v2-8"] and "v5e-4" in nothing["devices"]
     assert nothing["compiled_device"] == "v2-8"  # the stand-in's chips all hold 15.75 GiB
     assert "rtx6000ada-48g, v2-8" in planning.advice(nothing, planning.find_device("v5e-1"))
+
+
+def test_suggest_works_on_fewer_tokens_at_a_time_before_it_gives_up(straight_line):
+    straight_line(8 * GB, 12 * GB)
+    found = suggest(settings("llama-13b"), "v5e-1")
+    assert found["overrides"] == {"model.token_chunk_size": 512, "train.per_device_train_batch_size": 2}
+    assert found["figures"]["peak_bytes_per_device"] == pytest.approx(16 * GB)
 
 
 def test_the_compiles_of_a_search_are_bounded(straight_line):

@@ -37,6 +37,7 @@ class Device:
       bandwidth: of one device's memory, bytes/s.
       topology: keywords of `jax.experimental.topologies.get_topology_desc`.
       device_kind: as JAX names it; of a GPU, the card's name.
+      bfloat16: whether it multiplies bfloat16; an older GPU turns it into float32.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Device:
     bandwidth: float
     topology: dict[str, object]
     device_kind: str
+    bfloat16: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _gpu(name: str, count: int) -> Device:
         topology={
             "platform": "cuda", "topology_name": name, "target_config": _target(card), "topology": f"1x1x{count}",
         },
-        device_kind=card.device_kind,
+        device_kind=card.device_kind, bfloat16=card.capability >= (8, 0),
     )  # fmt: skip
 
 

@@ -102,6 +102,8 @@ def figures(
         )
     if not config.data.packing or arch.encoder:
         notes.append("rows are as wide as the longest example; here as wide as data.max_length allows")
+    if config.model.dtype == "bfloat16" and not device.bfloat16:
+        notes.append(f"a {device.name} has no bfloat16 and computes in float32 instead; set model.dtype=float16")
     if config.model.add_special_tokens:
         notes.append("every token of model.add_special_tokens is counted as new")
     step = _step(config, device, arch, measured, breakdown)

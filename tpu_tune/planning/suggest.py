@@ -1,7 +1,7 @@
 """`plan --suggest`: the largest batch that fits, and the config overrides that say so; or the device that would do.
 
 The search goes from what costs nothing to what costs most: the configuration's own mesh and quantization, other
-meshes, fewer bits. Whatever the bytes alone rule out is not compiled. At the first that fits with one row a device,
+meshes, fewer bits, at last fewer tokens at one time. Whatever the bytes alone rule out is not compiled. At the first that fits with one row a device,
 two measured batches give a line whose end is tried, then remat that repeats less. A compile of a large model takes
 minutes, so their number is bounded.
 """
@@ -24,6 +24,7 @@ MAX_COMPILES = 8
 _BITS = ("none", "int8", "nf4")  # each about half of the one before
 _MOST_ROWS = 1024
 _MARGIN = 0.97
+_CHUNK = 512  # tokens: what is held of them in a layer is small beside its weights
 _CONFIRMED = 2  # devices that are asked whether they would do
 
 Overrides = dict[str, Any]
@@ -127,7 +128,7 @@ def words(overrides: Mapping[str, Any]) -> str:
 
 
 def _choices(config: ConfigDict, device: Device) -> Iterator[Overrides]:
-    """Yield quantization and mesh, in the order of preference."""
+    """Yield quantization and mesh, in the order of preference; last the smallest with a layer's work cut into chunks."""
     formats = [config.quantize.format]
     if config.method == "lora":
         place = _BITS.index("nf4" if config.quantize.format == "int4" else config.quantize.format)
@@ -136,6 +137,9 @@ def _choices(config: ConfigDict, device: Device) -> Iterator[Overrides]:
         bits = {} if name == config.quantize.format else {"quantize.format": name}
         for mesh in _meshes(config, device.count):
             yield {**bits, **mesh}
+    if not config.model.token_chunk_size and config.data.max_length > _CHUNK:
+        for mesh in _meshes(config, device.count):
+            yield {**bits, **mesh, "model.token_chunk_size": _CHUNK}
 
 
 def _meshes(config: ConfigDict, count: int) -> Iterator[Overrides]:

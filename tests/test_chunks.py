@@ -15,7 +15,7 @@ import tiny_models
 from tpu_tune.kernels.chunks import over_tokens, piece
 from tpu_tune.models import Execution
 from tpu_tune.tensors import LoraTensor, matmul
-from tpu_tune.training.setup import loss_chunk, token_chunk
+from tpu_tune.training.execution import loss_chunk, token_chunk
 from tpu_tune.training.step import Problem
 from tpu_tune.transforms import LoraSpec, find_targets, lora, split
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tpu_tune.kernels.attention import chosen
 from tpu_tune.kernels.blockwise import BLOCK
 from tpu_tune.models import Architecture
-from tpu_tune.training.setup import loss_chunk, token_chunk
+from tpu_tune.training.execution import loss_chunk, token_chunk
 
 _FLOAT32 = 4
 

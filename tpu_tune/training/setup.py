@@ -25,11 +25,9 @@ from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
 from tpu_tune.data.sources import resolve
 from tpu_tune.errors import UserError
-from tpu_tune.kernels import quantized_matmul
-from tpu_tune.kernels.attention import for_device
-from tpu_tune.models import Architecture, Execution, architecture, check_length
-from tpu_tune.tensors import LayerView, LoraTensor, QuantizedTensor, SavedTensor
+from tpu_tune.models import Architecture, architecture, check_length
 from tpu_tune.training import offload
+from tpu_tune.training.execution import compute_dtype, execution, loss_chunk
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, make_optimizer
 from tpu_tune.training.schedules import make_schedule
@@ -37,9 +35,6 @@ from tpu_tune.training.step import Problem, TrainState, init_state, make_eval_st
 from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets, lora, sharding, split, token_rows
 
 log = logging.getLogger(__name__)
-
-LOGITS_BYTES = 256 * 2**20  # float32 logits that exist at one time, where train.loss_chunk_size is left to us
-TOKEN_CHUNK = 4096  # tokens of a device that a layer works on, where model.token_chunk_size is left to us
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +135,6 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
     if config.method == "lora":
         find_targets(arch.modules(), _lora(config, arch, source.added_tokens.values())[0], arch.default_targets)
     return source, arch
-
-
-def compute_dtype(config: ConfigDict) -> Any:
-    """Return the dtype of the activations."""
-    return jnp.dtype(config.model.dtype)
 
 
 def storage_dtype(config: ConfigDict) -> Any:
@@ -282,7 +272,7 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
     optimizer = make_optimizer(config.train, schedule, stacked=lambda path: path in stacked)
     problem, eval_problem = (
         Problem(
-            model.architecture, execution(config, model, rows), model.targets,
+            model.architecture, execution(config, model.architecture, model.mesh, model.shardings, rows), model.targets,
             loss_chunk(config, model.architecture.vocab_size, rows),
         )
         for rows in (config.train.per_device_train_batch_size, config.train.per_device_eval_batch_size)
@@ -306,56 +296,6 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
         initial_state=state,
         put_batch=functools.partial(_put_batch, model.mesh),
     )
-
-
-def loss_chunk(config: ConfigDict, vocabulary: int, rows: int) -> int:
-    """Return the tokens of each of a device's `rows` whose logits exist at one time."""
-    # Logits are float32, of a power of two of tokens: the less they are, the more often the head's weights are read.
-    most = 1 << max(LOGITS_BYTES // (4 * vocabulary), 1).bit_length() - 1
-    return max(1, (config.train.loss_chunk_size or min(most, 1024)) // rows)
-
-
-def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
-    """Return the tokens of each of a device's `rows` that a layer works on at one time, attention apart; 0 for all.
-
-    Args:
-      config: the whole configuration.
-      rows: of a micro-batch, on the device.
-      shards: devices that share a row.
-    """
-    if config.model.token_chunk_size:
-        return max(1, config.model.token_chunk_size // rows)
-    recomputed = config.model.remat in ("full", "offload")
-    return max(1, TOKEN_CHUNK // rows) if recomputed and rows * config.data.max_length > 2 * TOKEN_CHUNK * shards else 0
-
-
-def execution(config: ConfigDict, model: PreparedModel, rows: int) -> Execution:
-    """Return how the decoder runs: dtype, attention, remat, chunks, and on more than one device its sharding hooks."""
-    dtype, packed, mesh = compute_dtype(config), config.data.packing, model.mesh if model.mesh.size > 1 else None
-    attention = for_device(config.model.attention, model.mesh.devices.flat[0], dtype, packed)
-    chunk = token_chunk(config, rows, model.mesh.shape["sequence"])
-    product = quantized_matmul.for_device(config.model.quantized_matmul, model.mesh)
-    plain = Execution(dtype, attention, mesh, config.model.remat, chunk, product, packed=packed)
-    if model.mesh.size == 1:
-        return plain
-    stacked = model.architecture.stacked()
-    wanted = {path: sharding.gathered(home) for path, home in model.shardings.items() if path in stacked}
-    hidden = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
-
-    def gather_leaf(leaf: Any, home: Any) -> Any:
-        if isinstance(leaf, (LoraTensor, SavedTensor)):
-            return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
-        if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
-        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
-        if isinstance(leaf, QuantizedTensor) and product.implementation != "xla":
-            return LayerView(jax.tree.map(lambda part: part[None], leaf), jnp.int32(0), product)
-        return leaf
-
-    def gather(leaves: dict[str, Any]) -> dict[str, Any]:
-        return {path: gather_leaf(leaf, wanted[path]) for path, leaf in leaves.items()}
-
-    return dataclasses.replace(plain, gather=gather, constrain=lambda x: jax.lax.with_sharding_constraint(x, hidden))
 
 
 def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:

@@ -1,0 +1,86 @@
+"""How the decoder runs under a configuration on a mesh: kernels, remat, chunks, and what is gathered where."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from tpu_tune.kernels import quantized_matmul
+from tpu_tune.kernels.attention import for_device
+from tpu_tune.models import Architecture, Execution
+from tpu_tune.tensors import LayerView, LoraTensor, QuantizedTensor, SavedTensor
+from tpu_tune.transforms import sharding
+
+LOGITS_BYTES = 256 * 2**20  # float32 logits that exist at one time, where train.loss_chunk_size is left to us
+TOKEN_CHUNK = 4096  # tokens of a device that a layer works on, where model.token_chunk_size is left to us
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+    """Return the dtype of the activations."""
+    return jnp.dtype(config.model.dtype)
+
+
+def loss_chunk(config: ConfigDict, vocabulary: int, rows: int) -> int:
+    """Return the tokens of each of a device's `rows` whose logits exist at one time."""
+    # Logits are float32, of a power of two of tokens: the less they are, the more often the head's weights are read.
+    most = 1 << max(LOGITS_BYTES // (4 * vocabulary), 1).bit_length() - 1
+    return max(1, (config.train.loss_chunk_size or min(most, 1024)) // rows)
+
+
+def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
+    """Return the tokens of each of a device's `rows` that a layer works on at one time, attention apart; 0 for all.
+
+    Args:
+      config: the whole configuration.
+      rows: of a micro-batch, on the device.
+      shards: devices that share a row.
+    """
+    if config.model.token_chunk_size:
+        return max(1, config.model.token_chunk_size // rows)
+    recomputed = config.model.remat in ("full", "offload")
+    return max(1, TOKEN_CHUNK // rows) if recomputed and rows * config.data.max_length > 2 * TOKEN_CHUNK * shards else 0
+
+
+def execution(
+    config: ConfigDict, architecture: Architecture, mesh: Mesh, shardings: Mapping[str, Any], rows: int
+) -> Execution:
+    """Return how the decoder runs: dtype, attention, remat, chunks, and on more than one device its sharding hooks.
+
+    Args:
+      config: the whole configuration.
+      architecture: of the model.
+      mesh: the devices.
+      shardings: of every leaf of the base tree.
+      rows: of a micro-batch, on one device.
+    """
+    dtype, packed, several = compute_dtype(config), config.data.packing, mesh if mesh.size > 1 else None
+    attention = for_device(config.model.attention, mesh.devices.flat[0], dtype, packed)
+    chunk = token_chunk(config, rows, mesh.shape["sequence"])
+    product = quantized_matmul.for_device(config.model.quantized_matmul, mesh)
+    plain = Execution(dtype, attention, several, config.model.remat, chunk, product, packed=packed)
+    if several is None:
+        return plain
+    stacked = architecture.stacked()
+    wanted = {path: sharding.gathered(home) for path, home in shardings.items() if path in stacked}
+    hidden = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
+
+    def gather_leaf(leaf: Any, home: Any) -> Any:
+        if isinstance(leaf, (LoraTensor, SavedTensor)):
+            return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
+        if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
+        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
+        if isinstance(leaf, QuantizedTensor) and product.implementation != "xla":
+            return LayerView(jax.tree.map(lambda part: part[None], leaf), jnp.int32(0), product)
+        return leaf
+
+    def gather(leaves: dict[str, Any]) -> dict[str, Any]:
+        return {path: gather_leaf(leaf, wanted[path]) for path, leaf in leaves.items()}
+
+    return dataclasses.replace(plain, gather=gather, constrain=lambda x: jax.lax.with_sharding_constraint(x, hidden))

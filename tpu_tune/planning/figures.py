@@ -93,8 +93,7 @@ def figures(
             f"(now {config.train.per_device_eval_batch_size})"
         )
     if not measured["compiler"]:
-        low = "; a GPU's compiler has been seen to take three times the scratch" if device.kind == "gpu" else ""
-        notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']}){low}")
+        notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']})")
     if measured.get("host_state"):
         notes.append(
             "the optimizer's state in host memory is taken off the compiler's figure, and one leaf of it left for what is "

@@ -12,8 +12,16 @@ import sys
 import pytest
 from compile_skips import needs_cuda, needs_libtpu
 
-HOLD: tuple[str, ...] = ("33b-rtx3090", "65b-rtx6000ada")  # of a GPU, compiled in seconds
-HOLD_SLOWLY: tuple[str, ...] = ("7b-v5e-1",)  # of a TPU, compiled in minutes
+HOLD: tuple[str, ...] = ("33b-rtx3090", "65b-rtx6000ada", "8b-rtx4080")  # of a GPU, compiled in seconds
+HOLD_SLOWLY: tuple[str, ...] = (
+    "7b-v5e-1",
+    "13b-v5e-1",
+    "20b-v5e-1",
+    "7b-v2-8",
+    "7b-v3-8",
+    "65b-v2-8",
+    "7b-full-v3-8",
+)  # of a TPU, compiled in minutes
 
 
 def memory():

@@ -10,24 +10,20 @@ it runs is not in the figures.
 
 from __future__ import annotations
 
-import os
 import sys
 
-os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", CUDA_VISIBLE_DEVICES="",
-)  # fmt: skip
+from absent_devices import devices_of  # first: it sets what jax reads when it is imported
 
-import jax  # noqa: E402 - the compilers read the environment when jax is imported
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+# isort: split
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_tune.kernels.attention import attention  # noqa: E402
-from tpu_tune.kernels.blockwise import blockwise  # noqa: E402
-from tpu_tune.kernels.places import Places  # noqa: E402
-from tpu_tune.planning.compile_step import find_devices  # noqa: E402
-from tpu_tune.planning.devices import find_device  # noqa: E402
-from tpu_tune.transforms.sharding import batch_spec, make_mesh  # noqa: E402
+from tpu_tune.kernels.attention import attention
+from tpu_tune.kernels.blockwise import blockwise
+from tpu_tune.kernels.places import Places
+from tpu_tune.planning.devices import find_device
+from tpu_tune.transforms.sharding import batch_spec, make_mesh
 
 SIZE = 128
 LENGTHS = (2048, 8192, 32768)
@@ -53,11 +49,8 @@ def scratch(name: str, implementation: str, tokens: int, heads: int, groups: int
     Raises:
       RuntimeError: there is no compiler for the device.
     """
-    device = find_device(name)
-    devices, compiler, why = find_devices({"topology": device.topology, "count": device.count, "compile": True})
-    if not compiler:
-        raise RuntimeError(why)
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": device.count}, devices)
+    devices = devices_of(name)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": len(devices)}, devices)
 
     def shape(*tail: int, dtype: object = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         home = NamedSharding(mesh, PartitionSpec(*batch_spec(), *[None] * len(tail)))

@@ -20,12 +20,12 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from sides import Side, serve
 
 HERE = pathlib.Path(__file__).resolve()
 RANK, ALPHA, LEARNING_RATE, MAX_LENGTH, BATCH = 16, 32.0, 2e-4, 256, 8
@@ -51,18 +51,6 @@ def run_config(model: str, chats: str, dtype: str, quantize: str = "none") -> An
             "mesh": {"data": 1, "fsdp": 1},
         }
     )
-
-
-def answer(worker: Iterator[dict[str, Any]]) -> None:
-    """Serve the parent: after a first record, one record for each number of tokens read from standard input.
-
-    Whatever else writes to standard output goes to standard error.
-    """
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    print(json.dumps(next(worker)), file=out, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(worker.send(int(line))), file=out, flush=True)  # type: ignore[attr-defined]
 
 
 def timed(step: Any, tokens: int) -> dict[str, Any]:
@@ -232,51 +220,24 @@ def theirs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
-class Child:
-    """A side in its own process."""
-
-    def __init__(self, side: str, dtype: str, options: argparse.Namespace):
-        """Start it and wait for its first record."""
-        environment = dict(os.environ, JAX_PLATFORMS="cpu", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-        # A mesh of virtual devices, set for tests, would cut the processor into pieces; a cache of compiled functions
-        # would hide what compiling costs.
-        for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_DEFAULT_MATMUL_PRECISION"):
-            environment.pop(name, None)
-        command = [sys.executable, str(HERE), "--side", side, "--dtypes", dtype, "--cores", str(options.cores)]
-        command += ["--model", options.model, "--chats", options.chats]
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-        self.first = self._read()
-
-    def ask(self, tokens: int) -> dict[str, Any]:
-        """Have it train on at least so many tokens."""
-        self.process.stdin.write(f"{tokens}\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait(60)
-
-    def _read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            raise RuntimeError(f"a side ended with {self.process.returncode}:\n{self.errors.read()[-3000:]}")
-        return json.loads(line)
+def start(side: str, dtype: str, options: argparse.Namespace) -> Side:
+    """Start a side."""
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    # A mesh of virtual devices, set for tests, would cut the processor into pieces; a cache of compiled functions
+    # would hide what compiling costs.
+    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_DEFAULT_MATMUL_PRECISION"):
+        environment.pop(name, None)
+    words = [sys.executable, str(HERE), "--side", side, "--dtypes", dtype, "--cores", str(options.cores)]
+    return Side([*words, "--model", options.model, "--chats", options.chats], environment)
 
 
 def compare(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run both sides in turn in one dtype and return all that was measured."""
     say(f"{dtype}: starting both sides (ours compiles, theirs tries its ways)")
-    quantizing = Child("load", dtype, options)
+    quantizing = start("load", dtype, options)
     quantizing.close()
-    we = Child("ours", dtype, options)
-    they = Child("theirs", dtype, options)
+    we = start("ours", dtype, options)
+    they = start("theirs", dtype, options)
     result = {"dtype": dtype, "load": quantizing.first, "ours": we.first, "theirs": they.first, "rounds": []}
     try:
         for number in range(options.rounds):
@@ -365,7 +326,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.side:
         options.dtype = options.dtypes
-        answer({"ours": ours, "theirs": theirs, "load": load_times}[options.side](options))
+        serve({"ours": ours, "theirs": theirs, "load": load_times}[options.side](options))
         return 0
     quickstart_inputs(options)
     results = [compare(dtype, options) for dtype in options.dtypes.split(",")]

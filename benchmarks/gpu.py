@@ -27,12 +27,12 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from sides import Side, serve
 
 HERE = pathlib.Path(__file__).resolve()
 METHODS = ("qlora", "lora", "full")
@@ -248,49 +248,13 @@ def quantize_with_bitsandbytes(model: Any, device: Any) -> str:
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
-class Side:
-    """A side in its own process."""
-
-    def __init__(self, name: str, method: str, arguments: list[str]):
-        """Start it and wait for its first record."""
-        # Both sides stand on one card: jax is not to take three quarters of it beforehand.
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
-        for unwanted in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR", "JAX_DEFAULT_MATMUL_PRECISION"):
-            environment.pop(unwanted, None)
-        words = [sys.executable, str(HERE), *arguments, "--method", method, "--side", name]
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-        self.first = self._read()
-
-    def ask(self, steps: int) -> dict[str, Any]:
-        """Have it take so many steps."""
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait(60)
-
-    def _read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            raise RuntimeError(f"a side ended with {self.process.returncode}:\n{self.errors.read()[-2000:]}")
-        return json.loads(line)
-
-
-def serve(records: Iterator[dict[str, Any]]) -> None:
-    """Serve the parent; whatever else writes to standard output goes to standard error."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    print(json.dumps(next(records)), file=out, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(records.send(int(line))), file=out, flush=True)  # type: ignore[attr-defined]
+def side(name: str, method: str, arguments: list[str]) -> Side:
+    """Start a side of one method."""
+    # Both sides stand on one card: jax is not to take three quarters of it beforehand.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
+    for unwanted in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR", "JAX_DEFAULT_MATMUL_PRECISION"):
+        environment.pop(unwanted, None)
+    return Side([sys.executable, str(HERE), *arguments, "--method", method, "--side", name], environment)
 
 
 def missing(method: str) -> list[str]:
@@ -301,18 +265,18 @@ def missing(method: str) -> list[str]:
 
 def compare(method: str, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     """Run both sides of one method in turn and return all that was measured."""
-    we = Side("ours", method, arguments)
+    we = side("ours", method, arguments)
     lacking = ["by --alone"] if options.alone else missing(method)
     say(f"{method}: ours is ready; theirs " + (f"is left out ({', '.join(lacking)})" if lacking else "starts"))
-    sides = {"ours": we, **({} if lacking else {"theirs": Side("theirs", method, arguments)})}
+    sides = {"ours": we, **({} if lacking else {"theirs": side("theirs", method, arguments)})}
     timings: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     try:
         for _ in range(options.rounds):
-            for name, side in sides.items():
-                timings[name].append(side.ask(options.steps))
+            for name, each in sides.items():
+                timings[name].append(each.ask(options.steps))
     finally:
-        for side in sides.values():
-            side.close()
+        for each in sides.values():
+            each.close()
     tokens, facts = options.rows * options.tokens, we.first
     result = {"method": method, "rows": options.rows, "tokens": options.tokens, "lacking": lacking, "facts": facts}
     for name, found in timings.items():

@@ -9,24 +9,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", CUDA_VISIBLE_DEVICES="",
-)  # fmt: skip
+from absent_devices import devices_of  # first: it sets what jax reads when it is imported
 
+# isort: split
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
-import jax  # noqa: E402 - the compilers read the environment when jax is imported
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
-
-from tpu_tune.kernels.quantized_matmul import for_device  # noqa: E402
-from tpu_tune.planning.compile_step import find_devices  # noqa: E402
-from tpu_tune.planning.devices import find_device  # noqa: E402
-from tpu_tune.tensors import LayerView, matmul, quantize_tensor  # noqa: E402
-from tpu_tune.transforms.sharding import make_mesh  # noqa: E402
+from tpu_tune.kernels.quantized_matmul import for_device
+from tpu_tune.tensors import LayerView, matmul, quantize_tensor
+from tpu_tune.transforms.sharding import make_mesh
 
 LAYERS, ROWS, COLUMNS, TOKENS = 2, 4096, 11008, 2048
 DEVICES = ("v3-8", "v4-8", "v5e-1", "v6e-1", "rtx3090", "h100")
@@ -38,10 +32,7 @@ def scratch(name: str, implementation: str) -> tuple[int, int]:
     Raises:
       RuntimeError: there is no compiler for the device.
     """
-    device = find_device(name)
-    devices, compiler, why = find_devices({"topology": device.topology, "count": device.count, "compile": True})
-    if not compiler:
-        raise RuntimeError(why)
+    devices = devices_of(name)
     home = SingleDeviceSharding(devices[0])
     one = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}, devices[:1])
     product = for_device(implementation, one)

@@ -16,7 +16,9 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
 def script(name):
-    """Import one of the scripts, which are not part of the package."""
+    """Import one of the scripts, which are not part of the package and import each other from their folder."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.mesh import ROWS, SEQUENCE
 
 BLOCK = 256  # rows of the kernel that are packed together: one step of the loop over them
 _COLUMNS = 256
@@ -48,6 +49,8 @@ class Product:
 
 def for_device(implementation: str, mesh: Mesh) -> Product:
     """Return how to compute products on a mesh's devices: as asked for, or the best where that is auto.
+
+    On a mesh with an axis `tensor` it is xla in any case.
 
     Raises:
       UserError: the Pallas kernel on what is not a TPU.
@@ -104,7 +107,7 @@ def quantized_matmul(
     )  # fmt: skip
     if product.mesh is None:
         return one(x, codes, scales, scale_max, layer)
-    tokens = PartitionSpec(("data", "fsdp"), "sequence", None)
+    tokens = PartitionSpec(ROWS, SEQUENCE, None)
     whole = PartitionSpec()
     return jax.shard_map(
         one, mesh=product.mesh, in_specs=(tokens, whole, whole, whole, whole), out_specs=tokens, check_vma=False

@@ -40,7 +40,7 @@ def ring(
       mesh: T divides over its axis `sequence`.
       block: tokens of a block, on each device.
     """
-    batch, length, heads, size = q.shape
+    heads, size = q.shape[2:]
 
     def local(q: Array, k: Array, v: Array, index: Array, segments: Array) -> Array:
         here = dataclasses.replace(

@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
             return run.constrain(x), past if cache is not None else Past()
 
         if run.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[run.remat], prevent_cse=True)
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[run.remat])
         kinds = jnp.asarray(np.array([arch.kinds.index(kind) for kind in arch.layer_kinds], np.int32))
         past = Past() if cache is None else cache.past
         x, past = jax.lax.scan(step, x, (jnp.arange(arch.num_layers), leaves, kinds, past))

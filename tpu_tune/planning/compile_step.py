@@ -179,9 +179,9 @@ def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict
     """Compile a jitted function and return what the compiler says of its memory, in bytes a device.
 
     The peak is on a TPU what its compiler holds against the chip's memory (its `temp_size_in_bytes` may be larger than
-    the chip in a program that it accepts). On a GPU scratch is one allocation, and the peak the sum of all, with
-    what cuDNN will ask for. A TPU's
-    peak counts what is in the host's memory too; of a program that puts something there the sum is taken if it is less.
+    the chip in a program that it accepts). It counts what is in the host's memory too; of a program that puts something
+    there the sum is taken if it is less. On a GPU scratch is one allocation, and the peak the sum of all, with what
+    cuDNN will ask for.
 
     A program that is too large for a TPU is a result: `fits` is False, and `peak` what it would need, as far as the
     compiler says it (else 0).

@@ -70,10 +70,8 @@ def unembed(x: Float[Array, "*batch dim"], w: Any) -> Float[Array, "*batch vocab
 
 def dense(w: Any) -> Float[Array, "*layers in out"]:
     """Return a leaf as one float32 array, adapters merged in; a leading layer axis is kept."""
-    if isinstance(w, LayerView):
-        return w.cut().dequantize()
-    if isinstance(w, QuantizedTensor):
-        return w.dequantize()
+    if isinstance(w, (LayerView, QuantizedTensor)):
+        return _weight(w, jnp.float32)
     if isinstance(w, SavedTensor):
         return dense(w.value)
     if isinstance(w, TokensTensor):
@@ -159,17 +157,16 @@ _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 def _times(x: Array, w: Any, axis: int) -> Array:
     """Return x @ w (axis 0) or x @ w.T (axis 1), summed in float32 and rounded to x's dtype once."""
-    if not isinstance(w, LayerView):
-        return _contract(x, _weight(w, x.dtype), axis)
-    stack = w.stack
-    if w.product.implementation == "pallas" and fits(stack.shape, stack.pack_block, stack.group_size):
-        return quantized_matmul(
-            x, stack.codes, stack.scales, stack.scale_max, w.layer, FORMATS[stack.format].decode, stack.group_size,
-            axis == 1, w.product,
-        )  # fmt: skip
-    if w.product.implementation == "pieces":
+    if isinstance(w, LayerView) and w.product.implementation == "pieces":
         return _in_pieces(x, w, axis)
-    return _contract(x, w.cut().dequantize(x.dtype), axis)
+    if isinstance(w, LayerView) and w.product.implementation == "pallas":
+        stack = w.stack
+        if fits(stack.shape, stack.pack_block, stack.group_size):
+            return quantized_matmul(
+                x, stack.codes, stack.scales, stack.scale_max, w.layer, FORMATS[stack.format].decode, stack.group_size,
+                axis == 1, w.product,
+            )  # fmt: skip
+    return _contract(x, _weight(w, x.dtype), axis)
 
 
 def _in_pieces(x: Array, w: LayerView, axis: int) -> Array:
@@ -179,7 +176,7 @@ def _in_pieces(x: Array, w: LayerView, axis: int) -> Array:
     size, other = stack.shape[1 - axis], stack.shape[axis]
     width = max(1, PIECE // other // unit) * unit
     if width >= size or size % unit:
-        return _contract(x, w.cut().dequantize(x.dtype), axis)
+        return _contract(x, _weight(w, x.dtype), axis)
 
     def piece(number: Array, y: Array) -> Array:
         start = jnp.minimum(number * (width // unit), (size - width) // unit) * unit  # the last ones overlap
@@ -194,5 +191,6 @@ def _contract(x: Array, w: Array, axis: int) -> Array:
     return wide.astype(x.dtype)
 
 
-def _weight(w: Array | QuantizedTensor, dtype: Any) -> Array:
+def _weight(w: Array | QuantizedTensor | LayerView, dtype: Any) -> Array:
+    w = w.cut() if isinstance(w, LayerView) else w
     return w.dequantize(dtype) if isinstance(w, QuantizedTensor) else w.astype(dtype)

@@ -172,7 +172,7 @@ def test_the_whole_way_on_two_workers(world):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Connection refused") == 2
     for number in (0, 1):
-        assert (world.folder / f"home{number}" / "tpu_tune" / "tpu_tune" / "cli.py").is_file()
+        assert (world.folder / f"home{number}" / "tpu_tune" / "tpu_tune" / "cli" / "__init__.py").is_file()
     assert "--editable" in (world.folder / "uv").read_text() and "[tpu]" in (world.folder / "uv").read_text()
     done = world.tpu("start", "--bucket", "gs://b/", *TRAIN)
     assert done.returncode == 0, done.stderr

@@ -15,9 +15,9 @@ import pytest
 from helpers_training import write_rows, write_tiny_llama
 
 import tpu_tune
-from tpu_tune import cli, planning
 from tpu_tune import config as configuration
-from tpu_tune.cli import main
+from tpu_tune import planning
+from tpu_tune.cli import main, train
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.blockwise import BLOCK
 from tpu_tune.models import architecture
@@ -532,7 +532,7 @@ def test_training_asks_nobody(tmp_path, monkeypatch, where):
     if where != "on a CPU":
         monkeypatch.setattr(planning, "device_here", lambda: planning.find_device("v5e-1"))
         (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    cli._check_memory(settings("llama-7b", output_dir=str(tmp_path)))
+    train._check_memory(settings("llama-7b", output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no room for a process"), UserError("no such model")])
@@ -544,7 +544,7 @@ def test_a_check_that_fails_does_not_stop_training(tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr(planning, "plan", plan)
     with caplog.at_level("INFO", "tpu_tune"):
-        cli._check_memory(settings("llama-7b", output_dir=str(tmp_path)))
+        train._check_memory(settings("llama-7b", output_dir=str(tmp_path)))
     # A user's mistake is left to training, which names it better.
     assert ("could not be checked beforehand" in caplog.text) == (not isinstance(error, UserError))
 

@@ -1,0 +1,76 @@
+"""`tpu-tune export`: write what a run has made for other programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from tpu_tune.cli.common import DTYPES, Commands
+from tpu_tune.errors import UserError
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = commands.add("export", run, "write a run's adapter, its merged model, or its base",
+                     "tpu-tune export output/quickstart --merge --output merged\n  tpu-tune export output/quickstart --gguf --output model.gguf")  # fmt: skip
+    parser.add_argument("run_directory", metavar="RUN", help="run directory")
+    parser.add_argument("--output", required=True, help="directory to write; with --gguf the file")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--merge", action="store_true", help="write a Hugging Face model with the adapter merged in")
+    what.add_argument(
+        "--gguf", action="store_true", help="write one GGUF file with the adapter merged in, for llama.cpp and its kin"
+    )
+    what.add_argument(
+        "--base", action="store_true", help="write the base model that PEFT should load below the adapter"
+    )
+    parser.add_argument("--merge-base", choices=("original", "dequantized"),
+                        help="weights to merge into (default original) or to write as the base (default dequantized, exact to training)")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: the original's; float32 from a GGUF)")
+
+    parser.add_argument(
+        "--gguf-type", choices=("f16", "bf16", "q8_0"), help="number format of a GGUF file's matrices (default f16)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; return the exit status."""
+    from tpu_tune.inference import export
+
+    figures: dict[str, Any] = {}
+    if not (options.base or options.merge or options.gguf) and (options.merge_base or options.dtype):
+        raise UserError(
+            "--merge-base and --dtype belong to --merge, --gguf or --base; the adapter alone is copied as it is"
+        )
+    if options.gguf and options.dtype:
+        raise UserError("--dtype belongs to --merge or --base; a GGUF file's numbers are chosen with --gguf-type")
+    if options.gguf_type and not options.gguf:
+        raise UserError("--gguf-type belongs to --gguf")
+    if options.gguf:
+        kind = options.gguf_type or "f16"
+        figures = export.export_gguf(options.run_directory, options.output, options.merge_base or "original", kind)
+        what = f"the merged model as GGUF, {kind.upper()}"
+    elif options.base:
+        export.export_base(
+            options.run_directory, options.output, options.merge_base or "dequantized", options.dtype or ""
+        )
+        what = "the base that PEFT should load"
+    elif options.merge:
+        figures = export.export_merged(
+            options.run_directory, options.output, options.merge_base or "original", options.dtype or ""
+        )
+        what = f"the model merged into its {options.merge_base or 'original'} base"
+    else:
+        export.export_adapter(options.run_directory, options.output)
+        what = "the PEFT adapter"
+    if options.json:
+        print(json.dumps({"output": options.output, **figures}))
+        return 0
+    print(f"{options.output}: {what}")
+    if figures:
+        print(
+            f"against the model as it was trained: logits differ by at most {figures['max_logit_difference']:.4g} "
+            f"({figures['relative_logit_difference']:.2%} of the largest), the first guess is the same in "
+            f"{figures['same_first_guesses']:.1%} of places"
+        )
+    return 0

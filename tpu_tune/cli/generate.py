@@ -1,0 +1,64 @@
+"""`tpu-tune generate`: answer prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from tpu_tune.cli.common import DTYPES, Commands
+from tpu_tune.errors import UserError
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = commands.add("generate", run, "answer prompts with a model, with or without an adapter",
+                       'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"')  # fmt: skip
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face id, local directory (a merged model too), or .gguf file"
+    )
+    parser.add_argument("--adapter", help="PEFT adapter directory")
+    parser.add_argument(
+        "--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default 128)")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="draw among the likeliest that reach this probability (default 0.95)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of activations and weights (default float32)"
+    )
+    parser.add_argument("--quantize", choices=("int8", "int4", "nf4"), help="store the linear layers so")
+    parser.add_argument(
+        "--no-chat", dest="chat", action="store_false", help="go on from the plain text, without the chat template"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; return the exit status."""
+    import tpu_tune
+    from tpu_tune.inference import Sampling
+
+    prompts = options.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise UserError("no prompt; give --prompt TEXT (as often as you like), or lines on standard input")
+    sampling = Sampling(
+        options.max_new_tokens,
+        0.0 if options.greedy else options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+    )
+    model = tpu_tune.load(options.model, options.dtype, options.quantize, options.adapter)
+    answers = model.generate(prompts, sampling, chat=options.chat)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(
+            json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False)
+            if options.json
+            else f"> {prompt}\n{answer.strip()}\n"
+        )
+    return 0

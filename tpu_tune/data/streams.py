@@ -1,0 +1,178 @@
+"""Rows in and rows out, one at a time: what every step of data preparation reads and writes.
+
+A step never holds a whole file: `read_json_lines` yields rows with where they stand, `writing` takes them aside and
+renames at the end, so that a step that fails or is stopped leaves no half of an output. `Skipped` is how a step treats
+what it cannot read: the first is an error that names file and row, or all are counted where the user said so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from tpu_tune.data.sources import BadRow
+from tpu_tune.errors import UserError
+
+MAX_ROW_BYTES = 64 * 2**20  # a longer line is no row but a file that lost its line breaks
+JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+
+
+@dataclass
+class Skipped:
+    """What could not be read.
+
+    Attributes:
+      allowed: go on and count (`--skip-bad`); otherwise the first one ends the step.
+      count: how many so far.
+      examples: the first five.
+    """
+
+    allowed: bool = False
+    count: int = 0
+    examples: list[BadRow] = field(default_factory=list)
+
+    def add(self, where: str, reason: str) -> None:
+        """Count a bad row.
+
+        Raises:
+          UserError: bad rows are not allowed.
+        """
+        bad = BadRow(where, reason)
+        if not self.allowed:
+            raise UserError(f"{bad}; fix it, or give --skip-bad to go on without it")
+        self.count += 1
+        if len(self.examples) < 5:
+            self.examples.append(bad)
+
+
+def read_json_lines(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, row) of a JSON Lines file, gzipped or not, empty lines left out.
+
+    Args:
+      skipped: takes lines that are too long, not UTF-8, not JSON or not an object.
+
+    Raises:
+      UserError: the file cannot be read, or holds a bad row and those are not allowed.
+    """
+    path = os.fspath(path)
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            for number, line in enumerate(_lines(file), start=1):
+                if number == 1 and line:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line is not None and not line.strip():
+                    continue
+                row, reason = _parse(line)
+                if row is None:
+                    skipped.add(f"{path}:{number}", reason)
+                else:
+                    yield number, row
+    except (OSError, EOFError) as error:  # a gzip file that ends early is an EOFError
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Lines, None in place of one that is longer than a row may be (which is passed over, never held)."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        if len(line) <= MAX_ROW_BYTES:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_ROW_BYTES)
+        yield None
+
+
+def _parse(line: bytes | None) -> tuple[dict[str, Any] | None, str]:
+    if line is None:
+        return None, f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return None, f"not valid UTF-8 (byte {error.start + 1} of the line)"
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON ({error.msg})"
+    except RecursionError:
+        return None, "not valid JSON (nested too deeply)"
+    if not isinstance(value, dict):
+        return None, f"not a JSON object but a {type(value).__name__}"
+    return value, ""
+
+
+class Writer:
+    """Writes rows as JSON Lines, UTF-8; see `writing`."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.count = 0  # rows written so far
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write one row."""
+        text = json.dumps(row, ensure_ascii=False, separators=(", ", ": "))
+        # Half of a surrogate pair is no character and no UTF-8; JSON has a way to write it all the same.
+        try:
+            self._file.write(text.encode("utf-8") + b"\n")
+        except UnicodeEncodeError:
+            self._file.write(json.dumps(row).encode("ascii") + b"\n")
+        self.count += 1
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, overwrite: bool = True) -> Iterator[Writer]:
+    """Open a JSON Lines file (gzipped where its name ends in .gz) that appears whole, when the block ends well.
+
+    The same rows give the same bytes.
+
+    Raises:
+      UserError: the file cannot be written, or is there already and must not be overwritten.
+    """
+    with aside(path, overwrite) as temporary, open(temporary, "wb") as file:
+        if os.fspath(path).endswith(".gz"):
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+                yield Writer(packed)
+        else:
+            yield Writer(file)
+
+
+@contextlib.contextmanager
+def aside(path: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it is renamed to `path` when the block ends well, else removed.
+
+    Raises:
+      UserError: the file cannot be written, or is there already and must not be overwritten.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory; name a file to write")
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: is there already; remove it or name another output")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def progress(items: Iterable, what: str, total: int | None = None, unit: str = "rows") -> tqdm:
+    """Wrap an iterable in a progress bar on standard error, drawn only where that is a terminal."""
+    return tqdm(items, desc=what, total=total, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False)

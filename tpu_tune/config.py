@@ -13,7 +13,7 @@ import json
 import numbers
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -210,8 +210,14 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return _plain(config)
 
 
-def from_file(path: str | os.PathLike) -> ConfigDict:
+def from_file(
+    path: str | os.PathLike, lay: Callable[[Mapping[str, Any]], ConfigDict] | None = None
+) -> ConfigDict:
     """Run a config file's `get_config()` and check the result.
+
+    Args:
+      path: the file.
+      lay: lays its values over the defaults and checks them; None: `from_dict`.
 
     Raises:
       UserError: the file is missing, does not run, or holds an unknown key or a wrong value.
@@ -226,7 +232,7 @@ def from_file(path: str | os.PathLike) -> ConfigDict:
         config = module.get_config()
         if not isinstance(config, Mapping | ConfigDict):
             raise UserError(f"get_config() returns a {type(config).__name__}; it must return the configuration")
-        return from_dict(config)
+        return (lay or from_dict)(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever a user's own Python can raise

@@ -129,6 +129,9 @@ def _train() -> dict[str, Any]:
         "adam_beta2": 0.999,
         "adam_epsilon": 1e-8,
         "weight_decay": 0.0,  # not on biases and norm weights
+        "loraplus_lr_ratio": 0.0,  # LoRA+: lora_B learns this many times faster than lora_A (16 is usual); 0: as fast
+        "loraplus_lr_embedding": 1e-6,  # with loraplus_lr_ratio: the rate of adapters of embeddings, as in PEFT
+        "neftune_noise_alpha": 0.0,  # noise on the embeddings while training (5 to 15 are usual); 0: none
         "max_grad_norm": 1.0,  # global norm, after accumulation; 0 turns clipping off
         "optim_offload": False,  # optimizer state waits in host memory and comes to the device layer by layer; slower
         "loss_chunk_size": 0,  # tokens of a device whose logits exist at one time; 0: what 256 MiB hold, at most 1,024
@@ -140,8 +143,9 @@ def _train() -> dict[str, Any]:
         "save_strategy": "steps",  # no | steps | epoch
         "save_steps": 100,
         "save_total_limit": 2,
-        "load_best_model_at_end": False,
+        "load_best_model_at_end": False,  # end with the weights of the smallest eval_loss; each new best is saved at once
         "early_stopping_patience": 0,  # evaluations without improvement; 0: never stop early
+        "early_stopping_threshold": 0.0,  # improvements up to this do not count for the patience
         "report_to": [],  # tensorboard, wandb; metrics.jsonl is always written
     }
 
@@ -191,7 +195,8 @@ _NOT_NEGATIVE = (
     "model.token_chunk_size", "train.loss_chunk_size",
     "data.source_max_len", "data.target_max_len", "data.num_workers", "train.learning_rate", "train.warmup_steps",
     "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm", "train.save_total_limit",
-    "train.early_stopping_patience",
+    "train.early_stopping_patience", "train.early_stopping_threshold", "train.loraplus_lr_ratio",
+    "train.loraplus_lr_embedding", "train.neftune_noise_alpha",
 )  # fmt: skip
 
 
@@ -315,6 +320,8 @@ def check(config: ConfigDict) -> ConfigDict:
         raise UserError(
             "config key 'train.load_best_model_at_end' needs checkpoints; set 'train.save_strategy' to steps or epoch"
         )
+    if train.loraplus_lr_ratio and config.method != "lora":
+        raise UserError("config key 'train.loraplus_lr_ratio' needs adapters; set method=lora, or leave it at 0")
     if sum(size == -1 for size in config.mesh.values()) > 1:
         raise UserError("only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence may be -1")
     _check_tokens(config)

@@ -115,9 +115,11 @@ def encode(
     execution: Execution,
     input_ids: Int[Array, "B M"],
     segment_ids: Int[Array, "B M"],
+    on_embeddings: Callable[[Array], Array] | None = None,
 ) -> Memory:
-    """Run the encoder of an encoder-decoder."""
-    hidden, _ = Decoder(architecture.encoder, params, execution).hidden(input_ids, None, segment_ids)
+    """Run the encoder of an encoder-decoder; `on_embeddings` as in `Decoder.hidden`."""
+    encoder = Decoder(architecture.encoder, params, execution)
+    hidden, _ = encoder.hidden(input_ids, None, segment_ids, on_embeddings=on_embeddings)
     return Memory(hidden, segment_ids)
 
 
@@ -170,6 +172,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         memory: Memory | None = None,
+        on_embeddings: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the hidden states that the head reads, and the cache with this call's keys and values in it.
 
@@ -179,6 +182,7 @@ class Decoder(nnx.Module):
           segment_ids: document of each token, 0 for padding; by default one document a row.
           cache: what came before; the T new tokens follow it.
           memory: of an encoder-decoder, what the encoder made; with a cache only in the first call.
+          on_embeddings: changes the rows (B, T, D) as the embedding module gives them (scaled, in Gemma), e.g. by noise.
         """
         arch, run, names = self.architecture, self.execution, self.architecture.names
         batch, length = input_ids.shape
@@ -206,7 +210,7 @@ class Decoder(nnx.Module):
             there = jnp.zeros_like(memory_segments)
             places = Places(index, there, segment_ids, memory_segments, causal=False)
             around = dataclasses.replace(around, memory=(None if memory is None else memory.hidden, places))
-        x = run.constrain(self._embedded(input_ids, positions))
+        x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
 
         leaves, layer_of = self.layers.get_value(), lambda leaves, _: leaves
         if run.mesh is None:  # on more devices `gather` takes the layer that the scan cuts out
@@ -236,11 +240,13 @@ class Decoder(nnx.Module):
             return x, None
         return x, Cache(past, segments, cache.length + length, memory_segments)
 
-    def _embedded(self, input_ids: Array, positions: Array) -> Array:
+    def _embedded(self, input_ids: Array, positions: Array, on_embeddings: Callable[[Array], Array] | None) -> Array:
         arch, names, dtype = self.architecture, self.architecture.names, self.execution.dtype
         x = embed(input_ids, self.outside.at(names.embed).leaf("weight"), dtype)
         if arch.embed_scale != 1.0:
             x = x * jnp.asarray(arch.embed_scale, dtype)
+        if on_embeddings is not None:
+            x = on_embeddings(x)
         if names.project_in:
             x = linear(self.outside.at(names.project_in), x)
         if names.positions:

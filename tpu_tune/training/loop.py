@@ -26,7 +26,7 @@ from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.checkpoints.run import RunCheckpoints
 from tpu_tune.data import Batches, Datasets, PairRows, load_data, prefetch
 from tpu_tune.errors import UserError
-from tpu_tune.training import distributed, loggers, run_directory
+from tpu_tune.training import distributed, loggers, run_directory, stopping
 from tpu_tune.training.evaluation import evaluate
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.progress import Progress
@@ -220,10 +220,10 @@ def _loop(
         progress.write(
             f"step {step}: eval_loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f}, accuracy {row['eval_token_accuracy']:.1%}"
         )
-        if row["eval_loss"] < memory.best_loss:
-            memory.best_loss, memory.best_step, memory.evals_without_gain = row["eval_loss"], step, 0
-        else:
-            memory.evals_without_gain += 1
+        better, patient = stopping.judge(row["eval_loss"], memory.best_loss, train.early_stopping_threshold)
+        if better:
+            memory.best_loss, memory.best_step = row["eval_loss"], step
+        memory.evals_without_gain = 0 if patient else memory.evals_without_gain + 1
         loggers.flush(sinks)
         if on_eval and is_main:
             on_eval(run_directory.read_metrics(out))
@@ -278,7 +278,8 @@ def _loop(
             stop, interrupted = False, interrupting(step)
             if data.eval is not None and _due(train.eval_strategy, train.eval_steps, step, per_epoch):
                 stop = evaluated(step)
-            if interrupted or stop or _due(train.save_strategy, train.save_steps, step, per_epoch):
+            best = train.load_best_model_at_end and memory.best_step == step
+            if interrupted or stop or best or _due(train.save_strategy, train.save_steps, step, per_epoch):
                 save(step)
             if interrupted:
                 return state, memory, "interrupted"

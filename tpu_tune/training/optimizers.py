@@ -72,6 +72,7 @@ def make_optimizer(
     schedule: optax.Schedule,
     decay: Callable[[str], bool] = decays,
     stacked: Callable[[str], bool] = lambda path: False,
+    factor: Callable[[str], float] | None = None,
 ) -> optax.GradientTransformation:
     """Build the optimizer that `train.optim` names.
 
@@ -80,6 +81,7 @@ def make_optimizer(
       schedule: update index -> learning rate.
       decay: says by a leaf's dotted path whether weight decay applies to it.
       stacked: says by a leaf's dotted path whether its axis 0 counts layers.
+      factor: by a leaf's dotted path, what its learning rate is multiplied by; None: 1 for all.
 
     Returns:
       An optax transformation. Its updates are to be added to the parameters (`optax.apply_updates`).
@@ -109,7 +111,38 @@ def make_optimizer(
     parts = [direction]
     if train.weight_decay:
         parts.append(optax.add_decayed_weights(train.weight_decay, mask))
+    if factor is not None:
+        parts.append(scale_each(factor))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def scale_each(factor: Callable[[str], float]) -> optax.GradientTransformation:
+    """Multiply each leaf's update by what `factor` says of its dotted path."""
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * factor(dotted(path)), updates)
+    )
+
+
+def loraplus_factor(train: Any, embeddings: frozenset[str], vectors: frozenset[str]) -> Callable[[str], float] | None:
+    """Return what LoRA+ (Hayou et al. 2024, arXiv:2402.12354) multiplies each leaf's learning rate by; None without it.
+
+    As PEFT's `create_loraplus_optimizer`: lora_B and everything with one axis in torch (biases, DoRA's magnitudes) learn
+    `loraplus_lr_ratio` times faster, adapters of embeddings at `loraplus_lr_embedding`. Weight decay follows the rate.
+
+    Args:
+      train: the `train` part of the configuration.
+      embeddings: dotted paths of embeddings' adapters.
+      vectors: dotted paths of other leaves that have one axis in a layer.
+    """
+    if not train.loraplus_lr_ratio:
+        return None
+
+    def factor(path: str) -> float:
+        if path in embeddings:
+            return train.loraplus_lr_embedding / train.learning_rate if train.learning_rate else 0.0
+        return train.loraplus_lr_ratio if path.endswith(".lora_B") or path in vectors else 1.0
+
+    return factor
 
 
 def per_matrix(inner: optax.GradientTransformation, stacked: Callable[[str], bool]) -> optax.GradientTransformation:

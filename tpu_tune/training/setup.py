@@ -29,7 +29,7 @@ from tpu_tune.models import Architecture, architecture, check_length
 from tpu_tune.training import offload
 from tpu_tune.training.execution import compute_dtype, execution, loss_chunk
 from tpu_tune.training.loggers import reporters
-from tpu_tune.training.optimizers import canonical_name, make_optimizer
+from tpu_tune.training.optimizers import canonical_name, loraplus_factor, make_optimizer
 from tpu_tune.training.schedules import make_schedule
 from tpu_tune.training.step import Problem, TrainState, init_state, make_eval_step, make_train_step
 from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets, lora, sharding, split, token_rows
@@ -269,16 +269,19 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
         config.train.warmup_ratio,
         **config.train.lr_scheduler_kwargs,
     )
-    optimizer = make_optimizer(config.train, schedule, stacked=lambda path: path in stacked)
+    optimizer = make_optimizer(
+        config.train, schedule, stacked=stacked.__contains__, factor=_rate_factor(config, model, stacked)
+    )
     problem, eval_problem = (
         Problem(
             model.architecture, execution(config, model.architecture, model.mesh, model.shardings, rows), model.targets,
-            loss_chunk(config, model.architecture.vocab_size, rows),
+            loss_chunk(config, model.architecture.vocab_size, rows), config.train.neftune_noise_alpha,
         )
         for rows in (config.train.per_device_train_batch_size, config.train.per_device_eval_batch_size)
     )  # fmt: skip
     dropout = model.targets is not None and model.targets.spec.dropout > 0
-    key = jax.random.fold_in(jax.random.key(config.seed), 1) if dropout else None
+    random = dropout or config.train.neftune_noise_alpha > 0
+    key = jax.random.fold_in(jax.random.key(config.seed), 1) if random else None
     start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
     shapes = jax.eval_shape(start, model.trainable)
     homes = state_shardings(shapes, model)
@@ -296,6 +299,19 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
         initial_state=state,
         put_batch=functools.partial(_put_batch, model.mesh),
     )
+
+
+def _rate_factor(config: ConfigDict, model: PreparedModel, stacked: frozenset[str]) -> Callable[[str], float] | None:
+    if model.targets is None:
+        return None
+    embeddings = frozenset(
+        f"{target.module.path}.{part}"
+        for target in model.targets.adapted
+        if target.module.kind == "embedding"
+        for part in ("lora_A", "lora_B")
+    )
+    vectors = frozenset(path for path, leaf in model.trainable.items() if leaf.ndim - (path in stacked) == 1)
+    return loraplus_factor(config.train, embeddings, vectors)
 
 
 def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy
 from tpu_tune.models import Architecture, Decoder, Execution, apply_head, encode
 from tpu_tune.training import loss_scale as scaling
+from tpu_tune.training import neftune
 from tpu_tune.training.optimizers import clip_by_global_norm
 from tpu_tune.transforms import Targets, combine
 
@@ -65,26 +66,42 @@ class Problem:
       execution: dtype, attention, remat and sharding hooks.
       targets: of LoRA; None trains everything.
       loss_chunk: tokens of each row whose logits exist at one time.
+      neftune_alpha: of the noise on the embeddings; 0 for none.
     """
 
     architecture: Architecture
     execution: Execution
     targets: Targets | None
     loss_chunk: int
+    neftune_alpha: float = 0.0
 
     def loss(
-        self, trainable: Mapping[str, Array], frozen: Mapping[str, Any], batch: Batch, dropout_key: Array | None
+        self, trainable: Mapping[str, Array], frozen: Mapping[str, Any], batch: Batch, key: Array | None
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        """Return (summed cross-entropy, right first guesses) of one micro-batch of (rows, tokens) arrays."""
-        params = combine(trainable, frozen, self.targets, dropout_key)
+        """Return (summed cross-entropy, right first guesses) of one micro-batch of (rows, tokens) arrays.
+
+        `key` is the micro-batch's, for dropout and noise; None where nothing is random, as in evaluation.
+        """
+        params = combine(trainable, frozen, self.targets, key)
         arch, run = self.architecture, self.execution
         memory = None
         if arch.encoder:
-            memory = encode(arch, params, run, batch["encoder_ids"], batch["encoder_segment_ids"])
+            memory = encode(
+                arch, params, run, batch["encoder_ids"], batch["encoder_segment_ids"],
+                self._noise(key, 1, batch["encoder_segment_ids"]),
+            )  # fmt: skip
         model = Decoder(arch, params, run)
-        hidden, _ = model.hidden(batch["input_ids"], batch["positions"], batch["segment_ids"], memory=memory)
+        noisy = self._noise(key, 2, batch["segment_ids"])
+        hidden, _ = model.hidden(
+            batch["input_ids"], batch["positions"], batch["segment_ids"], memory=memory, on_embeddings=noisy
+        )
         head = functools.partial(apply_head, arch)
         return chunked_cross_entropy(head, model.head_leaves(), hidden, batch["targets"], self.loss_chunk)
+
+    def _noise(self, key: Array | None, number: int, segment_ids: Array) -> Callable[[Array], Array] | None:
+        if key is None or not self.neftune_alpha:
+            return None
+        return neftune.noise(jax.random.fold_in(key, number), self.neftune_alpha, segment_ids)
 
 
 def init_state(trainable: Mapping[str, Array], optimizer: optax.GradientTransformation, float16: bool) -> TrainState:
@@ -99,7 +116,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     max_grad_norm: float,
-    dropout_key: Array | None,
+    random_key: Array | None,
     in_parts: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, dict[str, Array]]]:
     """Return the step function, to be jitted with the state donated.
@@ -116,7 +133,7 @@ def make_train_step(
         num_targets = jnp.sum(batch["targets"] != IGNORED)
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
         factor = scale / jnp.maximum(num_targets, 1).astype(jnp.float32)
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
+        key = None if random_key is None else jax.random.fold_in(random_key, state.step)
 
         def scaled_loss(
             trainable: Mapping[str, Array], micro: Batch, number: Array

@@ -84,12 +84,12 @@ def clean(
                 cleaned, hits = cleaner(row)
                 if cleaned is not None and (hit := duplicates.check(cleaned, where)):
                     cleaned, hits = None, [*hits, hit]
-            except RowError as error:
-                skipped.add(where, str(error))
+                if writer is not None and cleaned is not None:
+                    writer.write(cleaned)
+            except (RowError, RecursionError) as error:
+                skipped.add(where, str(error) if isinstance(error, RowError) else "nested too deeply")
                 continue
             counts.add(where, cleaned is not None, hits)
-            if writer is not None and cleaned is not None:
-                writer.write(cleaned)
         figures = {
             "inputs": [os.fspath(path) for path in inputs],
             "output": None if output is None else os.fspath(output),

@@ -7,7 +7,8 @@ space as single blanks; two texts are near where the Jaccard similarity of their
 threshold. A MinHash-LSH index (rensa, in Rust) proposes earlier rows, then the similarity is computed exactly, so that no
 row is dropped which is less similar. The number of bands is such that a pair at the threshold is proposed with probability
 0.995 at least. A row is compared with rows that were kept only: of a group the first stays, and every dropped row has its
-like among those kept. Each signature is about 2 kB of memory; the texts lie in a file without a name, as large as they are.
+like among those kept. A kept row costs about 2 kB of memory; the texts lie in a file without a name, as large as they are. Time grows with the
+rows, except for rows made from one template that are alike but not enough to be dropped: each meets all others as candidates.
 """
 
 from __future__ import annotations

@@ -11,12 +11,15 @@ from tpu_tune.errors import UserError
 
 EMAIL, PHONE = "[EMAIL]", "[PHONE]"
 
-# Not an address: image@2x.png, git@github.com:user/repo, @user@mastodon.example, x@W.T (a matrix product). The bounds on
-# the lengths are those of RFC 5321; with the look-behind they also keep the search linear.
+# Not an address: image@2x.png, git@github.com:user/repo, @user@mastodon.example, x@W.T and q@k.transpose() in code. The
+# bounds on the lengths are those of RFC 5321; with the look-behind they also keep the search linear. Letters are those
+# of scripts that put blanks between words: in Chinese or Japanese an address stands right beside the text.
+_L = r"[^\W\u1100-\u11ff\u2e80-\uffff]"
 _EMAIL = re.compile(
-    r"(?<![\w.+%-])(?<!@)[\w+%-][\w.+%'-]{0,63}@"
-    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?!(?:png|jpe?g|gif|webp|svg|ico|bmp|html?|js|css|py|json)\b)"
-    r"(?:xn--[a-z0-9-]{2,59}|[^\W\d_]{2,24})(?![\w@-])(?!:[\w/~])",
+    rf"(?<![.+%@-])(?<!{_L})(?:{_L}|[+%-])(?:{_L}|[.+%'-]){{0,63}}@"
+    rf"(?:(?!_){_L}(?:(?:{_L}|-){{0,61}}(?!_){_L})?\.){{1,8}}"
+    r"(?!(?:png|jpe?g|gif|webp|svg|ico|bmp|html?|js|css|py|json)\b)"
+    rf"(?:xn--[a-z0-9-]{{2,59}}|(?:(?![\d_]){_L}){{2,24}})(?!{_L}|[@(\[]|-{_L})(?!:[\w/~])",
     re.IGNORECASE,
 )
 _MAYBE_PHONE = re.compile(r"\d(?:\D{0,3}\d){6}")

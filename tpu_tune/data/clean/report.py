@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from tpu_tune.data.streams import Skipped
 
 EXAMPLES = 3  # of each rule
 BAD_ROW = "bad row"
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal obeys, and what is no UTF-8
 
 
 class Report:
@@ -37,7 +39,7 @@ class Report:
                 met.add(hit.rule)
                 rule["rows"] += 1
                 if len(rule["examples"]) < EXAMPLES:
-                    rule["examples"].append({"where": where, "effect": hit.effect, "snippet": hit.snippet})
+                    rule["examples"].append(_example(where, hit.effect, hit.snippet))
 
     def _rule(self, name: str) -> dict[str, Any]:
         return self._rules.setdefault(name, {"rule": name, "rows": 0, "dropped": 0, "examples": []})
@@ -55,10 +57,14 @@ class Report:
         if skipped.count:
             counts["rows_in"] += skipped.count
             counts["rows_dropped"] += skipped.count
-            examples = [{"where": bad.where, "effect": "dropped", "snippet": bad.reason} for bad in skipped.examples]
+            examples = [_example(bad.where, "dropped", bad.reason) for bad in skipped.examples]
             bad = {"rule": BAD_ROW, "rows": skipped.count, "dropped": skipped.count, "examples": examples[:EXAMPLES]}
             rules = [*rules, bad]
         return {**counts, "rules": rules}
+
+
+def _example(where: str, effect: str, snippet: str) -> dict[str, str]:
+    return {"where": where, "effect": effect, "snippet": _UNPRINTABLE.sub("\ufffd", snippet)}
 
 
 def table(figures: dict[str, Any]) -> str:

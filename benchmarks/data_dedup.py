@@ -2,11 +2,11 @@
 
     python benchmarks/data_dedup.py            # or: python benchmarks/data_dedup.py 20000
 
-Rows are 15 to 60 made-up words, Zipf-distributed, from a fixed seed. One in ten is a copy of an earlier row with one to
-three words replaced, so that its similarity lies on either side of the threshold of 0.8. `tpu-tune data clean` runs as a
-command of its own; seconds are its wall and processor time from start to end, peak RSS its own. Recall is of the copies
-whose exact Jaccard similarity (character 5-grams) with their original reaches 0.8; a false drop is a dropped row of
-which no earlier row of the same original reaches it.
+Rows are 15 to 60 made-up words, Zipf-distributed, from a fixed seed. One in ten is a copy of an earlier row with one
+to three words replaced, so that its similarity lies on either side of the threshold of 0.8. `tpu-tune data clean` runs
+as a command of its own; seconds are its wall and processor time from start to end, peak RSS its own. Recall is of the
+copies whose exact Jaccard similarity (character 5-grams) with their original reaches 0.8; a false drop is a dropped row
+of which no earlier row of the same original reaches it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def measure(count: int) -> dict[str, float]:
         rows, clean = Path(directory) / "rows.jsonl", Path(directory) / "clean.jsonl"
         with rows.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts))
-        command = [sys.executable, "-m", "tpu_tune", "data", "clean", str(rows), "--output", str(clean), "--no-default-phrases",
-                   "--near-duplicates", str(THRESHOLD)]  # fmt: skip
+        command = [sys.executable, "-m", "tpu_tune", "data", "clean", str(rows), "--output", str(clean)]
+        command += ["--no-default-phrases", "--near-duplicates", str(THRESHOLD)]
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

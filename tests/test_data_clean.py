@@ -1,4 +1,4 @@
-"""`tpu-tune data clean`: phrases, formats, bounds, the report and the command line. Duplicates and repairs have their own."""
+"""`tpu-tune data clean`: phrases, formats, bounds, the report, the command line. Duplicates and repairs are elsewhere."""
 
 import gzip
 import json
@@ -73,7 +73,8 @@ FORMATS = {
     ),
     "messages": (
         {"messages": [user("a"), assistant("b")]},
-        {"messages": [user("q"), assistant("r"), user("s"), assistant(NOISE[6:]), user("t"), assistant("u")], "k": None},
+        {"messages": [user("q"), assistant("r"), user("s"), assistant(NOISE[6:]), user("t"), assistant("u")],
+         "k": None},
         {"messages": [user("q"), assistant("r")], "k": None},
     ),
 }  # fmt: skip

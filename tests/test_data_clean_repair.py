@@ -135,6 +135,6 @@ def test_all_texts_of_a_row_are_repaired_and_nothing_else():
     assert [(hit.rule, hit.effect) for hit in hits] == [
         ("unicode repaired", "changed"), ("e-mail masked", "changed"), ("phone masked", "changed"),
     ]  # fmt: skip
-    assert all("joe@" not in hit.snippet and "2671" not in hit.snippet for hit in hits[1:])
+    assert all("joe@" not in hit.snippet and "2671" not in hit.snippet for hit in hits)
     same, hits = row_cleaner(options)(cleaned)
     assert same is cleaned and hits == []

@@ -11,8 +11,10 @@ from tpu_tune.errors import UserError
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("clean", run, "drop or cut noise, duplicates and rows out of bounds; repair and mask texts",
-                       'tpu-tune data clean raw.jsonl --output clean.jsonl --refusals --near-duplicates 0.8 --report report.json')  # fmt: skip
+    parser = commands.add(
+        "clean", run, "drop or cut noise, duplicates and rows out of bounds; repair and mask texts",
+        'tpu-tune data clean raw.jsonl --output clean.jsonl --refusals --near-duplicates 0.8 --report report.json',
+    )  # fmt: skip
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="JSON Lines files, gzipped or not, in this order")
     parser.add_argument("--output", metavar="FILE", help="JSON Lines file to write; appears when all is done")
     parser.add_argument("--report", metavar="FILE", help="JSON file for every rule's hits, with examples")
@@ -25,13 +27,13 @@ def add(commands: Commands) -> None:
     )
     noise = parser.add_argument_group(
         "noise",
-        "Phrases are found whatever their case, white space and kind of apostrophe, in what is trained on: the text of "
-        "plain rows, the answers of others. By default: the three of the guide.",
+        "Phrases are found whatever their case, white space and kind of apostrophe, in what is trained on:\n"
+        "  the text of plain rows, the answers of others. By default: the three of the guide.",
     )
     noise.add_argument(
         "--action", choices=("drop", "truncate"), default="drop",
-        help="leave the row out (default), or cut its text where the sentence with the match begins and drop what comes "
-        "after it in a chat; a row without an answer left is dropped",
+        help="leave the row out (default), or cut its text where the sentence with the match begins and drop what "
+        "comes after it in a chat; a row without an answer left is dropped",
     )  # fmt: skip
     noise.add_argument("--refusals", action="store_true", help="look for a wider list of refusals too")
     noise.add_argument(
@@ -47,7 +49,8 @@ def add(commands: Commands) -> None:
         help="look for a regular expression too, case counts unless it has (?i); may be given several times",
     )  # fmt: skip
     noise.add_argument(
-        "--default-phrases", action=argparse.BooleanOptionalAction, default=True, help="look for the guide's phrases (default)"
+        "--default-phrases", action=argparse.BooleanOptionalAction, default=True,
+        help="look for the guide's phrases (default)",
     )  # fmt: skip
     noise.add_argument(
         "--prompts", action="store_true", help="look into prompts and context too; a match there drops the row"

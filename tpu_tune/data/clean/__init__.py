@@ -1,7 +1,7 @@
 """Cleaning: rows of JSON Lines files in, the good ones out, and a report of every rule's hits.
 
-`clean` is the step. Its parts serve other engines too: `row_cleaner(options)` is a function of one row that pickles, and
-`Duplicates(options)` tells of rows in turn whether they were there before.
+`clean` is the step. Its parts serve other engines too: `row_cleaner(options)` is a function of one row that pickles,
+and `Duplicates(options)` tells of rows in turn whether they were there before.
 """
 
 from __future__ import annotations

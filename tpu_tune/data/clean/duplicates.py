@@ -2,13 +2,14 @@
 
 Exact: 16 bytes of a hash of the row's roles, texts and tools (white space apart, Unicode in NFC) are remembered a row.
 
-Near: the shingles of a text are its runs of `shingle_size` characters or words, in small letters, Unicode in NFKC, white
-space as single blanks; two texts are near where the Jaccard similarity of their sets of shingles (shared / all) reaches the
-threshold. A MinHash-LSH index (rensa, in Rust) proposes earlier rows, then the similarity is computed exactly, so that no
-row is dropped which is less similar. The number of bands is such that a pair at the threshold is proposed with probability
-0.995 at least. A row is compared with rows that were kept only: of a group the first stays, and every dropped row has its
-like among those kept. A kept row costs about 2 kB of memory; the texts lie in a file without a name, as large as they are. Time grows with the
-rows, except for rows made from one template that are alike but not enough to be dropped: each meets all others as candidates.
+Near: the shingles of a text are its runs of `shingle_size` characters or words, in small letters, Unicode in NFKC,
+white space as single blanks; two texts are near where the Jaccard similarity of their sets of shingles (shared / all)
+reaches the threshold. A MinHash-LSH index (rensa, in Rust) proposes earlier rows, then the similarity is computed
+exactly, so that no row is dropped which is less similar. The number of bands is such that a pair at the threshold is
+proposed with probability 0.995 at least. A row is compared with rows that were kept only: of a group the first stays,
+and every dropped row has its like among those kept. A kept row costs about 2 kB of memory; the texts lie in a file
+without a name, as large as they are. Time grows with the rows, except for rows made from one template that are alike
+but not enough to be dropped: each meets all others as candidates.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 `row_cleaner(options)` compiles them into a function from a row to (the row or None, the rules that it met). It pickles,
 so that any engine may run it in any process; finding duplicates (`duplicates`) is a pass of its own behind it.
 
-The rules come in this order: unicode repair, phrases and patterns, masks, bounds, language. What drops a row ends its way.
+The rules come in this order: unicode repair, masks (so that no report shows what they hide), phrases and patterns,
+bounds, language. What drops a row ends its way.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def row_cleaner(options: Options) -> Cleaner:
     """Compile the rules.
 
     Returns:
-      `clean_row` with its rules: row -> (row or None, hits). A row that no rule changes is returned itself. The function
-      raises `formats.RowError` for a row of no known format.
+      `clean_row` with its rules: row -> (row or None, hits). A row that no rule changes is returned itself. It raises
+      `formats.RowError` for a row of no known format, or on which a pattern takes too long.
 
     Raises:
       UserError: an option cannot be meant, a regular expression is none, or a library is missing.
@@ -93,17 +94,17 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
     found = parts(row, format, options.columns)
     hits: list[Hit] = []
 
-    def edit(name: str, change: Callable[[str], str]) -> None:
-        nonlocal row, found
-        changes = {part.path: new for part in found if (new := change(part.text)) != part.text}
+    edits = _edits(options)
+    for number, (name, edit) in enumerate(edits):
+        changes = {part.path: new for part in found if (new := edit(part.text)) != part.text}
         if changes:
             first = next(part for part in found if part.path in changes)
-            hits.append(Hit(name, "changed", _difference(first.text, changes[first.path])))
+            shown = changes[first.path]
+            for _, later in edits[number + 1 :]:
+                shown = later(shown)
+            hits.append(Hit(name, "changed", _difference(first.text, shown)))
             row = replace(row, changes)
             found = [Part(part.path, changes.get(part.path, part.text), part.answer) for part in found]
-
-    if options.fix_unicode:
-        edit("unicode repaired", repair.fix_unicode)
     while noise := _noise(found, rules):
         part, matches = noise
         start = min(match.start for match in matches)
@@ -117,14 +118,21 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
         if shorter is None:
             return None, hits
         row, found = shorter, parts(shorter, format, options.columns)
-    if options.mask_email:
-        edit("e-mail masked", repair.mask_emails)
-    if options.mask_phone:
-        edit("phone masked", functools.partial(repair.mask_phones, region=options.phone_region))
     if reason := _out_of_bounds(row, found, options):
         hits.append(Hit(reason, "dropped", snippet(visible(row, found))))
         return None, hits
     return row, hits
+
+
+def _edits(options: Options) -> list[tuple[str, Callable[[str], str]]]:
+    edits = []
+    if options.fix_unicode:
+        edits.append(("unicode repaired", repair.fix_unicode))
+    if options.mask_email:
+        edits.append(("e-mail masked", repair.mask_emails))
+    if options.mask_phone:
+        edits.append(("phone masked", functools.partial(repair.mask_phones, region=options.phone_region)))
+    return edits
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`tpu-tune data clean`: phrases, formats, bounds, the report, the command line. Duplicates and repairs are elsewhere."""
+"""`tpu-tune data clean`: phrases, formats, bounds, report and command line. Duplicates and repairs are elsewhere."""
 
 import gzip
 import json

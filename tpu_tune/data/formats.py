@@ -183,16 +183,29 @@ def _messages(value: Any, key: str, strict: bool) -> list[dict[str, Any]]:
     return [_message(message, f"'{key}' message {number}", strict) for number, message in enumerate(value, start=1)]
 
 
-def _message(message: Any, where: str, strict: bool) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise RowError(f"{where} is not an object")
+def role_of(message: Mapping[str, Any], where: str, strict: bool) -> str:
+    """The role of a message as chat templates know it, from `role` or ShareGPT's `from`.
+
+    Args:
+      where: names the message in errors.
+      strict: refuse roles that are not ShareGPT's. Outside ShareGPT only human and gpt are translated: a chat template
+        may know roles of its own.
+
+    Raises:
+      RowError: there is no role, or none that is known.
+    """
     role = message.get("role", message.get("from"))
     if not isinstance(role, str):
         raise RowError(f"{where} has no 'role' (or 'from')")
     if strict and role.lower() not in _ROLES:
         raise RowError(f"{where} is from '{role}'; known: {', '.join(_ROLES)}")
-    # Outside ShareGPT only these two are translated: a chat template may know roles of its own.
-    role = _ROLES[role.lower()] if strict else {"human": "user", "gpt": "assistant"}.get(role.lower(), role)
+    return _ROLES[role.lower()] if strict else {"human": "user", "gpt": "assistant"}.get(role.lower(), role)
+
+
+def _message(message: Any, where: str, strict: bool) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RowError(f"{where} is not an object")
+    role = role_of(message, where, strict)
     content = message.get("content", message.get("value"))
     rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
     if isinstance(content, list | tuple):

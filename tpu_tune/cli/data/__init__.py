@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from tpu_tune.cli.common import Commands
+from tpu_tune.cli.data import clean, run
 
-from tpu_tune.cli.data import run
-
-COMMANDS = (run,)  # the modules of this package that add a command, in the order of the help
+COMMANDS = (clean, run)  # the modules of this package that add a command, in the order of the help
 
 
 def add(commands: Commands) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from tpu_tune.data import sources
 from tpu_tune.data.sources import BadRow
 from tpu_tune.errors import UserError
 
@@ -64,20 +66,50 @@ def read_json_lines(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple
     Raises:
       UserError: the file cannot be read, or holds a bad row and those are not allowed.
     """
+    for number, line in read_lines(path):
+        if number == 1 and line:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line is not None and not line.strip():
+            continue
+        row, reason = _parse(line)
+        if row is None:
+            skipped.add(f"{os.fspath(path)}:{number}", reason)
+        else:
+            yield number, row
+
+
+def read_any(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where it stands, row) of a data file of any kind; JSON Lines are streamed, the others are read whole.
+
+    Raises:
+      UserError: the file cannot be read, is of no known kind, or holds a bad row and those are not allowed.
+    """
+    path = os.fspath(path)
+    if path.lower().endswith(JSON_LINES):
+        for number, row in read_json_lines(path, skipped):
+            yield f"{path}:{number}", row
+    elif Path(path).suffix.lower() in sources.SUFFIXES:
+        rows, bad = sources.read_rows(path, skip_bad_rows=True)
+        for row in bad:
+            skipped.add(row.where, row.reason)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
+    else:
+        kinds = ", ".join(dict.fromkeys((*JSON_LINES, *sources.SUFFIXES)))
+        raise UserError(f"{path}: unknown kind of data file '{Path(path).suffix}'; known: {kinds}")
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (line number from 1, line with its line break) of a file, gzipped or not; None for one over MAX_ROW_BYTES.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     path = os.fspath(path)
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(_lines(file), start=1):
-                if number == 1 and line:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line is not None and not line.strip():
-                    continue
-                row, reason = _parse(line)
-                if row is None:
-                    skipped.add(f"{path}:{number}", reason)
-                else:
-                    yield number, row
-    except (OSError, EOFError) as error:  # a gzip file that ends early is an EOFError
+            yield from enumerate(_lines(file), start=1)
+    except (OSError, EOFError, zlib.error) as error:  # a gzip file that ends early is an EOFError
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
@@ -173,6 +205,6 @@ def aside(path: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def progress(items: Iterable, what: str, total: int | None = None, unit: str = "rows") -> tqdm:
-    """Wrap an iterable in a progress bar on standard error, drawn only where that is a terminal."""
+def progress(items: Iterable | None, what: str, total: int | None = None, unit: str = "rows") -> tqdm:
+    """Wrap an iterable in a progress bar on standard error, drawn only where that is a terminal; None: `update` it."""
     return tqdm(items, desc=what, total=total, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False)

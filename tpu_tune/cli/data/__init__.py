@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data import clean, run
+from tpu_tune.cli.data import chunk, clean, ingest, run, split, stats, tokenize
 
-COMMANDS = (clean, run)  # the modules of this package that add a command, in the order of the help
+# The modules of this package that add a command, in the order of the help.
+COMMANDS = (run, ingest, clean, split, chunk, tokenize, stats)
 
 
 def add(commands: Commands) -> None:

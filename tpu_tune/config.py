@@ -215,9 +215,7 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return _plain(config)
 
 
-def from_file(
-    path: str | os.PathLike, lay: Callable[[Mapping[str, Any]], ConfigDict] | None = None
-) -> ConfigDict:
+def from_file(path: str | os.PathLike, lay: Callable[[Mapping[str, Any]], ConfigDict] | None = None) -> ConfigDict:
     """Run a config file's `get_config()` and check the result.
 
     Args:

@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import sys
 import tempfile
 import zlib
@@ -66,14 +67,26 @@ def read_json_lines(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple
     Raises:
       UserError: the file cannot be read, or holds a bad row and those are not allowed.
     """
-    for number, line in read_lines(path):
+    return json_rows(read_lines(path), os.fspath(path), skipped)
+
+
+def json_rows(
+    lines: Iterable[tuple[int, bytes | None]], name: str, skipped: Skipped
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row) of numbered lines of JSON; see `read_json_lines`.
+
+    Args:
+      lines: from 1, or a part of a file's.
+      name: what the file is called where a row is bad.
+    """
+    for number, line in lines:
         if number == 1 and line:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line is not None and not line.strip():
             continue
         row, reason = _parse(line)
         if row is None:
-            skipped.add(f"{os.fspath(path)}:{number}", reason)
+            skipped.add(f"{name}:{number}", reason)
         else:
             yield number, row
 
@@ -108,13 +121,13 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes | None]]:
     path = os.fspath(path)
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            yield from enumerate(_lines(file), start=1)
+            yield from enumerate(cut_lines(file), start=1)
     except (OSError, EOFError, zlib.error) as error:  # a gzip file that ends early is an EOFError
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """Lines, None in place of one that is longer than a row may be (which is passed over, never held)."""
+def cut_lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Yield lines, None in place of one that is longer than a row may be (which is passed over, never held)."""
     while line := file.readline(MAX_ROW_BYTES + 1):
         if len(line) <= MAX_ROW_BYTES:
             yield line
@@ -135,6 +148,8 @@ def _parse(line: bytes | None) -> tuple[dict[str, Any] | None, str]:
         return None, f"not valid JSON ({error.msg})"
     except RecursionError:
         return None, "not valid JSON (nested too deeply)"
+    except ValueError:  # Python reads numbers of up to 4,300 digits
+        return None, "a number of it is too long"
     if not isinstance(value, dict):
         return None, f"not a JSON object but a {type(value).__name__}"
     return value, ""
@@ -156,6 +171,11 @@ class Writer:
         except UnicodeEncodeError:
             self._file.write(json.dumps(row).encode("ascii") + b"\n")
         self.count += 1
+
+    def copy(self, file: IO[bytes], count: int) -> None:
+        """Write `count` rows that another `Writer` wrote to a file."""
+        shutil.copyfileobj(file, self._file, 2**20)
+        self.count += count
 
 
 @contextlib.contextmanager

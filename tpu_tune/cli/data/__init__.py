@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data import chunk, clean, ingest, run, split, stats, tokenize
+from tpu_tune.cli.data import clean, ingest, run, split, stats, tokenize
 
-# The modules of this package that add a command, in the order of the help.
-COMMANDS = (run, ingest, clean, split, chunk, tokenize, stats)
+COMMANDS = (run, ingest, clean, split, tokenize, stats)  # modules that add a command, in the order of the help
 
 
 def add(commands: Commands) -> None:

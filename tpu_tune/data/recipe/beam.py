@@ -90,9 +90,7 @@ def _library() -> Any:
     try:
         import apache_beam
     except ImportError as error:
-        raise UserError(
-            'the runner beam needs Apache Beam, which is not here: pip install "tpu_tune[beam]"'
-        ) from error
+        raise UserError('the runner beam needs Apache Beam, which is not here: pip install "tpu_tune[beam]"') from error
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     return apache_beam
 
@@ -157,11 +155,11 @@ def _clean_block(task: tuple[Block, str], options: Any, skip_bad: bool) -> Any:
     from tpu_tune.data.clean import row_cleaner
     from tpu_tune.data.clean.duplicates import identity
     from tpu_tune.data.formats import RowError
-    from tpu_tune.data.streams import Skipped, Writer, parse_lines
+    from tpu_tune.data.streams import Skipped, Writer, json_rows
 
     (block, place), cleaner, skipped = task, row_cleaner(options), Skipped(skip_bad)
     with open(place, "wb") as file:
-        for number, row in parse_lines(block.path, block.lines(), skipped):
+        for number, row in json_rows(block.lines(), block.path, skipped):
             where = f"{block.path}:{number}"
             try:
                 cleaned, hits = cleaner(row)

@@ -115,9 +115,7 @@ def _grid(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in heads)
     lines = []
     for row in rows:
-        cells = "".join(
-            f'<td{_number(cell)}>{_value(cell)}</td>' for cell in row
-        )
+        cells = "".join(f"<td{_number(cell)}>{_value(cell)}</td>" for cell in row)
         lines.append(f"<tr>{cells}</tr>")
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 

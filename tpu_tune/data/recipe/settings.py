@@ -150,7 +150,9 @@ def check(recipe: ConfigDict) -> ConfigDict:
     if unknown:
         raise UserError(f"recipe key 'steps' names '{unknown[0]}'; there are {', '.join(STEPS)}")
     if not steps or steps != [name for name in STEPS if name in steps]:
-        raise UserError(f"recipe key 'steps' is {steps}; it must be some of {', '.join(STEPS)}, in this order, each once")
+        raise UserError(
+            f"recipe key 'steps' is {steps}; it must be some of {', '.join(STEPS)}, in this order, each once"
+        )
     if not recipe.inputs:
         raise UserError("recipe key 'inputs' is empty; name what to read, e.g. --config.inputs=pages/,posts.csv")
     if recipe.runner not in ("local", "beam"):

@@ -54,7 +54,11 @@ class Done:
 
 
 def run_stages(
-    stages: Sequence[Stage], inputs: Sequence[str], folder: Path, version: str, then: Callable[[Done], None] | None = None
+    stages: Sequence[Stage],
+    inputs: Sequence[str],
+    folder: Path,
+    version: str,
+    then: Callable[[Done], None] | None = None,
 ) -> list[Done]:
     """Run stages in order, each on the outputs of the one before.
 

@@ -77,7 +77,7 @@ def kmeans(
       tolerance: stop when the centres' squared moves add up to less than this share of the columns' mean variance (as
         scikit-learn's); mini-batches also stop when their smoothed inertia no longer falls.
       start: the first centres, instead of those of `first_centers`.
-      slots: room for so many centres, so that runs with several k share what is compiled.
+      slots: room for at least so many centres, so that runs with several k share what is compiled.
       devices: by default all.
 
     Raises:
@@ -89,9 +89,10 @@ def kmeans(
     sample = _sample(data, max(_SAMPLE, 20 * k), seed)
     if not np.isfinite(sample).all():
         raise UserError("the vectors to cluster are not all finite numbers")
-    passes = _Passes(devices or jax.devices(), max(slots, k), sample.mean(axis=0))
+    slots = -(-max(slots, k) // 8) * 8
+    passes = _Passes(devices or jax.devices(), slots, sample.mean(axis=0))
     least = tolerance * float(sample.var(axis=0, dtype=np.float64).mean())
-    centers = np.asarray(first_centers(sample, k, seed) if start is None else start, np.float64)
+    centers = np.asarray(first_centers(sample, k, seed, slots) if start is None else start, np.float64)
     if mini_batch or (mini_batch is None and rows >= MINI_BATCH_FROM):
         found = _mini_batches(data, centers, passes, batch_size, max_iterations, least, seed)
     else:

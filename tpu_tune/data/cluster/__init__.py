@@ -21,7 +21,7 @@ import numpy as np
 from tpu_tune.data.cluster import map as maps
 from tpu_tune.data.cluster import subset
 from tpu_tune.data.cluster.choose import choose_k
-from tpu_tune.data.cluster.features import TFIDF_SAMPLE, WINDOW, model_features, tfidf_features
+from tpu_tune.data.cluster.features import TFIDF_SAMPLE, WINDOW, model_features, tfidf_features, wordless
 from tpu_tune.data.cluster.html import page
 from tpu_tune.data.cluster.kmeans import BATCH_SIZE, Clusters, kmeans
 from tpu_tune.data.cluster.rows import Survey, check_unchanged, read_texts, survey, windows
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 SMALL = 1000  # rows; the guide says to leave clustering out where the set is small
 ADDED = ("cluster", "distance")  # keys of every row that is written
 _EXAMPLES = 3
+_WORDLESS = "none of its words is in the vocabulary"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def cluster(input: str, output: str, options: ClusterOptions | None = None) -> d
             kmeans(data, k, options.seed, options.mini_batch, options.batch_size, options.max_iterations), k
         )
         far = subset.outliers(found.labels, found.distances, k)
+        if not options.model:
+            far = dict(sorted((far | dict.fromkeys(wordless(data).tolist(), _WORDLESS)).items()))
         left_out = np.zeros(surveyed.rows, bool)
         if options.drop_outliers or options.keep is not None or options.keep_per_cluster is not None:
             left_out[list(far)] = True

@@ -1,8 +1,8 @@
 """Rows as vectors of one length, written to a memory-mapped .npy file: by a model's hidden states, or by their words.
 
 The words: TF-IDF with the vocabulary and the reduction (truncated SVD) learned on a sample of the rows, so that two
-passes do for any number of them. Euclidean distances between the vectors, which k-means needs, go by their angles: they
-have length 1, a row without a known word is all zeros.
+passes do for any number of them. All vectors have length 1, so that Euclidean distances, which k-means needs, go by their
+angles.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tpu_tune.data.streams import progress
 from tpu_tune.errors import UserError
@@ -34,7 +34,7 @@ def open_features(path: str | os.PathLike, rows: int, width: int) -> np.memmap:
 def tfidf_features(
     sample: list[str], windows: Iterable[list[str]], rows: int, path: str | os.PathLike, seed: int
 ) -> Float[np.ndarray, "n d"]:
-    """Write every row's reduced TF-IDF vector.
+    """Write every row's reduced TF-IDF vector; a last column of its own is for rows without a known word.
 
     Args:
       sample: texts to learn from.
@@ -53,23 +53,32 @@ def tfidf_features(
         dtype=np.float32,
     )  # fmt: skip
     try:
-        counted = words.fit_transform(sample)
+        words.fit(sample)
     except ValueError:  # its way to say that there is no word
         raise UserError(
             "the rows have no words to tell them apart by; give --model to read them with a model"
         ) from None
+    # scikit-learn adds 1 to log(rows / rows with the word); without it, a word of all rows says nothing about any.
+    words.idf_ = words.idf_ - 1
+    counted = words.transform(sample)
     dimensions = min(_DIMENSIONS, min(counted.shape) - 1)
     if dimensions < 2:  # a row or two, or a word or two
         dimensions, reduce = counted.shape[1], lambda counts: counts.toarray()
     else:
-        svd = TruncatedSVD(dimensions, random_state=seed).fit(counted)
-        reduce = svd.transform
-    features, at = open_features(path, rows, dimensions), 0
+        reduce = TruncatedSVD(dimensions, random_state=seed).fit(counted).transform
+    features, at = open_features(path, rows, dimensions + 1), 0
     for texts in _counted(windows, rows, "words"):
-        features[at : at + len(texts)] = _unit(reduce(words.transform(texts)))
+        here = features[at : at + len(texts)]
+        here[:, :-1] = _unit(reduce(words.transform(texts)))
+        here[:, -1] = ~here[:, :-1].any(axis=1)
         at += len(texts)
     features.flush()
     return features
+
+
+def wordless(features: Float[np.ndarray, "n d"]) -> Int[np.ndarray, "m"]:
+    """Return the rows without a known word, of what `tfidf_features` wrote."""
+    return np.flatnonzero(features[:, -1])
 
 
 def model_features(

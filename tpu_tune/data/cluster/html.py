@@ -62,7 +62,7 @@ def _table_row(cluster: dict[str, Any], most: int) -> str:
     words = html.escape(", ".join(cluster["words"])) or "&ndash;"
     return (
         f'<tr class="c{number}" data-cluster="{number}"><td><b>{number}</b></td>'
-        f'<td class="size"><i style="width:{100 * cluster["rows"] / most:.1f}%"></i>{cluster["rows"]:,}</td>'
+        f'<td class="size">{cluster["rows"]:,}<i style="width:{100 * cluster["rows"] / most:.1f}%"></i></td>'
         f"<td>{cluster['kept']:,}</td><td>{cluster['outliers']:,}</td>"
         f"<td><div>{words}</div><ul>{examples}</ul></td></tr>"
     )
@@ -122,7 +122,7 @@ th{{text-align:left;font-weight:600;color:#6b7280;border-bottom:1px solid #e5e7e
 td{{vertical-align:top;border-bottom:1px solid #f3f4f6;padding:6px 8px}}
 td:nth-child(-n+4){{white-space:nowrap;font-variant-numeric:tabular-nums}}
 td b{{display:inline-block;min-width:22px;padding:1px 4px;border-radius:5px;background:var(--c);color:#fff;text-align:center}}
-.size{{position:relative;min-width:92px}} .size i{{position:absolute;left:8px;bottom:4px;height:4px;border-radius:2px;background:var(--c);opacity:.75}}
+.size{{min-width:92px}} .size i{{display:block;height:4px;margin-top:2px;border-radius:2px;background:var(--c);opacity:.75}}
 td div{{font-weight:600}} ul{{margin:3px 0 0;padding-left:16px;color:#4b5563;font-size:12.5px}} li{{overflow-wrap:anywhere}}
 tr[data-cluster]{{cursor:pointer}} tr.chosen{{background:#f9fafb}}
 #tip{{position:fixed;max-width:380px;background:#111827;color:#f9fafb;padding:7px 10px;border-radius:6px;font-size:12.5px;pointer-events:none;overflow-wrap:anywhere}}

@@ -70,10 +70,10 @@ def project(
 
 
 def top_words(texts: Sequence[str], labels: Int[np.ndarray, "m"], k: int, count: int = 8) -> list[list[str]]:
-    """Return the words that tell each cluster's rows from the others'.
+    """Return the words that tell each cluster's rows from all.
 
-    A word's score is its share of the cluster's words times log(1 + mean number of words in a cluster / its number in
-    all), a word counted once a row: TF-IDF by class, as in BERTopic (arXiv:2203.05794, equation 2).
+    A word's score is a log(a / b), with a the share of the cluster's rows that have it and b that of all: its part of
+    the Kullback-Leibler divergence. A word that stands everywhere scores nothing.
     """
     pattern = re.compile(WORD)
     found = [Counter() for _ in range(k)]
@@ -81,14 +81,16 @@ def top_words(texts: Sequence[str], labels: Int[np.ndarray, "m"], k: int, count:
         words = pattern.findall(text.lower())[:_WORDS_OF]
         found[label].update({word for word in words if not word.isdigit()})
     total = sum(found, Counter())
-    average = sum(total.values()) / max(1, k)
+    rows = np.bincount(labels, minlength=k)
 
-    def best(words: Counter) -> list[str]:
-        every = max(1, sum(words.values()))
-        scores = {word: n / every * np.log1p(average / total[word]) for word, n in words.items()}
+    def best(words: Counter, count_here: int) -> list[str]:
+        scores = {}
+        for word, number in words.items():
+            here, everywhere = number / count_here, total[word] / len(texts)
+            scores[word] = here * np.log(here / everywhere) if k > 1 else here
         return sorted(scores, key=lambda word: (-scores[word], word))[:count]
 
-    return [best(words) for words in found]
+    return [best(words, number) for words, number in zip(found, rows.tolist(), strict=True)]
 
 
 def shorten(text: str, length: int) -> str:

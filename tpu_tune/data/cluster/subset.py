@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 SELECTIONS = ("balanced", "farthest", "random")
 _DEVIATIONS = 5.0
 _JUDGED_FROM = 8  # rows; of fewer a median says too little
-_LEAST_DEVIATION = 0.05  # of the median distance of all rows, lest a cluster of near copies calls every other row far
+_LEAST_DEVIATION = 0.01  # of the median distance of all rows, lest a cluster of near copies calls every other row far
 _TINY = 0.05  # of the average size
 _BLOCK = 16_384  # rows whose distances are computed at one time
 
@@ -19,7 +19,7 @@ def outliers(labels: Int[np.ndarray, "n"], distances: Float[np.ndarray, "n"], k:
     """Find outliers; return row -> why, in the order of rows.
 
     A row is one where its distance from its centre is above its cluster's median distance + 5 median absolute
-    deviations (each at least 5% of the median distance of all rows; clusters of fewer than 8 rows are not judged), or
+    deviations (each at least 1% of the median distance of all rows; clusters of fewer than 8 rows are not judged), or
     where its whole cluster has less than a twentieth of the average number of rows.
 
     Args:

@@ -8,6 +8,7 @@ How large the output will be is worked out beforehand from a sample, so that a f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import logging
@@ -22,9 +23,10 @@ import pyarrow as pa
 
 from tpu_tune.data import arrow, cache
 from tpu_tune.data.formats import detect
+from tpu_tune.data.processes import Engine
 from tpu_tune.data.streams import JSON_LINES, Skipped, aside, progress, read_any
 from tpu_tune.data.tokenizing import Options, TokenizedSet, tokenize_rows
-from tpu_tune.data.workers import Batch, num_processes, tokenize_batches
+from tpu_tune.data.workers import Batch, num_processes, tokenize_batch, tokenize_batches
 from tpu_tune.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def tokenize_file(
     options: Options,
     num_workers: int = 0,
     skip_bad: bool = False,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Tokenize the rows of one file of any kind into an Arrow file.
 
@@ -50,6 +53,7 @@ def tokenize_file(
       options: `format` may be `auto`; pairs and chats that are too long are left out whatever `drop_long` says.
       num_workers: processes; 0 picks threads here, or processes where they are worth their start.
       skip_bad: leave out and count rows that cannot be read or used.
+      engine: tokenizes the batches in place of these processes.
 
     Returns:
       Counts as in `TokenizedSet.summary`, and `format`, `max_length`, `bytes`, `predicted_bytes`, `input_bytes`, `output`.
@@ -72,6 +76,10 @@ def tokenize_file(
     processes = num_processes(expected, num_workers) if heavy or num_workers else 1
     batches = make_batches(read_any(path, skipped) if rows is None else rows)
     about = {"max_length": options.max_length, "format": format, "tokenizer": cache.tokenizer_hash(tokenizer)}
+    if engine is None:
+        parts = tokenize_batches(batches, tokenizer, options, processes)
+    else:
+        parts = engine(functools.partial(tokenize_batch, tokenizer=tokenizer, options=options), batches)
     counts, dropped = Counter(), Counter()
     with aside(output) as temporary:
         with (
@@ -79,7 +87,7 @@ def tokenize_file(
             pa.ipc.new_file(file, arrow.schema(about)) as writer,
             progress(None, "tokenize", total=expected) as bar,
         ):
-            for part in tokenize_batches(batches, tokenizer, options, processes):
+            for part in parts:
                 _count(part, counts, dropped, skipped)
                 if len(part):
                     arrow.write_batch(writer, part)

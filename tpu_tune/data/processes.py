@@ -20,6 +20,10 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 
+# An engine runs one function over many tasks and yields the results in their order: `in_order` on a number of processes,
+# or `recipe.beam.run_in_order`.
+Engine = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
 AHEAD = 4  # tasks under way or done for each process, before the first of them has been taken
 
 

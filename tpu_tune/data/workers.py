@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -94,9 +95,7 @@ def tokenize_batches(
             if width > 1:
                 stack.enter_context(_without_inner_threads())
 
-            def work(batch: Batch) -> TokenizedSet:
-                rows, where, first = batch
-                return tokenize_rows(rows, tokenizer, options, where, first)
+            work = functools.partial(tokenize_batch, tokenizer=tokenizer, options=options)
 
         pool = stack.enter_context(ThreadPoolExecutor(width))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
@@ -107,6 +106,12 @@ def tokenize_batches(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def tokenize_batch(batch: Batch, tokenizer: Any, options: Options) -> TokenizedSet:
+    """Do what `tokenize_rows` does, as a function of one batch."""
+    rows, where, first = batch
+    return tokenize_rows(rows, tokenizer, options, where, first)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data import clean, ingest, run, split, stats, tokenize
+from tpu_tune.cli.data import clean, cluster, ingest, run, split, stats, tokenize
 
-COMMANDS = (run, ingest, clean, split, tokenize, stats)  # modules that add a command, in the order of the help
+COMMANDS = (run, ingest, clean, cluster, split, tokenize, stats)  # modules that add a command, in the help's order
 
 
 def add(commands: Commands) -> None:

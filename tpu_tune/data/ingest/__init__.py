@@ -10,6 +10,7 @@ Nothing that is read is executed, and nothing but temporary copies is written be
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections import Counter
@@ -23,7 +24,7 @@ from tpu_tune.data.ingest.catalog import is_named
 from tpu_tune.data.ingest.finding import Found, find_sources
 from tpu_tune.data.ingest.options import Options, Tally
 from tpu_tune.data.ingest.reading import KINDS, read_source
-from tpu_tune.data.processes import in_order
+from tpu_tune.data.processes import Engine, in_order
 from tpu_tune.data.streams import Skipped, Writer, progress, writing
 from tpu_tune.errors import UserError
 
@@ -65,7 +66,13 @@ class Report:
         }
 
 
-def ingest(inputs: Sequence[str], output: str, options: Options = Options(), workers: int = 0) -> Report:  # noqa: B008
+def ingest(
+    inputs: Sequence[str],
+    output: str,
+    options: Options = Options(),  # noqa: B008
+    workers: int = 0,
+    engine: Engine | None = None,
+) -> Report:
     """Read everything that `inputs` name and write it as JSON Lines.
 
     Args:
@@ -73,6 +80,7 @@ def ingest(inputs: Sequence[str], output: str, options: Options = Options(), wor
       output: a .jsonl or .jsonl.gz file; it appears whole, at the end, or not at all.
       workers: processes; 0 means one a core, and never more than one for every `MIN_BYTES` to read. The output is the
         same for any number.
+      engine: runs the readers in place of these processes.
 
     Raises:
       UserError: something cannot be read and that is not allowed, a column or table is missing, or there is no row.
@@ -85,9 +93,12 @@ def ingest(inputs: Sequence[str], output: str, options: Options = Options(), wor
     )
     tally = Tally(report.skipped)
     with writing(output) as writer:
-        processes = _processes(found.sources, workers)
-        run = _over_processes if processes > 1 else _here
-        run(found.sources, output, options, processes, writer, tally, report.formats)
+        if engine is None and (processes := _processes(found.sources, workers)) > 1:
+            engine = functools.partial(in_order, processes=processes)
+        if engine is None:
+            _here(found.sources, options, writer, tally, report.formats)
+        else:
+            _by_engine(found.sources, output, options, engine, writer, tally, report.formats)
         report.rows, report.empty = writer.count, tally.empty
         report.passed_over.update(tally.passed_over)
         if not report.rows:
@@ -102,23 +113,21 @@ def _processes(sources: list[str], workers: int) -> int:
     return min(os.cpu_count() or 1, len(sources), size // MIN_BYTES)
 
 
-def _here(
-    sources: list[str], output: str, options: Options, processes: int, writer: Writer, tally: Tally, formats: Counter
-) -> None:
+def _here(sources: list[str], options: Options, writer: Writer, tally: Tally, formats: Counter) -> None:
     for source in progress(sources, "ingest", unit="files"):
         for row in read_source(source, options, tally):
             writer.write(row)
             formats[_format(row)] += 1
 
 
-def _over_processes(
-    sources: list[str], output: str, options: Options, processes: int, writer: Writer, tally: Tally, formats: Counter
+def _by_engine(
+    sources: list[str], output: str, options: Options, engine: Engine, writer: Writer, tally: Tally, formats: Counter
 ) -> None:
     # Workers write their rows to files beside the output, so that no source's rows are ever held in memory.
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ingest-", dir=Path(output).absolute().parent))
         tasks = ((source, options, os.path.join(folder, str(number))) for number, source in enumerate(sources))
-        parts = stack.enter_context(contextlib.closing(in_order(read_to_file, tasks, processes)))
+        parts = stack.enter_context(contextlib.closing(engine(read_to_file, tasks)))
         for part, count, found, seen in progress(parts, "ingest", len(sources), unit="files"):
             with open(part, "rb") as file:
                 writer.copy(file, count)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpu_tune.data.processes import Engine
 from tpu_tune.errors import UserError
 
 BLOCK_BYTES = 32 * 2**20  # of lines that one task cleans
@@ -82,10 +83,6 @@ def _read_all(place: str) -> Iterator[Any]:
             yield pickle.load(file)
 
 
-def _shared_folder(output: str) -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix=".beam-", dir=Path(output).absolute().parent)
-
-
 def _library() -> Any:
     try:
         import apache_beam
@@ -103,6 +100,14 @@ def _options(words: Sequence[str]) -> Any:
     if not any(word.startswith("--runner") for word in given):
         given.append("--runner=DirectRunner")
     return PipelineOptions(given)
+
+
+@contextlib.contextmanager
+def engine(folder: str | os.PathLike, options: Sequence[str]) -> Iterator[Engine]:
+    """Yield Beam as an `Engine`; its files lie in a folder beside the step's own and are removed at the end."""
+    _library()
+    with tempfile.TemporaryDirectory(prefix=".beam-", dir=Path(folder).absolute()) as own:
+        yield lambda function, tasks: run_in_order(function, tasks, own, options)
 
 
 def clean(
@@ -123,7 +128,11 @@ def clean(
 
     report, skipped = Report(), Skipped(skip_bad)
     near = Duplicates(dataclasses.replace(options, exact_duplicates=False), Path(output).parent)
-    with _shared_folder(output) as folder, contextlib.closing(near), writing(output) as writer:
+    with (
+        tempfile.TemporaryDirectory(prefix=".beam-", dir=Path(output).absolute().parent) as folder,
+        contextlib.closing(near),
+        writing(output) as writer,
+    ):
         tasks = [block for path in inputs for block in blocks(os.fspath(path))]
         work = functools.partial(_clean_block, options=options, skip_bad=skip_bad)
         places = [os.path.join(folder, f"rows-{number}") for number in range(len(tasks))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tpu_tune.data.processes import Engine
 from tpu_tune.data.recipe import beam
 from tpu_tune.data.recipe.settings import options_of
 from tpu_tune.data.recipe.stages import Stage
@@ -42,12 +44,13 @@ def _ingest(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, Any
     from tpu_tune.data.ingest import ingest
 
     options = options_of(recipe, "ingest", skip_bad=recipe.skip_bad)
-    output = str(folder / ROWS)
-    if recipe.runner == "beam":
-        report = beam.ingest(files, output, options, list(recipe.beam_options))
-    else:
-        report = ingest(files, output, options, recipe.num_workers).as_dict()
+    with _engine(recipe, folder) as engine:
+        report = ingest(files, str(folder / ROWS), options, recipe.num_workers, engine).as_dict()
     return {"rows_out": report.pop("rows"), **report, "outputs": [ROWS]}
+
+
+def _engine(recipe: ConfigDict, folder: Path) -> contextlib.AbstractContextManager[Engine | None]:
+    return beam.engine(folder, recipe.beam_options) if recipe.runner == "beam" else contextlib.nullcontext()
 
 
 def _clean(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, Any]:
@@ -106,11 +109,12 @@ def _tokenize(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, A
         num_eos=asked.num_eos,
     )  # fmt: skip
     reports, outputs = [], []
-    for file in files:
-        name = f"{Path(file).name.partition('.')[0]}.arrow"
-        report = tokenize_file(file, folder / name, tokenizer, options, recipe.num_workers, recipe.skip_bad)
-        reports.append({"file": name, **{key: report[key] for key in report if key != "output"}})
-        outputs.append(name)
+    with _engine(recipe, folder) as engine:
+        for file in files:
+            name = f"{Path(file).name.partition('.')[0]}.arrow"
+            report = tokenize_file(file, folder / name, tokenizer, options, recipe.num_workers, recipe.skip_bad, engine)
+            reports.append({"file": name, **{key: report[key] for key in report if key != "output"}})
+            outputs.append(name)
     return {
         "rows_in": sum(report["rows"] for report in reports),
         "rows_out": sum(report["examples"] for report in reports),

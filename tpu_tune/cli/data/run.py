@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"report": report, "steps": steps}, indent=2, ensure_ascii=False))
         return 0
     for done in finished:
-        rows = done.report.get("rows_out", "")
+        rows = done.report["rows_out"]
         took = "was done" if done.cached else f"{done.seconds:.1f} s"
         print(f"{done.name:<9} {rows:>10,} rows  {took:>9}  {' '.join(done.outputs)}")
     print(f"report: {report}\ntrain on it:\n  {recipes.advice(recipe.steps, finished[-1].outputs)}")

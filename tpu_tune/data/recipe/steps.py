@@ -92,7 +92,8 @@ def _split(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, Any]
     options = SplitOptions(share, asked.count, asked.group_key, asked.stratify_key, asked.seed)
     report = split_file(files[0], folder, options, recipe.skip_bad)
     kept = {key: value for key, value in report.items() if key not in ("train", "val")}
-    return {"rows_in": kept.pop("rows"), **kept, "outputs": [TRAIN, VALIDATION]}
+    rows_out = kept["train_rows"] + kept["val_rows"]
+    return {"rows_in": kept.pop("rows"), "rows_out": rows_out, **kept, "outputs": [TRAIN, VALIDATION]}
 
 
 def _tokenize(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -67,18 +68,28 @@ def read_json_lines(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple
     path = os.fspath(path)
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(_lines(file), start=1):
-                if number == 1 and line:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line is not None and not line.strip():
-                    continue
-                row, reason = _parse(line)
-                if row is None:
-                    skipped.add(f"{path}:{number}", reason)
-                else:
-                    yield number, row
+            yield from json_rows(file, path, skipped)
     except (OSError, EOFError) as error:  # a gzip file that ends early is an EOFError
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def json_rows(file: IO[bytes], name: str, skipped: Skipped) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, row) of a stream of JSON Lines; see `read_json_lines`.
+
+    Args:
+      file: has `readline`, which is asked for no more than a row may have.
+      name: what it is called where a row is bad.
+    """
+    for number, line in enumerate(_lines(file), start=1):
+        if number == 1 and line:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line is not None and not line.strip():
+            continue
+        row, reason = _parse(line)
+        if row is None:
+            skipped.add(f"{name}:{number}", reason)
+        else:
+            yield number, row
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
@@ -103,6 +114,8 @@ def _parse(line: bytes | None) -> tuple[dict[str, Any] | None, str]:
         return None, f"not valid JSON ({error.msg})"
     except RecursionError:
         return None, "not valid JSON (nested too deeply)"
+    except ValueError:  # Python reads numbers of up to 4,300 digits
+        return None, "a number of it is too long"
     if not isinstance(value, dict):
         return None, f"not a JSON object but a {type(value).__name__}"
     return value, ""
@@ -124,6 +137,11 @@ class Writer:
         except UnicodeEncodeError:
             self._file.write(json.dumps(row).encode("ascii") + b"\n")
         self.count += 1
+
+    def copy(self, file: IO[bytes], count: int) -> None:
+        """Write `count` rows that another `Writer` wrote to a file."""
+        shutil.copyfileobj(file, self._file, 2**20)
+        self.count += count
 
 
 @contextlib.contextmanager

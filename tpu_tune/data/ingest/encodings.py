@@ -1,0 +1,166 @@
+"""Bytes to text: which encoding, where a byte does not fit, and lines that stay within bounds."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections.abc import Iterator
+from typing import IO
+
+from tpu_tune.data import streams
+from tpu_tune.data.ingest.options import BadSource, Blob
+
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte that does not fit
+_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+          (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # fmt: skip
+
+
+def read_document(blob: Blob) -> bytes:
+    """The whole of a document.
+
+    Raises:
+      BadSource: it is larger than a row may be.
+    """
+    with blob.open() as file:
+        content = file.read(streams.MAX_ROW_BYTES + 1)
+    if len(content) > streams.MAX_ROW_BYTES:
+        raise BadSource(f"is larger than {too_long()}, too much for one row")
+    return content
+
+
+def too_long() -> str:
+    """The limit of a row, in words."""
+    limit = streams.MAX_ROW_BYTES
+    return f"{limit // 2**20} MiB" if limit >= 2**20 else f"{limit} bytes"
+
+
+def byte_order_mark(start: bytes) -> tuple[str, int]:
+    """Return the encoding that a byte order mark says, and the mark's length; ("", 0) without one."""
+    return next(((name, len(mark)) for mark, name in _MARKS if start.startswith(mark)), ("", 0))
+
+
+def decode(content: bytes, encoding: str = "") -> str:
+    """Decode a text strictly: by `encoding`, its byte order mark, or else as UTF-8.
+
+    Raises:
+      BadSource: a byte does not fit; the message has its line.
+    """
+    marked, length = byte_order_mark(content)
+    name = encoding or marked or "utf-8"
+    if marked and (not encoding or codecs.lookup(encoding).name.startswith(marked[:5])):
+        content, name = content[length:], marked
+    try:
+        return content.decode(name)
+    except UnicodeDecodeError as error:
+        raise BadSource(_does_not_fit(content, error, name)) from error
+
+
+def decode_markup(content: bytes, encoding: str = "") -> str:
+    """Decode a page: by `encoding`, its byte order mark, what it declares, UTF-8, or what charset-normalizer finds.
+
+    Raises:
+      BadSource: it does not fit what it declares, or nothing is found.
+    """
+    from bs4.dammit import EncodingDetector
+
+    if encoding or byte_order_mark(content)[0]:
+        return decode(content, encoding)
+    declared = EncodingDetector.find_declared_encoding(content, is_html=True)
+    if declared:
+        try:
+            name = codecs.lookup(declared).name
+        except LookupError:
+            name = ""
+        if name in ("iso8859-1", "ascii"):  # as every browser reads them; HTML's standard says so
+            name = "cp1252"
+        if name and not name.startswith(("utf-16", "utf-32")):  # else the declaration could not have been read
+            try:
+                return content.decode(name)
+            except UnicodeDecodeError as error:
+                raise BadSource(f"{_does_not_fit(content, error, name)}, which it declares") from error
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        from charset_normalizer import from_bytes
+
+        found = from_bytes(content).best()
+        if found is None:
+            raise BadSource(f"{_does_not_fit(content, error, 'utf-8')}, and no other encoding fits") from error
+        return str(found)
+
+
+def _does_not_fit(content: bytes, error: UnicodeDecodeError, name: str) -> str:
+    line = content.count(b"\n", 0, error.start) + 1
+    byte = error.start - content.rfind(b"\n", 0, error.start)
+    shown = {"utf-8": "UTF-8"}.get(name, name)
+    return f"not valid {shown} (line {line}, byte {byte}; --encoding names another)"
+
+
+class TextLines:
+    """The lines of a stream with their ends as they are; a line that is too long is None, and passed over.
+
+    Attributes:
+      number: of the line given last, from 1.
+    """
+
+    def __init__(self, file: IO[bytes], encoding: str = ""):
+        """Start reading; see `decoded`."""
+        self._file = decoded(file, encoding)
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str | None]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> str | None:
+        """The next line, or None in place of one that is longer than a row may be."""
+        line = self._file.readline(streams.MAX_ROW_BYTES + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        if len(line) <= streams.MAX_ROW_BYTES:
+            return line
+        while line and not line.endswith(("\n", "\r")):
+            line = self._file.readline(min(streams.MAX_ROW_BYTES, 2**20))
+        return None
+
+
+def decoded(file: IO[bytes], encoding: str = "") -> io.TextIOWrapper:
+    """Text of a stream, line ends as they are; bytes that do not fit are left for `misfit` to find.
+
+    Args:
+      encoding: "" takes the byte order mark's, or UTF-8.
+    """
+    buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(_Raw(file), 2**17)
+    marked, length = byte_order_mark(buffered.peek(4)[:4])
+    if marked and (not encoding or codecs.lookup(encoding).name.startswith(marked[:5])):
+        buffered.read(length)
+        encoding = marked
+    return io.TextIOWrapper(buffered, encoding=encoding or "utf-8", errors="surrogateescape", newline="")
+
+
+def misfit(text: str) -> bool:
+    """Whether a piece of `decoded` text holds bytes that do not fit its encoding."""
+    return not text.isascii() and _ESCAPED.search(text) is not None
+
+
+class _Raw(io.RawIOBase):
+    """What only has `read` (a member of an archive), as a raw stream that can be buffered."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__()
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        piece = self._file.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()

@@ -1,0 +1,118 @@
+"""From what the user names to sources: files, folders, patterns, and names of datasets."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tpu_tune.data.ingest import catalog, dictd
+from tpu_tune.data.ingest.options import suffix_of
+from tpu_tune.data.ingest.reading import is_readable, kind_of
+from tpu_tune.errors import UserError
+
+
+@dataclass
+class Found:
+    """The sources of a run.
+
+    Attributes:
+      sources: paths and names in the order in which they are read, each once.
+      passed_over: files in folders that are of no known kind, by suffix.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    passed_over: Counter = field(default_factory=Counter)
+
+
+def find_sources(inputs: Sequence[str], format: str = "auto", exclude: str = "") -> Found:
+    """Find what to read.
+
+    A folder is searched to its depths, in the order of names; what begins with a dot is left out, and so are files of no
+    known kind, or not of the kind `format`. A file that is named outright, or by a pattern
+    together with a `format`, is read whatever it is called.
+
+    Args:
+      inputs: files, folders, patterns with `*`, `?`, `[`, and names: `tfds:NAME`, `datasets:NAME`, OWNER/NAME of the hub.
+      exclude: a path that is not read: the output.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    found, seen = Found(), {os.path.abspath(exclude)} if exclude else set()
+    for word in inputs:
+        before = len(found.sources) + sum(found.passed_over.values())
+        if catalog.is_named(word):
+            paths, named = iter([word]), True
+        else:
+            paths, named = _paths(word, format)
+        for path in paths:
+            key = path if catalog.is_named(path) else os.path.abspath(path)
+            if key in seen:
+                before -= 1  # it is there, only not again
+                continue
+            seen.add(key)
+            if _is_index(path):
+                continue
+            if named or is_readable(path, format):
+                found.sources.append(path)
+            else:
+                found.passed_over[suffix_of(path) or "without suffix"] += 1
+        if len(found.sources) + sum(found.passed_over.values()) == before:
+            raise UserError(f"{word}: no files are there")
+    if not found.sources:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in found.passed_over.most_common(10))
+        raise UserError(
+            f"{' '.join(inputs)}: nothing of a known kind is there ({kinds}); --format says how to read all of it"
+        )
+    return found
+
+
+def _paths(word: str, format: str) -> tuple[Iterator[str], bool]:
+    """The files behind one input, and whether it names a file outright."""
+    path = os.path.expanduser(word)
+    if re.match(r"[a-z][a-z0-9+.-]*://", word):
+        raise UserError(f"{word}: only local files are read; copy it here first, e.g. with gcloud storage cp -r")
+    if os.path.isdir(path):
+        return _walk(path), False
+    if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise UserError(f"{word}: is neither a file nor a folder")
+        if _is_index(path):  # the index stands for its dictionary
+            stem = path.removesuffix(".index")
+            path = next(stem + end for end in (".dict.dz", ".dict") if os.path.isfile(stem + end))
+        return iter([path]), True
+    if glob.has_magic(path):
+        return _matches(path), format != "auto"
+    if catalog.is_hub_id(word) and not kind_of(word):
+        return iter([f"datasets:{word}"]), True
+    raise UserError(f"{word}: there is no such file or folder")
+
+
+def _walk(folder: str) -> Iterator[str]:
+    def complain(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for directory, folders, files in os.walk(folder, onerror=complain):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.join(directory, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                yield path
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    for path in sorted(glob.glob(pattern, recursive=True)):
+        if os.path.isfile(path):
+            yield path
+
+
+def _is_index(path: str) -> bool:
+    """Whether a file is the index of a dictionary beside it."""
+    stem = path.removesuffix(".index")
+    return path != stem and any(
+        os.path.isfile(stem + end) and dictd.index_of(stem + end) == path for end in (".dict.dz", ".dict")
+    )

@@ -1,0 +1,129 @@
+"""One source to rows: opens it, goes through archives, and hands each file to the reader of its kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tpu_tune.data.formats import RowError
+from tpu_tune.data.ingest import catalog
+from tpu_tune.data.ingest.archives import DAMAGED, Bomb, damage, inner_name, unpacked
+from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
+from tpu_tune.data.streams import Skipped
+from tpu_tune.errors import UserError
+
+Reader = Callable[[Blob, Options, Tally], Iterator[dict[str, Any]]]
+
+# Kind -> suffixes; `--format` names a kind where the suffix does not say it.
+KINDS: dict[str, tuple[str, ...]] = {
+    "html": (".html", ".htm", ".xhtml"),
+    "text": (".txt", ".text"),
+    "markdown": (".md", ".markdown", ".rst"),
+    "csv": (".csv",),
+    "tsv": (".tsv", ".tab"),
+    "jsonl": (".jsonl", ".ndjson"),
+    "json": (".json",),
+    "discord": (".json",),
+    "parquet": (".parquet",),
+    "arrow": (".arrow", ".feather", ".ipc"),
+    "sql": (".sql",),
+    "sqlite": (".sqlite", ".sqlite3", ".db", ".db3"),
+    "epub": (".epub",),
+    "dictd": (".dict", ".dz"),
+}
+_KIND_OF = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes if kind != "discord"}
+
+
+def kind_of(name: str, format: str = "auto") -> str:
+    """The kind of a file in a folder or an archive, "" if it is not to be read.
+
+    Its name says it; where `format` names a kind, it is that or nothing, and a name without a suffix is that.
+    """
+    suffix = suffix_of(inner_name(name))
+    if format == "auto":
+        return _KIND_OF.get(suffix, "")
+    return format if not suffix or suffix in KINDS[format] else ""
+
+
+def is_readable(name: str, format: str = "auto") -> bool:
+    """Whether there is something to read in a file of a folder, by its name: of a known kind, or an archive."""
+    return bool(kind_of(name, format)) or suffix_of(inner_name(name)) in (".zip", ".tar")
+
+
+def _reader(kind: str) -> Reader:
+    """The reader of a kind; each brings its library only when it is needed."""
+    if kind == "html":
+        from tpu_tune.data.ingest.html import read
+    elif kind in ("text", "markdown"):
+        from tpu_tune.data.ingest.documents import read_text as read
+    elif kind == "epub":
+        from tpu_tune.data.ingest.documents import read_epub as read
+    elif kind in ("csv", "tsv"):
+        from tpu_tune.data.ingest.tables import read_csv as read
+    elif kind == "parquet":
+        from tpu_tune.data.ingest.tables import read_parquet as read
+    elif kind == "arrow":
+        from tpu_tune.data.ingest.tables import read_arrow as read
+    elif kind == "jsonl":
+        from tpu_tune.data.ingest.jsons import read_json_lines as read
+    elif kind in ("json", "discord"):
+        from tpu_tune.data.ingest.jsons import read_json as read
+    elif kind == "sql":
+        from tpu_tune.data.ingest.sql import read
+    elif kind == "sqlite":
+        from tpu_tune.data.ingest.sqlite import read
+    else:
+        from tpu_tune.data.ingest.dictd import read
+    return read
+
+
+def read_source(path: str, options: Options = Options(), tally: Tally | None = None) -> Iterator[dict[str, Any]]:  # noqa: B008
+    """Yield the rows of one source: a file, an archive, or a dataset's name.
+
+    It takes and gives nothing but plain values, so that any process can be given a source to read; what is read depends
+    on these two alone.
+
+    Args:
+      path: as `find_sources` gives it.
+      tally: counts what gives no row.
+
+    Returns:
+      Rows with `text`, with `input` and `output`, with `messages`, or with the columns that `options` names; and with
+      `source`: the file, `archive!file` inside an archive, and `:` and a line or row where one file gives several.
+
+    Raises:
+      UserError: something cannot be read and that is not allowed, or a column or table is missing.
+    """
+    tally = Tally(Skipped(options.skip_bad)) if tally is None else tally
+    if catalog.is_named(path):
+        yield from catalog.read(path, options, tally)
+        return
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: there is no such file")
+    whole = Blob(path, lambda: open(path, "rb"), path)
+    try:
+        for blob in unpacked(whole, options, tally):
+            named = blob.name == path and options.format != "auto"
+            kind = options.format if named else kind_of(blob.name, options.format)
+            if not kind:
+                if blob.name == path:
+                    raise UserError(f"{path}: of no known kind; name it with --format: {', '.join(KINDS)}")
+                tally.passed_over[suffix_of(blob.name) or "without suffix"] += 1
+                continue
+            yield from _rows(blob, kind, options, tally)
+    except BadSource as error:
+        tally.skipped.add(path, str(error))
+    except DAMAGED as error:
+        tally.skipped.add(path, damage(error))
+
+
+def _rows(blob: Blob, kind: str, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+    try:
+        yield from _reader(kind)(blob, options, tally)
+    except Bomb:
+        raise
+    except (BadSource, RowError) as error:
+        tally.skipped.add(blob.name, str(error))
+    except DAMAGED as error:
+        tally.skipped.add(blob.name, damage(error))

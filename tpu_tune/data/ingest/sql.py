@@ -1,0 +1,414 @@
+"""Rows of SQL dumps: INSERT and COPY, as mysqldump, pg_dump and sqlite3's `.dump` write them; nothing is executed.
+
+A dump is read once, as a stream. Columns are named by the INSERT or COPY itself, or by the CREATE TABLE before it, which
+sqlparse reads. Values are literals; of functions, those that sqlite3 writes for line breaks are understood (`replace`,
+`char`, `unistr`), and `CAST`; a row with any other is a bad row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import sqlparse
+
+from tpu_tune.data.formats import RowError
+from tpu_tune.data.ingest.encodings import decoded, misfit
+from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
+from tpu_tune.data.ingest.picking import picker
+from tpu_tune.data.ingest.sql_tokens import END, NAME, NUMBER, SIGN, STRING, WORD, Tokens, copied
+from tpu_tune.data.ingest.sqlite import choose
+
+# What begins a constraint and no column; the second set are names of columns too, where no name or bracket follows.
+_RESERVED = frozenset("CONSTRAINT PRIMARY UNIQUE CHECK FOREIGN LIKE".split())
+_INDEX = frozenset("KEY INDEX FULLTEXT SPATIAL EXCLUDE".split())
+
+
+class _Unknown(Exception):
+    """A value that only a database can tell."""
+
+
+def split(text: str) -> list[str]:
+    """Split SQL into statements, each with its semicolon: `sqlparse.split`; for texts of a moderate size."""
+    return sqlparse.split(text)
+
+
+def columns_of(statement: str) -> tuple[str, list[str]]:
+    """Return the table and the columns of a CREATE TABLE, ("", []) where there are none to read."""
+    try:
+        parsed = sqlparse.parse(statement)[0].flatten()
+    except (IndexError, sqlparse.exceptions.SQLParseError):
+        return "", []
+    words = [t.value for t in parsed if not t.is_whitespace and t.ttype not in sqlparse.tokens.Comment]
+    start = words.index("(") if "(" in words else 0
+    if not start:
+        return "", []
+    depth, begins, columns = 1, True, []
+    for word, after in zip(words[start + 1 :], [*words[start + 2 :], ""], strict=True):
+        if begins and not (word.upper() in _RESERVED or (word.upper() in _INDEX and after[:1] in ("`", '"', "[", "("))):
+            columns.append(_plain_name(word))
+        depth += (word == "(") - (word == ")")
+        begins = depth == 1 and word == ","
+        if not depth:
+            break
+    return _plain_name(words[start - 1]), columns
+
+
+def _plain_name(name: str) -> str:
+    if name[:1] == "[":
+        return name[1:-1]
+    return name[1:-1].replace(name[0] * 2, name[0]) if name[:1] in ('"', "`") else name
+
+
+def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one table of a dump; `source` is `file!table:row`, rows numbered as they come.
+
+    Raises:
+      UserError: the table or a column is missing, or several tables have rows and none is named; lists what is there.
+    """
+    with blob.open() as file:
+        dump = _Dump(blob.name, Tokens(decoded(file, options.encoding)), options, tally)
+        yield from dump.rows()
+        if not dump.chosen:
+            if options.table:
+                choose(blob.name, dump.tables, dump.wanted)
+            elif not dump.tables:
+                raise BadSource("holds no table and no row: is it a SQL dump?")
+
+
+class _Dump:
+    """One dump being read."""
+
+    def __init__(self, name: str, tokens: Tokens, options: Options, tally: Tally):
+        self.name, self.tokens, self.options, self.tally = name, tokens, options, tally
+        self.tables: dict[str, list[str]] = {}  # all that were named so far, with their columns
+        self.wanted = options.table.rpartition(".")[2]
+        self.chosen = ""
+        self.count = 0
+        self.delimiter = ";"
+        self._pick = None
+        self._picked_columns: list[str] = []
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the table that is asked for."""
+        while (token := self.tokens.next())[0] != END:
+            word = token[1].upper() if token[0] == WORD else ""
+            if word == "DELIMITER":
+                self.delimiter = self.tokens.rest_of_line().strip() or ";"
+            elif self.delimiter != ";":
+                self._skip_to_delimiter()
+            elif word in ("INSERT", "REPLACE"):
+                yield from self._insert()
+            elif word == "COPY":
+                yield from self._copy()
+            elif word == "CREATE":
+                self._create()
+            elif token != (SIGN, ";"):
+                self._skip()
+
+    # Statements that hold no rows
+
+    def _skip(self) -> None:
+        while (token := self.tokens.next())[0] != END and token != (SIGN, ";"):
+            pass
+
+    def _skip_to_delimiter(self) -> None:
+        """Pass over statements that end in another mark (bodies of triggers), until the next DELIMITER."""
+        self.tokens.rest_of_line()
+        for line in self.tokens.raw_lines():
+            if line.upper().startswith("DELIMITER "):
+                self.delimiter = line.split(None, 1)[1].strip()
+                if self.delimiter == ";":
+                    return
+
+    def _create(self) -> None:
+        self.tokens.keep_text("CREATE ")
+        kind, depth = "", 0
+        while (token := self.tokens.next())[0] != END:
+            word = token[1].upper() if token[0] == WORD else ""
+            kind = kind or (word if word in ("TABLE", "TRIGGER", "FUNCTION", "PROCEDURE", "EVENT") else "")
+            if kind and kind != "TABLE":  # their bodies hold statements
+                depth += (word in ("BEGIN", "CASE")) - (word == "END")
+            if token == (SIGN, ";") and depth <= 0:
+                break
+        written, self.tokens.text = "".join(self.tokens.text), None
+        table, columns = columns_of(written) if kind == "TABLE" else ("", [])
+        if table:
+            self.tables[table] = columns
+
+    # Rows
+
+    def _table_name(self) -> str:
+        """Read a name such as `public.posts`; its last part."""
+        name = str(self.tokens.next()[1])
+        while self.tokens.peek() == (SIGN, "."):
+            self.tokens.next()
+            name = str(self.tokens.next()[1])
+        return name
+
+    def _column_names(self) -> list[str]:
+        """Read `(a, b)` where it stands, else []."""
+        names: list[str] = []
+        if self.tokens.peek() != (SIGN, "("):
+            return names
+        self.tokens.next()
+        while (token := self.tokens.next())[0] != END and token != (SIGN, ")"):
+            if token != (SIGN, ","):
+                names.append(str(token[1]))
+        return names
+
+    def _take(self, table: str, columns: list[str]) -> list[str] | None:
+        """The columns of the statement under way, None where its rows are not asked for."""
+        known = self.tables.setdefault(table, columns)
+        if not known:
+            self.tables[table] = known = columns
+        if self.wanted and table != self.wanted:
+            return None
+        if self.chosen and table != self.chosen:
+            self._read_on()
+            choose(self.name, self.tables, self.wanted)
+        self.chosen = table
+        columns = columns or known
+        if self._pick is None or columns != self._picked_columns:
+            self._picked_columns = columns
+            self._pick = picker(columns, self.options, f"{self.name}!{table}") if columns else None
+        return columns
+
+    def _read_on(self) -> None:
+        """Look for the other tables that the dump has, to list them."""
+        self._skip()
+        while (token := self.tokens.next())[0] != END:
+            if token == (WORD, "CREATE"):
+                self._create()
+            elif token != (SIGN, ";"):
+                self._skip()
+
+    def _row(self, columns: list[str], values: list[Any], reason: str) -> Iterator[dict[str, Any]]:
+        self.count += 1
+        where = f"{self.name}!{self.chosen}:{self.count}"
+        if not columns:  # no CREATE TABLE said them
+            columns = [f"column{number}" for number in range(1, len(values) + 1)]
+            self._pick = self._pick or picker(columns, self.options, f"{self.name}!{self.chosen}")
+        if reason or len(values) != len(columns):
+            reason = reason or f"{len(values)} values for {len(columns)} columns"
+        elif any(isinstance(value, str) and misfit(value) for value in values):
+            reason = "holds text that is not valid in its encoding (UTF-8, unless --encoding names another)"
+        else:
+            try:
+                found = self._pick(dict(zip(columns, values, strict=True)))
+            except RowError as error:
+                reason = str(error)
+            else:
+                if found is None:
+                    self.tally.empty += 1
+                else:
+                    yield row_of(where, **found)
+                return
+        self.tally.skipped.add(where, reason)
+
+    def _insert(self) -> Iterator[dict[str, Any]]:
+        """INSERT [words] [INTO] table [(columns)] [words] VALUES (..), (..) [words];"""
+        token = self.tokens.next()
+        while token[0] == WORD and token[1].upper() in ("LOW_PRIORITY", "DELAYED", "HIGH_PRIORITY", "IGNORE", "OR", "REPLACE",
+                                                       "ROLLBACK", "ABORT", "FAIL"):  # fmt: skip
+            token = self.tokens.next()
+        if not (token[0] == WORD and token[1].upper() == "INTO"):
+            self.tokens.give_back(token)
+        table = self._table_name()
+        columns = self._column_names()
+        while (token := self.tokens.peek())[0] != END and token != (SIGN, ";"):
+            word = token[1].upper() if token[0] == WORD else ""
+            if word in ("VALUES", "VALUE"):
+                break
+            if word in ("SELECT", "WITH", "DEFAULT", "SET"):
+                self._skip()
+                return
+            self.tokens.next()
+        else:
+            self._skip()
+            return
+        self.tokens.next()
+        columns = self._take(table, columns)
+        while self.tokens.peek() == (SIGN, "("):
+            values, reason = self._values()
+            if columns is not None:
+                yield from self._row(columns, values, reason)
+            if self.tokens.peek() == (SIGN, ","):
+                self.tokens.next()
+        token = self.tokens.peek()
+        if token[0] == END:
+            self.tally.skipped.add(
+                f"{self.name}:{self.tokens.line()}", "the dump ends inside an INSERT; is it cut short?"
+            )
+        elif not (token[0] == WORD and token[1].upper() in ("INSERT", "GO")):  # SQL Server's dumps have no semicolons
+            self._skip()
+
+    def _values(self) -> tuple[list[Any], str]:
+        """Read `(value, value)`; (values, what is wrong with them)."""
+        self.tokens.next()
+        values: list[Any] = []
+        reason = ""
+        while True:
+            try:
+                values.append(self._value())
+            except _Unknown as error:
+                values.append(None)
+                reason = f"value {len(values)} is no literal ({error}); only a database can tell it"
+            token = self.tokens.next()
+            if token not in ((SIGN, ","), (SIGN, ")")) and token[0] != END:
+                reason = reason or f"value {len(values)} is no literal (near '{str(token[1])[:20]}')"
+                self._to_next_value()
+                token = self.tokens.next()
+            if token == (SIGN, ")"):
+                return values, reason
+            if token[0] == END:
+                raise BadSource(f"line {self.tokens.line()}: it ends inside a row; is it cut short?")
+
+    def _to_next_value(self) -> None:
+        depth = 0
+        while (token := self.tokens.peek())[0] != END:
+            if depth == 0 and token in ((SIGN, ","), (SIGN, ")")):
+                return
+            depth += (token == (SIGN, "(")) - (token == (SIGN, ")"))
+            self.tokens.next()
+
+    def _value(self) -> Any:
+        value = self._single()
+        while True:
+            token = self.tokens.peek()
+            if token == (SIGN, "||"):
+                self.tokens.next()
+                other = self._single()
+                value = None if value is None or other is None else f"{value}{other}"
+            elif token == (SIGN, "::"):
+                self.tokens.next()
+                self._type()
+            elif token[0] == WORD and token[1].upper() == "COLLATE":
+                self.tokens.next()
+                self._table_name()
+            else:
+                return value
+
+    def _type(self) -> None:
+        """Pass over a type: `character varying(20)[]`."""
+        while (token := self.tokens.peek())[0] in (WORD, NAME) or token in ((SIGN, "["), (SIGN, "]"), (SIGN, ".")):
+            self.tokens.next()
+        if token == (SIGN, "("):
+            self.tokens.next()
+            while (token := self.tokens.next())[0] != END and token != (SIGN, ")"):
+                pass
+
+    def _single(self) -> Any:
+        kind, text = self.tokens.next()
+        if kind == STRING:
+            return text
+        if kind == NUMBER:
+            return _number(text)
+        if kind == NAME and self.tokens.dialect == "mysql":  # there double quotes are a string's, too
+            return text
+        if (kind, text) == (SIGN, "("):
+            value = self._value()
+            self._expect(")")
+            return value
+        if kind == SIGN and text in "+-":
+            value = self._single()
+            if isinstance(value, int | float):
+                return -value if text == "-" else value
+            raise _Unknown(f"{text}{value}")
+        if kind == WORD:
+            return self._word(text)
+        if (kind, text) in ((SIGN, ")"), (SIGN, ",")) or kind == END:
+            self.tokens.give_back((kind, text))
+        raise _Unknown(f"'{text[:20]}'")
+
+    def _word(self, text: str) -> Any:
+        word = text.upper()
+        if word in ("NULL", "DEFAULT"):
+            return None
+        if word in ("TRUE", "FALSE"):
+            return word == "TRUE"
+        if word.startswith("0X"):
+            digits = text[2:]
+            return bytes.fromhex("0" * (len(digits) % 2) + digits) if re.fullmatch("[0-9A-Fa-f]*", digits) else text
+        token = self.tokens.peek()
+        if token[0] == STRING:  # a character set before a string (_utf8mb4'..'), or a type (DATE '..')
+            return self._single()
+        if token != (SIGN, "("):
+            raise _Unknown(text[:40])
+        self.tokens.next()
+        arguments: list[Any] = []
+        unknown = ""
+        while self.tokens.peek() != (SIGN, ")"):
+            try:
+                arguments.append(self._value())
+            except _Unknown as error:
+                unknown = str(error)
+            token = self.tokens.peek()
+            if word == "CAST" and token[0] == WORD and token[1].upper() == "AS":
+                self._type()
+            elif token == (SIGN, ","):
+                self.tokens.next()
+            elif token != (SIGN, ")"):
+                unknown = unknown or str(token[1])[:20]
+                self._to_next_value()
+                if self.tokens.peek()[0] == END:
+                    break
+        self.tokens.next()
+        return _call(word, arguments, unknown)
+
+    def _expect(self, sign: str) -> None:
+        if self.tokens.peek() != (SIGN, sign):
+            raise _Unknown(f"'{str(self.tokens.peek()[1])[:20]}'")
+        self.tokens.next()
+
+    def _copy(self) -> Iterator[dict[str, Any]]:
+        r"""COPY table (columns) FROM stdin; then a line a row, tabs between, \N for NULL, to the line `\.`."""
+        table = self._table_name()
+        columns = self._column_names()
+        words = []
+        while (token := self.tokens.next())[0] != END and token != (SIGN, ";"):
+            words.append(str(token[1]).upper())
+        if "STDIN" not in words:
+            return
+        as_csv = "CSV" in words or "BINARY" in words
+        self.tokens.rest_of_line()
+        taken = self._take(table, columns)
+        for line in self.tokens.raw_lines():
+            if line == "\\.":
+                return
+            if taken is None:
+                continue
+            reason = "COPY in CSV or binary format is not read; dump it without" if as_csv else ""
+            values = [copied(value) for value in line.split("\t")]
+            yield from self._row(taken, values, reason)
+        self.tally.skipped.add(f"{self.name}:{self.tokens.line()}", "the dump ends inside COPY data; is it cut short?")
+
+
+def _number(text: str) -> int | float:
+    if len(text) > 4000:  # more digits than Python reads
+        raise _Unknown("a number too long to read")
+    return int(text) if text.isdigit() else float(text)
+
+
+def _call(word: str, arguments: list[Any], unknown: str) -> Any:
+    """The value of one of the functions that dumps hold."""
+    texts = [str(argument) for argument in arguments if argument is not None]
+    if not unknown and len(texts) == len(arguments):
+        if word == "REPLACE" and len(texts) == 3:
+            return texts[0].replace(texts[1], texts[2])
+        if word in ("CHAR", "CHR", "NCHAR") and all(
+            isinstance(code, int) and 0 <= code < 0x110000 for code in arguments
+        ):
+            return "".join(map(chr, arguments))
+        if word == "CAST" and len(arguments) == 1:
+            return arguments[0]
+        if word == "CONCAT":
+            return "".join(texts)
+        if word == "UNISTR" and len(texts) == 1:
+            return re.sub(
+                r"\\(?:\\|\+([0-9A-Fa-f]{6})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|([0-9A-Fa-f]{4}))",
+                lambda match: chr(min(int("".join(filter(None, match.groups())) or "5c", 16), 0x10FFFF)),
+                texts[0],
+            )
+    raise _Unknown(f"{word}(...)" if not unknown else unknown)

@@ -1,0 +1,203 @@
+"""Tables: CSV and TSV, Parquet, Arrow and Feather, a batch at a time.
+
+CSV is read by Python's own reader and not by pandas: pandas fills a row that is too short with empty cells and says
+nothing, so that a cut or shifted row cannot be told from a whole one. For tables that are whole both give the same cells.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from tpu_tune.data import streams
+from tpu_tune.data.ingest.archives import inner_name, seekable
+from tpu_tune.data.ingest.encodings import TextLines, misfit, too_long
+from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
+from tpu_tune.data.ingest.picking import picked
+
+BATCH_ROWS = 256
+_DELIMITERS = (",", ";", "\t", "|")
+
+
+class _TooLong(Exception):
+    """A line of a table is longer than a row may be."""
+
+
+class _Lines:
+    """The lines of a table for `csv.reader`; keeps those of the row under way."""
+
+    def __init__(self, lines: TextLines):
+        self.lines = lines
+        self.row: list[str] = []
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        if line is None:
+            raise _TooLong
+        self.row.append(line)
+        return line
+
+
+def read_csv(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+    """Yield a table's rows; every cell is text, just as it stands there.
+
+    The first line names the columns. `source` has the line on which the row begins.
+    """
+    with blob.open() as file:
+        lines = _Lines(TextLines(file, options.encoding))
+        first = next(lines.lines, "")
+        if first is None:
+            raise BadSource(f"its first line is longer than {too_long()}")
+        if not first.strip():
+            raise BadSource("holds no table: its first line is to name the columns")
+        delimiter = "\t" if suffix_of(inner_name(blob.name)) in (".tsv", ".tab") else _delimiter(first)
+        csv.field_size_limit(streams.MAX_ROW_BYTES)
+        reader = csv.reader(_Joined(first, lines), delimiter=delimiter)
+        header = _unique(next(reader))
+        lines.row.clear()
+        if misfit("".join(header)):
+            raise BadSource("line 1 is not valid in its encoding; --encoding names another")
+        rows = _cells(blob.name, reader, lines, header, tally)
+        yield from picked(rows, options, tally, blob.name, header)
+
+
+class _Joined:
+    """The first line, and then the others."""
+
+    def __init__(self, first: str, lines: _Lines):
+        self._first, self._lines = first, lines
+
+    def __iter__(self) -> _Joined:
+        return self
+
+    def __next__(self) -> str:
+        if self._first:
+            line, self._first = self._first, ""
+            return line
+        return next(self._lines)
+
+
+def _cells(
+    name: str, reader: Any, lines: _Lines, header: list[str], tally: Tally
+) -> Iterator[tuple[str, dict[str, str]]]:
+    while True:
+        where = f"{name}:{lines.lines.number + 1}"
+        lines.row.clear()
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except _TooLong:
+            tally.skipped.add(where, f"the line is longer than {too_long()}")
+            continue
+        except csv.Error as error:
+            long = "field larger" in str(error)
+            tally.skipped.add(where, f"a cell is longer than {too_long()}" if long else f"not a row ({error})")
+            continue
+        if not row:
+            continue
+        if len(lines.row) > 1 and _is_open(lines.row):
+            tally.skipped.add(where, "a quote is opened here that nothing closes")
+        elif len(row) != len(header):
+            tally.skipped.add(where, f"{len(row)} cells where the header names {len(header)} columns")
+        elif any(misfit(cell) for cell in row):
+            tally.skipped.add(where, "not valid in its encoding (UTF-8, unless --encoding names another)")
+        else:
+            yield where, dict(zip(header, row, strict=True))
+
+
+def _is_open(lines: list[str]) -> bool:
+    """Whether a row of several lines ends inside a quoted cell, as only the last of a file can."""
+    if sum(line.count('"') for line in lines) % 2 == 0:
+        return False
+    try:
+        next(csv.reader(lines, strict=True))
+    except csv.Error as error:
+        return "unexpected end" in str(error)
+    return False
+
+
+def _delimiter(first: str) -> str:
+    """The comma, unless that finds one column and another usual delimiter more."""
+    counts = {mark: len(next(csv.reader([first], delimiter=mark))) for mark in _DELIMITERS}
+    return "," if counts[","] > 1 else max(_DELIMITERS, key=lambda mark: counts[mark])
+
+
+def _unique(header: list[str]) -> list[str]:
+    """Column names as pandas gives them: a second `a` is `a.1`, one without a name `Unnamed: 3`."""
+    found: list[str] = []
+    for number, name in enumerate(header):
+        name = name or f"Unnamed: {number}"
+        names = itertools.chain([name], (f"{name}.{again}" for again in itertools.count(1)))
+        found.append(next(candidate for candidate in names if candidate not in found))
+    return found
+
+
+def read_parquet(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file; only the columns that are picked are read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with blob.open() as file, seekable(file) as whole:
+        try:
+            table = pyarrow.parquet.ParquetFile(whole)
+            columns = table.schema_arrow.names
+            wanted = _wanted(columns, options)
+            batches = table.iter_batches(BATCH_ROWS, columns=wanted)
+            yield from picked(_batch_rows(blob.name, batches), options, tally, blob.name, columns)
+        except pyarrow.ArrowException as error:
+            raise BadSource(f"cannot be read as Parquet ({_first_line(error)})") from error
+
+
+def _wanted(columns: list[str], options: Options) -> list[str] | None:
+    """The columns to read, or None for all: a picker of known keys may need any."""
+    named = [options.column, options.input_column, options.output_column]
+    if not any(named):
+        return None
+    return [name for name in columns if name in named or name in dict(options.columns)]
+
+
+def read_arrow(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an Arrow IPC file or stream, or of a Feather file of either version."""
+    import pyarrow
+
+    with blob.open() as file, seekable(file) as whole:
+        try:
+            columns, batches = _arrow_batches(whole)
+            yield from picked(_batch_rows(blob.name, batches), options, tally, blob.name, columns)
+        except pyarrow.ArrowException as error:
+            raise BadSource(f"cannot be read as Arrow ({_first_line(error)})") from error
+
+
+def _arrow_batches(file: Any) -> tuple[list[str], Iterator[Any]]:
+    import pyarrow
+    import pyarrow.feather
+
+    magic = file.read(6)
+    file.seek(0)
+    if magic.startswith(b"FEA1"):
+        table = pyarrow.feather.read_table(file)
+        return table.schema.names, iter(table.to_batches())
+    if magic == b"ARROW1":
+        reader = pyarrow.ipc.open_file(file)
+        return reader.schema.names, (reader.get_batch(number) for number in range(reader.num_record_batches))
+    reader = pyarrow.ipc.open_stream(file)
+    return reader.schema.names, iter(reader)
+
+
+def _batch_rows(name: str, batches: Iterator[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for row in batch.slice(start, BATCH_ROWS).to_pylist():
+                number += 1
+                yield f"{name}:{number}", row
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

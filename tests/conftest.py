@@ -92,3 +92,15 @@ def text_dir() -> pathlib.Path:
 def brown_dir() -> pathlib.Path:
     """Directory of the Brown corpus' 500 files, each `word/tag` separated by blanks."""
     return _fetch_or_skip("brown")
+
+
+@pytest.fixture(scope="session")
+def python_docs_dir() -> pathlib.Path:
+    """Directory of the Python 3.11 documentation's 530 HTML files, in their folders."""
+    return _fetch_or_skip("python-docs")
+
+
+@pytest.fixture(scope="session")
+def foldoc_dir() -> pathlib.Path:
+    """Directory with the Free On-line Dictionary of Computing: foldoc.index and foldoc.dict.dz."""
+    return _fetch_or_skip("foldoc")

@@ -42,10 +42,10 @@ _BLANK_ENDS = " \t\n\f\r"
 class _Row:
     """A table row under way: what stood before it, and its finished cells, each a list of blocks."""
 
-    __slots__ = ("before", "cells", "in_cell", "plain")
+    __slots__ = ("before", "breaks", "cells", "in_cell", "plain")
 
-    def __init__(self, before: list[tuple[int, str]]):
-        self.before = before
+    def __init__(self, before: list[tuple[int, str]], breaks: int):
+        self.before, self.breaks = before, breaks
         self.cells: list[list[tuple[int, str]]] = []
         self.in_cell = False
         self.plain = True
@@ -97,8 +97,8 @@ class _Page:
         elif tag in ("dt", "dd"):
             self.breaks, self.leads = 1 if tag == "dd" else self.breaks, True
         elif tag == "tr":
-            self.rows.append(_Row(self.blocks))
-            self.blocks = []
+            self.rows.append(_Row(self.blocks, self.breaks))
+            self.blocks, self.breaks = [], 0
         elif tag in ("td", "th") and self.rows:
             self._end_cell()
             self.rows[-1].in_cell = True
@@ -184,14 +184,15 @@ class _Page:
         self._end_cell()
         row = self.rows.pop()
         self.blocks = row.before
-        if not row.plain:
-            self.blocks.extend((max(breaks, 1), text) for cell in row.cells for breaks, text in cell)
-        else:
+        if row.plain:
             cells = [" ".join(text for _, text in cell) for cell in row.cells]
-            if any(cells):
-                first = next((cell[0][0] for cell in row.cells if cell), 1)
-                self.blocks.append((max(first, 1), " | ".join(cells).rstrip()))
-        self.breaks = 1
+            blocks = [(1, " | ".join(cells).rstrip())] if any(cells) else []
+        else:
+            blocks = [(max(breaks, 1), text) for cell in row.cells for breaks, text in cell]
+        for breaks, text in blocks:
+            self.blocks.append((max(breaks, row.breaks), text))
+            row.breaks = 0
+        self.breaks = max(row.breaks, 1)
 
 
 def _is_navigation(tag: str, attributes: Any) -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from tpu_tune.data.formats import Chat, RowError
 from tpu_tune.errors import UserError
@@ -112,6 +111,8 @@ def _constant_header(tokenizer: Any, template: str, chat: Chat, whole: str) -> s
     # the conversation. It shows as a flag without effect, and alone where there are no messages.
     if render(tokenizer, template, chat.messages, chat.tools, add_generation_prompt=True) != whole:
         return ""
+    from transformers.utils.chat_template_utils import render_jinja_template  # a heavy import, for reading data alone
+
     try:  # apply_chat_template itself refuses a chat without messages
         rendered, _ = render_jinja_template(
             [[]], chat_template=template, add_generation_prompt=True, **tokenizer.special_tokens_map

@@ -46,7 +46,9 @@ def columns_of(statement: str) -> tuple[str, list[str]]:
         return "", []
     depth, begins, columns = 1, True, []
     for word, after in zip(words[start + 1 :], [*words[start + 2 :], ""], strict=True):
-        if begins and not (word.upper() in _RESERVED or (word.upper() in _INDEX and after[:1] in ("`", '"', "[", "("))):
+        first = word.upper().partition(" ")[0]  # PRIMARY KEY is one word to sqlparse
+        is_index = first in _INDEX and (after[:1] in ("`", '"', "[", "(") or after.upper() in ("KEY", "INDEX"))
+        if begins and first not in _RESERVED and not is_index:
             columns.append(_plain_name(word))
         depth += (word == "(") - (word == ")")
         begins = depth == 1 and word == ","
@@ -88,7 +90,7 @@ class _Dump:
         self.count = 0
         self.delimiter = ";"
         self._pick = None
-        self._picked_columns: list[str] = []
+        self._all_columns: list[str] = []
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of the table that is asked for."""
@@ -104,14 +106,21 @@ class _Dump:
                 yield from self._copy()
             elif word == "CREATE":
                 self._create()
-            elif token != (SIGN, ";"):
+            elif token != (SIGN, ";") and word != "GO":
                 self._skip()
 
     # Statements that hold no rows
 
     def _skip(self) -> None:
-        while (token := self.tokens.next())[0] != END and token != (SIGN, ";"):
+        while (token := self.tokens.next())[0] != END and token != (SIGN, ";") and not self._begins(token):
             pass
+
+    def _begins(self, token: tuple[str, Any]) -> bool:
+        """Whether another statement begins with this word, which is then given again: SQL Server writes no semicolons."""
+        begins = self.tokens.batches and token[0] == WORD and token[1].upper() in ("GO", "INSERT")
+        if begins:
+            self.tokens.give_back(token)
+        return begins
 
     def _skip_to_delimiter(self) -> None:
         """Pass over statements that end in another mark (bodies of triggers), until the next DELIMITER."""
@@ -130,7 +139,7 @@ class _Dump:
             kind = kind or (word if word in ("TABLE", "TRIGGER", "FUNCTION", "PROCEDURE", "EVENT") else "")
             if kind and kind != "TABLE":  # their bodies hold statements
                 depth += (word in ("BEGIN", "CASE")) - (word == "END")
-            if token == (SIGN, ";") and depth <= 0:
+            if (token == (SIGN, ";") and depth <= 0) or self._begins(token):
                 break
         written, self.tokens.text = "".join(self.tokens.text), None
         table, columns = columns_of(written) if kind == "TABLE" else ("", [])
@@ -170,9 +179,11 @@ class _Dump:
             choose(self.name, self.tables, self.wanted)
         self.chosen = table
         columns = columns or known
-        if self._pick is None or columns != self._picked_columns:
-            self._picked_columns = columns
-            self._pick = picker(columns, self.options, f"{self.name}!{table}") if columns else None
+        # An INSERT may name fewer columns than the table has; the others are NULL to us.
+        all_columns = known if set(columns) <= set(known) else columns
+        if columns and (self._pick is None or all_columns != self._all_columns):
+            self._all_columns = all_columns
+            self._pick = picker(all_columns, self.options, f"{self.name}!{table}")
         return columns
 
     def _read_on(self) -> None:
@@ -181,7 +192,7 @@ class _Dump:
         while (token := self.tokens.next())[0] != END:
             if token == (WORD, "CREATE"):
                 self._create()
-            elif token != (SIGN, ";"):
+            elif token not in ((SIGN, ";"), (WORD, "GO")):
                 self._skip()
 
     def _row(self, columns: list[str], values: list[Any], reason: str) -> Iterator[dict[str, Any]]:
@@ -196,7 +207,7 @@ class _Dump:
             reason = "holds text that is not valid in its encoding (UTF-8, unless --encoding names another)"
         else:
             try:
-                found = self._pick(dict(zip(columns, values, strict=True)))
+                found = self._pick({**dict.fromkeys(self._all_columns), **dict(zip(columns, values, strict=True))})
             except RowError as error:
                 reason = str(error)
             else:
@@ -241,7 +252,8 @@ class _Dump:
             self.tally.skipped.add(
                 f"{self.name}:{self.tokens.line()}", "the dump ends inside an INSERT; is it cut short?"
             )
-        elif not (token[0] == WORD and token[1].upper() in ("INSERT", "GO")):  # SQL Server's dumps have no semicolons
+        elif not self._begins(self.tokens.next()):
+            self.tokens.give_back(token)
             self._skip()
 
     def _values(self) -> tuple[list[Any], str]:

@@ -69,6 +69,7 @@ class Tokens:
 
     Attributes:
       dialect: one of `DIALECTS`.
+      batches: whether it is SQL Server's, whose statements end where the next begins.
       text: what was read since it was set to [], as it was written, up to about `MAX_KEPT`; None where nobody asked.
     """
 
@@ -78,6 +79,7 @@ class Tokens:
         self._text, self._at, self._ended, self._lines = "", 0, False, 1
         self._more()
         self.dialect = dialect_of(self._text[: 2**16])
+        self.batches = re.search(r"^GO\s*$|\[dbo\]", self._text[: 2**16], re.M) is not None
         self._match = _PATTERNS[self.dialect].match
         self.text: list[str] | None = None
         self._kept = 0

@@ -349,6 +349,8 @@ def test_compressed_files(tmp_path, suffix, pack):
     path.write_bytes(pack(content))
     assert texts(path) == [f"row {number} 🐍" for number in range(5000)]
     assert rows_of(path)[1]["source"] == f"{path}:3"
+    (tmp_path / f"rows.jsonl{suffix}").write_bytes(pack(b'{"text": "a"}\n' * 3))
+    assert texts(tmp_path / f"rows.jsonl{suffix}") == ["a"] * 3
     path.write_bytes(pack(content[:100]) + pack(content[100:]))  # two streams, one after the other
     assert len(texts(path)) == 5000
     whole = io.BytesIO()

@@ -13,7 +13,7 @@ import contextlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,9 +156,3 @@ def _nothing(inputs: Sequence[str], report: Report, options: Options) -> str:
             "of no known kind: " + ", ".join(f"{n} {suffix}" for suffix, n in report.passed_over.most_common(10))
         )
     return f"{' '.join(inputs)}: there is no row in it ({'; '.join(reasons) or 'all of it is empty'})"
-
-
-def iter_rows(sources: Sequence[str], options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
-    """Yield the rows of several sources, one after the other."""
-    for source in sources:
-        yield from read_source(source, options, tally)

@@ -28,6 +28,7 @@ from tpu_tune.data.ingest.encodings import too_long
 from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
 
 RATIO_FREE_BYTES = 64 * 2**20  # what unpacks to less is no bomb, however small it was
+HEADER_BYTES = 64 * 2**20  # of a tar archive between two files
 SPOOL_BYTES = (
     16 * 2**20
 )  # a member that must be read back and forth is held in memory up to this, then in a temporary file
@@ -95,19 +96,34 @@ class Bomb(BadSource):
 
 
 class _Counted:
-    """A stream whose bytes draw on a budget; keeps what came last."""
+    """A stream whose bytes draw on a budget.
+
+    Attributes:
+      tail: the last bytes that were read.
+      allowed: how many more may be read before it is set again.
+    """
 
     def __init__(self, file: IO[bytes], budget: Budget):
         self._file, self._budget = file, budget
         self.tail = b""
+        self.allowed = 2**62
 
     def read(self, size: int = -1) -> bytes:
-        if size is None or size < 0:
-            return b"".join(iter(lambda: self.read(2**20), b""))
-        piece = self._file.read(min(size, 2**20))
-        self._budget.spend(len(piece))
-        self.tail = piece[-1024:] or self.tail
-        return piece
+        """So many bytes, fewer only at the end; the budget is asked on the way, before all of them are held."""
+        pieces: list[bytes] = []
+        while size:
+            piece = self._file.read(2**20 if size < 0 else min(size, 2**20))
+            if not piece:
+                break
+            self._budget.spend(len(piece))
+            self.allowed -= len(piece)
+            if self.allowed < 0:
+                raise Bomb(f"holds a header of more than {HEADER_BYTES // 2**20} MiB")
+            pieces.append(piece)
+            size -= len(piece) if size > 0 else 0
+        if pieces:
+            self.tail = pieces[-1][-1024:]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
         self._file.close()
@@ -209,8 +225,10 @@ def _tar_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
     with blob.open() as file:
         # A compressed archive's bytes are counted as they are unpacked; those of a plain one are what the disk holds.
         stream = file if isinstance(file, _Counted) else _Counted(file, Budget(blob.name, 2**62, 2**62, 1.0))
+        stream.allowed = HEADER_BYTES
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for entry in archive:
+                stream.allowed = entry.size + HEADER_BYTES  # tarfile holds a header whole, however long it says it is
                 if entry.isdir():
                     continue
                 name = f"{blob.name}!{entry.name}"
@@ -225,6 +243,7 @@ def _tar_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
                 # A sparse member can be far larger than what is stored of it.
                 spare = Budget(blob.name, budget.size, budget.limit, budget.ratio) if entry.issparse() else None
                 yield Blob(name, lambda entry=entry, spare=spare: _tar_file(archive, entry, spare))
+        stream.allowed = 2**62
         while stream.read(2**20):
             pass
         if stream.tail.strip(b"\0"):

@@ -132,12 +132,17 @@ def decoded(file: IO[bytes], encoding: str = "") -> io.TextIOWrapper:
     Args:
       encoding: "" takes the byte order mark's, or UTF-8.
     """
-    buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(_Raw(file), 2**17)
-    marked, length = byte_order_mark(buffered.peek(4)[:4])
+    stream = buffered(file)
+    marked, length = byte_order_mark(stream.peek(4)[:4])
     if marked and (not encoding or codecs.lookup(encoding).name.startswith(marked[:5])):
-        buffered.read(length)
+        stream.read(length)
         encoding = marked
-    return io.TextIOWrapper(buffered, encoding=encoding or "utf-8", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(stream, encoding=encoding or "utf-8", errors="surrogateescape", newline="")
+
+
+def buffered(file: IO[bytes]) -> io.BufferedReader:
+    """A stream that has `peek` and `readline`."""
+    return file if isinstance(file, io.BufferedReader) else io.BufferedReader(_Raw(file), 2**17)
 
 
 def misfit(text: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.chats import discord_rows, is_discord
-from tpu_tune.data.ingest.encodings import decoded, misfit, too_long
+from tpu_tune.data.ingest.encodings import buffered, decoded, misfit, too_long
 from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally
 from tpu_tune.data.ingest.picking import picked
 
@@ -19,7 +19,8 @@ _SPACE = " \t\n\r"
 def read_json_lines(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with one JSON object a line."""
     with blob.open() as file:
-        rows = ((f"{blob.name}:{number}", row) for number, row in streams.json_rows(file, blob.name, tally.skipped))
+        lines = streams.json_rows(buffered(file), blob.name, tally.skipped)
+        rows = ((f"{blob.name}:{number}", row) for number, row in lines)
         yield from picked(rows, options, tally, blob.name)
 
 
@@ -182,6 +183,8 @@ class _Scanner:
                 reason = error.msg
             except RecursionError:
                 final, reason = True, "nested too deeply"
+            except ValueError:  # Python reads numbers of up to 4,300 digits
+                final, reason = True, "a number is too long"
             else:
                 if end < len(self._text) or self._ended:  # else a number could go on
                     bad = misfit(self._text[self._at : end])

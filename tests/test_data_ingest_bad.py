@@ -61,6 +61,8 @@ def fails(path, message, expected=(), **options):
     ("a.json", b"[" * 100_000, r"a\.json: not valid JSON \(line 1: nested too deeply\)", []),
     ("a.json", b"not json", "a.json: not valid JSON", []), ("a.json", b" \n", "a.json: is empty", []),
     ("a.json", b'{"text": ' + b"9" * 5000 + b"}", r"a\.json: not valid JSON \(line 1: a number is too long\)", []),
+    ("a.json", b'[{"text": "one", "data": ' + b"[" * 200 + b"]" * 200 + b"}]", r"a\.json:1: column 'data' is nested too", []),
+    ("a.sql", b"insert into t (text) values ('one'), (" + b"(" * 100_000, r"a\.sql: line 1: brackets in brackets", ["one"]),
     ("a.parquet", b"PAR1 nothing", "a.parquet: cannot be read as Parquet", []),
     ("a.arrow", b"ARROW1\0\0 nothing", "a.arrow: cannot be read as Arrow", []), ("a.arrow", b"", "a.arrow: ", []),
     ("a.sqlite", b"no database" * 100, "a.sqlite: cannot be read as SQLite", []),
@@ -71,7 +73,8 @@ def fails(path, message, expected=(), **options):
 ])  # fmt: skip
 def test_bad_bytes_and_rows(tmp_path, name, content, message, expected):
     (tmp_path / name).write_bytes(content)
-    fails(tmp_path / name, message, expected, **({"column": "text"} if name in ("a.csv", "a.sql", "a.sqlite") else {}))
+    columns = {"columns": (("data", "data"),), "column": "text"} if b'"data"' in content else {}
+    fails(tmp_path / name, message, expected, **({"column": "text"} if name in ("a.csv", "a.sql", "a.sqlite") else columns))
 
 
 def test_sqlite_with_rows_that_are_no_text(tmp_path):

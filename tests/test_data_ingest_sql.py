@@ -156,7 +156,7 @@ ann
 COPY public.posts (id, body, tags) FROM stdin;
 1	it's; a \\ slash\nline\ttab \x41\101	{a,b}
 2	\N	\N
-3	🐍	
+3	🐍	{}
 
 \.
 INSERT INTO public.posts (id, body) VALUES (4, E'it\'s\n\u00e9 \\ \x41''q'), (5, 'plain \n'::character varying(20));

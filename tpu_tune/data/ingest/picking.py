@@ -14,6 +14,7 @@ from tpu_tune.errors import UserError
 
 # Further keys that belong to a format, and travel with it.
 _ALSO = {"alpaca": ("input", "system"), "messages": ("system", "tools"), "sharegpt": ("system", "tools")}
+MAX_DEPTH = 100  # of lists and objects in a row
 Pick = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 
 
@@ -139,12 +140,14 @@ def text_of(value: Any, column: str) -> str:
     raise RowError(f"column '{column}' holds {kind}, not text")
 
 
-def plain(value: Any, column: str) -> Any:
+def plain(value: Any, column: str, depth: int = 0) -> Any:
     """Return a value as JSON can say it: bytes as the text they are, dates and decimals in writing, NaN as null.
 
     Raises:
-      RowError: bytes that are no text, or something that JSON has no word for.
+      RowError: bytes that are no text, lists in lists in lists without an end, or what JSON has no word for.
     """
+    if depth > MAX_DEPTH:
+        raise RowError(f"column '{column}' is nested too deeply")
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -155,13 +158,13 @@ def plain(value: Any, column: str) -> Any:
         except UnicodeDecodeError:
             raise RowError(f"column '{column}' holds bytes that are not text") from None
     if isinstance(value, Mapping):
-        return {str(key): plain(inner, column) for key, inner in value.items()}
+        return {str(key): plain(inner, column, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(inner, column) for inner in value]
+        return [plain(inner, column, depth + 1) for inner in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if hasattr(value, "tolist"):  # an array or a number of NumPy's
-        return plain(value.tolist(), column)
+        return plain(value.tolist(), column, depth + 1)
     if hasattr(value, "as_tuple") or isinstance(value, datetime.timedelta):
         return str(value)
     try:

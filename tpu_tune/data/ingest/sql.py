@@ -7,7 +7,6 @@ sqlparse reads. Values are literals; of functions, those that sqlite3 writes for
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,16 +16,13 @@ from tpu_tune.data.formats import RowError
 from tpu_tune.data.ingest.encodings import decoded, misfit
 from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
 from tpu_tune.data.ingest.picking import picker
-from tpu_tune.data.ingest.sql_tokens import END, NAME, NUMBER, SIGN, STRING, WORD, Tokens, copied
+from tpu_tune.data.ingest.sql_tokens import END, SIGN, WORD, Tokens, copied
+from tpu_tune.data.ingest.sql_values import read_name, read_row
 from tpu_tune.data.ingest.sqlite import choose
 
 # What begins a constraint and no column; the second set are names of columns too, where no name or bracket follows.
 _RESERVED = frozenset("CONSTRAINT PRIMARY UNIQUE CHECK FOREIGN LIKE".split())
 _INDEX = frozenset("KEY INDEX FULLTEXT SPATIAL EXCLUDE".split())
-
-
-class _Unknown(Exception):
-    """A value that only a database can tell."""
 
 
 def split(text: str) -> list[str]:
@@ -148,14 +144,6 @@ class _Dump:
 
     # Rows
 
-    def _table_name(self) -> str:
-        """Read a name such as `public.posts`; its last part."""
-        name = str(self.tokens.next()[1])
-        while self.tokens.peek() == (SIGN, "."):
-            self.tokens.next()
-            name = str(self.tokens.next()[1])
-        return name
-
     def _column_names(self) -> list[str]:
         """Read `(a, b)` where it stands, else []."""
         names: list[str] = []
@@ -226,7 +214,7 @@ class _Dump:
             token = self.tokens.next()
         if not (token[0] == WORD and token[1].upper() == "INTO"):
             self.tokens.give_back(token)
-        table = self._table_name()
+        table = read_name(self.tokens)
         columns = self._column_names()
         while (token := self.tokens.peek())[0] != END and token != (SIGN, ";"):
             word = token[1].upper() if token[0] == WORD else ""
@@ -242,7 +230,7 @@ class _Dump:
         self.tokens.next()
         columns = self._take(table, columns)
         while self.tokens.peek() == (SIGN, "("):
-            values, reason = self._values()
+            values, reason = read_row(self.tokens)
             if columns is not None:
                 yield from self._row(columns, values, reason)
             if self.tokens.peek() == (SIGN, ","):
@@ -256,127 +244,9 @@ class _Dump:
             self.tokens.give_back(token)
             self._skip()
 
-    def _values(self) -> tuple[list[Any], str]:
-        """Read `(value, value)`; (values, what is wrong with them)."""
-        self.tokens.next()
-        values: list[Any] = []
-        reason = ""
-        while True:
-            try:
-                values.append(self._value())
-            except _Unknown as error:
-                values.append(None)
-                reason = f"value {len(values)} is no literal ({error}); only a database can tell it"
-            token = self.tokens.next()
-            if token not in ((SIGN, ","), (SIGN, ")")) and token[0] != END:
-                reason = reason or f"value {len(values)} is no literal (near '{str(token[1])[:20]}')"
-                self._to_next_value()
-                token = self.tokens.next()
-            if token == (SIGN, ")"):
-                return values, reason
-            if token[0] == END:
-                raise BadSource(f"line {self.tokens.line()}: it ends inside a row; is it cut short?")
-
-    def _to_next_value(self) -> None:
-        depth = 0
-        while (token := self.tokens.peek())[0] != END:
-            if depth == 0 and token in ((SIGN, ","), (SIGN, ")")):
-                return
-            depth += (token == (SIGN, "(")) - (token == (SIGN, ")"))
-            self.tokens.next()
-
-    def _value(self) -> Any:
-        value = self._single()
-        while True:
-            token = self.tokens.peek()
-            if token == (SIGN, "||"):
-                self.tokens.next()
-                other = self._single()
-                value = None if value is None or other is None else f"{value}{other}"
-            elif token == (SIGN, "::"):
-                self.tokens.next()
-                self._type()
-            elif token[0] == WORD and token[1].upper() == "COLLATE":
-                self.tokens.next()
-                self._table_name()
-            else:
-                return value
-
-    def _type(self) -> None:
-        """Pass over a type: `character varying(20)[]`."""
-        while (token := self.tokens.peek())[0] in (WORD, NAME) or token in ((SIGN, "["), (SIGN, "]"), (SIGN, ".")):
-            self.tokens.next()
-        if token == (SIGN, "("):
-            self.tokens.next()
-            while (token := self.tokens.next())[0] != END and token != (SIGN, ")"):
-                pass
-
-    def _single(self) -> Any:
-        kind, text = self.tokens.next()
-        if kind == STRING:
-            return text
-        if kind == NUMBER:
-            return _number(text)
-        if kind == NAME and self.tokens.dialect == "mysql":  # there double quotes are a string's, too
-            return text
-        if (kind, text) == (SIGN, "("):
-            value = self._value()
-            self._expect(")")
-            return value
-        if kind == SIGN and text in "+-":
-            value = self._single()
-            if isinstance(value, int | float):
-                return -value if text == "-" else value
-            raise _Unknown(f"{text}{value}")
-        if kind == WORD:
-            return self._word(text)
-        if (kind, text) in ((SIGN, ")"), (SIGN, ",")) or kind == END:
-            self.tokens.give_back((kind, text))
-        raise _Unknown(f"'{text[:20]}'")
-
-    def _word(self, text: str) -> Any:
-        word = text.upper()
-        if word in ("NULL", "DEFAULT"):
-            return None
-        if word in ("TRUE", "FALSE"):
-            return word == "TRUE"
-        if word.startswith("0X"):
-            digits = text[2:]
-            return bytes.fromhex("0" * (len(digits) % 2) + digits) if re.fullmatch("[0-9A-Fa-f]*", digits) else text
-        token = self.tokens.peek()
-        if token[0] == STRING:  # a character set before a string (_utf8mb4'..'), or a type (DATE '..')
-            return self._single()
-        if token != (SIGN, "("):
-            raise _Unknown(text[:40])
-        self.tokens.next()
-        arguments: list[Any] = []
-        unknown = ""
-        while self.tokens.peek() != (SIGN, ")"):
-            try:
-                arguments.append(self._value())
-            except _Unknown as error:
-                unknown = str(error)
-            token = self.tokens.peek()
-            if word == "CAST" and token[0] == WORD and token[1].upper() == "AS":
-                self._type()
-            elif token == (SIGN, ","):
-                self.tokens.next()
-            elif token != (SIGN, ")"):
-                unknown = unknown or str(token[1])[:20]
-                self._to_next_value()
-                if self.tokens.peek()[0] == END:
-                    break
-        self.tokens.next()
-        return _call(word, arguments, unknown)
-
-    def _expect(self, sign: str) -> None:
-        if self.tokens.peek() != (SIGN, sign):
-            raise _Unknown(f"'{str(self.tokens.peek()[1])[:20]}'")
-        self.tokens.next()
-
     def _copy(self) -> Iterator[dict[str, Any]]:
         r"""COPY table (columns) FROM stdin; then a line a row, tabs between, \N for NULL, to the line `\.`."""
-        table = self._table_name()
+        table = read_name(self.tokens)
         columns = self._column_names()
         words = []
         while (token := self.tokens.next())[0] != END and token != (SIGN, ";"):
@@ -395,32 +265,3 @@ class _Dump:
             values = [copied(value) for value in line.split("\t")]
             yield from self._row(taken, values, reason)
         self.tally.skipped.add(f"{self.name}:{self.tokens.line()}", "the dump ends inside COPY data; is it cut short?")
-
-
-def _number(text: str) -> int | float:
-    if len(text) > 4000:  # more digits than Python reads
-        raise _Unknown("a number too long to read")
-    return int(text) if text.isdigit() else float(text)
-
-
-def _call(word: str, arguments: list[Any], unknown: str) -> Any:
-    """The value of one of the functions that dumps hold."""
-    texts = [str(argument) for argument in arguments if argument is not None]
-    if not unknown and len(texts) == len(arguments):
-        if word == "REPLACE" and len(texts) == 3:
-            return texts[0].replace(texts[1], texts[2])
-        if word in ("CHAR", "CHR", "NCHAR") and all(
-            isinstance(code, int) and 0 <= code < 0x110000 for code in arguments
-        ):
-            return "".join(map(chr, arguments))
-        if word == "CAST" and len(arguments) == 1:
-            return arguments[0]
-        if word == "CONCAT":
-            return "".join(texts)
-        if word == "UNISTR" and len(texts) == 1:
-            return re.sub(
-                r"\\(?:\\|\+([0-9A-Fa-f]{6})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|([0-9A-Fa-f]{4}))",
-                lambda match: chr(min(int("".join(filter(None, match.groups())) or "5c", 16), 0x10FFFF)),
-                texts[0],
-            )
-    raise _Unknown(f"{word}(...)" if not unknown else unknown)

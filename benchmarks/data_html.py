@@ -69,7 +69,7 @@ def measure(folder: pathlib.Path, rounds: int, copies: int = 6) -> dict[str, Any
 
     from tpu_tune.data.ingest.html import html_text
 
-    pages = [path.read_bytes() for path in sorted(folder.rglob("*.html"))[::every]]
+    pages = [path.read_bytes() for path in sorted(folder.rglob("*.html"))]
     ours, bare, alone, spread = [], [], [], []
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as links:

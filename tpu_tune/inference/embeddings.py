@@ -45,12 +45,12 @@ def embed(
     Args:
       model: loaded; its weights are held whole on every device.
       windows: texts, some thousands at a time.
-      max_length: tokens that are read of each text.
+      max_length: tokens that are read of each text; at most as many as a model with learned positions has.
       batch_tokens: of a batch on all devices, padding included.
       devices: by default all, of a CPU's virtual ones the first: they share its cores.
 
     Raises:
-      UserError: `max_length` is less than one, or more than a model with learned positions has.
+      UserError: `max_length` is less than one.
     """
     arch = model.architecture.encoder or model.architecture
     if max_length < 1:

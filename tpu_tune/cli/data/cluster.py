@@ -74,9 +74,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"note: {hint}", file=sys.stderr)
     if report["bad_rows"]:
         print(f"{report['bad_rows']:,} bad rows left out, the first {report['bad_examples'][0]}", file=sys.stderr)
+    steps = f"{report['iterations']} {'mini-batches' if report['mini_batch'] else 'passes'}"
     print(
-        f"{report['rows']:,} rows in {report['k']} clusters (inertia {report['inertia']:.6g}, {report['iterations']} "
-        f"{'passes' if report['converged'] else 'passes, not converged'}, {report['dimensions']} dimensions)"
+        f"{report['rows']:,} rows in {report['k']} clusters (inertia {report['inertia']:.6g} after {steps}, "
+        f"{report['dimensions']} dimensions)"
     )
     if report["tried"]:
         print("silhouette by k: " + ", ".join(f"{k}: {score:.3f}" for k, score in report["tried"].items()))

@@ -23,7 +23,7 @@ from tpu_tune.data.cluster import subset
 from tpu_tune.data.cluster.choose import choose_k
 from tpu_tune.data.cluster.features import TFIDF_SAMPLE, WINDOW, model_features, tfidf_features, wordless
 from tpu_tune.data.cluster.html import page
-from tpu_tune.data.cluster.kmeans import BATCH_SIZE, Clusters, kmeans
+from tpu_tune.data.cluster.kmeans import BATCH_SIZE, MINI_BATCH_FROM, Clusters, kmeans
 from tpu_tune.data.cluster.rows import Survey, check_unchanged, read_texts, survey, windows
 from tpu_tune.data.streams import Skipped, aside, progress, writing
 from tpu_tune.errors import UserError
@@ -94,7 +94,7 @@ def cluster(input: str, output: str, options: ClusterOptions | None = None) -> d
 
     Returns:
       `rows`, `bad_rows`, `bad_examples`, `k`, `tried` (k -> silhouette, of "auto"), `features`, `dimensions`, `inertia`,
-      `iterations`, `converged`, `kept`, `outliers`, `clusters` (of each `cluster`, `rows`, `kept`, `outliers`, `words`,
+      `mini_batch`, `iterations` (passes, or mini-batches), `converged`, `kept`, `outliers`, `clusters` (of each `cluster`, `rows`, `kept`, `outliers`, `words`,
       `examples`), `hints`, and `options`.
 
     Raises:
@@ -109,9 +109,8 @@ def cluster(input: str, output: str, options: ClusterOptions | None = None) -> d
     with _scratch(output) as file:
         data = _features(input, surveyed, file, options)
         k, tried = (options.k, {}) if options.k != "auto" else choose_k(data, options.seed)
-        found = by_size(
-            kmeans(data, k, options.seed, options.mini_batch, options.batch_size, options.max_iterations), k
-        )
+        mini_batch = surveyed.rows >= MINI_BATCH_FROM if options.mini_batch is None else options.mini_batch
+        found = by_size(kmeans(data, k, options.seed, mini_batch, options.batch_size, options.max_iterations), k)
         far = subset.outliers(found.labels, found.distances, k)
         if not options.model:
             far = dict(sorted((far | dict.fromkeys(wordless(data).tolist(), _WORDLESS)).items()))
@@ -130,7 +129,7 @@ def cluster(input: str, output: str, options: ClusterOptions | None = None) -> d
             "bad_examples": [str(bad) for bad in surveyed.skipped.examples], "k": k,
             "tried": {str(number): round(score, 4) for number, score in tried.items()},
             "features": options.model or "tf-idf", "dimensions": data.shape[1], "inertia": found.inertia,
-            "iterations": found.iterations, "converged": found.converged, "kept": int(kept.sum()), "outliers": len(far),
+            "mini_batch": mini_batch, "iterations": found.iterations, "converged": found.converged, "kept": int(kept.sum()), "outliers": len(far),
             "clusters": clusters, "hints": _hints(surveyed.rows, found, k, options), "options": asdict(options),
         }  # fmt: skip
         if options.map:
@@ -177,12 +176,11 @@ def _scratch(output: str) -> Iterator[Path]:
     """Yield a path beside the output for the vectors, which may not fit into a /tmp."""
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=".cluster.", dir=Path(output).parent, ignore_cleanup_errors=True
-        ) as path:
-            yield Path(path) / "features.npy"
+        folder = tempfile.TemporaryDirectory(prefix=".cluster.", dir=Path(output).parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
+    with folder as path:
+        yield Path(path) / "features.npy"
 
 
 def _features(input: str, surveyed: Survey, file: Path, options: ClusterOptions) -> np.ndarray:

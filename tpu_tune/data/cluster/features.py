@@ -27,8 +27,22 @@ WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}"
 
 
 def open_features(path: str | os.PathLike, rows: int, width: int) -> np.memmap:
-    """Make a .npy file of (rows, width) float32."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, width))
+    """Make a .npy file of (rows, width) float32.
+
+    Raises:
+      UserError: the disk has no room for it.
+    """
+    features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, width))
+    if hasattr(os, "posix_fallocate"):  # a full disk would otherwise end the process when it is written to
+        try:
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError as error:
+            raise UserError(
+                f"{os.path.dirname(path)}: no room for the vectors of {rows:,} rows, {features.nbytes / 1e9:.2f} GB "
+                f"({error.strerror})"
+            ) from error
+    return features
 
 
 def tfidf_features(

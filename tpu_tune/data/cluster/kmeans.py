@@ -24,6 +24,7 @@ from tpu_tune.data.streams import progress
 from tpu_tune.errors import UserError
 
 LANES = 8  # a block's parts; devices share them out
+CHUNK = 1024  # rows of one product: a CPU's cache holds them; eight times as many elsewhere
 BLOCK_BYTES = 64 * 2**20  # of rows that are on the devices at one time
 BATCH_SIZE = 8192  # rows of a mini-batch
 MINI_BATCH_FROM = 100_000  # rows; below, Lloyd's passes over all of them are quick enough
@@ -113,7 +114,6 @@ class _Passes:
         self.lanes = math.lcm(LANES, len(devices))
         self.slots = slots
         self.offset = np.asarray(offset, np.float32)  # far from the origin, x.c would lose what tells centres apart
-        self.chunk = 1024 if devices[0].platform == "cpu" else 8192  # a CPU's cache holds it
 
     def sums(
         self, data: Float[np.ndarray, "n d"], centers: Float[np.ndarray, "k d"]
@@ -150,7 +150,8 @@ class _Passes:
 
     def _blocks(self, data: np.ndarray) -> Iterator[tuple[Array, int]]:
         """Yield (lanes, chunks, rows, d) arrays on the devices and how many of their rows are real."""
-        chunk = min(self.chunk, 1 << max(len(data) // self.lanes, 8).bit_length())
+        most = CHUNK if self.mesh.devices.flat[0].platform == "cpu" else 8 * CHUNK
+        chunk = min(most, 1 << max(len(data) // self.lanes, 8).bit_length())
         unit = self.lanes * chunk
         chunks = max(1, min(-(-len(data) // unit), BLOCK_BYTES // (4 * unit * data.shape[1])))
         shape, size = (self.lanes, chunks, chunk, data.shape[1]), unit * chunks

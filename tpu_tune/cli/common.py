@@ -43,6 +43,11 @@ class Commands:
         return added
 
 
+def spellings(option: str) -> list[str]:
+    """An option as it is written here, `--split-ratio`, and as the guide writes it, `--split_ratio`."""
+    return [option, "--" + option[2:].replace("-", "_")]
+
+
 def read_config(options: argparse.Namespace) -> Any:
     """The configuration of `--config FILE` with the `--config.KEY=VALUE` laid over it."""
     config = configuration.from_file(options.config) if options.config else configuration.default()

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,20 +65,29 @@ def read_json_lines(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple
     Raises:
       UserError: the file cannot be read, or holds a bad row and those are not allowed.
     """
+    for number, line in read_lines(path):
+        if number == 1 and line:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line is not None and not line.strip():
+            continue
+        row, reason = _parse(line)
+        if row is None:
+            skipped.add(f"{os.fspath(path)}:{number}", reason)
+        else:
+            yield number, row
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (line number from 1, line with its line break) of a file, gzipped or not; None for one over MAX_ROW_BYTES.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     path = os.fspath(path)
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(_lines(file), start=1):
-                if number == 1 and line:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line is not None and not line.strip():
-                    continue
-                row, reason = _parse(line)
-                if row is None:
-                    skipped.add(f"{path}:{number}", reason)
-                else:
-                    yield number, row
-    except (OSError, EOFError) as error:  # a gzip file that ends early is an EOFError
+            yield from enumerate(_lines(file), start=1)
+    except (OSError, EOFError, zlib.error) as error:  # a gzip file that ends early is an EOFError
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 

@@ -1,0 +1,64 @@
+"""`tpu-tune data split`: train.jsonl and val.jsonl from one file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from tpu_tune.cli.common import Commands, spellings
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = commands.add("split", run, "write train.jsonl and val.jsonl, seeded, line by line",
+                          "tpu-tune data split --input dataset.jsonl --split_ratio 0.99,0.01")  # fmt: skip
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--input", dest="input", metavar="FILE", help="the .jsonl file (or .jsonl.gz) to split")
+    given.add_argument("positional", nargs="?", metavar="FILE", help="the same, without --input")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        *spellings("--split-ratio"), metavar="TRAIN,VAL",
+        help="each row is for training if a number drawn from [0, TRAIN + VAL) is below TRAIN",
+    )  # fmt: skip
+    size.add_argument(
+        *spellings("--val-count"),
+        type=int,
+        metavar="N",
+        help="exactly N rows for validation (with --group-key: at least)",
+    )
+    size.add_argument(
+        "--auto", action="store_true",
+        help="the guide's rule of thumb, and what is done without any of these three: 0.1%% for validation, 0.01%% from "
+        "a million rows on; at least one row",
+    )  # fmt: skip
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument(
+        *spellings("--group-key"), default="", metavar="KEY",
+        help="rows with the same value of KEY stay together, such as one conversation's; a.b is b inside a",
+    )  # fmt: skip
+    keys.add_argument(
+        "--stratify", default="", metavar="KEY", help="the same share of each value of KEY, such as cluster"
+    )
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="decides which rows (default 42)")
+    parser.add_argument(
+        *spellings("--output-dir"), default=".", metavar="DIR", help="where to write (default: the working directory)"
+    )
+    parser.add_argument(*spellings("--skip-bad"), action="store_true", help="leave out and count what cannot be used")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; return the exit status."""
+    from tpu_tune.data.split import SplitOptions, parse_ratio, split_file
+
+    share = None if options.split_ratio is None else parse_ratio(options.split_ratio)
+    wish = SplitOptions(share, options.val_count, options.group_key, options.stratify, options.seed)
+    found = split_file(options.input or options.positional, options.output_dir, wish, options.skip_bad)
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    for side in ("train", "val"):
+        print(f"{found[side]}: {found[f'{side}_rows']} of {found['rows']} rows")
+    if found["bad_rows"]:
+        print(f"{found['bad_rows']} bad rows left out", file=sys.stderr)
+    return 0

@@ -92,7 +92,7 @@ def _lora() -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
     return {
-        "train": "",  # .jsonl, .json, .csv, .parquet, a directory of them (local or gs://), or a hub id
+        "train": "",  # .jsonl, .json, .csv, .parquet, .arrow (also tokenized), a directory of them (local or gs://), or a hub id
         "eval": "",  # the same; empty: a seeded split of data.train that is never trained on
         "eval_ratio": 0.05,  # share of the rows taken for that split; 0 turns evaluation off
         "format": "auto",  # auto | text | input-output | prompt-generation | prompt-completion | alpaca | sharegpt | messages

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.data import cache, chat
+from tpu_tune.data import arrow, cache, chat
 from tpu_tune.data.formats import detect
 from tpu_tune.data.loading import Batches, PackedRows, eval_batches, num_target_tokens, prefetch
 from tpu_tune.data.packing import one_per_row, pack
@@ -125,19 +125,15 @@ def _tokenized(
     sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, pairs: bool
 ) -> TokenizedSet:
     """Tokenize sources, or find them in the cache, and check that there is something to learn."""
-    asked = Options(
-        format=data.format,
-        max_length=data.max_length,
-        columns=dict(data.columns),
-        chat_template=chat.read_template(tokenizer, data.chat_template),
-        response_markers=tuple(data.response_markers),
-        instruction_markers=tuple(data.instruction_markers),
-        train_on_source=data.train_on_source,
-        source_max_len=data.source_max_len,
-        target_max_len=data.target_max_len,
-        skip_bad_rows=data.skip_bad_rows,
-        encoder_decoder=pairs,
-    )
+    tokenized = [source for source in sources if arrow.is_tokenized(source)]
+    if tokenized:
+        _check_tokenized(sources, tokenized, name, tokenizer, pairs)
+        if data.train_on_source or data.response_markers:
+            logger.warning("%s is tokenized, and its own labels say what is trained on", name)
+        result = arrow.load(sources, data.max_length)
+        _check(result, name, vocab_size)
+        return result
+    asked = options_of(data, tokenizer, pairs)
     read = {source: read_rows(source, skip_bad_rows=data.skip_bad_rows) for source in sources if is_hub(source)}
     root = cache.directory(data.cache_dir)
     key = cache.fingerprint(sources, [row for rows, _ in read.values() for row in rows], tokenizer, asked)
@@ -149,6 +145,41 @@ def _tokenized(
         cache.save(root, key, result)
     _check(result, name, vocab_size)
     return result
+
+
+def options_of(data: Any, tokenizer: Any, encoder_decoder: bool = False) -> Options:
+    """What `config.data` says of tokenizing; `format` may be `auto` still."""
+    return Options(
+        format=data.format,
+        max_length=data.max_length,
+        columns=dict(data.columns),
+        chat_template=chat.read_template(tokenizer, data.chat_template),
+        response_markers=tuple(data.response_markers),
+        instruction_markers=tuple(data.instruction_markers),
+        train_on_source=data.train_on_source,
+        source_max_len=data.source_max_len,
+        target_max_len=data.target_max_len,
+        skip_bad_rows=data.skip_bad_rows,
+        encoder_decoder=encoder_decoder,
+    )
+
+
+def _check_tokenized(sources: list[str], tokenized: list[str], name: str, tokenizer: Any, pairs: bool) -> None:
+    """Refuse or warn before a tokenized file is trained on that was made for something else."""
+    if pairs:
+        raise UserError(f"{name}: an encoder-decoder reads rows with an input and an output, not tokenized ones")
+    others = [source for source in sources if source not in tokenized]
+    if others:
+        raise UserError(
+            f"{name}: holds tokenized rows ({tokenized[0]}) and others ({others[0]}), perhaps the same ones twice; name one file"
+        )
+    mine = cache.tokenizer_hash(tokenizer)
+    for source in tokenized:
+        theirs = arrow.read_about(source).get("tokenizer", mine)
+        if theirs != mine:
+            logger.warning(
+                "%s was tokenized with another tokenizer than this model's, or another version of it", source
+            )
 
 
 def _tokenize_sources(
@@ -209,8 +240,7 @@ def _summarise(data: TokenizedSet, rows: PackedRows | PairRows) -> dict[str, Any
     """The set's counts, and under `packed_*` those of the rows made of this part of it."""
     documents = rows.documents
     tokens = int(data.lengths[documents].sum())
-    marked = np.concatenate([[0], np.cumsum(data.loss_mask, dtype=np.int64)])
-    targets = int((marked[data.offsets[documents + 1]] - marked[data.offsets[documents]]).sum())
+    targets = int(data.count_targets()[documents].sum())
     return {
         **data.summary,
         "used_examples": len(documents),

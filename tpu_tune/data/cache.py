@@ -63,6 +63,11 @@ def _digest(source: str) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash what decides a tokenizer's ids; its chat template is no part of it."""
+    return hashlib.sha256(_describe_tokenizer(tokenizer)).hexdigest()[:32]
+
+
 def _describe_tokenizer(tokenizer: Any) -> bytes:
     # What is put before a text by default is not always in the serialized form. The call also resets the truncation
     # and padding that earlier calls have left in it.

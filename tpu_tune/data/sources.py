@@ -1,4 +1,4 @@
-"""Where rows come from: JSON Lines, JSON, CSV, TSV and Parquet files, a directory of them, or a hub dataset.
+"""Where rows come from: JSON Lines, JSON, CSV, TSV, Parquet and Arrow files, a directory of them, or a hub dataset.
 
 Files and directories may be in a bucket (`gs://bucket/rows.jsonl`), and are read from there whole.
 
@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from typing import Any
 from tpu_tune.checkpoints import storage
 from tpu_tune.errors import UserError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _HUB = "hub:"  # a hub source is written hub:<dataset id>:<split>
 _TRAIN_NAMES = ("train", "training")
 _EVAL_NAMES = ("val", "valid", "validation", "dev", "eval", "evaluation", "test")  # the first kind present is taken
+_NOTES = ("dataset_info.json", "state.json")  # what `datasets` saves beside its Arrow files
 _SKIP_ADVICE = "fix it or set data.skip_bad_rows=True"
 
 
@@ -107,7 +109,8 @@ def _split_files(directory: str, files: list[str]) -> tuple[list[str], list[str]
 def _data_files(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    return sorted(file for file in directory.iterdir() if file.is_file() and file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in directory.iterdir() if file.is_file() and file.suffix.lower() in SUFFIXES)
+    return [file for file in files if file.name not in _NOTES]
 
 
 def _resolve_hub(name: str) -> tuple[list[str], list[str] | None]:
@@ -153,6 +156,8 @@ def read_rows(path: str, *, skip_bad_rows: bool = False) -> tuple[list[dict[str,
         suffix = Path(path).suffix.lower()
         if suffix == ".parquet":
             rows, bad = _read_parquet(path), []
+        elif suffix == ".arrow":
+            rows, bad = _read_arrow(path), []
         else:
             readers = {".json": _read_json, ".csv": _read_table, ".tsv": _read_table}
             rows, bad = readers.get(suffix, _read_json_lines)(path, _read_bytes(path))
@@ -247,6 +252,54 @@ def _read_parquet(path: str) -> list[dict]:
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as Parquet ({reason})") from error
+
+
+def _read_arrow(path: str) -> list[dict]:
+    import pyarrow
+
+    schema, batches = open_arrow(path)
+    return pyarrow.Table.from_batches([batch for batch, _ in batches], schema).to_pylist()
+
+
+def open_arrow(path: str) -> tuple[Any, Iterator[tuple[Any, Any]]]:
+    """Open an Arrow file of either kind, file (mapped into memory where it is local) or stream.
+
+    Returns:
+      (pyarrow schema, iterator over (pyarrow record batch, its own metadata or None)).
+
+    Raises:
+      UserError: it cannot be read, also while iterating.
+    """
+    import pyarrow
+
+    try:
+        remote = storage.is_remote(path)
+        file = pyarrow.BufferReader(storage.read_bytes(path)) if remote else pyarrow.memory_map(path)
+        try:
+            reader = pyarrow.ipc.open_file(file)
+        except pyarrow.ArrowInvalid:
+            file.seek(0)
+            reader = pyarrow.ipc.open_stream(file)
+        return reader.schema, _batches(path, reader)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _no_arrow(path, error) from error
+
+
+def _batches(path: str, reader: Any) -> Iterator[tuple[Any, Any]]:
+    import pyarrow
+
+    try:
+        if isinstance(reader, pyarrow.RecordBatchFileReader):
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch_with_custom_metadata(number)
+        else:
+            yield from reader.iter_batches_with_custom_metadata()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _no_arrow(path, error) from error
+
+
+def _no_arrow(path: str, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read as an Arrow file ({' '.join(str(error).split())[:200]})")
 
 
 def _read_hub(source: str) -> list[dict]:

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from tpu_tune.data import sources
 from tpu_tune.data.sources import BadRow
 from tpu_tune.errors import UserError
 
@@ -75,6 +76,27 @@ def read_json_lines(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple
             skipped.add(f"{os.fspath(path)}:{number}", reason)
         else:
             yield number, row
+
+
+def read_any(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where it stands, row) of a data file of any kind; JSON Lines are streamed, the others are read whole.
+
+    Raises:
+      UserError: the file cannot be read, is of no known kind, or holds a bad row and those are not allowed.
+    """
+    path = os.fspath(path)
+    if path.lower().endswith(JSON_LINES):
+        for number, row in read_json_lines(path, skipped):
+            yield f"{path}:{number}", row
+    elif Path(path).suffix.lower() in sources.SUFFIXES:
+        rows, bad = sources.read_rows(path, skip_bad_rows=True)
+        for row in bad:
+            skipped.add(row.where, row.reason)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
+    else:
+        kinds = ", ".join(dict.fromkeys((*JSON_LINES, *sources.SUFFIXES)))
+        raise UserError(f"{path}: unknown kind of data file '{Path(path).suffix}'; known: {kinds}")
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes | None]]:
@@ -183,6 +205,6 @@ def aside(path: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def progress(items: Iterable, what: str, total: int | None = None, unit: str = "rows") -> tqdm:
-    """Wrap an iterable in a progress bar on standard error, drawn only where that is a terminal."""
+def progress(items: Iterable | None, what: str, total: int | None = None, unit: str = "rows") -> tqdm:
+    """Wrap an iterable in a progress bar on standard error, drawn only where that is a terminal; None: `update` it."""
     return tqdm(items, desc=what, total=total, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False)

@@ -45,6 +45,8 @@ class Options:
     target_max_len: int = 0
     skip_bad_rows: bool = False
     encoder_decoder: bool = False
+    drop_long: bool = False  # leave out pairs and chats that are too long, instead of cutting them
+    num_eos: int = 1  # ends of text after an answer or a text
 
 
 @dataclass
@@ -52,11 +54,13 @@ class TokenizedSet:
     """Examples in flat form.
 
     Attributes:
-      tokens: (total,) int32, the examples one after the other.
+      tokens: (total,) int32, the examples one after the other. From an Arrow file both are `arrow.Values`, which are
+        read as they are sliced.
       loss_mask: (total,) bool, the tokens to be predicted.
       offsets: (examples + 1,) int64; example i is tokens[offsets[i]:offsets[i + 1]].
       source_rows: (examples,) int64, the row that each example was made from (a long text makes several).
       summary: counts of rows, examples, tokens, target tokens, and of what was cut, dropped or bad, by reason.
+      targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
     """
 
     tokens: np.ndarray
@@ -64,6 +68,7 @@ class TokenizedSet:
     offsets: np.ndarray
     source_rows: np.ndarray
     summary: dict[str, Any]
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -72,6 +77,14 @@ class TokenizedSet:
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (examples,) int64."""
         return np.diff(self.offsets)
+
+    def count_targets(self) -> np.ndarray:
+        """Tokens to be predicted of each example, (examples,) int64."""
+        if self.targets is None:
+            self.targets = np.zeros(0, np.int64)
+            if len(self):  # no example is empty
+                self.targets = np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
+        return self.targets
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,11 @@ def _read_marks(tokenizer: Any) -> _Marks:
 
 
 def tokenize_rows(
-    rows: Sequence[Mapping[str, Any]], tokenizer: Any, options: Options, where: str = "row", first: int = 0
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    options: Options,
+    where: str | Sequence[str] = "row",
+    first: int = 0,
 ) -> TokenizedSet:
     """Tokenize rows of one format.
 
@@ -104,7 +121,7 @@ def tokenize_rows(
       rows: dictionaries as `sources.read_rows` gives them.
       tokenizer: a Hugging Face tokenizer; chats and response markers need a fast one, for its character offsets.
       options: format, lengths and masks.
-      where: the rows' source, for messages.
+      where: for messages, the rows' source, or where each of them stands.
       first: index of the first row, for messages and `source_rows`.
 
     Raises:
@@ -114,6 +131,10 @@ def tokenize_rows(
     if options.format in ("messages", "sharegpt") or options.response_markers:
         if not tokenizer.is_fast:
             raise UserError("chats and response markers need a fast tokenizer (tokenizer.json), for its offsets")
+
+    def place(index: int) -> str:
+        return f"{where} {index + 1}" if isinstance(where, str) else where[index - first]
+
     marks = _read_marks(tokenizer)
     counts, dropped, bad = Counter(), Counter(), []
     ids_list, mask_list, row_list = [], [], []
@@ -123,10 +144,10 @@ def tokenize_rows(
             try:
                 sample = convert(row, options.format, options.columns)
                 if options.encoder_decoder and not isinstance(sample, Pair):
-                    raise UserError(_no_pair(sample, f"{where} {index + 1}"))
+                    raise UserError(_no_pair(sample, place(index)))
                 samples.append((index, _prepare(sample, tokenizer, options)))
             except RowError as error:
-                bad.append(BadRow(f"{where} {index + 1}", str(error)))
+                bad.append(BadRow(place(index), str(error)))
                 if not options.skip_bad_rows:
                     raise UserError(f"{bad[-1]}; fix it or set data.skip_bad_rows=True") from error
         for index, ids, mask in _encode(samples, tokenizer, marks, options, counts, dropped):
@@ -189,6 +210,9 @@ def _encode(
     encoded = _tokenize(tokenizer, texts, with_offsets)
     for index, sample in samples:
         pieces = [next(encoded) for _ in _texts(sample, marks, options)]
+        if options.drop_long and _length(sample, pieces) > options.max_length:
+            dropped["longer than max_length"] += 1
+            continue
         if isinstance(sample, Text):
             examples = _text_examples(sample, *pieces[0], marks, options, counts)
             reason = "no response marker in the text" if options.response_markers else "empty text"
@@ -216,6 +240,13 @@ def _encode(
             dropped[reason] += 1
 
 
+def _length(sample: Any, pieces: list) -> int:
+    """Tokens of a row that may not be cut into blocks."""
+    if isinstance(sample, Text):
+        return 0
+    return len(sample.ids) if isinstance(sample, _Encoded) else sum(len(ids) for ids, _ in pieces)
+
+
 def _no_pair(sample: Sample, where: str) -> str:
     found = "plain text" if isinstance(sample, Text) else "a chat"
     return (
@@ -229,7 +260,7 @@ def _texts(sample: Any, marks: _Marks, options: Options) -> list[str]:
         return [(marks.bos if marks.adds_bos else "") + sample.source, sample.target]
     if isinstance(sample, Pair):
         bos = "" if marks.bos and sample.source.startswith(marks.bos) else marks.bos
-        return [bos + sample.source, sample.target + marks.eos]
+        return [bos + sample.source, sample.target + marks.eos * options.num_eos]
     return [] if isinstance(sample, _Encoded) else [sample.text]
 
 
@@ -258,7 +289,8 @@ def _text_examples(
     if marks.adds_bos and ids[0] != marks.bos_id:
         ids, mask = np.append(np.int32(marks.bos_id), ids), np.append(False, mask)
     if marks.eos_id is not None and ids[-1] != marks.eos_id:
-        ids, mask = np.append(ids, np.int32(marks.eos_id)), np.append(mask, open_at_end)
+        ends = [marks.eos_id] * options.num_eos
+        ids, mask = np.append(ids, np.int32(ends)), np.append(mask, [open_at_end] * len(ends))
     width = options.max_length
     counts["split"] += len(ids) > width
     return [_example(ids[i : i + width], mask[i : i + width]) for i in range(0, len(ids), width)]

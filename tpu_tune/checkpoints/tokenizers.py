@@ -1,0 +1,73 @@
+"""A model's tokenizer alone, without its weights: what preparing data needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from tpu_tune.checkpoints.gguf_file import open_gguf_file
+from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer
+from tpu_tune.checkpoints.huggingface import load_tokenizer
+from tpu_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # what published tokenizers call the end of a text
+
+
+def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of a model.
+
+    Args:
+      path: a Hugging Face directory or hub id, a `.gguf` file, or a `tokenizer.json`. Where nothing beside a
+        `tokenizer.json` says which token ends a text, the first known name of one in its vocabulary is taken.
+
+    Raises:
+      UserError: there is no usable tokenizer.
+    """
+    if not path:
+        raise UserError("no tokenizer given; give a Hugging Face id, a local directory or a .gguf file")
+    if path.endswith(".gguf"):
+        file = open_gguf_file(path)
+        return build_tokenizer(file.path, file.metadata)
+    local = os.path.expanduser(path)
+    if os.path.isdir(local):
+        alone = os.path.join(local, "tokenizer.json")
+        return _from_file(alone) if os.path.isfile(alone) and not _has_config(alone) else load_tokenizer(local)
+    if os.path.isfile(local):
+        return load_tokenizer(os.path.dirname(local) or ".") if _has_config(local) else _from_file(local)
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"{path}: there is no such file or directory")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the client's many errors mean one thing to the user
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: not a local directory, and the Hugging Face hub did not give its tokenizer ({reason})"
+        ) from error
+
+
+def _has_config(file: str) -> bool:
+    beside = os.path.join(os.path.dirname(file), "tokenizer_config.json")
+    return os.path.basename(file) == "tokenizer.json" and os.path.isfile(beside)
+
+
+def _from_file(path: str) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=path)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())[:200]})") from error
+    vocabulary = tokenizer.get_vocab()
+    found = [token for token in _ENDS if token in vocabulary]
+    if found:
+        tokenizer.eos_token = found[0]
+        logger.info("%s does not say which token ends a text; taking %s", path, found[0])
+    return tokenizer

@@ -1,0 +1,110 @@
+"""`tpu-tune data tokenize`: an Arrow file of token ids and labels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from tpu_tune.cli.common import Commands, spellings
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    parser = commands.add("tokenize", run, "tokenize rows into an Arrow file that trainers read memory-mapped",
+                          "tpu-tune data tokenize --input-file train.jsonl --output-file train.arrow "
+                          "--tokenizer-path HuggingFaceTB/SmolLM2-135M-Instruct --max-length 2048")  # fmt: skip
+    parser.add_argument(
+        "-i", *spellings("--input-file"), required=True, metavar="FILE",
+        help=".jsonl (or .jsonl.gz), .json, .csv, .tsv or .parquet with text, input/output, prompt/generation, alpaca or "
+        "chat rows",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", *spellings("--output-file"), required=True, metavar="FILE", help="the .arrow file to write"
+    )
+    add_tokenizer(parser)
+    parser.add_argument(
+        "-l", *spellings("--max-length"), type=int, default=2048, metavar="N",
+        help="tokens a row (default 2048): text is cut into blocks of N, pairs and chats that are longer are left out",
+    )  # fmt: skip
+    parser.add_argument(
+        *spellings("--num-eos"), type=int, default=1, metavar="N",
+        help="ends of text after an answer or a text (default 1; 3 as PygmalionAI's script; chats end as their template)",
+    )  # fmt: skip
+    add_format(parser)
+    parser.add_argument(*spellings("--train-on-source"), action="store_true", help="label the prompt too")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes (default: what the rows are worth)"
+    )
+    parser.add_argument(
+        *spellings("--skip-bad"), action="store_true", help="leave out and count rows that cannot be used"
+    )
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Add `--tokenizer-path`."""
+    parser.add_argument(
+        "-t", *spellings("--tokenizer-path"), "--tokenizer", dest="tokenizer_path", required=True, metavar="PATH",
+        help="Hugging Face id or directory, .gguf file, or tokenizer.json",
+    )  # fmt: skip
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a row means."""
+    parser.add_argument(
+        "--format", default="auto",
+        help="auto (by the keys of the first row), text, input-output, prompt-generation, prompt-completion, alpaca, "
+        "sharegpt, messages",
+    )  # fmt: skip
+    for key, name in (("text", "text"), ("input", "prompt"), ("output", "answer")):
+        parser.add_argument(
+            *spellings(f"--{key}-key"), default="", metavar="KEY", help=f"the rows' own key of the {name}"
+        )
+    parser.add_argument(
+        *spellings("--chat-template"),
+        default="",
+        metavar="TEXT",
+        help="Jinja text or file (default: the tokenizer's own)",
+    )
+
+
+def columns(options: argparse.Namespace) -> dict[str, str]:
+    """The rows' own keys -> the known ones."""
+    named = {"text": options.text_key, "input": options.input_key, "output": options.output_key}
+    return {own: known for known, own in named.items() if own and own != known}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run it; return the exit status."""
+    from tpu_tune.checkpoints.tokenizers import open_tokenizer
+    from tpu_tune.data import chat
+    from tpu_tune.data.pretokenize import tokenize_file
+    from tpu_tune.data.tokenizing import Options
+    from tpu_tune.errors import UserError
+
+    for name, least in (("max_length", 2), ("num_eos", 0), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}")
+    tokenizer = open_tokenizer(options.tokenizer_path)
+    wish = Options(
+        format=options.format,
+        max_length=options.max_length,
+        columns=columns(options),
+        chat_template=chat.read_template(tokenizer, options.chat_template),
+        train_on_source=options.train_on_source,
+        num_eos=options.num_eos,
+    )
+    found = tokenize_file(options.input_file, options.output_file, tokenizer, wish, options.workers, options.skip_bad)
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    print(
+        f"{found['output']}: {found['examples']:,} examples ({found['format']}) of {found['rows']:,} rows, "
+        f"{found['tokens']:,} tokens, {found['target_tokens']:,} of them targets; {found['bytes'] / 1e6:,.2f} MB"
+    )
+    if found["split"]:
+        print(f"{found['split']:,} texts cut into blocks of {found['max_length']} tokens")
+    for reason, count in found["dropped"].items():
+        print(f"{count:,} rows left out: {reason}")
+    if found["bad_rows"]:
+        print(f"{found['bad_rows']:,} bad rows left out, first {found['bad_examples'][0]}")
+    return 0

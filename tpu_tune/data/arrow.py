@@ -1,0 +1,281 @@
+"""Tokenized rows as Arrow files: written for our trainer and others, read memory-mapped.
+
+A file is an Arrow IPC *file* of record batches with the columns `input_ids` and `labels`, lists of int64, where -100
+marks what is not predicted: what PygmalionAI's training code maps into memory and `datasets` loads. Read are also its
+files for plain text (one batch of plain integers a block), columns of other integer types, further columns (which are
+left alone, such as pandas' `__index_level_0__`), and the IPC *stream* format that `datasets` saves.
+
+Reading converts nothing: `Values` cuts an example's tokens out of the mapped file when a batch is made of it. What is
+held for a file is some 60 bytes an example. The file is gone through once, in pieces, to check it and to count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tpu_tune.data.loading import IGNORE
+from tpu_tune.data.sources import open_arrow
+from tpu_tune.data.tokenizing import TokenizedSet
+from tpu_tune.errors import UserError
+
+METADATA = b"tpu_tune"  # key of the schema's metadata, and of a batch's
+_PIECE = 2**18  # values that are looked at together
+
+
+def schema(about: dict[str, Any]) -> pa.Schema:
+    """The schema of a file; `about` (max_length, tokenizer, format) is kept in it as JSON."""
+    fields = [pa.field(name, pa.list_(pa.int64())) for name in ("input_ids", "labels")]
+    return pa.schema(fields, {METADATA: json.dumps(about, sort_keys=True).encode()})
+
+
+def write_batch(writer: pa.RecordBatchWriter, data: TokenizedSet) -> None:
+    """Append the examples of a set as one record batch.
+
+    Where a row was cut into several examples, the batch's metadata says how many examples each row has made, so that
+    a row held out for evaluation is held out whole.
+    """
+    offsets = pa.array(data.offsets.astype(np.int32))
+    tokens = data.tokens.astype(np.int64)
+    columns = [tokens, np.where(data.loss_mask, tokens, IGNORE)]
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in columns]
+    _, counts = np.unique(data.source_rows, return_counts=True)
+    about = {"examples_per_row": counts.tolist()} if (counts > 1).any() else {}
+    writer.write_batch(
+        pa.record_batch(lists, names=["input_ids", "labels"]), {METADATA: json.dumps(about).encode()} if about else None
+    )
+
+
+def is_tokenized(source: str) -> bool:
+    """Whether a source is an Arrow file that holds token ids; one may hold rows of text, too.
+
+    Raises:
+      UserError: it is named .arrow and cannot be read as such.
+    """
+    return Path(source).suffix.lower() == ".arrow" and "input_ids" in open_arrow(source)[0].names
+
+
+def read_about(source: str) -> dict[str, Any]:
+    """What the file says of itself: `max_length`, `tokenizer` (a hash), `format`; empty where another program wrote it."""
+    return _about(open_arrow(source)[0].metadata)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Tokens, or their loss mask, of the examples in Arrow files: an array (total,) that is sliced within one example.
+
+    Attributes:
+      columns: the values of each record batch, as they lie in the file.
+      column, starts: (examples,) in which of them an example is, and where in it.
+      offsets: (examples + 1,) where the example is in this array.
+      masks: give what is predicted, of labels, instead of the values.
+    """
+
+    columns: list[np.ndarray]
+    column: np.ndarray
+    starts: np.ndarray
+    offsets: np.ndarray
+    masks: bool
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        begin, end, step = where.indices(len(self))
+        example = int(np.searchsorted(self.offsets, begin, side="right")) - 1
+        if step != 1 or end > self.offsets[min(example + 1, len(self.offsets) - 1)]:
+            raise IndexError("a slice of an Arrow file's values has to lie within one example")
+        within = begin - int(self.offsets[example])
+        start = int(self.starts[example]) + within
+        values = self.columns[self.column[example]][start : start + max(0, end - begin)]
+        if not self.masks:
+            return values.astype(np.int32)
+        mask = values != IGNORE
+        if not within:
+            mask[:1] = False  # nothing comes before it to predict it from
+        return mask
+
+
+@dataclass
+class _Found:
+    """What has been found in the files so far; `starts` and the like are lists of arrays, one a batch."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+    column: list[np.ndarray] = field(default_factory=list)
+    starts: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    targets: list[np.ndarray] = field(default_factory=list)
+    source_rows: list[np.ndarray] = field(default_factory=list)
+    rows: int = 0
+    sources: int = 0  # rows that the examples were made from
+    truncated: int = 0
+    eos_lost: int = 0
+    split: int = 0
+    largest: int = -1
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def load(sources: list[str], max_length: int) -> TokenizedSet:
+    """Open tokenized files as one set.
+
+    Args:
+      max_length: longer examples are cut to it, those of plain text into blocks of it, as when text is tokenized.
+
+    Returns:
+      The set, whose `tokens` and `loss_mask` are `Values`.
+
+    Raises:
+      UserError: a file that cannot be read, or holds something else than token ids and labels.
+    """
+    found, formats = _Found(), []
+    for source in sources:
+        schema, batches = open_arrow(source)
+        about = _about(schema.metadata)
+        plain = pa.types.is_integer(schema.field("input_ids").type)
+        formats.append(about.get("format", "text" if plain else ""))
+        first = found.rows
+        for batch, metadata in batches:
+            ids, labels, bounds = _columns(source, batch, found.rows - first)
+            if len(bounds) < 2:
+                continue
+            per_row = _about(metadata).get("examples_per_row") or np.ones(len(bounds) - 1, np.int64)
+            if sum(per_row) != len(bounds) - 1:
+                raise UserError(f"{source}: its metadata does not fit its rows; tokenize it again")
+            rows = found.sources + np.repeat(np.arange(len(per_row)), per_row)
+            found.sources += len(per_row)
+            _add(found, source, first, ids, labels, bounds, rows, max_length, formats[-1] == "text")
+    return _finish(found, formats)
+
+
+def _add(
+    found: _Found, source: str, first: int, ids: np.ndarray, labels: np.ndarray, bounds: np.ndarray,
+    rows: np.ndarray, max_length: int, is_text: bool,
+) -> None:  # fmt: skip
+    """Take in one record batch: cut what is too long, check values, count targets, and leave out what has none."""
+    lengths = np.diff(bounds)
+    pieces = np.maximum(1, -(-lengths // max_length)) if is_text else np.ones_like(lengths)
+    example = np.repeat(np.arange(len(lengths)), pieces)
+    place = np.arange(len(example)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, ... within an example
+    starts = bounds[:-1][example] + place * max_length
+    kept = np.minimum(bounds[1:][example] - starts, max_length)
+    targets = np.zeros(len(starts), np.int64)
+    for begin, end in _pieces(starts, kept):
+        low, high = starts[begin], starts[end - 1] + kept[end - 1]
+        here, marked = ids[low:high], labels[low:high] != IGNORE
+        wrong = (here < 0) | (marked & (labels[low:high] != here))
+        if wrong.any():
+            at = low + int(np.argmax(wrong))
+            row = found.rows - first + int(np.searchsorted(bounds, at, side="right"))
+            raise UserError(
+                f"{source}, row {row}: input_ids {ids[at]} with the label {labels[at]}; a label must be the token's own "
+                "id, or -100 where it is not predicted"
+            )
+        found.largest = max(found.largest, int(here.max(initial=-1)))
+        marked[starts[begin:end][kept[begin:end] > 0] - low] = False  # the first of each example
+        sums = np.concatenate([[0], np.cumsum(marked)])
+        inner = starts[begin:end] - low
+        targets[begin:end] = sums[inner + kept[begin:end]] - sums[inner]
+    cut = ~np.bool_(is_text) & (lengths > max_length)
+    found.truncated += int(cut.sum())
+    found.eos_lost += int((labels[bounds[1:][cut] - 1] != IGNORE).sum())
+    found.split += int((pieces > 1).sum())
+    for reason, of in (("no room for the answer within max_length", cut), ("nothing to predict", ~cut)):
+        count = int(((targets == 0) & of[example]).sum())
+        if count:
+            found.dropped[reason] = found.dropped.get(reason, 0) + count
+    good = targets > 0
+    found.column.append(np.full(good.sum(), len(found.ids), np.int32))
+    found.ids.append(ids)
+    found.labels.append(labels)
+    for name, array in (("starts", starts), ("lengths", kept), ("targets", targets), ("source_rows", rows[example])):
+        getattr(found, name).append(array[good])
+    found.rows += len(lengths)
+
+
+def _pieces(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Cut examples, in order, into runs of about `_PIECE` values."""
+    ends = starts + lengths
+    begin = 0
+    while begin < len(starts):
+        end = max(begin + 1, int(np.searchsorted(ends, starts[begin] + _PIECE, side="right")))
+        yield begin, end
+        begin = end
+
+
+def _finish(found: _Found, formats: list[str]) -> TokenizedSet:
+    def join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
+
+    offsets = np.concatenate([[0], np.cumsum(join(found.lengths, np.int64))]).astype(np.int64)
+    place = (join(found.column, np.int32), join(found.starts, np.int64), offsets)
+    targets = join(found.targets, np.int64)
+    name = formats[0] if len(set(formats)) == 1 else ""
+    summary = {
+        "rows": found.rows,
+        "examples": len(targets),
+        "tokens": int(offsets[-1]),
+        "target_tokens": int(targets.sum()),
+        "truncated": found.truncated,
+        "eos_lost": found.eos_lost,
+        "split": found.split,
+        "open_ended": 0,
+        "dropped": dict(sorted(found.dropped.items())),
+        "bad_rows": 0,
+        "bad_examples": [],
+        "max_token_id": found.largest,
+        "format": f"tokenized {name}".rstrip(),
+    }
+    return TokenizedSet(
+        Values(found.ids, *place, masks=False),
+        Values(found.labels, *place, masks=True),
+        offsets,
+        join(found.source_rows, np.int64),
+        summary,
+        targets,
+    )
+
+
+def _columns(source: str, batch: pa.RecordBatch, rows_before: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The batch's ids, its labels (the ids again where the file has none), and its examples' bounds in both."""
+    try:
+        ids, bounds = _values(batch.column("input_ids"))
+        labels, same = (ids, bounds) if "labels" not in batch.schema.names else _values(batch.column("labels"))
+    except (TypeError, pa.ArrowException) as error:
+        raise UserError(f"{source}: input_ids and labels have to be lists of whole numbers ({error})") from error
+    # Lists of several batches may lie in one buffer, and begin anywhere in it.
+    ids, labels = ids[bounds[0] :], labels[same[0] :]
+    bounds, same = bounds - bounds[0], same - same[0]
+    if not np.array_equal(bounds, same):
+        row = rows_before + int(np.argmax(bounds != same))
+        raise UserError(f"{source}, row {row}: input_ids and labels are not of the same length")
+    return ids, labels, bounds
+
+
+def _values(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers in a column, without copying them, and where each list begins and the last one ends."""
+    if isinstance(array, pa.FixedSizeListArray):
+        array = array.cast(pa.list_(array.type.value_type))
+    if isinstance(array, pa.ListArray | pa.LargeListArray):
+        values, bounds = array.values, array.offsets.to_numpy().astype(np.int64)
+    else:
+        values, bounds = array, np.asarray([0, len(array)], np.int64)  # one block of text, as plain numbers
+    if not pa.types.is_integer(values.type):
+        raise TypeError(f"they hold {values.type}")
+    if array.null_count or values.null_count:
+        raise TypeError("some are missing")
+    return values.to_numpy(zero_copy_only=True), bounds
+
+
+def _about(metadata: Any) -> dict[str, Any]:
+    try:
+        about = json.loads((metadata or {})[METADATA])
+    except (KeyError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

@@ -1,0 +1,214 @@
+"""Tokenize a file once, beforehand, into an Arrow file that trainers map into memory (`arrow`).
+
+The rows go through `tokenizing`, as in a run, a batch at a time: no JSON Lines file is held whole. Only what does not
+fit differs: a pair or a chat that is longer than `max_length` is left out and counted, as PygmalionAI's script has it.
+How large the output will be is worked out beforehand from a sample, so that a full disk is said first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from tpu_tune.data import arrow, cache
+from tpu_tune.data.formats import detect
+from tpu_tune.data.streams import JSON_LINES, Skipped, aside, progress, read_any
+from tpu_tune.data.tokenizing import Options, TokenizedSet, tokenize_rows
+from tpu_tune.data.workers import Batch, num_processes, tokenize_batches
+from tpu_tune.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_BATCH_ROWS, _BATCH_CHARACTERS = 1024, 2**21
+_SAMPLE_BYTES, _SAMPLE_PLACES = 2**19, 64
+_FILE_BYTES, _BATCH_BYTES = 900, 376  # what a file and a record batch take beside their numbers
+
+Row = tuple[str, dict[str, Any]]  # where it stands, and the row
+
+
+def tokenize_file(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    tokenizer: Any,
+    options: Options,
+    num_workers: int = 0,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """Tokenize the rows of one file of any kind into an Arrow file.
+
+    Args:
+      options: `format` may be `auto`; pairs and chats that are too long are left out whatever `drop_long` says.
+      num_workers: processes; 0 picks threads here, or processes where they are worth their start.
+      skip_bad: leave out and count rows that cannot be read or used.
+
+    Returns:
+      Counts as in `TokenizedSet.summary`, and `format`, `max_length`, `bytes`, `predicted_bytes`, `input_bytes`, `output`.
+
+    Raises:
+      UserError: a bad row, nothing to learn, a format that is not known, or no room on the disk.
+    """
+    path, output = os.fspath(path), os.fspath(output)
+    if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
+        raise UserError(f"{output}: is the input itself; name another output")
+    skipped = Skipped(skip_bad)
+    rows = None if path.lower().endswith(JSON_LINES) else list(read_any(path, skipped))
+    format = _format(path, rows or read_any(path, Skipped(skip_bad)), options)
+    options = dataclasses.replace(options, format=format, drop_long=True, skip_bad_rows=True)
+    if tokenizer.eos_token_id is None and options.num_eos:
+        logger.warning("the tokenizer has no end-of-text token, so the model will not learn to stop")
+    predicted, expected = _predict(path, rows, tokenizer, options)
+    _check_room(path, output, predicted)
+    heavy = not tokenizer.is_fast or format in ("messages", "sharegpt")  # work that holds Python's lock
+    processes = num_processes(expected, num_workers) if heavy or num_workers else 1
+    batches = _batches(read_any(path, skipped) if rows is None else rows)
+    about = {"max_length": options.max_length, "format": format, "tokenizer": cache.tokenizer_hash(tokenizer)}
+    counts, dropped = Counter(), Counter()
+    with aside(output) as temporary:
+        with (
+            pa.OSFile(os.fspath(temporary), "wb") as file,
+            pa.ipc.new_file(file, arrow.schema(about)) as writer,
+            progress(None, "tokenize", total=expected) as bar,
+        ):
+            for part in tokenize_batches(batches, tokenizer, options, processes):
+                _count(part, counts, dropped, skipped)
+                if len(part):
+                    arrow.write_batch(writer, part)
+                bar.update(part.summary["rows"])
+        if not counts["examples"]:
+            reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
+            raise UserError(
+                f"{path}: none of the {counts['rows']} rows has anything to learn ({reasons or 'bad rows'})"
+            )
+    found = {name: counts[name] for name in ("examples", "tokens", "target_tokens", "split", "open_ended")}
+    return found | {
+        "rows": counts["rows"] + skipped.count - counts["bad_rows"],  # those that could not even be read are rows too
+        "dropped": dict(sorted(dropped.items())),
+        "bad_rows": skipped.count,
+        "bad_examples": [str(row) for row in skipped.examples],
+        "format": format,
+        "max_length": options.max_length,
+        "input_bytes": os.path.getsize(path),
+        "predicted_bytes": predicted,
+        "bytes": os.path.getsize(output),
+        "output": output,
+    }
+
+
+def _format(path: str, rows: Iterable[Row], options: Options) -> str:
+    _, first = next(iter(rows), ("", None))
+    if first is None:
+        raise UserError(f"{path}: no rows")
+    try:
+        return detect(first, options.format, options.columns)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[Batch]:
+    """Group rows by number and size; the groups depend on nothing else, so that the same rows give the same file."""
+    batch, places, size, first = [], [], 0, 0
+    for place, row in rows:
+        batch.append(row)
+        places.append(place)
+        size += _characters(row)
+        if len(batch) == _BATCH_ROWS or size >= _BATCH_CHARACTERS:
+            yield batch, places, first
+            batch, places, size, first = [], [], 0, first + len(batch)
+    if batch:
+        yield batch, places, first
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 8
+    return sum(_characters(item) for item in value)
+
+
+def _count(part: TokenizedSet, counts: Counter, dropped: Counter, skipped: Skipped) -> None:
+    summary = part.summary
+    for text in summary["bad_examples"]:
+        where, _, reason = text.partition(": ")
+        skipped.add(where, reason)
+    skipped.count += summary["bad_rows"] - len(summary["bad_examples"])  # it names five at most
+    dropped.update(summary["dropped"])
+    counts.update({name: value for name, value in summary.items() if isinstance(value, int)})
+
+
+def _check_room(path: str, output: str, predicted: int) -> None:
+    folder = Path(output).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    said = f"{output} will take about {_size(predicted)}, {predicted / max(1, os.path.getsize(path)):.1f} x its input"
+    if predicted > free:
+        raise UserError(f"{said}, and only {_size(free)} are free there; name an --output-file on another disk")
+    logger.warning("%s (%s are free there)", said, _size(free))
+
+
+def _size(count: int) -> str:
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB"))
+    return f"{count / unit:.2f} {name}"
+
+
+def _predict(path: str, rows: list[Row] | None, tokenizer: Any, options: Options) -> tuple[int, int]:
+    """Estimate the output's bytes, and the number of rows, from rows of all parts of the input."""
+    if rows is None:
+        sample, factor = _sample_lines(path)
+    else:
+        step = max(1, len(rows) // 1000)
+        sample, factor = [row for _, row in rows[::step]], step
+    data = tokenize_rows(sample, tokenizer, options)
+    expected = round(len(sample) * factor)
+    numbers = 16 * data.summary["tokens"] + 8 * len(data)
+    characters = sum(_characters(row) for row in sample) * factor
+    batches = max(1, expected / _BATCH_ROWS, characters / _BATCH_CHARACTERS)
+    return round(numbers * factor + batches * _BATCH_BYTES) + _FILE_BYTES, expected
+
+
+def _sample_lines(path: str) -> tuple[list[dict[str, Any]], float]:
+    """Read some lines from all parts of a file; return their rows, and what part of the file they are, inverted."""
+    size, read, lines = os.path.getsize(path), 0, []
+    if path.endswith(".gz"):  # only from the front
+        with gzip.open(path) as file:
+            lines = file.readlines(2 * _SAMPLE_BYTES)
+            read = size if not file.peek(1) else file.fileobj.tell()
+    elif size <= 2 * _SAMPLE_BYTES:
+        with open(path, "rb") as file:
+            lines, read = file.readlines(), size
+    else:
+        with open(path, "rb") as file:
+            for place in range(_SAMPLE_PLACES):
+                start = size * place // _SAMPLE_PLACES
+                if start < file.tell():
+                    continue  # the last place's line reached further than this
+                file.seek(start)
+                if start:
+                    file.readline()
+                here = file.readlines(_SAMPLE_BYTES // _SAMPLE_PLACES)
+                lines += here
+                read += sum(map(len, here))
+    return list(_parsed(lines)), size / max(1, read)
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row

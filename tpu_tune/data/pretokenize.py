@@ -70,7 +70,7 @@ def tokenize_file(
     _check_room(path, output, predicted)
     heavy = not tokenizer.is_fast or format in ("messages", "sharegpt")  # work that holds Python's lock
     processes = num_processes(expected, num_workers) if heavy or num_workers else 1
-    batches = _batches(read_any(path, skipped) if rows is None else rows)
+    batches = make_batches(read_any(path, skipped) if rows is None else rows)
     about = {"max_length": options.max_length, "format": format, "tokenizer": cache.tokenizer_hash(tokenizer)}
     counts, dropped = Counter(), Counter()
     with aside(output) as temporary:
@@ -114,13 +114,13 @@ def _format(path: str, rows: Iterable[Row], options: Options) -> str:
         raise UserError(f"{path}: {error}") from error
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[Batch]:
+def make_batches(rows: Iterable[Row]) -> Iterator[Batch]:
     """Group rows by number and size; the groups depend on nothing else, so that the same rows give the same file."""
     batch, places, size, first = [], [], 0, 0
     for place, row in rows:
         batch.append(row)
         places.append(place)
-        size += _characters(row)
+        size += count_characters(row)
         if len(batch) == _BATCH_ROWS or size >= _BATCH_CHARACTERS:
             yield batch, places, first
             batch, places, size, first = [], [], 0, first + len(batch)
@@ -128,14 +128,15 @@ def _batches(rows: Iterable[Row]) -> Iterator[Batch]:
         yield batch, places, first
 
 
-def _characters(value: Any) -> int:
+def count_characters(value: Any) -> int:
+    """Characters of all strings in a row, and a few for each other value."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list | tuple):
         return 8
-    return sum(_characters(item) for item in value)
+    return sum(count_characters(item) for item in value)
 
 
 def _count(part: TokenizedSet, counts: Counter, dropped: Counter, skipped: Skipped) -> None:
@@ -174,7 +175,7 @@ def _predict(path: str, rows: list[Row] | None, tokenizer: Any, options: Options
     data = tokenize_rows(sample, tokenizer, options)
     expected = round(len(sample) * factor)
     numbers = 16 * data.summary["tokens"] + 8 * len(data)
-    characters = sum(_characters(row) for row in sample) * factor
+    characters = sum(count_characters(row) for row in sample) * factor
     batches = max(1, expected / _BATCH_ROWS, characters / _BATCH_CHARACTERS)
     return round(numbers * factor + batches * _BATCH_BYTES) + _FILE_BYTES, expected
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data import clean, look, split, stats, tokenize
+from tpu_tune.cli.data import chunk, clean, look, split, stats, tokenize
 
-COMMANDS = (stats, clean, split, look, tokenize)  # the modules of this package that add a command, in the order of the help
+COMMANDS = (stats, clean, chunk, split, look, tokenize)  # the modules of this package that add a command, in the order of the help
 
 
 def add(commands: Commands) -> None:

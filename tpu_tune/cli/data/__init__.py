@@ -5,7 +5,8 @@ from __future__ import annotations
 from tpu_tune.cli.common import Commands
 from tpu_tune.cli.data import chunk, clean, look, split, stats, tokenize
 
-COMMANDS = (stats, clean, chunk, split, look, tokenize)  # the modules of this package that add a command, in the order of the help
+# The modules of this package that add a command, in the order of the help.
+COMMANDS = (stats, clean, chunk, split, look, tokenize)
 
 
 def add(commands: Commands) -> None:

@@ -14,7 +14,7 @@ from helpers_training import make_config, write_tiny_llama
 import tpu_tune.data
 from tpu_tune.checkpoints.tokenizers import open_tokenizer
 from tpu_tune.cli import main
-from tpu_tune.data import arrow, eval_batches, load_data, pretokenize
+from tpu_tune.data import arrow, eval_batches, load_data, pretokenize, streams
 from tpu_tune.errors import UserError
 
 PAIRS = [
@@ -432,3 +432,37 @@ def test_nothing_is_copied_into_memory(tmp_path):
     assert data.summary["target_tokens"] == rows * (length - 1) and data.tokens[5000:5003].tolist() == [0, 1, 2]
     with pytest.raises(IndexError, match="within one example"):
         data.tokens[999:1001]
+
+
+# --- rows of the guide's table that runs have met all along
+
+
+@pytest.mark.parametrize("keys", [("input", "output"), ("prompt", "generation")])
+def test_row_17_trains_on_either_pair_of_names(tokenizer, tmp_path, keys):
+    source = write(tmp_path / "rows.jsonl", [dict(zip(keys, row.values(), strict=True)) for row in PAIRS])
+    data = load_data(config_for(source, tmp_path, data__eval_ratio=0.0), tokenizer, VOCABULARY)
+    ids, labels = (tokenizer(PAIRS[1][key], add_special_tokens=False)["input_ids"] for key in ("input", "output"))
+    start, end = data.train.data.offsets[1:3]
+    assert data.train.data.tokens[start:end].tolist() == [257, *ids, *labels, 256]
+    assert data.train.data.loss_mask[start:end].tolist() == [False] * (len(ids) + 1) + [True] * (len(labels) + 1)
+
+
+def test_row_18_json_lines_keep_every_character(tmp_path):
+    """UTF-8, one object a line: line breaks, quotes, emoji and half a surrogate pair come back as they were."""
+    rows = [{"text": 'a\nb\r\n"c"\\ \u2028 \U0001f600 \ud83d'}, {"input": "", "output": "\t", "n": 1.5, "more": [None]}]
+    with streams.writing(tmp_path / "rows.jsonl") as out:
+        for row in rows:
+            out.write(row)
+    assert (tmp_path / "rows.jsonl").read_bytes().count(b"\n") == 2
+    assert [row for _, row in streams.read_json_lines(tmp_path / "rows.jsonl", streams.Skipped())] == rows
+
+
+@pytest.mark.parametrize("from_arrow", [False, True])
+def test_row_21_a_held_out_split_is_made_and_never_trained_on(tiny, tokenizer, tmp_path, capsys, from_arrow):
+    source = write(tmp_path / "rows.jsonl", TEXTS)
+    if from_arrow:
+        tokenize(capsys, tiny, source, "--max-length", 64)
+        source = tmp_path / "rows.jsonl.arrow"
+    data = load_data(config_for(source, tmp_path, data__eval_ratio=0.2), tokenizer, VOCABULARY)
+    rows = [set(part.data.source_rows[part.documents].tolist()) for part in (data.train, data.eval)]
+    assert len(rows[1]) == 6 and not rows[0] & rows[1] and rows[0] | rows[1] == set(range(30))

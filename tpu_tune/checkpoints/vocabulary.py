@@ -56,7 +56,7 @@ def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSour
     names = check_names(source, architecture)
     tokenizer = source.load_tokenizer()
     known = set(tokenizer.get_vocab().values())
-    _add(tokenizer, tokens)
+    add_tokens(tokenizer, tokens)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     new = [number for number in ids.values() if number not in known]
     rows = architecture.vocab_size
@@ -128,7 +128,8 @@ def check_tokens(source: WeightSource, adapter: str) -> WeightSource:
     return source
 
 
-def _add(tokenizer: Any, tokens: Sequence[str]) -> None:
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Add special tokens to a tokenizer, as `with_added_tokens` does."""
     # An added token keeps its own settings (Phi's strip blanks); one of the plain vocabulary becomes special.
     missing = [token for token in tokens if token not in tokenizer.added_tokens_encoder]
     if missing:
@@ -137,7 +138,7 @@ def _add(tokenizer: Any, tokens: Sequence[str]) -> None:
 
 def _load_tokenizer(source: WeightSource, tokens: Sequence[str]) -> Any:
     tokenizer = source.load_tokenizer()
-    _add(tokenizer, tokens)
+    add_tokens(tokenizer, tokens)
     return tokenizer
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data import clean, cluster, ingest, run, split, stats, tokenize
+from tpu_tune.cli.data import chunk, clean, cluster, ingest, look, run, split, stats, tokenize
 
-COMMANDS = (run, ingest, clean, cluster, split, tokenize, stats)  # modules that add a command, in the help's order
+# The modules of this package that add a command, in the order of the help.
+COMMANDS = (run, ingest, clean, cluster, split, chunk, tokenize, stats, look)
 
 
 def add(commands: Commands) -> None:

@@ -1,0 +1,213 @@
+"""Rows as the model will see them: which tokens are trained on, which are only read, and what was cut off.
+
+The rows go through the very code and options of a run (`tokenizing`, `options_of`), so that a wrong template, a mask
+over the wrong words or a lost end of text is seen before it is trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import random
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tpu_tune.data import arrow
+from tpu_tune.data.formats import detect
+from tpu_tune.data.sources import resolve
+from tpu_tune.data.streams import Skipped, progress, read_any
+from tpu_tune.data.tokenizing import Options, TokenizedSet, tokenize_rows
+from tpu_tune.errors import UserError
+
+_WHOLE = 2**40  # a max_length that cuts nothing
+_LONGEST_CHARACTER = 8  # tokens that one character may be in pieces of
+_GREEN, _DIM, _BOLD, _REVERSE, _STRUCK, _RESET = (f"\x1b[{code}m" for code in ("32", "2", "1", "7", "31;9", "0"))
+
+
+@dataclass
+class View:
+    """One example.
+
+    Attributes:
+      where: file and row, and which part of a long text it is.
+      texts: each token as text; together they are the whole.
+      trained, special: of each token, whether it is to be predicted, and whether it is a special one.
+      cut: tokens of the row that are not seen at all.
+      cut_text: what they say, where they are the row's end.
+      notes: what is worth knowing, such as why it is not trained on.
+    """
+
+    where: str
+    texts: list[str]
+    trained: np.ndarray
+    special: np.ndarray
+    cut: int = 0
+    cut_text: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def look(
+    path: str, tokenizer: Any, options: Options, count: int = 3, seed: int = 0, row: int | None = None
+) -> list[View]:
+    """Draw some rows, in their order, and see them as a run would.
+
+    Args:
+      path: a data file, tokenized or not, or a directory, of which the training files are read.
+      options: as `options_of` has them; `format` may be `auto`.
+      count: rows to draw.
+      seed: decides which.
+      row: this one instead, from 1.
+
+    Raises:
+      UserError: as in a run: rows that cannot be read or used, no row of that number.
+    """
+    files = resolve(path)[0] if os.path.isdir(path) else [path]
+    tokenized = [os.path.isfile(file) and arrow.is_tokenized(file) for file in files]
+    if all(tokenized):
+        data = arrow.load(files, options.max_length)
+        chosen = _draw(range(len(data)), path, count, seed, row)
+        return [view for index in chosen for view in _views(data, f"{path}, example {index + 1}", tokenizer, [index])]
+    skipped = Skipped(options.skip_bad_rows)
+    rows = ((place, found) for file in files for place, found in read_any(file, skipped))
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path}: no rows")
+    try:
+        options = dataclasses.replace(options, format=detect(first[1], options.format, options.columns))
+    except UserError as error:
+        raise UserError(f"{files[0]}: {error}") from error
+    chosen = _draw(progress(_chain(first, rows), "look"), path, count, seed, row)
+    return [view for place, found in chosen for view in _row_views(place, found, tokenizer, options)]
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _draw(items: Iterable[Any], path: str, count: int, seed: int, row: int | None) -> list[Any]:
+    """Take item `row`, or `count` at random in one pass (reservoir sampling), in their order."""
+    kept, generator, number = [], random.Random(seed), 0
+    for number, item in enumerate(items, start=1):
+        if row is not None:
+            if number == row:
+                return [item]
+        elif len(kept) < count:
+            kept.append((number, item))
+        elif (place := generator.randrange(number)) < count:
+            kept[place] = (number, item)
+    if row is not None:
+        raise UserError(f"{path}: has no row {row}; it has {number}")
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
+
+
+def _row_views(place: str, row: dict[str, Any], tokenizer: Any, options: Options) -> list[View]:
+    data = tokenize_rows([row], tokenizer, options, [place])
+    if data.summary["bad_rows"]:
+        return [View(place, [], np.zeros(0, bool), np.zeros(0, bool), notes=[data.summary["bad_examples"][0]])]
+    # As it would be if there were room for everything.
+    uncut = dataclasses.replace(options, max_length=_WHOLE, source_max_len=0, target_max_len=0, drop_long=False)
+    whole = tokenize_rows([row], tokenizer, uncut, [place])
+    views = _views(data, place, tokenizer, range(len(data)))
+    reasons = [f"not trained on: {reason}" for reason in data.summary["dropped"]]
+    if not views:
+        if not len(whole):
+            everything = dataclasses.replace(uncut, train_on_source=True, response_markers=())
+            whole = tokenize_rows([row], tokenizer, everything, [place])
+        nothing = [View(place, [], np.zeros(0, bool), np.zeros(0, bool))]
+        views = _views(whole, place, tokenizer, range(len(whole))) or nothing
+        for view in views:
+            view.trained = np.zeros_like(view.trained)
+    else:
+        cut = len(whole.tokens) - len(data.tokens)
+        views[-1].cut = cut
+        if cut and np.array_equal(whole.tokens[: len(data.tokens)], data.tokens):
+            views[-1].cut_text = "".join(_texts(tokenizer, whole.tokens.tolist())[len(data.tokens) :])
+    if data.summary["eos_lost"]:
+        reasons.append("the end of an answer is cut off")
+    if data.summary["open_ended"]:
+        reasons.append("no end token after the last answer: the model will not learn to stop")
+    views[-1].notes += reasons
+    return views
+
+
+def _views(data: TokenizedSet, where: str, tokenizer: Any, indices: Iterable[int]) -> list[View]:
+    views, indices = [], list(indices)
+    special = np.asarray(sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}))
+    for part, index in enumerate(indices, start=1):
+        begin, end = int(data.offsets[index]), int(data.offsets[index + 1])
+        ids = np.asarray(data.tokens[begin:end])
+        views.append(
+            View(
+                where + (f", part {part} of {len(indices)}" if len(indices) > 1 else ""),
+                _texts(tokenizer, ids.tolist()),
+                np.asarray(data.loss_mask[begin:end]),
+                np.isin(ids, special),
+            )
+        )
+    return views
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each token as text, "" for all but the last of those that make one character together."""
+    texts, before, read = [], 0, 0
+
+    def decode(part: list[int]) -> str:
+        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    for at in range(1, len(ids) + 1):
+        # A token's text depends on the one before it (a blank at the beginning of a text may be swallowed).
+        text = decode(ids[before:at])
+        if text.endswith("\ufffd") and at < len(ids) and at - read < _LONGEST_CHARACTER:
+            texts.append("")
+            continue
+        new = text[len(decode(ids[before:read])) :]
+        texts.append(new if new or ids[at - 1] < len(tokenizer) else f"<id {ids[at - 1]}>")
+        before, read = read, at
+    return texts
+
+
+def show(view: View, color: bool) -> str:
+    """The example as text for a terminal, or with `[[` and `]]` around what is trained on."""
+    trained = int(view.trained.sum())
+    head = f"{view.where}: {len(view.texts)} tokens, {trained} trained on, {len(view.texts) - trained} only read"
+    if view.cut:
+        head += f", {view.cut} cut off"
+    parts = [f"{_BOLD}{head}{_RESET}" if color else f"== {head}", *(f"   ({note})" for note in view.notes)]
+    kinds = zip(view.trained.tolist(), view.special.tolist(), strict=True)
+    if not color:
+        kinds = ((is_trained, False) for is_trained, _ in kinds)
+    tokens = zip(kinds, view.texts, strict=True)
+    body = []
+    for (is_trained, is_special), run in itertools.groupby(tokens, key=lambda token: token[0]):
+        text = _visible("".join(text for _, text in run))
+        if color:
+            body.append(f"{_GREEN if is_trained else _DIM}{_REVERSE if is_special else ''}{text}{_RESET}")
+        else:
+            body.append(f"[[{text}]]" if is_trained else text)
+    parts.append("".join(body))
+    if view.cut_text:
+        shown = _visible(view.cut_text[:500]) + ("..." if len(view.cut_text) > 500 else "")
+        parts.append(f"{_STRUCK}{shown}{_RESET}" if color else f"-- cut off: {shown}")
+    return "\n".join(parts)
+
+
+def _visible(text: str) -> str:
+    """Line breaks with a sign before them, and what a terminal would obey or not show at all by its number."""
+    return "".join(_visible_character(character) for character in text)
+
+
+def _visible_character(character: str) -> str:
+    if character == "\n":
+        return "\u21b5\n"
+    kind = unicodedata.category(character)
+    if kind == "Cc" and character != "\t":
+        return f"\\x{ord(character):02x}"
+    if kind == "Cf" and character not in "\u200c\u200d":  # those two join letters, and emoji
+        return f"\\u{ord(character):04x}"
+    return character

@@ -24,7 +24,10 @@ _NOT_SHOWN = (
     "output_dir", "method", "model.path", "data.train", "data.eval", "data.cache_dir", "data.num_workers",
     "train.report_to", "train.sample_prompts",
 )  # fmt: skip
-_LOADED_AS_TRAINED = {"quantize.group_size": 64, "quantize.double_quant": True, "quantize.include": ["all-linear"]}
+# What `load(quantize=...)` takes.
+_LOADED_AS_TRAINED = {
+    "quantize.group_size": 64, "quantize.double_quant": True, "quantize.include": ["all-linear"], "quantize.exclude": [],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,10 @@ def is_hub_id(text: str) -> bool:
 
 def base_name(path: str) -> str:
     """Return the last part of a path, also of one from Windows or in a bucket; a hub's name from its cache."""
-    return hub_id(path) if "/snapshots/" in path and hub_id(path) else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    last = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    if last in (".", ".."):
+        last = os.path.basename(os.path.abspath(path))
+    return (hub_id(path) if "snapshots" in path else "") or last
 
 
 def private_directories(config: ConfigDict, run: str) -> list[str]:

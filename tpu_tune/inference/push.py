@@ -25,7 +25,7 @@ from tpu_tune.inference import export
 from tpu_tune.inference.card import Facts, model_card
 from tpu_tune.inference.names import base_of, is_hub_id, scrubbed_json
 
-_SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9_]{8,}")
+_SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")  # a token has 34 letters and digits
 _TOKENS_AT = "https://huggingface.co/settings/tokens"
 
 

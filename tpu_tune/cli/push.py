@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
                           "tpu-tune push output/quickstart --repo me/my-adapter --dry-run")  # fmt: skip
     parser.add_argument("run_directory", metavar="RUN", help="run directory, of a finished run")
     parser.add_argument(
-        "--repo", required=True, metavar="NAMESPACE/NAME", help="repository; made if it is not there, else it gets a new commit"
+        "--repo", required=True, metavar="NAMESPACE/NAME", help="repository, made if it is not there, else it gets a new commit; a NAME alone is put under the token's owner"
     )  # fmt: skip
     add_forms(parser)
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
@@ -29,7 +29,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--base-model", default="", metavar="ID", help="hub id of the base, where the run was trained on a local copy")  # fmt: skip
     parser.add_argument("--card-only", action="store_true", help="renew the card and curves.png, leave the weights")
     parser.add_argument(
-        "--dry-run", action="store_true", help="list the files and show the card; nothing is sent, no token is needed"
+        "--dry-run",
+        action="store_true",
+        help="list the files and show the card; nothing is sent, no token is needed, what is merged for it is removed",
     )
 
 

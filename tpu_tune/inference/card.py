@@ -176,7 +176,7 @@ def _data(facts: Facts) -> str:
         lines.append(f"- evaluated on: `{base_name(config.data.eval)}`{_counted(counts.get('eval'))}")
     elif config.data.eval_ratio > 0:
         lines.append(
-            f"- evaluated on: {config.data.eval_ratio:.3g} of the rows, held out{_counted(counts.get('eval'))}"
+            f"- evaluated on: {100 * config.data.eval_ratio:.3g}% of the rows, held out{_counted(counts.get('eval'))}"
         )
     return "\n".join(lines)
 

@@ -16,21 +16,45 @@ def add(commands: Commands) -> None:
                      "tpu-tune export output/quickstart --merge --output merged\n  tpu-tune export output/quickstart --gguf --output model.gguf")  # fmt: skip
     parser.add_argument("run_directory", metavar="RUN", help="run directory")
     parser.add_argument("--output", required=True, help="directory to write; with --gguf the file")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--merge", action="store_true", help="write a Hugging Face model with the adapter merged in")
-    what.add_argument(
-        "--gguf", action="store_true", help="write one GGUF file with the adapter merged in, for llama.cpp and its kin"
-    )
-    what.add_argument(
-        "--base", action="store_true", help="write the base model that PEFT should load below the adapter"
-    )
-    parser.add_argument("--merge-base", choices=("original", "dequantized"),
-                        help="weights to merge into (default original) or to write as the base (default dequantized, exact to training)")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: the original's; float32 from a GGUF)")
+    add_forms(parser, base=True)
 
+
+def add_forms(parser: argparse.ArgumentParser, base: bool = False) -> None:
+    """Add the options that say in which form a run's result leaves it; with `base`, `--base` too."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--merge", action="store_true", help="a Hugging Face model with the adapter merged in, not the adapter"
+    )
+    what.add_argument(
+        "--gguf", action="store_true", help="one GGUF file with the adapter merged in, for llama.cpp and its kin"
+    )
+    merge_base = "weights to merge into (default original)"
+    if base:
+        what.add_argument("--base", action="store_true", help="the base model that PEFT should load below the adapter")
+        merge_base += " or to write as the base (default dequantized, exact to training)"
+    parser.add_argument("--merge-base", choices=("original", "dequantized"), help=merge_base)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: the original's; float32 from a GGUF)")
     parser.add_argument(
         "--gguf-type", choices=("f16", "bf16", "q8_0"), help="number format of a GGUF file's matrices (default f16)"
     )
+
+
+def check_forms(options: argparse.Namespace) -> None:
+    """Refuse options that mean nothing to the form that was chosen.
+
+    Raises:
+      UserError: there is one.
+    """
+    has_base = "base" in options
+    if not (options.merge or options.gguf or (has_base and options.base)) and (options.merge_base or options.dtype):
+        forms = "--merge, --gguf or --base" if has_base else "--merge or --gguf"
+        raise UserError(f"--merge-base and --dtype belong to {forms}; the adapter alone is copied as it is")
+    if options.gguf and options.dtype:
+        raise UserError(
+            f"--dtype belongs to --merge{' or --base' * has_base}; a GGUF file's numbers are chosen with --gguf-type"
+        )
+    if options.gguf_type and not options.gguf:
+        raise UserError("--gguf-type belongs to --gguf")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,14 +62,7 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.inference import export
 
     figures: dict[str, Any] = {}
-    if not (options.base or options.merge or options.gguf) and (options.merge_base or options.dtype):
-        raise UserError(
-            "--merge-base and --dtype belong to --merge, --gguf or --base; the adapter alone is copied as it is"
-        )
-    if options.gguf and options.dtype:
-        raise UserError("--dtype belongs to --merge or --base; a GGUF file's numbers are chosen with --gguf-type")
-    if options.gguf_type and not options.gguf:
-        raise UserError("--gguf-type belongs to --gguf")
+    check_forms(options)
     if options.gguf:
         kind = options.gguf_type or "f16"
         figures = export.export_gguf(options.run_directory, options.output, options.merge_base or "original", kind)

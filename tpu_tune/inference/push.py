@@ -1,0 +1,286 @@
+"""From a run to a repository on the Hugging Face hub: its adapter, its merged model or a GGUF file, with a model card.
+
+`prepared` gathers what would be uploaded, `upload` makes one commit of it. The files of a run go up from where they lie;
+only a merged model is written, into a temporary directory that is removed whatever happens. So a push that fails or is
+stopped leaves the run as it was, and the repository at its last commit. The token goes into the client and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.vocabulary import RECORD
+from tpu_tune.errors import UserError
+from tpu_tune.inference import export
+from tpu_tune.inference.card import Facts, model_card
+from tpu_tune.inference.names import base_of, is_hub_id, scrubbed_json
+
+_SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")  # a token has 34 letters and digits
+_TOKENS_AT = "https://huggingface.co/settings/tokens"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be pushed.
+
+    Attributes:
+      repo: NAMESPACE/NAME; a NAME alone is the token's owner's.
+      form: adapter | merged | gguf; a run that trained every weight has no adapter, so its model is meant.
+      merge_base: original | dequantized.
+      dtype: of a merged model's tensors, "" for the original's.
+      gguf_type: f16 | bf16 | q8_0.
+      revision: branch, "" for the main one.
+      license: identifier for the card, "" for the base's own where that is known.
+      base_model: hub id of the base, "" to go by the configuration.
+      card_only: renew the card and the picture, and leave the weights.
+    """
+
+    repo: str
+    form: str = "adapter"
+    merge_base: str = "original"
+    dtype: str = ""
+    gguf_type: str = "f16"
+    revision: str = ""
+    license: str = ""
+    base_model: str = ""
+    card_only: bool = False
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a repository: `name` in it, and where its bytes are, a path or the bytes themselves."""
+
+    name: str
+    content: str | bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else os.path.getsize(self.content)
+
+
+def check(run: str, wish: Wish) -> tuple[ConfigDict, Wish, str]:
+    """Hold a wish against a run; return its configuration, the wish as it is meant, and the directory of its result.
+
+    Raises:
+      UserError: no run directory, a run that has not finished, a bad name, or a wish that the run cannot fulfil.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if storage.is_remote(run):
+        raise UserError(f"{run} is in a bucket; copy the run directory to this machine and push it from here")
+    config = export.read_run(run)
+    result = os.path.join(run, "model" if config.method == "full" else "adapter")
+    if not os.path.isdir(result):
+        name = os.path.basename(result)
+        raise UserError(f"{run} has no {name}/ yet; let the training finish first (the same train command goes on)")
+    try:
+        validate_repo_id(wish.repo)
+    except HFValidationError:
+        raise UserError(
+            f"--repo is '{wish.repo}'; it must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', as in me/my-model"
+        ) from None
+    if wish.base_model and not is_hub_id(wish.base_model):
+        raise UserError(f"--base-model is '{wish.base_model}'; it must be a hub id, NAMESPACE/NAME")
+    if wish.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", wish.license):
+        raise UserError(
+            f"--license is '{wish.license}'; it must be an identifier such as apache-2.0, mit, llama3.1 or other "
+            "(https://huggingface.co/docs/hub/repositories-licenses)"
+        )
+    if config.method == "full" and wish.form == "adapter":
+        wish = replace(wish, form="merged")
+    if wish.dtype and config.method == "full":
+        raise UserError(f"--dtype: {run} trained every weight, and its model is pushed as it is")
+    return config, wish, result
+
+
+def find_token() -> str:
+    """Return the user's token, from $HF_TOKEN or from `hf auth login`.
+
+    Raises:
+      UserError: there is none.
+    """
+    from huggingface_hub import get_token
+
+    with told("the token cannot be had"):
+        token = get_token()
+    if not token:
+        raise UserError(
+            f"no Hugging Face token: make one with write access at {_TOKENS_AT}, then set HF_TOKEN or run `hf auth login`"
+        )
+    return token
+
+
+@contextlib.contextmanager
+def prepared(run: str, wish: Wish, metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[File], dict[str, Any]]]:
+    """Yield the files to upload, the card first, and figures of the merge; what was written for it is gone afterwards.
+
+    Args:
+      run: a finished run's directory; not changed.
+      wish: what to push.
+      metrics: the rows of its metrics.jsonl.
+
+    Raises:
+      UserError: as `check` and the exports raise it.
+    """
+    config, wish, result = check(run, wish)
+    base = base_of(config, run, wish.base_model)
+    picture = os.path.join(run, "curves.png")
+    facts = Facts(
+        wish.repo, wish.form, config, run, base, metrics, _summary(run),
+        license={"license": wish.license} if wish.license else base.license,
+        encoder_decoder=_is_encoder_decoder(result), added_tokens=os.path.isfile(os.path.join(result, RECORD)),
+        has_curves=os.path.isfile(picture), revision=wish.revision,
+        gguf_file=f"{wish.repo.rpartition('/')[2]}-{wish.gguf_type}.gguf" if wish.form == "gguf" else "",
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        weights: list[File] = []
+        figures: dict[str, Any] = {}
+        if not wish.card_only:
+            if wish.form == "gguf" or (wish.form == "merged" and config.method != "full"):
+                written = os.path.join(stack.enter_context(_aside(run)), facts.gguf_file or "model")
+                if wish.form == "gguf":
+                    figures = export.export_gguf(run, written, wish.merge_base, wish.gguf_type)
+                    weights = [File(facts.gguf_file, written)]
+                else:
+                    figures = export.export_merged(run, written, wish.merge_base, wish.dtype)
+                    weights = _files(written, base)
+            else:
+                weights = _files(result, base)
+        merged = {} if config.method == "full" and wish.form == "merged" else figures
+        card = masked(model_card(replace(facts, difference=merged)))
+        beside = [File("curves.png", picture)] if facts.has_curves else []
+        yield [File("README.md", card.encode()), *beside, *weights], figures
+
+
+def _aside(run: str) -> tempfile.TemporaryDirectory:
+    """A directory for a merged model: in $TMPDIR if that is set, else beside the run, where there is room for models."""
+    place = os.environ.get("TMPDIR") or os.path.dirname(os.path.abspath(run))
+    try:
+        return tempfile.TemporaryDirectory(prefix="tpu-tune-push-", dir=place)
+    except OSError as error:
+        raise UserError(
+            f"{place} cannot be written ({error.strerror}); set TMPDIR to a directory with room for the model"
+        ) from None
+
+
+def open_repo(token: str, wish: Wish, private: bool = False) -> Wish:
+    """Make the repository and the branch where they are not there yet; return the wish with the repository's full name.
+
+    Raises:
+      UserError: the hub cannot be reached or refuses, or a repository that should be private is public.
+    """
+    from huggingface_hub import HfApi
+
+    with told(f"{wish.repo} cannot be made", token, wish.repo):
+        api = HfApi(token=token)
+        url = api.create_repo(wish.repo, private=private or None, exist_ok=True)
+        if private and api.model_info(url.repo_id).private is False:
+            raise UserError(
+                f"{url.repo_id} is there already and is public; choose another --repo, or leave --private out"
+            )
+        if wish.revision:
+            api.create_branch(url.repo_id, branch=wish.revision, exist_ok=True)
+    return replace(wish, repo=url.repo_id)
+
+
+def upload(token: str, wish: Wish, files: Sequence[File], message: str) -> str:
+    """Upload files as one commit on top of what the repository holds; return the commit's address.
+
+    Raises:
+      UserError: the hub cannot be reached, or refuses; the repository is then as it was.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    with told(f"the upload to {wish.repo} failed, and the repository is as it was", token, wish.repo):
+        operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content) for file in files]
+        commit = HfApi(token=token).create_commit(
+            wish.repo, operations, commit_message=masked(message, token), revision=wish.revision or None
+        )
+    return str(commit.commit_url)
+
+
+def masked(text: str, token: str = "") -> str:
+    """Return text without the token, and without anything that looks like one."""
+    return _SECRET.sub("***", text.replace(token, "***") if token else text)
+
+
+@contextlib.contextmanager
+def told(what: str, token: str = "", repo: str = "") -> Iterator[None]:
+    """Turn whatever the client raises into one line without the token.
+
+    Raises:
+      UserError: in its place.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the client's and its HTTP library's many errors
+        reason = masked(_reason(error, repo), token)
+    else:
+        return
+    # Outside of `except`, so that no traceback leads back to the client's message.
+    raise UserError(f"{what}: {reason}")
+
+
+def _reason(error: Exception, repo: str) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = getattr(error, "server_message", None) or next(iter(str(error).strip().splitlines()), "")
+    said = " ".join(said.split())[:200] or type(error).__name__
+    if status == 401:
+        return f"the hub does not accept the token (401); make a new one with write access at {_TOKENS_AT}"
+    if status == 403:
+        return (
+            f"the token may not write to {repo} (403: {said}); give it write access at {_TOKENS_AT}, or choose a --repo of "
+            "your own"
+        )
+    if status is not None:
+        return f"the hub answered {status}: {said}"
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return "HF_HUB_OFFLINE is set; unset it to push"
+    return f"{type(error).__name__}: {said}; check the network and push again"
+
+
+def _files(directory: str, base: Any) -> list[File]:
+    """The files of a directory, sorted; JSON that would tell a local path is replaced by bytes that do not."""
+    found = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            inside = os.path.relpath(path, directory).replace(os.sep, "/")
+            if not name.startswith(".") and inside != "README.md":  # the card takes its place
+                found.append(File(inside, scrubbed_json(path, base) or path))
+    return found
+
+
+def _summary(run: str) -> dict[str, Any]:
+    """What `summary.json` says of a run's data; {} where there is none that can be read."""
+    try:
+        found = json.loads(storage.read_bytes(os.path.join(run, "summary.json")).decode())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_encoder_decoder(result: str) -> bool:
+    for name, key, value in (("adapter_config.json", "task_type", "SEQ_2_SEQ_LM"), ("config.json", "model_type", "t5")):
+        try:
+            with open(os.path.join(result, name), encoding="utf-8") as stream:
+                if json.load(stream).get(key) == value:
+                    return True
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False

@@ -100,7 +100,7 @@ def _check_memory(config: Any, most: float | None = None) -> None:
         return
     print(planning.table(figures), file=sys.stderr)
     if most is not None and device.capacity <= most:
-        raise UserError(f"this job takes more than {most / 1e6:,.0f} MB of a device; {_advice(config, device)}")
+        raise UserError(f"this job takes more than {most / 1e6:,.4g} MB of a device; {_advice(config, device)}")
     raise UserError(
         f"this job does not fit {device.name}; tpu-tune plan --suggest --device '{device.name}' with the same --config "
         "looks for one that does, and --no-check trains all the same"

@@ -146,7 +146,7 @@ _IGNORED = {
     ),
     "the loss never holds all logits anyway": "use_liger_kernel:bool liger_kernel_config:dict",
     "how matrices multiply follows from model.dtype": "tf32:bool half_precision_backend fp16_opt_level fp16_backend",
-    "layers are recomputed by model.remat, which has one way": "gradient_checkpointing_kwargs:dict",
+    "layers are recomputed by model.remat, which has one way": "gradient_checkpointing_kwargs:dict activation_checkpointing_kwargs:dict",
     "rows are as wide as the longest whatever their order, so that sorting them would save nothing": (
         "group_by_length:bool length_column_name sortish_sampler:bool"
     ),

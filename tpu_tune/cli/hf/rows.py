@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
 
 from ml_collections import ConfigDict
 

@@ -180,7 +180,7 @@ def _without_launcher(words: list[str]) -> tuple[dict[str, str], str, list[str]]
         return environ, "", words
     end = _script(words)
     if end is None:  # the guide's `python --model_name_or_path ...`, whose script's name is lost
-        end = next((at for at, word in enumerate(words) if _is_flag(word) and _known(word[2:].partition("=")[0])), 1)
+        end = next((at for at, word in enumerate(words) if _is_flag(word)), len(words))
     return environ, " ".join(words[:end]), words[end:]
 
 

@@ -53,7 +53,8 @@ ROWS = {
     65: "test_data_tokens::test_pairs_equal_qloras_collator", 66: "test_hf::test_lengths", 67: "test_hf::test_bits",
     68: "test_hf::test_mmlu_is_said_to_come_afterwards", 69: "test_hf::test_one_parser_takes_all_three",
     70: "test_hf::test_precision", 71: "test_hf::test_a_cap_on_memory", 72: "test_hf::test_variables_are_honoured",
-    74: "test_hf::test_the_guides_numbers", 75: "test_data_rows::test_the_last_batch_is_filled_with_rows_without_weight",
+    73: "test_hf::test_the_guides_numbers", 74: "test_hf::test_the_guides_numbers",
+    75: "test_data_rows::test_the_last_batch_is_filled_with_rows_without_weight",
     76: "test_hf::test_batches_and_epochs_have_bounds",
 }  # fmt: skip
 
@@ -351,6 +352,10 @@ def test_unset_flags_have_the_trainers_defaults():
     (["--layers_to_transform", "0,3", "--bias", "all", "--modules_to_save", "lm_head"],
      {"lora.layers_to_transform": [0, 3], "lora.bias": "all", "lora.modules_to_save": ["lm_head"]}),
     (["--report_to", "none"], {"train.report_to": []}),
+    (["--neftune_noise_alpha", "5", "--use_lora", "--loraplus_lr_ratio", "16"],
+     {"train.neftune_noise_alpha": 5.0, "train.loraplus_lr_ratio": 16.0}),
+    (["--early_stopping_patience", "2", "--early_stopping_threshold", "0.01", "--eval_strategy", "steps", "--eval_file", "e"],
+     {"train.early_stopping_patience": 2, "train.early_stopping_threshold": 0.01}),
     (["--report_to", "all"], {"train.report_to": ["all"]}),
 ])  # fmt: skip
 def test_keys(flags, keys):
@@ -680,6 +685,15 @@ def test_every_flag_is_listed(capsys):
     assert main(["hf", "--flags"]) == 0
     listed = capsys.readouterr().out
     assert all(re.search(rf"^--{name}\b", listed, re.M) for name in FLAGS) and "(also --evaluation_strategy)" in listed
+
+
+def test_the_help_has_an_example_that_parses(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["hf", "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "Hugging Face's defaults, also where qlora.py has others" in shown
+    example = shown.split("example:\n  tpu-tune hf ")[1].split()
+    assert translate(words.parse(example), lambda: "cpu", {}).config.method == "lora"
 
 
 # --- bash scripts

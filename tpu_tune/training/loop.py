@@ -303,10 +303,10 @@ def total_steps(config: ConfigDict, batches: Batches) -> int:
 
 def run_length(config: ConfigDict, batches: Batches) -> arithmetic.RunLength:
     """Return the arithmetic of a run over these batches."""
-    train = config.train
-    each = train.per_device_train_batch_size
+    train, each = config.train, config.train.per_device_train_batch_size
+    devices = batches.batch_rows // each
     return arithmetic.run_length(
-        len(batches.rows), each, batches.batch_rows // each, batches.accumulation, train.num_train_epochs, train.max_steps
+        len(batches.rows), each, devices, batches.accumulation, train.num_train_epochs, train.max_steps
     )
 
 

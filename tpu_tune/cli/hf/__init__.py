@@ -26,6 +26,9 @@ is tpu-tune's choice unless the flag is given. --config.KEY=VALUE has the last w
 """
 
 
+_HONOURED = "WANDB_PROJECT WANDB_NAME WANDB_MODE HF_DATASETS_CACHE HF_HOME HF_HUB_CACHE TPU_TUNE_CACHE".split()
+
+
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = commands.add("hf", run, "run a Hugging Face training script's flags as they are",
@@ -64,16 +67,15 @@ def run(options: argparse.Namespace) -> int:
     if not rest:
         raise UserError("no flags; give those of a script, or --script FILE.sh (tpu-tune hf --help)")
     given = words.parse(rest)
+    if given.get("use_cpu"):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # before jax looks for devices
     if not options.dry_run:
-        _prepare(given)
         from tpu_tune.training import distributed
 
         with distributed.leaving_alone():
             distributed.join()
     asked = translate(given, _platform, {**os.environ, **exported})
-    asked.environ = {**{name: exported[name] for name in _HONOURED if name in exported}, **asked.environ}
-    for name, value in asked.environ.items():
-        os.environ[name] = value
+    os.environ.update({name: exported[name] for name in _HONOURED if name in exported} | asked.environ)
     for key, value in options.overrides:
         configuration.assign(asked.config, key, value)
     configuration.check(asked.config)
@@ -93,17 +95,6 @@ def run(options: argparse.Namespace) -> int:
     return _go(asked, options)
 
 
-_HONOURED = (
-    "WANDB_PROJECT",
-    "WANDB_NAME",
-    "WANDB_MODE",
-    "HF_DATASETS_CACHE",
-    "HF_HOME",
-    "HF_HUB_CACHE",
-    "TPU_TUNE_CACHE",
-)
-
-
 def _go(asked: Any, options: argparse.Namespace) -> int:
     if asked.train:
         if not options.no_check:
@@ -118,11 +109,6 @@ def _go(asked: Any, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(metrics))
     return 0
-
-
-def _prepare(given: Any) -> None:
-    if given.values.get("use_cpu"):
-        os.environ["JAX_PLATFORMS"] = "cpu"  # before jax looks for devices
 
 
 def _platform() -> str:

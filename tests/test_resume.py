@@ -50,7 +50,7 @@ def whole(tiny: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathl
     config = settings(tiny, folder)
     done = helpers.train_process(config, folder)
     assert done.returncode == 0, done.stderr
-    assert f"{TOTAL} steps in all" in done.stdout and f"{STEPS_AN_EPOCH} steps an epoch" in done.stdout
+    assert f"{STEPS_AN_EPOCH} steps an epoch, {TOTAL} steps in 2 epochs; mini-batch" in done.stdout
     return folder
 
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from tpu_tune import __version__
 from tpu_tune import config as configuration
-from tpu_tune.cli import data, export, generate, inspect, plan, push, train
+from tpu_tune.cli import data, export, generate, hf, inspect, plan, push, train
 from tpu_tune.cli.common import Commands
 from tpu_tune.errors import UserError
 
-COMMANDS = (train, plan, data, generate, export, push, inspect)  # in the order of the help
+COMMANDS = (train, hf, plan, data, generate, export, push, inspect)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             plain.append(word)
     options, unknown = parser.parse_known_args(plain)
+    if "rest" in options:  # a command that reads the rest of its line by itself
+        options.rest, unknown = unknown, []
     if unknown:
         key = unknown[0].removeprefix("--").partition("=")[0]
         known = key in dict(configuration.flatten(configuration.default()))

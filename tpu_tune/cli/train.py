@@ -34,16 +34,21 @@ def run(options: argparse.Namespace) -> int:
 
     with distributed.leaving_alone():
         distributed.join()
-    import tpu_tune
-
     if not options.no_check:
         _check_memory(config)
+    return start(config, options.json)
+
+
+def start(config: Any, as_json: bool) -> int:
+    """Train, and say where the results are; the hosts have been joined. Return the exit status."""
+    import tpu_tune
+    from tpu_tune.training import distributed
 
     # With --json standard output holds nothing but JSON.
-    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         with distributed.leaving_alone():
             run = tpu_tune.train(config)
-    if options.json:
+    if as_json:
         print(
             json.dumps({"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir})
         )
@@ -58,8 +63,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_memory(config: Any) -> None:
+def _check_memory(config: Any, most: float | None = None) -> None:
     """Plan for the devices of this machine, before anything is downloaded or loaded.
+
+    Args:
+      config: the whole configuration.
+      most: bytes that a device may take; where there is no compiler for this machine, they are counted.
 
     Raises:
       UserError: the job does not fit; the table is on standard error.
@@ -70,22 +79,39 @@ def _check_memory(config: Any) -> None:
     checkpoints = os.path.join(config.output_dir, "checkpoints")
     if os.path.isdir(checkpoints) and os.listdir(checkpoints):
         return  # it has run before
-    device = planning.device_here()
+    here = planning.device_here()
+    device = here if most is None else planning.device_within(most)
     if device is None:
         return
-    log.info("does it fit %s? (compiling the step beforehand; --no-check leaves it out)", device.name)
+    compile = here is not None
+    log.info(
+        "does it fit %s? (%s; --no-check leaves it out)", device.name,
+        "compiling the step beforehand" if compile else "counting bytes",
+    )  # fmt: skip
     try:
-        figures = planning.plan(config, device)
+        figures = planning.plan(config, device, None, compile)
     except UserError:
         return  # training says it better
     except Exception as error:  # a plan that cannot be made is no reason not to train
         log.warning("the memory could not be checked beforehand (%s: %s)", type(error).__name__, error)
         return
     log.info("%s (compiler: %s)", planning.verdict(figures), figures["compiler"])
-    if figures["fits"] or figures["compiler"].startswith("none"):
+    if figures["fits"] or (compile and figures["compiler"].startswith("none")):
         return
     print(planning.table(figures), file=sys.stderr)
+    if most is not None and device.capacity <= most:
+        raise UserError(f"this job takes more than {most / 1e6:,.4g} MB of a device; {_advice(config, device)}")
     raise UserError(
         f"this job does not fit {device.name}; tpu-tune plan --suggest --device '{device.name}' with the same --config "
         "looks for one that does, and --no-check trains all the same"
     )
+
+
+def _advice(config: Any, device: Any) -> str:
+    from tpu_tune import planning
+
+    found = planning.suggest(config, device, compile=False)
+    if found["overrides"]:
+        words = " ".join(f"--config.{key}={value}" for key, value in found["overrides"].items())
+        return f"by an estimate it does not with {words}"
+    return "nothing that was tried takes less; shorten data.max_length, take a smaller model, or more devices"

@@ -105,9 +105,8 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that see every row once: ceil(ceil(rows / batch_rows) / accumulation), as Hugging Face counts."""
-        micro_batches = -(-len(self.rows) // self.batch_rows)
-        return -(-micro_batches // self.accumulation)
+        """Steps that see every row once."""
+        return steps_per_epoch(len(self.rows), self.batch_rows, self.accumulation)
 
     def row_numbers(self, step: int) -> np.ndarray:
         """The rows of a step (0-based), (accumulation, batch_rows) int64, -1 where the epoch has run out of rows."""
@@ -123,6 +122,12 @@ class Batches:
         numbers = _only(self.row_numbers(step), self.mine)
         flat = self.rows.take(numbers.reshape(-1))
         return {name: array.reshape(*numbers.shape, -1) for name, array in flat.items()}
+
+
+def steps_per_epoch(rows: int, batch_rows: int, accumulation: int) -> int:
+    """Return the steps that see every row once: ceil(ceil(rows / batch_rows) / accumulation), as Hugging Face counts."""
+    micro_batches = -(-rows // batch_rows)
+    return -(-micro_batches // accumulation)
 
 
 @functools.lru_cache(maxsize=2)  # a cache only: the value depends on the arguments alone

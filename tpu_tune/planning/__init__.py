@@ -5,7 +5,7 @@ config, device -> job -> (a process of its own: the real step from shapes, compi
 
 from tpu_tune.planning.devices import NAMES, Device, device_of, find_device
 from tpu_tune.planning.figures import plan
-from tpu_tune.planning.here import device_here
+from tpu_tune.planning.here import device_here, device_within
 from tpu_tune.planning.report import advice, table, verdict
 from tpu_tune.planning.suggest import suggest
 
@@ -15,6 +15,7 @@ __all__ = [
     "advice",
     "device_here",
     "device_of",
+    "device_within",
     "find_device",
     "plan",
     "suggest",

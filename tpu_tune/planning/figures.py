@@ -19,6 +19,8 @@ from tpu_tune.planning.flops import ROOFLINE_SHARE, roofline_seconds, step_work
 from tpu_tune.planning.model import model_config
 from tpu_tune.planning.process import TIMEOUT, run_job
 from tpu_tune.planning.rows import guess_rows
+from tpu_tune.training import arithmetic
+from tpu_tune.training.arithmetic import run_length
 from tpu_tune.training.setup import check_settings
 from tpu_tune.transforms.sharding import mesh_sizes
 
@@ -210,19 +212,20 @@ def _run(
     given, batch = rows is not None, measured["rows"]
     if rows is None:
         rows = guess_rows(config, one_each=encoder or not config.data.packing)
-    train, kind, per_epoch, total = config.train, None, None, None
+    train, length, total = config.train, None, None
     if train.max_steps > 0:
         total = train.max_steps
     if rows is not None:
-        micro = batch // train.gradient_accumulation_steps
-        per_epoch = math.ceil(math.ceil(rows / micro) / train.gradient_accumulation_steps)
-        total = total or math.ceil(train.num_train_epochs * per_epoch)
-        kind = "stochastic" if batch == 1 else ("batch" if batch >= rows else "mini-batch")
+        each, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+        devices = batch // (each * accumulation)
+        length = run_length(rows, each, devices, accumulation, train.num_train_epochs, train.max_steps)
+        total = length.total_steps
     return {
         "rows": rows,
         "rows_are": "given" if given else ("a guess from the size of data.train" if rows is not None else "not known"),
-        "gradient_descent": kind,
-        "steps_per_epoch": per_epoch,
+        "gradient_descent": length and length.kind,
+        "steps_per_epoch": length and length.steps_per_epoch,
         "total_steps": total,
+        "arithmetic": length and arithmetic.words(length),
         "hours_estimate": None if total is None else total * seconds / 3600,
     }

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from tpu_tune.planning.devices import Device, device_of
+from tpu_tune.planning.devices import Device, device_of, find_device
 
 
 def device_here() -> Device | None:
@@ -19,3 +19,18 @@ def device_here() -> Device | None:
     if found is None or not limit:
         return found
     return dataclasses.replace(found, capacity=limit, capacity_note="what jax may use here")
+
+
+def device_within(most: float) -> Device:
+    """Return the devices of this machine with no more memory on each than `most` bytes.
+
+    A CPU and an unknown card are given a known card's name for kernels and speed; only bytes can be counted for them.
+    """
+    found = device_here()
+    if found is None:
+        count = len(jax.devices())
+        name = "this machine" if count == 1 else f"this machine's {count} devices"
+        found = dataclasses.replace(find_device(f"h200 x{count}"), name=name, capacity=int(most) + 1)
+    if found.capacity <= most:
+        return found
+    return dataclasses.replace(found, capacity=int(most), capacity_note="what was allowed")

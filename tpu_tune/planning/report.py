@@ -100,10 +100,7 @@ def _work(step: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
         f"estimate {_time(step['seconds_estimate'])}, at {step['roofline_share']:.0%} of the roofline; not measured",
     ]
     if run["rows"] is not None:
-        lines.append(
-            f"the run: {run['rows']:,} rows ({run['rows_are']}), {run['steps_per_epoch']:,} steps an epoch, "
-            f"{run['total_steps']:,} steps in all, {run['gradient_descent']} gradient descent"
-        )
+        lines.append(f"the run: {run['arithmetic']} (rows: {run['rows_are']})")
     elif run["total_steps"] is not None:
         lines.append(f"the run: {run['total_steps']:,} steps (train.max_steps)")
     else:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data import PackedRows, PairRows, eval_batches
-from tpu_tune.training.setup import Steps
+from tpu_tune.training.setup import Evaluation, Steps
 
 
 def evaluate(
-    steps: Steps,
+    steps: Steps | Evaluation,
     trainable: Mapping[str, Any],
     frozen: Mapping[str, Any],
     rows: PackedRows | PairRows,

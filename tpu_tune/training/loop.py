@@ -26,7 +26,7 @@ from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.checkpoints.run import RunCheckpoints
 from tpu_tune.data import Batches, Datasets, PairRows, load_data, prefetch
 from tpu_tune.errors import UserError
-from tpu_tune.training import distributed, loggers, run_directory, stopping
+from tpu_tune.training import arithmetic, distributed, loggers, run_directory, stopping
 from tpu_tune.training.evaluation import evaluate
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.progress import Progress
@@ -104,12 +104,12 @@ def train(
     say = say if is_main else lambda line: None
     mesh, start = distributed.together("settings", lambda: _start(config))
     batch_rows, eval_rows = micro_batch_rows(start.config, mesh)
-    config, out = _same_seeds(start.config), start.config.output_dir
+    config, out = same_seeds(start.config), start.config.output_dir
     for note in start.notes:
         say(note)
 
     # --- data and model; whatever can be wrong with them is found before the run directory is made --------------
-    data = distributed.together("data", lambda: _data(config, mesh))
+    data = distributed.together("data", lambda: open_data(config, mesh))
     begun = time.monotonic()
     model = prepare_model(config, mesh)
     jax.block_until_ready((model.trainable, model.frozen))
@@ -123,8 +123,10 @@ def train(
         data.train, batch_rows, config.train.gradient_accumulation_steps, config.data.data_seed,
         sharding.rows_here(mesh, batch_rows),
     )  # fmt: skip
-    total = total_steps(config, batches)
-    say(_data_line(data, batches, total))
+    length = run_length(config, batches)
+    total = length.total_steps
+    say(_data_line(data))
+    say(arithmetic.words(length))
 
     # --- steps, and the state to go on from -----------------------------------------------------------------------
     steps = prepare_steps(config, model, total)
@@ -296,9 +298,16 @@ def _loop(
 
 def total_steps(config: ConfigDict, batches: Batches) -> int:
     """Return the steps of the whole run: max_steps, or ceil(epochs * steps per epoch) as Hugging Face counts."""
-    if config.train.max_steps > 0:
-        return config.train.max_steps
-    return math.ceil(config.train.num_train_epochs * batches.steps_per_epoch)
+    return run_length(config, batches).total_steps
+
+
+def run_length(config: ConfigDict, batches: Batches) -> arithmetic.RunLength:
+    """Return the arithmetic of a run over these batches."""
+    train, each = config.train, config.train.per_device_train_batch_size
+    devices = batches.batch_rows // each
+    return arithmetic.run_length(
+        len(batches.rows), each, devices, batches.accumulation, train.num_train_epochs, train.max_steps
+    )
 
 
 def trainable_line(model: PreparedModel) -> str:
@@ -373,13 +382,13 @@ def _start(config: ConfigDict) -> tuple[jax.sharding.Mesh, run_directory.RunStar
     return mesh, run_directory.open_run(config, write=False)
 
 
-def _same_seeds(config: ConfigDict) -> ConfigDict:
+def same_seeds(config: ConfigDict) -> ConfigDict:
     """Take process 0's seeds: one of -1 was drawn by each process for itself."""
     config.seed, config.data.data_seed = distributed.from_main([config.seed, config.data.data_seed], "seeds")
     return config
 
 
-def _data(config: ConfigDict, mesh: jax.sharding.Mesh) -> Datasets:
+def open_data(config: ConfigDict, mesh: jax.sharding.Mesh) -> Datasets:
     source, architecture = open_model(config)
     start_token = architecture.start_token if architecture.encoder else None
     data = load_data(config, source.load_tokenizer(), architecture.vocab_size, start_token)
@@ -401,13 +410,9 @@ def _devices(mesh: jax.sharding.Mesh) -> str:
     return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
 
 
-def _data_line(data: Datasets, batches: Batches, total: int) -> str:
+def _data_line(data: Datasets) -> str:
     held_out = f", {len(data.eval)} for evaluation" if data.eval is not None else ""
-    rows = batches.batch_rows * batches.accumulation
     width = str(data.train.width)
     if isinstance(data.train, PairRows):
         width = f"{data.train.encoder_width} + {width}"
-    return (
-        f"data: {len(data.train)} rows of {width} tokens{held_out}; {rows} rows a step, "
-        f"{batches.steps_per_epoch} steps an epoch, {total} steps in all"
-    )
+    return f"data: {len(data.train)} rows of {width} tokens{held_out}"

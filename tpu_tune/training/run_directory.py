@@ -70,27 +70,36 @@ def open_run(config: ConfigDict, write: bool = True) -> RunStart:
     """
     directory, file = config.output_dir, path(config.output_dir, "config.json")
     recorded = _read_config(file)
-    values = dict(configuration.flatten(config))
-    notes: list[str] = []
     if recorded is not None:
         recorded = {**dict(configuration.flatten(configuration.default())), **recorded}
     elif storage.is_dir(path(directory, "checkpoints")):
         raise UserError(
             f"{directory} holds checkpoints but no config.json, so they cannot be continued; choose another output_dir"
         )
-    resolved = configuration.from_dict(configuration.to_dict(config))
-    for key in _SEEDS:
-        if values[key] == -1:
-            values[key] = recorded[key] if recorded is not None else secrets.randbelow(2**31)
-            configuration.assign(resolved, key, values[key])
-            notes.append(f"{key} = {values[key]}")
+    resolved, notes = _resolve_seeds(config, recorded)
     if recorded is not None:
-        notes += _compare(directory, recorded, values)
+        notes += _compare(directory, recorded, dict(configuration.flatten(resolved)))
     if write:
         write_config(resolved)
     else:
         _check_place(directory)
     return RunStart(resolved, recorded is not None, notes)
+
+
+def with_seeds(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
+    """Return the configuration with seeds of -1 replaced as `open_run` does, and a line on each; nothing is written."""
+    return _resolve_seeds(config, _read_config(path(config.output_dir, "config.json")))
+
+
+def _resolve_seeds(config: ConfigDict, recorded: Mapping[str, Any] | None) -> tuple[ConfigDict, list[str]]:
+    resolved, notes = configuration.from_dict(configuration.to_dict(config)), []
+    for key in _SEEDS:
+        if configuration.config_get(config, key) == -1:
+            value = (recorded or {}).get(key)
+            value = secrets.randbelow(2**31) if value is None else value
+            configuration.assign(resolved, key, value)
+            notes.append(f"{key} = {value}")
+    return resolved, notes
 
 
 def write_config(config: ConfigDict) -> None:

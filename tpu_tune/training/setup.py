@@ -72,6 +72,14 @@ class PreparedModel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What evaluating needs; see `Steps`."""
+
+    evaluate: Callable[..., dict[str, jax.Array]]
+    put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Steps:
     """The jitted functions of a run.
 
@@ -272,13 +280,7 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
     optimizer = make_optimizer(
         config.train, schedule, stacked=stacked.__contains__, factor=_rate_factor(config, model, stacked)
     )
-    problem, eval_problem = (
-        Problem(
-            model.architecture, execution(config, model.architecture, model.mesh, model.shardings, rows), model.targets,
-            loss_chunk(config, model.architecture.vocab_size, rows), config.train.neftune_noise_alpha,
-        )
-        for rows in (config.train.per_device_train_batch_size, config.train.per_device_eval_batch_size)
-    )  # fmt: skip
+    problem = _problem(config, model, config.train.per_device_train_batch_size)
     dropout = model.targets is not None and model.targets.spec.dropout > 0
     random = dropout or config.train.neftune_noise_alpha > 0
     key = jax.random.fold_in(jax.random.key(config.seed), 1) if random else None
@@ -293,12 +295,25 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
     step = make_train_step(problem, optimizer, schedule, config.train.max_grad_norm, key, in_parts)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.trainable.values())
     state = jax.tree.map(_at, shapes, homes) if abstract else jax.jit(start, out_shardings=homes)(model.trainable)
+    evaluation = prepare_evaluation(config, model)
     return Steps(
         train=jax.jit(step, donate_argnums=0, out_shardings=(homes, None)),
-        evaluate=jax.jit(make_eval_step(eval_problem)),
+        evaluate=evaluation.evaluate,
         initial_state=state,
-        put_batch=functools.partial(_put_batch, model.mesh),
+        put_batch=evaluation.put_batch,
     )
+
+
+def prepare_evaluation(config: ConfigDict, model: PreparedModel) -> Evaluation:
+    """Build the jitted evaluation alone, without the optimizer and its state."""
+    problem = _problem(config, model, config.train.per_device_eval_batch_size)
+    return Evaluation(jax.jit(make_eval_step(problem)), functools.partial(_put_batch, model.mesh))
+
+
+def _problem(config: ConfigDict, model: PreparedModel, rows: int) -> Problem:
+    run = execution(config, model.architecture, model.mesh, model.shardings, rows)
+    chunk = loss_chunk(config, model.architecture.vocab_size, rows)
+    return Problem(model.architecture, run, model.targets, chunk, config.train.neftune_noise_alpha)
 
 
 def _rate_factor(config: ConfigDict, model: PreparedModel, stacked: frozenset[str]) -> Callable[[str], float] | None:

@@ -1,0 +1,232 @@
+"""The flags that `tpu-tune hf` takes, in one table: what each of them becomes.
+
+They are those of Hugging Face's TrainingArguments and of its `run_clm.py`, of `qlora.py`, of the PygmalionAI training
+code, and TRL's names for the same things. A flag is one of four:
+
+- `key`: its value goes into that config key as it is (a key that this version has not: only the neutral value);
+- `used`: a function of `translate` reads it, because it goes together with others;
+- `ignored`: accepted, and one line says why it means nothing here;
+- `refused`: an error that says what to do, unless its value asks for nothing.
+
+A new flag is one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """What becomes of a flag.
+
+    Attributes:
+      kind: how its value is read: str | int | float | bool (alone it means true) | list (words or commas) | dict (JSON).
+      key: config key that takes the value.
+      why: of `ignored` and `refused`, in words that follow the flag's name.
+      neutral: values that ask for nothing; the only ones that a refused flag may have.
+      action: key | used | ignored | refused.
+    """
+
+    kind: type
+    action: str
+    key: str = ""
+    why: str = ""
+    neutral: tuple[Any, ...] = ()
+
+
+def key(kind: type, name: str) -> Flag:
+    """The value goes into a config key."""
+    return Flag(kind, "key", key=name, neutral=(None, 0, "", False))
+
+
+def used(kind: type) -> Flag:
+    """`translate` reads it."""
+    return Flag(kind, "used")
+
+
+def refused(kind: type, why: str, *neutral: Any) -> Flag:
+    """An error, unless the value is neutral."""
+    return Flag(kind, "refused", why=why, neutral=(None, *neutral))
+
+
+# Other spellings; the guide itself writes --source_max_length in its text and --source_max_len in its script.
+ALIASES = {
+    "evaluation_strategy": "eval_strategy", "source_max_length": "source_max_len", "target_max_length": "target_max_len",
+    "lora_r": "lora_rank", "r": "lora_rank", "lora_modules": "lora_target_modules",
+    "target_modules": "lora_target_modules", "lora_bias": "bias", "lora_modules_to_save": "modules_to_save",
+    "use_peft": "use_lora", "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size", "activation_checkpointing": "gradient_checkpointing",
+    "validation_file": "eval_file", "model_max_length": "max_length", "max_seq_length": "max_length",
+    "max_seq_len": "max_length", "block_size": "max_length", "dataset_name": "dataset", "no_cuda": "use_cpu",
+    "apply_xformers": "use_xformers", "use_bnb_nested_quant": "double_quant", "bnb_4bit_quant_type": "quant_type",
+    "use_flash_attention_2": "use_xformers", "use_flash_attn": "use_xformers",
+}  # fmt: skip
+
+# What only qlora.py has: where one is given, the script is one of its.
+QLORA = frozenset(
+    "bits quant_type double_quant full_finetune adam8bit dataset_format source_max_len target_max_len train_on_source "
+    "do_mmlu_eval mmlu_split mmlu_dataset max_memory_MB eval_dataset_size".split()
+)
+# qlora.py's defaults of these, and the training code's of LoRA's own (with --use_lora).
+QLORA_DEFAULTS = {"bits": 4, "lora_rank": 64, "lora_alpha": 16.0, "lora_dropout": 0.0}
+LORA_DEFAULTS = {"bits": 16, "lora_rank": 4, "lora_alpha": 32.0, "lora_dropout": 0.05}
+QLORA_LENGTHS = (1024, 256)  # source_max_len, target_max_len
+QLORA_TRAINER = {  # what it changes of the Trainer's own, and we do not
+    "max_steps": 10000, "learning_rate": 0.0002, "lr_scheduler_type": "constant", "warmup_ratio": 0.03,
+    "max_grad_norm": 0.3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
+}  # fmt: skip
+
+_USED = {
+    "model_name_or_path": str, "output_dir": str, "train_file": str, "eval_file": str, "dataset": str,
+    "dataset_format": str, "eval_dataset_size": float, "validation_split_percentage": float, "train_on_source": bool,
+    "source_max_len": int, "target_max_len": int, "max_length": int, "packing": bool, "add_special_tokens": list,
+    "preprocessing_num_workers": int, "dataloader_num_workers": int, "do_train": bool, "do_eval": bool,
+    "eval_strategy": str, "eval_steps": float, "save_strategy": str, "save_steps": float, "save_total_limit": int,
+    "logging_strategy": str, "logging_steps": float, "logging_first_step": bool, "warmup_steps": float,
+    "optim": str, "adafactor": bool, "adam8bit": bool, "seed": int, "data_seed": int, "report_to": list,
+    "run_name": str, "cache_dir": str, "use_cpu": bool, "bf16": bool, "fp16": bool, "bf16_full_eval": bool,
+    "fp16_full_eval": bool, "gradient_checkpointing": bool, "use_lora": bool, "full_finetune": bool, "bits": int,
+    "load_in_4bit": bool, "load_in_8bit": bool, "quant_type": str, "double_quant": bool, "lora_rank": int,
+    "lora_alpha": float, "lora_dropout": float, "lora_target_modules": list, "max_memory_MB": float, "do_mmlu_eval": bool,
+    "resume_from_checkpoint": str, "tokenizer_name": str,
+}  # fmt: skip
+
+_KEYS = {
+    "learning_rate": (float, "train.learning_rate"),
+    "num_train_epochs": (float, "train.num_train_epochs"),
+    "max_steps": (int, "train.max_steps"),
+    "per_device_train_batch_size": (int, "train.per_device_train_batch_size"),
+    "per_device_eval_batch_size": (int, "train.per_device_eval_batch_size"),
+    "gradient_accumulation_steps": (int, "train.gradient_accumulation_steps"),
+    "lr_scheduler_type": (str, "train.lr_scheduler_type"),
+    "lr_scheduler_kwargs": (dict, "train.lr_scheduler_kwargs"),
+    "warmup_ratio": (float, "train.warmup_ratio"),
+    "weight_decay": (float, "train.weight_decay"),
+    "adam_beta1": (float, "train.adam_beta1"),
+    "adam_beta2": (float, "train.adam_beta2"),
+    "adam_epsilon": (float, "train.adam_epsilon"),
+    "max_grad_norm": (float, "train.max_grad_norm"),
+    "load_best_model_at_end": (bool, "train.load_best_model_at_end"),
+    "early_stopping_patience": (int, "train.early_stopping_patience"),
+    "early_stopping_threshold": (float, "train.early_stopping_threshold"),
+    "neftune_noise_alpha": (float, "train.neftune_noise_alpha"),
+    "loraplus_lr_ratio": (float, "train.loraplus_lr_ratio"),
+    "bias": (str, "lora.bias"),
+    "modules_to_save": (list, "lora.modules_to_save"),
+    "layers_to_transform": (list, "lora.layers_to_transform"),
+    "layers_pattern": (str, "lora.layers_pattern"),
+    "use_rslora": (bool, "lora.use_rslora"),
+    "use_dora": (bool, "lora.use_dora"),
+    "chat_template_path": (str, "data.chat_template"),
+}
+
+# Reason -> flags; a kind other than str stands behind the colon.
+_IGNORED = {
+    "gradients are averaged inside the compiled step, and there is no DistributedDataParallel to set (the guide is "
+    "mistaken: it does not switch that off in torch either)": "ddp_find_unused_parameters:bool",
+    "there is no DistributedDataParallel to set; jax finds the devices and averages inside the compiled step": (
+        "ddp_bucket_cap_mb:int ddp_broadcast_buffers:bool ddp_static_graph:bool ddp_backend ddp_timeout:int local_rank:int "
+        "accelerator_config parallelism_config tpu_num_cores:int tpu_metrics_debug:bool xpu_backend "
+        "nproc_per_node:int mp_parameters sharded_ddp"
+    ),
+    "weights are read once, tensor by tensor, straight to their devices: no process has to wait for another": (
+        "model_load_delay_per_rank:int low_cpu_mem_usage:bool"
+    ),
+    "weights, gradients and optimizer state are sharded over all devices without it (mesh.fsdp=-1); "
+    "--config.train.optim_offload=True keeps the optimizer's state in host memory": (
+        "deepspeed fsdp:list fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params:int"
+    ),
+    "attention that never holds all scores is taken for long rows anyway (model.attention=auto)": (
+        "use_xformers:bool attn_implementation"
+    ),
+    "every step is compiled by XLA": (
+        "torch_compile:bool torch_compile_backend torch_compile_mode jit_mode_eval:bool use_ipex:bool torchdynamo"
+    ),
+    "the loss never holds all logits anyway": "use_liger_kernel:bool liger_kernel_config:dict",
+    "how matrices multiply follows from model.dtype": "tf32:bool half_precision_backend fp16_opt_level fp16_backend",
+    "layers are recomputed by model.remat, which has one way": "gradient_checkpointing_kwargs:dict activation_checkpointing_kwargs:dict",
+    "rows are as wide as the longest whatever their order, so that sorting them would save nothing": (
+        "group_by_length:bool length_column_name sortish_sampler:bool"
+    ),
+    "batches are made by a thread of their own, and their order is that of the seed": (
+        "dataloader_pin_memory:bool dataloader_persistent_workers:bool dataloader_prefetch_factor:int "
+        "dataloader_multiprocessing_context dataloader_in_order:bool ignore_data_skip:bool"
+    ),
+    "the last batch of an epoch is trained on with the rows that it has": "dataloader_drop_last:bool",
+    "only the columns of the data's format are read": "remove_unused_columns:bool label_names:list",
+    "every process sees the whole dataset, and rows are tokenized once and kept": (
+        "overwrite_cache:bool keep_linebreaks:bool streaming:bool split_batches:bool dispatch_batches:bool"
+    ),
+    "training does not push; `tpu-tune push` does, or `huggingface-cli upload` of the result": (
+        "push_to_hub:bool hub_token hub_private_repo:bool hub_model_id hub_strategy hub_always_push:bool hub_revision "
+        "push_to_hub_model_id push_to_hub_organization push_to_hub_token"
+    ),
+    "the token is taken from the environment (HF_TOKEN), and never stored": "use_auth_token:bool token",
+    "no code of a model's repository is run": "trust_remote_code:bool",
+    "TensorBoard's files are in OUTPUT_DIR/tensorboard": "logging_dir",
+    "nothing is deleted: the same settings go on with the run in output_dir, others need another directory": (
+        "overwrite_output_dir:bool"
+    ),
+    "the end of a run, metrics.jsonl and config.json say it": (
+        "log_level log_level_replica log_on_each_node:bool disable_tqdm:bool logging_nan_inf_filter:bool "
+        "include_num_input_tokens_seen include_tokens_per_second:bool skip_memory_metrics:bool debug:list project "
+        "trackio_space_id trackio_bucket_id trackio_static_space_id enable_profiler:bool"
+    ),
+    "evaluation sums loss and hits on the devices, and keeps no predictions": (
+        "prediction_loss_only:bool eval_accumulation_steps:int include_inputs_for_metrics:bool include_for_metrics:list "
+        "eval_do_concat_batches:bool eval_use_gather_object:bool batch_eval_metrics:bool"
+    ),
+    "for the loss before training, run once with --do_eval alone and an empty output_dir": "eval_on_start:bool",
+    "a checkpoint holds the trained leaves and the optimizer, written by one process": (
+        "save_only_model:bool save_on_each_node:bool save_safetensors:bool enable_jit_checkpoint:bool "
+        "restore_callback_states_from_checkpoint:bool"
+    ),
+    "losses are averaged over the target tokens of all devices anyway": "average_tokens_across_devices:bool",
+    "`tpu-tune plan --suggest` looks for the largest batch": "auto_find_batch_size:bool",
+    "one machine gives the same numbers for the same seed anyway": "full_determinism:bool",
+    "nothing is generated while training; afterwards: tpu-tune generate": (
+        "do_predict:bool predict_with_generate:bool generation_max_length:int generation_num_beams:int generation_config "
+        "max_new_tokens:int min_new_tokens:int do_sample:bool num_beams:int num_beam_groups:int penalty_alpha:float "
+        "use_cache:bool temperature:float top_k:int top_p:float typical_p:float diversity_penalty:float "
+        "repetition_penalty:float length_penalty:float no_repeat_ngram_size:int"
+    ),
+    "MMLU is not run while training": "mmlu_split mmlu_dataset max_mmlu_samples:int mmlu_source_max_len:int",
+    "the tokenizer is the model's own fast one": "use_fast_tokenizer:bool use_fast:bool",
+    "weights are stored as model.param_dtype says, and computed with as --bf16 or --fp16 say": "torch_dtype dtype",
+    "LoRA of a language model is all there is": "lora_task_type task_type",
+    "device memory is not given back between steps": "torch_empty_cache_steps:int",
+}
+
+_SHORTER = "is not there; make a shorter file (head -n)"
+_REFUSED = {
+    "label_smoothing_factor": refused(float, "is not there: the loss is plain cross-entropy; leave it out", 0.0),
+    "greater_is_better": refused(bool, "goes with eval_loss, which is better the smaller it is", False),
+    "metric_for_best_model": refused(str, "can only be eval_loss", "loss", "eval_loss"),
+    "max_train_samples": refused(int, _SHORTER),
+    "max_eval_samples": refused(int, _SHORTER),
+    "eval_delay": refused(float, "is not there; evaluation begins with the first eval_steps", 0.0),
+    "optim_args": refused(str, "is not there; adam_beta1, adam_beta2 and adam_epsilon are", ""),
+    "optim_target_modules": refused(list, "is of GaLore and APOLLO, which are not there", []),
+    "train_sampling_strategy": refused(str, "can only be random", "random", "group_by_length"),
+    "model_revision": refused(str, "is not there; fetch that revision and give its directory", "main"),
+    "config_name": refused(str, "is not there; the configuration is the model's own", ""),
+    "model_type": refused(str, "is not there: a model is not trained from nothing", ""),
+    "config_overrides": refused(str, "is not there; the configuration is the model's own", ""),
+    "dataset_config_name": refused(str, "is not there; give the files", "", "default"),
+    "uft": refused(bool, "is not needed: rows with `text` are trained on whole", False),
+}
+
+FLAGS: dict[str, Flag] = {
+    **{name: used(kind) for name, kind in _USED.items()},
+    **{name: key(*about) for name, about in _KEYS.items()},
+    **_REFUSED,
+    **{
+        name.replace("-", "_"): Flag(
+            {"int": int, "float": float, "bool": bool, "list": list, "dict": dict}.get(kind, str), "ignored", why=why
+        )
+        for why, names in _IGNORED.items()
+        for name, _, kind in (word.partition(":") for word in names.split())
+    },
+}

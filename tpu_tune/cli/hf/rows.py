@@ -1,0 +1,164 @@
+"""The rows of a script's run: where they are, what they are, how long they may be, and which of them are held out."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+from ml_collections import ConfigDict
+
+from tpu_tune.cli.hf.flags import QLORA, QLORA_LENGTHS
+from tpu_tune.cli.hf.words import Given
+from tpu_tune.errors import UserError
+
+FORMATS = {  # qlora.py's --dataset_format -> (data.format, data.columns)
+    "input-output": ("input-output", {}),
+    "alpaca": ("alpaca", {}),
+    "alpaca-clean": ("alpaca", {}),
+    "self-instruct": ("prompt-completion", {}),
+    "hh-rlhf": ("text", {"chosen": "text"}),
+    "oasst1": ("text", {}),
+}
+DATASETS = {  # qlora.py's names of datasets -> (hub id, format)
+    "alpaca": ("tatsu-lab/alpaca", "alpaca"),
+    "alpaca-clean": ("yahma/alpaca-cleaned", "alpaca"),
+    "hh-rlhf": ("Anthropic/hh-rlhf", "hh-rlhf"),
+    "longform": ("akoksal/LongForm", "input-output"),
+    "oasst1": ("timdettmers/openassistant-guanaco", "oasst1"),
+}
+
+
+def place_rows(flags: Given, config: ConfigDict, evaluates: bool) -> None:
+    """Where the rows are, what they are, and which of them are held out."""
+    data, named = config.data, [name for name in ("train_file", "dataset") if flags.get(name)]
+    if len(named) > 1:
+        raise UserError("--train_file and --dataset exclude each other")
+    form = flags.get("dataset_format")
+    if named:
+        data.train = flags.get(named[0])
+        if data.train in DATASETS and not os.path.exists(data.train):
+            data.train, form = DATASETS[data.train][0], form or DATASETS[data.train][1]
+    if form is not None:
+        if form not in FORMATS:
+            raise UserError(f"{flags.said('dataset_format')} is '{form}'; it must be one of {', '.join(FORMATS)}")
+        data.format, columns = FORMATS[form]
+        data.columns = dict(columns)
+    data.train_on_source = flags.get("train_on_source", False)
+    workers = flags.get("preprocessing_num_workers", flags.get("dataloader_num_workers", 0))
+    data.num_workers = max(0, workers)
+    tokens = flags.get("add_special_tokens", [])
+    if tokens:
+        config.model.add_special_tokens = tokens
+        if config.method == "lora":
+            flags.note(
+                f"{flags.said('add_special_tokens')}: under LoRA new rows are not trained unless embed_tokens is a target; "
+                "--config.model.train_added_tokens=True trains these rows alone"
+            )
+    if not evaluates:
+        data.eval_ratio = 0.0  # every row is trained on
+        return
+    if flags.get("eval_file"):
+        data.eval = flags.get("eval_file")
+        return
+    _held_out(flags, config)
+
+
+def _held_out(flags: Given, config: ConfigDict) -> None:
+    """The share of the rows that is held out where no file for evaluation is given."""
+    percent, count = flags.get("validation_split_percentage"), flags.get("eval_dataset_size")
+    if percent is not None:
+        config.data.eval_ratio = percent / 100
+    elif count is not None:
+        rows = None if count < 1 else _count(config.data.train)
+        if rows is not None and count >= rows:
+            raise UserError(
+                f"{flags.said('eval_dataset_size')} is {count:g} of {rows} rows; some must be left to train on"
+            )
+        if count >= 1 and rows is None:
+            raise UserError(
+                f"{flags.said('eval_dataset_size')} {count:g}: how many rows there are is not known beforehand; give a share, "
+                "such as 0.05, or --eval_file"
+            )
+        config.data.eval_ratio = count if rows is None else count / rows
+    elif flags.get("dataset"):
+        config.data.eval_ratio = 0.1
+    if not 0 < config.data.eval_ratio < 1:
+        raise UserError(
+            f"a share of {config.data.eval_ratio:g} of the rows for evaluation makes no sense; it must lie between 0 and 1"
+        )
+    flags.note(
+        f"evaluation: the file that a directory has for it, else {config.data.eval_ratio:.3g} of the rows, never trained on"
+    )
+
+
+def _count(path: str) -> int | None:
+    """Return the rows of local files, None of a hub dataset."""
+    from tpu_tune.data.sources import is_hub, read_rows, resolve
+
+    if not os.path.exists(os.path.expanduser(path)):
+        return None
+    sources = resolve(path)[0]
+    return None if any(map(is_hub, sources)) else sum(len(read_rows(source)[0]) for source in sources)
+
+
+def limit_rows(flags: Given, config: ConfigDict) -> bool:
+    """Set how long a row may be; return whether that was worked out."""
+    data = config.data
+    limits = [flags.get("source_max_len"), flags.get("target_max_len")]
+    for name, value in zip(
+        ("source_max_len", "target_max_len", "max_length"), [*limits, flags.get("max_length")], strict=True
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{flags.said(name)} is {value}; there must be at least one")
+    if any(limits) or set(flags.values) & QLORA:
+        limits = [value or default for value, default in zip(limits, QLORA_LENGTHS, strict=True)]
+        data.source_max_len, data.target_max_len = limits
+        data.max_length = sum(limits)
+        missing = [f"{name} {value}" for name, value in zip(("source_max_len", "target_max_len"), limits, strict=True)
+                   if name not in flags.values]  # fmt: skip
+        if missing:
+            flags.note(f"not given, so as qlora.py has it: {', '.join(missing)}")
+    if flags.get("max_length"):
+        data.max_length = flags.get("max_length")
+    return not flags.get("max_length")
+
+
+def fit_rows(config: ConfigDict) -> list[str]:
+    """Fit a worked-out `data.max_length` to tokenized files and to the model; return what is to be said.
+
+    The rows of .arrow files are as long as they are. Only learned positions end somewhere. What cannot be read here is
+    left to training, which names it better.
+    """
+    from tpu_tune.models import architecture
+    from tpu_tune.planning.model import model_config
+
+    said, data = [], config.data
+    tokenized = [path for path in (data.train, data.eval) if path.lower().endswith(".arrow")]
+    longest = [_longest(path) for path in tokenized]
+    if longest and None not in longest:
+        data.max_length = -(-max(longest) // 64) * 64
+        said.append(f"the longest row of {' and '.join(tokenized)} has {max(longest):,} tokens: nothing is cut")
+    probe = copy.deepcopy(config)
+    probe.data.max_length = 1
+    try:
+        arch = architecture(model_config(probe))
+    except UserError:
+        return said
+    if arch.names.positions and data.max_length > arch.max_positions:
+        data.max_length = arch.max_positions
+        said.append(f"rows are at most {arch.max_positions:,} tokens, for the model has no more positions")
+    return said
+
+
+def _longest(path: str) -> int | None:
+    """Return the tokens of the longest row of an Arrow IPC file; None where it cannot be read."""
+    import pyarrow
+    import pyarrow.compute
+
+    try:
+        with pyarrow.memory_map(os.path.expanduser(path)) as file, pyarrow.ipc.open_file(file) as reader:
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            lengths = (pyarrow.compute.list_value_length(batch.column("input_ids")) for batch in batches)
+            return max((pyarrow.compute.max(each).as_py() or 0 for each in lengths), default=0) or None
+    except (OSError, KeyError, pyarrow.ArrowException):
+        return None

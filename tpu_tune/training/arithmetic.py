@@ -1,0 +1,86 @@
+"""The arithmetic of a run: rows, batch, steps, epochs, and the kind of gradient descent that they make.
+
+`train` prints it before it starts, `plan` of a run that is only planned. The guide's example is 200 rows in batches of
+five: 40 steps an epoch, 40,000 steps in 1,000 epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from tpu_tune.data.loading import steps_per_epoch
+from tpu_tune.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLength:
+    """How long a run is.
+
+    Attributes:
+      rows: training rows; of packed data, packed ones.
+      per_device: rows of a device in a micro-batch.
+      devices: that take rows of their own.
+      accumulation: micro-batches of a step.
+      steps_per_epoch: steps that see every row once; the last one may have fewer rows.
+      total_steps: of the whole run.
+      epochs: passes over the rows in so many steps.
+    """
+
+    rows: int
+    per_device: int
+    devices: int
+    accumulation: int
+    steps_per_epoch: int
+    total_steps: int
+    epochs: float
+
+    @property
+    def batch(self) -> int:
+        """Rows that a step has room for."""
+        return self.per_device * self.devices * self.accumulation
+
+    @property
+    def kind(self) -> str:
+        """stochastic (one row a step), batch (all of them) or mini-batch."""
+        return "stochastic" if self.batch == 1 else ("batch" if self.batch >= self.rows else "mini-batch")
+
+
+def run_length(
+    rows: int, per_device: int, devices: int = 1, accumulation: int = 1, epochs: float = 1.0, max_steps: int = -1
+) -> RunLength:
+    """Count a run's steps as Hugging Face's Trainer does: ceil(epochs * steps an epoch), or `max_steps` if positive.
+
+    Raises:
+      UserError: nothing to train on, a batch of no rows, or no steps.
+    """
+    for name, value in (
+        ("training rows", rows), ("per_device_train_batch_size", per_device), ("devices", devices),
+        ("gradient_accumulation_steps", accumulation),
+    ):  # fmt: skip
+        if value < 1:
+            raise UserError(f"{name} is {value}; there must be at least one")
+    if max_steps <= 0 and not epochs > 0:
+        raise UserError(f"num_train_epochs is {epochs:g}; it must be positive")
+    each = steps_per_epoch(rows, per_device * devices, accumulation)
+    total = max_steps if max_steps > 0 else math.ceil(epochs * each)
+    return RunLength(
+        rows, per_device, devices, accumulation, each, total, total / each if max_steps > 0 else float(epochs)
+    )
+
+
+def words(length: RunLength) -> str:
+    """Return the arithmetic in one line."""
+    each = f"{length.per_device:,} row" + ("s" if length.per_device > 1 else "")
+    devices = f"{length.devices:,} device" + ("s" if length.devices > 1 else "")
+    few = f", and there are only {length.rows:,} rows" if length.batch > length.rows else ""
+    return (
+        f"{length.rows:,} rows, batch {length.batch:,} ({each} x {devices} x "
+        f"{length.accumulation:,} accumulation{few}): {length.steps_per_epoch:,} steps an epoch, "
+        f"{length.total_steps:,} steps in {_epochs(length.epochs)}; {length.kind} gradient descent"
+    )
+
+
+def _epochs(epochs: float) -> str:
+    number = f"{epochs:,.0f}" if float(epochs).is_integer() else f"{epochs:,.2f}"
+    return f"{number} epoch" + ("" if epochs == 1 else "s")

@@ -92,3 +92,9 @@ def text_dir() -> pathlib.Path:
 def brown_dir() -> pathlib.Path:
     """Directory of the Brown corpus' 500 files, each `word/tag` separated by blanks."""
     return _fetch_or_skip("brown")
+
+
+@pytest.fixture(scope="session")
+def questions() -> Callable[[str], pathlib.Path]:
+    """Function from hellaswag | truthfulqa | gsm8k to a file of 100 of its questions."""
+    return lambda name: _fetch_or_skip(f"questions:{name}") / "cases.jsonl"

@@ -217,7 +217,7 @@ def _batches(
         widths.items(), reverse=True
     ):  # the largest first: if it fits, all do
         wanted = _size(int(num_targets[members].max()), 8)
-        size = min(max(1, batch_tokens // max(width, encoder_width)), 1 << (len(members) - 1).bit_length())
+        size = min(max(1, batch_tokens // max(width, encoder_width)), max(8, 1 << (len(members) - 1).bit_length()))
         for start in range(0, len(members), size):
             numbers = members[start : start + size]
             yield numbers, _arrays([rows[number] for number in numbers], size, width, encoder_width, wanted)

@@ -12,7 +12,7 @@ from helpers_training import write_rows, write_tiny_llama
 import tpu_tune
 from tpu_tune.cli import main
 
-COMMANDS = ("train", "plan", "generate", "export", "inspect")
+COMMANDS = ("train", "plan", "generate", "eval", "export", "inspect")
 
 
 @pytest.fixture(scope="module")

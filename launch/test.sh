@@ -2,9 +2,9 @@
 # Install tpu_tune with what its tests need and run them: bash launch/test.sh [PYTEST ARGUMENTS...]
 #   bash launch/test.sh tests/test_config.py -x
 #   bash launch/test.sh -m slow
-# With CI=true or TPU_TUNE_PARITY=1, torch, peft and bitsandbytes are installed too, and compared with live; without them
-# those tests compare with stored numbers, or are skipped. With CI=true or TPU_TUNE_CUDA_COMPILER=1 the CUDA plugin comes
-# too (0.7 GB), whose compiler the tests of tests/compile ask about GPUs; without it these are skipped.
+# With CI=true or TPU_TUNE_PARITY=1, torch, peft, bitsandbytes and lm_eval are installed too, and compared with live;
+# without them those tests compare with stored numbers, or are skipped. With CI=true or TPU_TUNE_CUDA_COMPILER=1 the CUDA
+# plugin comes too (0.7 GB), whose compiler the tests of tests/compile ask about GPUs; without it these are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$project"

@@ -104,3 +104,9 @@ def python_docs_dir() -> pathlib.Path:
 def foldoc_dir() -> pathlib.Path:
     """Directory with the Free On-line Dictionary of Computing: foldoc.index and foldoc.dict.dz."""
     return _fetch_or_skip("foldoc")
+
+
+@pytest.fixture(scope="session")
+def questions() -> Callable[[str], pathlib.Path]:
+    """Function from hellaswag | truthfulqa | gsm8k to a file of 100 of its questions."""
+    return lambda name: _fetch_or_skip(f"questions:{name}") / "cases.jsonl"

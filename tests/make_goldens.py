@@ -1,8 +1,8 @@
-"""Writes tests/goldens: torch transformers' logits of the tiny models and of SmolLM2, and torch's two file formats.
+"""Writes tests/goldens: torch transformers' logits of the tiny models and of SmolLM2, its scores of questions, and torch's file formats.
 
 Run where torch is installed, after a change to `tiny_models.py`:
 
-    python tests/make_goldens.py [path of SmolLM2's .gguf]
+    PYTHONPATH=launch python tests/make_goldens.py [path of SmolLM2's .gguf]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pathlib
 import sys
 import tempfile
 
+import fetch
 import helpers_torch_files
 import numpy as np
 import tiny_models
@@ -84,6 +85,41 @@ def smollm2(path):
     }
 
 
+def torch_multiple_choice(model, tokenizer, questions):
+    """Return (each question's log-likelihoods, accuracies) by torch: one text at a time, nothing padded, nothing batched.
+
+    The context's and the text's tokens are parted at the context's length; lengths are those of lm-evaluation-harness.
+    """
+    import torch
+
+    scores, right = [], {"acc": 0, "acc_norm": 0, "acc_bytes": 0}
+    for question in questions:
+        context = f"{question.primer}\n\n{question.stem}" if question.primer else question.stem
+        start, found = len(tokenizer(context)["input_ids"]), []
+        for choice in question.choices:
+            ids = torch.tensor([tokenizer(f"{context} {choice}")["input_ids"]])
+            with torch.no_grad():
+                logs = torch.log_softmax(model(ids).logits[0, start - 1 : -1].double(), dim=-1)
+            found.append(float(logs.gather(1, ids[0, start:, None]).sum()))
+        scores.append(found)
+        lengths = {"acc": 1, "acc_norm": [len(c) for c in question.choices],
+                   "acc_bytes": [len(c.encode()) for c in question.choices]}  # fmt: skip
+        for name, length in lengths.items():
+            right[name] += int(np.argmax(np.array(found) / length)) == question.answer
+    return scores, {name: count / len(questions) for name, count in right.items()}
+
+
+def eval_smollm2(path, questions):
+    """Return SmolLM2's log-likelihoods of the first four of the 100 HellaSwag questions, and the accuracies."""
+    from tpu_tune.checkpoints.source import open_source
+    from tpu_tune.training.tasks.questions import read_questions
+    from tpu_tune.training.tasks.rows import read_task_rows
+
+    asked = read_questions(read_task_rows(questions, limit=4))
+    scores, figures = torch_multiple_choice(torch_smollm2(path), open_source(str(path)).load_tokenizer(), asked)
+    return {"log_likelihoods": [[round(value, 4) for value in row] for row in scores], "figures": figures}
+
+
 def torch_files(folder):
     """Write one state dict as torch.save does, and as it did before 1.6."""
     import torch
@@ -100,3 +136,5 @@ if __name__ == "__main__":
     torch_files(folder)
     if len(sys.argv) > 1:
         np.savez_compressed(folder / "smollm2.npz", **smollm2(sys.argv[1]))
+        hellaswag = str(fetch.fetch("questions:hellaswag") / "cases.jsonl")
+        (folder / "eval_smollm2.json").write_text(json.dumps(eval_smollm2(sys.argv[1], hellaswag), indent=1) + "\n")

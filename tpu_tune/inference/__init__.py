@@ -1,4 +1,4 @@
-"""Using a model: logits, generation with a key-value cache."""
+"""Using a model: logits, generation with a key-value cache, log-likelihoods."""
 
 from tpu_tune.inference.generation import Sampling, generate_ids
 from tpu_tune.inference.model import Model, load

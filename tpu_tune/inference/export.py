@@ -55,7 +55,7 @@ def export_adapter(run: str, output: str) -> None:
     Raises:
       UserError: the run has none yet, or there is something at `output` already.
     """
-    adapter = _adapter_of(run, read_run(run))
+    adapter = adapter_of(run, read_run(run))
     _check_output(output)
     with whole_directory(output) as aside:
         shutil.copytree(adapter, aside, dirs_exist_ok=True)
@@ -77,7 +77,7 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     config = read_run(run)
     _check_output(output)
     if config.method == "full":
-        model = _full_model(run)
+        model = full_model(run)
         with whole_directory(output) as aside:
             shutil.copytree(model, aside, dirs_exist_ok=True)
         return {"max_logit_difference": 0.0, "relative_logit_difference": 0.0, "same_first_guesses": 1.0}
@@ -104,7 +104,7 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
         raise UserError(f"--output is {output}; a GGUF file's name ends with .gguf")
     _check_output(output)
     if config.method == "full":
-        source = open_source(_full_model(run))
+        source = open_source(full_model(run))
         arch = open_architecture(source)
 
         def combined(quantized: bool) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
 def _trained(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, Callable[[bool], dict[str, Any]]]:
     """A run's base, its architecture, and what loads the tree with the adapter over the quantized base or the plain."""
     source, arch, policy = _opened(run, config)
-    spec, adapters = peft.read_adapter(_adapter_of(run, config), arch)
+    spec, adapters = peft.read_adapter(adapter_of(run, config), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
 
     def combined(quantized: bool) -> dict[str, Any]:
@@ -185,14 +185,24 @@ def _opened(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, Q
     return source, open_architecture(source), QuantizePolicy.from_config(config.quantize)
 
 
-def _full_model(run: str) -> str:
+def full_model(run: str) -> str:
+    """Return the directory of the model that a finished run of method=full wrote.
+
+    Raises:
+      UserError: there is none yet.
+    """
     model = os.path.join(run, "model")
     if not os.path.isdir(model):
         raise UserError(f"{run} has no model/ yet; let the training finish first (the same train command goes on)")
     return model
 
 
-def _adapter_of(run: str, config: ConfigDict) -> str:
+def adapter_of(run: str, config: ConfigDict) -> str:
+    """Return the directory of a finished run's PEFT adapter.
+
+    Raises:
+      UserError: there is none yet, or the run trained every weight.
+    """
     if config.method == "full":
         raise UserError(f"{run} trained every weight, so it has no adapter; its model is {os.path.join(run, 'model')}")
     adapter = os.path.join(run, "adapter")

@@ -99,8 +99,12 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     source = open_source(path)
     if adapter:
         source = with_tokens_of(source, adapter)
+    return load_source(source, dtype, QuantizePolicy(quantize or "none"), adapter)
+
+
+def load_source(source: WeightSource, dtype: str, policy: QuantizePolicy, adapter: str | None = None) -> Model:
+    """Load an opened model: see `load`; `policy` says in full what is quantized and how."""
     arch = open_architecture(source)
-    policy = QuantizePolicy(quantize or "none")
     # The small things first: what is wrong with them is told before the weights are read.
     tokenizer = source.load_tokenizer()
     spec, trained = peft.read_adapter(adapter, arch) if adapter else (None, None)

@@ -1,0 +1,81 @@
+"""The rows of an evaluation task, each with where it stands: from a file, a directory, a bucket or the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tpu_tune.checkpoints import storage
+from tpu_tune.data.sources import SUFFIXES, is_hub, read_rows, resolve
+from tpu_tune.errors import UserError
+
+Placed = tuple[str, dict[str, Any]]  # "file, row 3" and the row
+
+
+def read_task_rows(path: str, split: str = "", subset: str = "", limit: int = 0) -> list[Placed]:
+    """Read the rows to evaluate on.
+
+    Args:
+      path: a data file, a directory of them, or a hub dataset id.
+      split: of a directory, the file whose name's words hold it (`val` is also `validation`); of the hub, its split. By
+        default the evaluation files or split, or all there is.
+      subset: of the hub, the dataset's configuration ("all", "ARC-Easy").
+      limit: only the first so many rows; 0 for all.
+
+    Raises:
+      UserError: nothing there, no such split, or rows that cannot be read.
+    """
+    if not path:
+        raise UserError("no data given; name a file, a directory or a hub id with --data")
+    if subset or (split and _is_hub_id(path)):
+        rows = [(f"{path}, row {number}", row) for number, row in enumerate(_hub_rows(path, split, subset), start=1)]
+    else:
+        train, held_out = resolve(path)
+        sources = _of_split(path, train, held_out, split) if split else held_out or train
+        rows = []
+        for source in sources:
+            found, _ = read_rows(source)
+            rows += [(f"{source}, row {number}", row) for number, row in enumerate(found, start=1)]
+    return rows[:limit] if limit else rows
+
+
+def _is_hub_id(path: str) -> bool:
+    looks_like_file = Path(path).suffix.lower() in SUFFIXES or storage.is_remote(path)
+    return (
+        not looks_like_file and not Path(path).expanduser().exists() and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path))
+    )
+
+
+def _of_split(path: str, train: list[str], held_out: list[str] | None, split: str) -> list[str]:
+    """The sources of a directory that are of a split, by the words of their names."""
+    names = {"val": ("val", "valid", "validation", "dev", "eval")}.get(split, (split,))
+    if not storage.is_remote(path) and Path(path).expanduser().is_dir():
+        directory = Path(path).expanduser()
+        files = sorted(file for file in directory.iterdir() if file.suffix.lower() in SUFFIXES)
+        sources = [str(file) for file in files]
+    else:
+        sources = [*train, *(held_out or [])]
+        if len(sources) == 1 and not is_hub(sources[0]):
+            return sources  # a file is a split of its own
+    found = [source for source in sources if set(names) & set(re.split(r"[-_.]", Path(source).name.lower()))]
+    if not found:
+        raise UserError(
+            f"{path}: no file of the split '{split}' in its name; there are {', '.join(Path(s).name for s in sources)}"
+        )
+    return found
+
+
+def _hub_rows(name: str, split: str, subset: str) -> list[dict[str, Any]]:
+    try:
+        import datasets
+
+        splits = datasets.get_dataset_split_names(name, subset or None)
+        wanted = split or next((known for known in ("validation", "test") if known in splits), splits[0])
+        wanted = "validation" if wanted == "val" and "val" not in splits else wanted
+        return list(datasets.load_dataset(name, subset or None, split=wanted))
+    except Exception as error:  # network, permission and missing-dataset errors have no common type
+        reason = " ".join(str(error).split())[:200] or "no reason given"
+        raise UserError(
+            f"{name}: the hub dataset could not be had ({type(error).__name__}: {reason}); a file works without a network"
+        ) from error

@@ -319,6 +319,7 @@ def test_gsm8ks_rows_are_read(questions):
 def test_a_run_is_evaluated_as_training_evaluates(run, capsys):
     config = json.loads((run / "config.json").read_text())
     found = evaluated(capsys, "--model", run, "--base")
+    config["output_dir"] = str(run / "none")  # else the result there would be evaluated
     config["model"]["adapter"] = str(run / "adapter")
     expected = evaluate_only(config)
     for name in ("eval_loss", "eval_perplexity", "eval_token_accuracy"):

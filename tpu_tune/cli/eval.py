@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import sys
 from typing import Any
 
 from tpu_tune.cli.common import DTYPES, Commands, read_config
@@ -116,12 +118,12 @@ def _without_model(options: argparse.Namespace) -> int:
     from tpu_tune.training import distributed
     from tpu_tune.training.evaluate_only import evaluate_only
 
-    with distributed.leaving_alone():
-        distributed.join()
-        figures = evaluate_only(config)
-    print(json.dumps(figures) if options.json else
-          f"eval_loss {figures['eval_loss']:.4f}, perplexity {figures['eval_perplexity']:.2f}, "
-          f"accuracy {figures['eval_token_accuracy']:.1%} over {figures['eval_num_tokens']} tokens")  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        with distributed.leaving_alone():
+            distributed.join()
+            figures = evaluate_only(config)
+    if options.json:
+        print(json.dumps(figures))
     return 0
 
 

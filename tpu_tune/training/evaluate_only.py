@@ -1,66 +1,72 @@
-"""`evaluate_only(config)`: the loss of a configuration's model on its evaluation data, without a step of training.
+"""`evaluate_only(config)`: the evaluation of a run without the run; nothing is trained and nothing written.
 
-What Hugging Face's scripts do under `--do_eval` alone. Model, data, mask and mesh are the training's; no optimizer is
-made, no run directory is opened, nothing is written.
+settings -> mesh -> data -> model -> one pass over the held-out rows. A finished run in `output_dir` is what is
+evaluated; without one, the model as it is before training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.data import load_data
+from tpu_tune.checkpoints import huggingface_write
 from tpu_tune.errors import UserError
-from tpu_tune.training import distributed
+from tpu_tune.training import distributed, run_directory
 from tpu_tune.training.evaluation import evaluate
-from tpu_tune.training.execution import execution, loss_chunk
-from tpu_tune.training.setup import Steps, check_settings, micro_batch_rows, open_model, prepare_model, put
-from tpu_tune.training.step import Problem, make_eval_step
+from tpu_tune.training.loop import PRINT, open_data, same_seeds
+from tpu_tune.training.setup import check_settings, micro_batch_rows, prepare_evaluation, prepare_model
 from tpu_tune.transforms import sharding
 
 
-def evaluate_only(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """Return the metrics of a configuration's model, adapter included, on its evaluation rows.
+def evaluate_only(config: Mapping[str, Any] | ConfigDict, say: Callable[[str], None] = PRINT) -> dict[str, Any]:
+    """Return the metrics of `evaluation.evaluate` over the rows that a run of this configuration holds out.
 
     Args:
-      config: as for training; `data.train` may be empty where `data.eval` is given.
+      config: the configuration; `output_dir` is read and not written, `data.train` may be empty where `data.eval` is given.
+      say: receives the few lines meant for the user.
 
     Returns:
-      What `evaluation.evaluate` returns: `eval_loss`, `eval_perplexity`, `eval_token_accuracy`, `eval_num_tokens`,
-      `eval_runtime`.
+      The metrics, and `evaluated`: the directory of the trained result, or `model.path`.
 
     Raises:
-      UserError: as in training, or no evaluation rows.
+      UserError: anything the user can mend, or no rows to evaluate on.
     """
-    config = configuration.from_dict(config).copy_and_resolve_references()
-    config.data.train = config.data.train or config.data.eval
-    config = check_settings(config)
+    say = say if jax.process_index() == 0 else lambda line: None
+    config, found, notes = distributed.together("settings", lambda: _settings(config))
+    for note in notes:
+        say(note)
     mesh = sharding.make_mesh(config.mesh)
-    rows = micro_batch_rows(config, mesh)[1]
-
-    def read() -> Any:
-        source, arch = open_model(config)
-        start_token = arch.start_token if arch.encoder else None
-        data = load_data(config, source.load_tokenizer(), arch.vocab_size, start_token)
-        if data.eval is None:
-            raise UserError("there are no rows to evaluate on; set data.eval, or data.eval_ratio above 0")
-        return data.eval
-
-    held_out = distributed.together("data", read)
+    eval_rows = micro_batch_rows(config, mesh)[1]
+    config = same_seeds(config)
+    data = distributed.together("data", lambda: open_data(config, mesh))
+    if data.eval is None:
+        raise UserError("there are no rows to evaluate on; give data.eval, or a data.eval_ratio above 0")
     model = prepare_model(config, mesh)
-    arch, each = model.architecture, config.train.per_device_eval_batch_size
-    run = execution(config, arch, mesh, model.shardings, each)
-    problem = Problem(arch, run, model.targets, loss_chunk(config, arch.vocab_size, each))
-    home = NamedSharding(mesh, sharding.batch_spec(0))
+    say(f"evaluating {found}: {len(data.eval)} rows of {data.eval.width} tokens; nothing is trained")
+    steps = prepare_evaluation(config, model)
+    mine = sharding.rows_here(mesh, eval_rows)
+    metrics = evaluate(steps, model.trainable, model.frozen, data.eval, eval_rows, mine)
+    say(
+        f"eval_loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.2f}, "
+        f"accuracy {metrics['eval_token_accuracy']:.1%} over {metrics['eval_num_tokens']:,} target tokens"
+    )
+    return {"evaluated": found, **metrics}
 
-    def put_batch(batch: Mapping[str, np.ndarray], leading: int) -> dict[str, jax.Array]:
-        return {name: put(array, home) for name, array in batch.items()}
 
-    steps = Steps(None, jax.jit(make_eval_step(problem)), None, put_batch)  # nothing is trained, so no state either
-    return evaluate(steps, model.trainable, model.frozen, held_out, rows, sharding.rows_here(mesh, rows))
+def _settings(config: Mapping[str, Any] | ConfigDict) -> tuple[ConfigDict, str, list[str]]:
+    """Return the configuration with the run's seeds and result in it, what is evaluated, and what to say."""
+    config = configuration.from_dict(config)
+    config.data.train = config.data.train or config.data.eval
+    config, notes = run_directory.with_seeds(check_settings(config))  # the held-out rows go by the seed
+    result = run_directory.path(config.output_dir, "adapter" if config.method == "lora" else "model")
+    if not huggingface_write.is_whole(result):
+        return config, config.model.path, notes
+    if config.method == "lora":
+        config.model.adapter = result
+    else:
+        config.model.path, config.model.add_special_tokens = result, []
+    return config, result, notes

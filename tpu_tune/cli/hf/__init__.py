@@ -101,7 +101,7 @@ def _go(asked: Any, options: argparse.Namespace) -> int:
             train._check_memory(asked.config, asked.max_memory)
         return train.start(asked.config, options.json)
     from tpu_tune.training import distributed
-    from tpu_tune.training.eval_only import evaluate_only
+    from tpu_tune.training.evaluate_only import evaluate_only
 
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         with distributed.leaving_alone():

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tpu_tune.curves.plot import plot_curves, series, smooth
+from tpu_tune.curves.plot import plot_curves, smooth
+from tpu_tune.curves.series import series
 
 
 def rows(count):

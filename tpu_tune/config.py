@@ -142,6 +142,7 @@ def _train() -> dict[str, Any]:
         "save_total_limit": 2,
         "load_best_model_at_end": False,
         "early_stopping_patience": 0,  # evaluations without improvement; 0: never stop early
+        "sample_prompts": [],  # the report shows the model's answers to these before and after training
         "report_to": [],  # tensorboard, wandb; metrics.jsonl is always written
     }
 

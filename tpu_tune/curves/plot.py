@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.curves.series import series
+from tpu_tune.curves.statistics import running
 
 _TRAIN, _EVAL, _RATE, _NORM = "#2563eb", "#ea580c", "#0f766e", "#7c3aed"
 _SMOOTH_FROM = 30  # points; fewer are shown as they are
 _INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-
-
-def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have a finite `key`, in order of the steps (two float64 arrays)."""
-    pairs = {
-        row["step"]: row[key]
-        for row in metrics
-        if isinstance(row.get(key), (int, float)) and "step" in row and math.isfinite(row[key])
-    }
-    steps = sorted(pairs)
-    return np.array(steps, float), np.array([pairs[step] for step in steps], float)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -37,12 +27,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     Centred, so that it does not lag behind a falling loss; the median keeps a single spike out. Windows shrink evenly
     towards both ends.
     """
-    return _running(np.mean, _running(np.median, values, 2), max(0, window // 2))
-
-
-def _running(function: Callable[[np.ndarray], float], values: np.ndarray, half: int) -> np.ndarray:
-    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
-    return np.array([function(values[i - r : i + r + 1]) for i, r in enumerate(reach)], float)
+    return running(np.mean, running(np.median, values, 2), max(0, window // 2))
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "") -> None:

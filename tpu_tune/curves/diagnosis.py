@@ -82,6 +82,7 @@ def diagnose(
     saved_steps: Sequence[int] = (),
     vocab_size: int | None = None,
     total_steps: int | None = None,
+    keeps_best: bool = False,
 ) -> Diagnosis:
     """Judge a run by its metrics.
 
@@ -91,6 +92,7 @@ def diagnose(
       saved_steps: steps of the checkpoints that are there, of which one may be recommended.
       vocab_size: of the model: log(vocab_size) is the loss of pure guessing.
       total_steps: of the whole run, to tell a run that goes on from one that is done.
+      keeps_best: whether the run ends with its best weights (train.load_best_model_at_end).
     """
     seen = Losses.of(metrics)
     done = not total_steps or seen.last_step >= total_steps
@@ -98,6 +100,9 @@ def diagnose(
         found = look(seen, list(saved_steps), vocab_size)
         if found is not None:
             verdict, reason, evidence, advice = found
+            if verdict == "overfit" and keeps_best and done:
+                best = f"the result holds the weights of step {seen.numbers['best_eval_step']} already (load_best_model_at_end)"
+                advice = [best, *advice[1:]]
             return Diagnosis(verdict, reason, tuple(evidence + seen.remarks), tuple(advice), _plain(seen.numbers), done)
     raise AssertionError("the last look always finds something")
 

@@ -44,7 +44,8 @@ class CurveRun:
     def diagnosis(self) -> Diagnosis:
         """Judge it: see `diagnose`."""
         vocab_size, total = self.summary.get("vocab_size"), self.summary.get("total_steps")
-        return diagnose(self.metrics, self.saved_steps, vocab_size, total)
+        best = bool(self.config.get("train", {}).get("load_best_model_at_end"))
+        return diagnose(self.metrics, self.saved_steps, vocab_size, total, best)
 
 
 def read_runs(paths: Sequence[str | os.PathLike]) -> list[CurveRun]:

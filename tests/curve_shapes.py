@@ -7,7 +7,7 @@ oscillation, values that are no numbers) and too few points, under random noise,
 (steps written twice, lost rows, another logging interval), schedules with and without warm-up, and train losses above
 the evaluation's (dropout). The shapes are exponentials or power laws in the integral of the learning rate, so that a
 cosine flattens what a constant rate would not. Shapes between two verdicts are left out: without its noise a curve falls
-in its last third by less than 3% of the whole fall that was logged, or by more than 9%; an evaluation rises after its
+in its last third by less than 3% of the whole fall that was logged and 2% of the loss, or by more than 9%; an evaluation rises after its
 turn by more than 3%; a curve of fewer than 24 points has no repeated spikes (a third of its points would be some), and
 none jumps at its first three (that is a fall).
 
@@ -157,14 +157,12 @@ class _Shape:
 
     def plain(self, kind: str, spent: np.ndarray) -> bool:
         """Whether the logged curve is well on one side of "still falling"; `spent` at its points."""
+        if not len(spent) or kind not in ("falling", "well-fit", "no eval", "few eval"):
+            return True
         losses = self.train(spent)
-        share = (self.train(np.array([2 / 3]))[0] - losses[-1]) / max(losses[0] - losses[-1], 1e-9) if len(spent) else 0
-        return {
-            "falling": share > 0.09,
-            "well-fit": share < 0.03,
-            "no eval": share < 0.03,
-            "few eval": share < 0.03,
-        }.get(kind, True)
+        fall = self.train(np.array([2 / 3]))[0] - losses[-1]
+        share, of_loss = fall / (losses[0] - losses[-1]), fall / losses[-1]
+        return share > 0.09 and of_loss > 0.02 if kind == "falling" else share < 0.03 and of_loss < 0.02
 
     def _fall(self, spent: np.ndarray) -> np.ndarray:
         left = 1 / (1 + spent / self.constant) if self.power else np.exp(-spent / self.constant)

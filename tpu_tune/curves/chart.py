@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from tpu_tune.curves.overlay import FEW, colors
+from tpu_tune.curves.overlay import colors
 from tpu_tune.curves.plot import short
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import AXES, Quantity, ema, panel
+from tpu_tune.curves.series import AXES, FEW, Quantity, ema, panel
 
 WIDTH, HEIGHT = 560, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 36
@@ -48,11 +48,12 @@ def draw(runs: Sequence[CurveRun], quantity: Quantity, x: str, beta: float, numb
         for side, color in zip(("train", "eval"), colors(place, len(runs)), strict=True):
             at, values = panel(run.metrics, quantity, side, x)
             if len(at):
-                smoothed = ema(values, beta) if side == "train" and beta and len(at) >= FEW else None
+                smooths = side == "train" and quantity.noisy and beta > 0 and len(at) >= FEW
+                smoothed = ema(values, beta) if smooths else None
                 kept = thin(values)
                 name = side if quantity.eval else quantity.name
                 lines.append({
-                    "name": name if len(runs) == 1 else f"{run.name}, {name}", "color": color, "side": side,
+                    "dashed": side == "eval" and len(runs) > 1, "name": name if len(runs) == 1 else f"{run.name}, {name}", "color": color, "side": side,
                     "x": at[kept], "y": values[kept], "smooth": None if smoothed is None else smoothed[kept],
                 })  # fmt: skip
     if not lines:
@@ -95,7 +96,7 @@ def thin(values: np.ndarray, most: int = _MOST) -> np.ndarray:
 
 
 def _line(line: dict[str, Any], x_range: Sequence[float], y_range: Sequence[float]) -> list[str]:
-    color, dash = line["color"], ""
+    color, dash = line["color"], ' stroke-dasharray="5 3"' if line["dashed"] else ""
 
     def points(values: np.ndarray) -> str:
         return " ".join(f"{_x(a, x_range):.1f},{_y(b, y_range):.1f}" for a, b in zip(line["x"], values, strict=True))

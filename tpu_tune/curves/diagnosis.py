@@ -10,7 +10,7 @@ rest with a small gap. They are looked for in this order, each by statistics tha
 3. *underfit, flat*: the training loss has no trend (Mann-Kendall) and ends less than 3% below its start.
 4. *overfit*: the evaluation ends above its smoothed minimum by more than its noise and 1.5%, and training does not.
 5. *underfit, still falling*: over the last third, training or evaluation fall by a trend (Theil-Sen slope, Mann-Kendall
-   test) that is worth more than 5% of the whole fall.
+   test) that is worth more than 5% of the whole fall, or 4% of the loss.
 6. *well-fit*, where there are evaluations; the gap is reported.
 
 The last third is measured in learning done, the integral of the learning rate, and not in steps: a rate that decays to
@@ -32,8 +32,9 @@ from tpu_tune.curves.statistics import block_medians, mann_kendall, running, the
 MIN_TRAIN, MIN_EVAL = 6, 3  # points, below which nothing is said
 FLAT = 0.03  # of its start: a training loss that fell less has not learned
 STILL = 0.05  # of the whole fall: what another third would bring while it counts as still falling
+MOVES = 0.04  # of the loss: what is worth going on for however far it has fallen before
 STILL_LEVEL = 0.01  # of the loss: falls below it are not worth going on for
-TURN = 0.01  # of its minimum: a smaller rise of the evaluation is no turn
+TURN = 0.015  # of its minimum: a smaller rise of the evaluation is no turn
 WIDE, WIDENING = 0.5, 0.25  # of the evaluation's loss: gaps that are overfit without a turn
 SPIKE_NOISE, SPIKE_LEVEL = 8.0, 0.5  # a spike stands above its surroundings by 8 noise levels and by half of them
 GUESSING = 0.5  # of log(vocabulary): a plateau above it knows little but how often each token occurs
@@ -100,6 +101,8 @@ def diagnose(
         found = look(seen, list(saved_steps), vocab_size)
         if found is not None:
             verdict, reason, evidence, advice = found
+            if not done and reason.startswith("flat") and len(seen.train) < 5 * MIN_TRAIN:
+                verdict, reason = "not enough points", "training"  # a start is often flat for a while
             if verdict == "overfit" and keeps_best and done:
                 best = f"the result holds the weights of step {seen.numbers['best_eval_step']} already (load_best_model_at_end)"
                 advice = [best, *advice[1:]]
@@ -161,6 +164,20 @@ def _unstable(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
                 [f"train loss rose from {lowest[top]:.4g} to {levels[top]:.4g} around step {step}, and ended at {end:.4g}"],
                 [lower, calm],
             )  # fmt: skip
+
+    # A blow-up: three losses in a row above where it began, or one by an order of magnitude.
+    over = train.values > max(1.25 * seen.start, seen.start + 8 * (seen.noise if seen.noise == seen.noise else 0.0))
+    over[: 3 + len(train) // 50] = False  # the start itself is no blow-up
+    if (over[:-2] & over[1:-1] & over[2:]).any() or train.values.max() > 10 * abs(seen.start):
+        place = int(np.argmax(train.values))
+        return (
+            "unstable", "blown up",
+            [
+                f"train loss rose to {train.values[place]:.4g} at step {int(train.steps[place])}, from {seen.start:.4g} at "
+                f"the start, and ended at {end:.4g}",
+            ],
+            [lower, calm],
+        )  # fmt: skip
 
     # Spikes.
     half = int(np.clip(len(train) // 20, 4, 20))
@@ -310,7 +327,7 @@ def _well_fit(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
             ],
             [
                 "give it more to learn with: a higher lora.rank, more lora.target_modules, method=full, a larger model",
-                "try other learning rates (tpu-tune lr-find)", "look at the data: whether there is something to learn in it",
+                "try other learning rates, lower ones too (tpu-tune lr-find)", "look at the data: whether there is something to learn in it",
             ],
         )  # fmt: skip
     if len(held_out) < MIN_EVAL:
@@ -323,12 +340,16 @@ def _well_fit(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
             ["give data.eval or data.eval_ratio, and lower train.eval_steps"],
         )  # fmt: skip
     eval_end = held_out.end()
-    gap = eval_end - end
+    resting = train.values[-max(tail(len(train)), len(train) // 4) :]  # at rest, more points say it better
+    end = float(np.median(resting))
+    gap, unsure = eval_end - end, 1.25 * seen.noise / math.sqrt(len(resting))
+    seen.numbers |= {"gap": gap, "gap_error": unsure}
     evidence = [
-        f"both losses have come to rest: train {end:.4g}, eval {eval_end:.4g}, generalization gap {gap:.3g} ({gap / eval_end:.1%})",
+        f"both losses have come to rest: train {end:.4g}, eval {eval_end:.4g}, generalization gap {gap:.2g} "
+        f"(+-{unsure:.1g}), {gap / eval_end:.1%} of it",
         f"the lowest eval loss was {seen.numbers['best_eval_loss']:.4g} at step {seen.numbers['best_eval_step']}",
     ]
-    if gap < 0:
+    if gap < -unsure:
         evidence.append("train loss is above eval loss: dropout or harder rows do that, and it is no fault")
     advice = ["keep it; for a better one: more or cleaner data, a higher lora.rank, or a larger model"]
     return "well-fit", "", evidence, advice
@@ -374,7 +395,8 @@ def _last_third(seen: Losses, curve: Curve, noise: float) -> tuple[bool, float, 
     fall = -slope / 3 if slope == slope else 0.0
     # Evaluations begin when much has been learned: the training loss knows how far there was to fall.
     whole = max(seen.start - seen.train.end(), curve.values[0] - curve.end())
-    worth = max(STILL * whole, STILL_LEVEL * abs(curve.end()))
+    level = abs(curve.end())
+    worth = max(min(STILL * whole, MOVES * level), STILL_LEVEL * level)
     sure = z < -_P05 if len(part) >= 5 else part.values[0] - part.values[-1] > 3 * noise
     return bool(sure and fall > worth), fall, z
 

@@ -15,11 +15,10 @@ from matplotlib.ticker import FuncFormatter
 from tpu_tune.checkpoints import storage
 from tpu_tune.curves.plot import EVAL, INK, TRAIN, dress, limit, short
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import AXES, QUANTITIES, Quantity, ema, panel
+from tpu_tune.curves.series import AXES, FEW, QUANTITIES, Quantity, ema, panel
 from tpu_tune.errors import UserError
 
 RUN_COLORS = ("#2563eb", "#ea580c", "#0f766e", "#7c3aed", "#be123c", "#a16207", "#0891b2", "#4d7c0f")
-FEW = 30  # points; fewer are drawn as they are, with markers
 
 
 def colors(run: int, runs: int) -> tuple[str, str]:
@@ -73,7 +72,7 @@ def _draw(axes: Any, runs: Sequence[CurveRun], quantity: Quantity, x: str, beta:
                 style |= {"marker": "o", "markersize": 4, "linestyle": "-" if len(runs) == 1 else "--"}
             elif len(at) < FEW:
                 style |= {"marker": "o", "markersize": 3}
-            elif beta:
+            elif beta and quantity.noisy:
                 axes.plot(at, values, color=color, alpha=0.25, linewidth=0.9)
                 values = ema(values, beta)
             (line,) = axes.plot(at, values, **style)

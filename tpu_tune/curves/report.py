@@ -29,8 +29,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 # Keys of the data's summary, in a reader's words.
 _DATA = {
     "format": "format", "rows": "rows read", "used_examples": "examples used", "used_tokens": "tokens",
-    "used_target_tokens": "tokens with a loss", "packed_rows": "rows of a batch", "width": "tokens a row",
-    "fill": "share of a row that is text", "truncated": "rows cut to length", "eos_lost": "of them without their end",
+    "used_target_tokens": "tokens with a loss", "packed_rows": "packed rows", "width": "tokens a row",
+    "fill": "share of a row that is text", "truncated": "rows cut to length", "eos_lost": "answers that lost their end",
     "bad_rows": "bad rows skipped", "dropped": "rows left out",
 }  # fmt: skip
 
@@ -127,7 +127,7 @@ def _samples(run: CurveRun, named: bool) -> Iterable[str]:
 
 
 def _data(runs: Sequence[CurveRun]) -> str:
-    columns, sets = ["data"], []
+    columns, sets = [""], []
     for run in runs:
         for side, counts in run.summary.get("data", {}).items():
             if isinstance(counts, Mapping):

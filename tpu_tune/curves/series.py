@@ -12,6 +12,7 @@ import numpy as np
 from tpu_tune.errors import UserError
 
 AXES = {"steps": "step", "tokens": "tokens", "epochs": "epoch"}  # --x -> what stands under the axis
+FEW = 30  # points; fewer are shown as they are, with markers
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,21 @@ class Quantity:
       name: as a reader calls it.
       train, eval: keys of metrics rows, "" where there is none.
       exponential: the panel shows exp of the row's value (perplexity, of training rows).
+      noisy: whether its training curve is worth smoothing.
     """
 
     name: str
     train: str
     eval: str = ""
     exponential: bool = False
+    noisy: bool = True
 
 
 QUANTITIES = (
     Quantity("loss", "loss", "eval_loss"),
     Quantity("perplexity", "loss", "eval_loss", exponential=True),
     Quantity("token accuracy", "token_accuracy", "eval_token_accuracy"),
-    Quantity("learning rate", "learning_rate"),
+    Quantity("learning rate", "learning_rate", noisy=False),
     Quantity("gradient norm", "grad_norm"),
     Quantity("tokens a second", "tokens_per_second"),
 )

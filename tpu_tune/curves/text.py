@@ -6,7 +6,7 @@ import numpy as np
 
 from tpu_tune.curves.diagnosis import Diagnosis
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import QUANTITIES, ema, panel
+from tpu_tune.curves.series import FEW, QUANTITIES, ema, panel
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -42,14 +42,14 @@ def lines(run: CurveRun, diagnosis: Diagnosis, beta: float = 0.9) -> list[str]:
             if not len(values) or (quantity.exponential and side == "train"):
                 continue
             name = f"{side} {quantity.name}" if quantity.eval else quantity.name
-            shown = ema(values, beta) if side == "train" and len(values) >= 30 else values
-            words = f"{values[0]:.4g} -> {values[-1]:.4g}"
+            shown = ema(values, beta) if side == "train" and quantity.noisy and len(values) >= FEW else values
+            words = f"{shown[0]:.4g} -> {shown[-1]:.4g}"
             if side == "eval" and len(values) > 1:
                 best = int(np.argmax(values) if "accuracy" in quantity.name else np.argmin(values))
                 words += f", best {values[best]:.4g} at step {steps[best]:.0f}"
             elif quantity.name == "tokens a second":
                 words = f"median {np.median(values):,.0f}"
-            found.append(f"  {name:<19} {sparkline(shown)}  {words}")
+            found.append(f"  {name:<20} {sparkline(shown)}  {words}")
     return [*found, *[f"  {line}" for line in verdict_lines(diagnosis)]]
 
 

@@ -33,7 +33,8 @@ def watch(output_dir: str) -> Callable[[list[dict[str, Any]]], str | None]:
             log.warning("curves.png could not be written: %s", error)
         try:
             about.update(about or summary.read(output_dir))
-            return diagnose(rows, (), about.get("vocab_size"), about.get("total_steps")).line()
+            found = diagnose(rows, (), about.get("vocab_size"), about.get("total_steps"))
+            return None if found.done else found.line()  # `conclude` says the last one
         except Exception as error:  # a remark is no reason to stop training
             log.warning("the curves could not be judged (%s: %s)", type(error).__name__, error)
             return None

@@ -23,14 +23,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "launch")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROW = 120  # bytes of text a row
-# Name -> (verdict, rows of text, config). What is not named here is in `run`.
-RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "underfit-flat": ("underfit", 2000, {"train__learning_rate": 1e-6, "train__max_steps": 200}),
-    "underfit-falling": ("underfit", 2000, {"train__learning_rate": 2e-4, "train__max_steps": 200}),
-    "overfit": ("overfit", 60, {"train__learning_rate": 3e-3, "train__max_steps": 400}),
-    "unstable": ("unstable", 2000, {"train__learning_rate": 0.5, "train__max_steps": 200, "train__max_grad_norm": 0.0}),
-    "well-fit": ("well-fit", 8000, {"train__learning_rate": 5e-3, "train__max_steps": 1200}),
-}
+MODEL = {"hidden_size": 48, "intermediate_size": 128, "num_attention_heads": 4}
+SMALL = {
+    "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1,
+}  # fmt: skip
+# Name -> (rows of text, the model, config). What is not named here is in `run`.
+RUNS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
+    "underfit-flat": (2000, MODEL, {"train__learning_rate": 1e-6, "train__max_steps": 200}),
+    "underfit-falling": (2000, MODEL, {"train__learning_rate": 2e-4, "train__max_steps": 200}),
+    "overfit": (60, MODEL, {"train__learning_rate": 3e-3, "train__max_steps": 400}),
+    "unstable": (
+        2000, MODEL,
+        {"train__learning_rate": 2.0, "train__max_steps": 200, "train__max_grad_norm": 0.0, "train__optim": "sgd"},
+    ),
+    "well-fit": (4000, SMALL, {"train__learning_rate": 2e-2, "train__max_steps": 3000}),
+}  # fmt: skip
 
 
 def rows(count: int, file: pathlib.Path) -> pathlib.Path:
@@ -50,14 +57,14 @@ def run(name: str, place: pathlib.Path) -> pathlib.Path:
 
     import tpu_tune
 
-    _, count, keys = RUNS[name]
+    count, sizes, keys = RUNS[name]
     place.mkdir(parents=True, exist_ok=True)
-    model = helpers.write_tiny_llama(place / "model", hidden_size=48, intermediate_size=128, num_attention_heads=4)
+    model = helpers.write_tiny_llama(place / "model", **sizes)
     steps = keys["train__max_steps"]
     config = helpers.make_config(
         output_dir=str(place / name), method="full", model__path=str(model), model__dtype="float32",
         model__remat="none", data__train=str(rows(count, place / "rows.jsonl")), data__max_length=128,
-        data__eval_ratio=0.2 if count < 1000 else 0.1, data__cache_dir=str(place / "cache"),
+        data__eval_ratio=0.2 if count < 1000 else 200 / count, data__cache_dir=str(place / "cache"),
         train__per_device_train_batch_size=16, train__per_device_eval_batch_size=32,
         train__lr_scheduler_type="cosine", train__warmup_ratio=0.05, train__logging_steps=max(1, steps // 100),
         train__eval_steps=steps // 20, train__save_steps=steps // 20, train__save_total_limit=30, mesh__fsdp=1, **keys,

@@ -254,19 +254,25 @@ def _overfit(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
         return None
     values = running(np.median, held_out.values, 1) if len(held_out) >= 9 else held_out.values
     place = int(np.argmin(values))
-    step, low = int(held_out.steps[place]), float(values[place])
+    low = float(values[place])
     last = 1 if len(held_out) < 6 else min(tail(len(held_out)), max(1, len(held_out) - 1 - place))
     end = float(np.median(held_out.values[-last:]))
     rise, left = end - low, len(held_out) - 1 - place
     band = 4 * seen.eval_noise * math.sqrt(1 / last + 1 / 3)
     train_then, train_end = level_at(train, held_out.spent[place]), train.end()
-    seen.numbers |= {"turn_step": step, "turn_loss": low, "rise": rise, "train_at_turn": train_then}
+    near = slice(
+        max(0, place - 1), place + 2
+    )  # smoothing decides whether it turned; where and from what, the value itself
+    lowest = max(0, place - 1) + int(np.argmin(held_out.values[near]))
+    step, there = int(held_out.steps[lowest]), float(held_out.values[lowest])
+    worse = end - there
+    seen.numbers |= {"turn_step": step, "turn_loss": there, "rise": worse, "train_at_turn": train_then}
     grew = (end - train_end) - (low - train_then)
     turned = left >= 1 and rise > max(band, TURN * low) and (left < 4 or mann_kendall(held_out.values[place:]) > _P05)
     if turned and grew > 0.5 * rise:
-        seen.numbers["rise_percent"] = 100 * rise / low
+        seen.numbers["rise_percent"] = 100 * worse / there
         evidence = [
-            f"eval loss turned at step {step}: {low:.4g} there, {end:.4g} at the end, {rise:.3g} ({rise / low:.1%}) worse",
+            f"eval loss turned at step {step}: {there:.4g} there, {end:.4g} at the end, {worse:.3g} ({worse / there:.1%}) worse",
             f"train loss went from {train_then:.4g} to {train_end:.4g} meanwhile",
         ]
         return "overfit", "eval loss has turned", evidence, [*_use_checkpoint(seen, saved, step), *_LESS]

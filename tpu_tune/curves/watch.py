@@ -29,13 +29,13 @@ def watch(output_dir: str) -> Callable[[list[dict[str, Any]]], str | None]:
     def look(rows: list[dict[str, Any]]) -> str | None:
         try:
             plot_curves(rows, os.path.join(output_dir, "curves.png"))
-        except OSError as error:
+        except Exception as error:  # a picture is no reason to stop training
             log.warning("curves.png could not be written: %s", error)
         try:
             about.update(about or summary.read(output_dir))
             found = diagnose(rows, (), about.get("vocab_size"), about.get("total_steps"))
             return None if found.done else found.line()  # `conclude` says the last one
-        except Exception as error:  # a remark is no reason to stop training
+        except Exception as error:  # nor is a remark
             log.warning("the curves could not be judged (%s: %s)", type(error).__name__, error)
             return None
 

@@ -12,7 +12,7 @@ from helpers_training import write_rows, write_tiny_llama
 import tpu_tune
 from tpu_tune.cli import main
 
-COMMANDS = ("train", "plan", "generate", "eval", "export", "push", "inspect")
+COMMANDS = ("train", "plan", "curves", "generate", "eval", "export", "push", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_inspect_smollm2(capsys, smollm2_gguf):
 
 
 def test_train_writes_the_run_directory_and_says_done_the_second_time(capsys, run, config_file):
-    assert {"config.json", "metrics.jsonl", "curves.png", "checkpoints", "adapter"} <= set(os.listdir(run))
+    assert {"config.json", "metrics.jsonl", "curves.png", "report.html", "checkpoints", "adapter"} <= set(os.listdir(run))
     before = (run / "metrics.jsonl").read_text()
     text = out_of(capsys, "train", "--config", config_file, f"--config.output_dir={run}", "--json")
     facts = json.loads(text)  # nothing but JSON on standard output

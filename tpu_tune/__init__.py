@@ -40,7 +40,9 @@ def plan(config: Any, device: str) -> dict[str, Any]:
 
 
 def train(config: Any) -> Any:
-    """Train by a configuration and draw `curves.png` on the way: see `tpu_tune.training.loop.train`.
+    """Train by a configuration, draw its curves and judge them on the way: see `tpu_tune.training.loop.train`.
+
+    `curves.png` grows and a line says how it goes after every evaluation; `report.html` is written at the end.
 
     Args:
       config: a `ConfigDict` from `tpu_tune.config`, or nested dicts of what differs from the defaults.
@@ -48,19 +50,16 @@ def train(config: Any) -> Any:
     Returns:
       The run: `run.metrics` (rows of metrics.jsonl), `run.output_dir`, `run.result_dir`, `run.status`.
     """
-    import logging
-    import os
+    import jax
 
     from tpu_tune.config import from_dict
-    from tpu_tune.curves.plot import plot_curves
+    from tpu_tune.curves.watch import conclude, watch
+    from tpu_tune.training.loop import PRINT
     from tpu_tune.training.loop import train as train_loop
 
     config = from_dict(config)
-
-    def draw(rows: list[dict[str, Any]]) -> None:
-        try:
-            plot_curves(rows, os.path.join(config.output_dir, "curves.png"))
-        except OSError as error:  # a picture is no reason to stop training
-            logging.getLogger(__name__).warning("curves.png could not be written: %s", error)
-
-    return train_loop(config, on_eval=draw)
+    run = train_loop(config, on_eval=watch(config.output_dir))
+    if run.status != "already finished" and jax.process_index() == 0:
+        for line in conclude(config.output_dir):
+            PRINT(line)
+    return run

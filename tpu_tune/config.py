@@ -146,6 +146,7 @@ def _train() -> dict[str, Any]:
         "load_best_model_at_end": False,  # end with the weights of the smallest eval_loss; each new best is saved at once
         "early_stopping_patience": 0,  # evaluations without improvement; 0: never stop early
         "early_stopping_threshold": 0.0,  # improvements up to this do not count for the patience
+        "sample_prompts": [],  # the report shows the model's answers to these before and after training
         "report_to": [],  # tensorboard, wandb; metrics.jsonl is always written
     }
 

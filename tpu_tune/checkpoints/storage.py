@@ -89,6 +89,17 @@ def list_files(path: str) -> list[str]:
         return sorted(fs.unstrip_protocol(entry["name"]) for entry in entries if entry["type"] == "file")
 
 
+def list_names(path: str | os.PathLike) -> list[str]:
+    """The names of the files and directories right in a directory, sorted; none where there is no such directory."""
+    path = os.fspath(path)
+    if not is_dir(path):
+        return []
+    if not is_remote(path):
+        return sorted(os.listdir(path))
+    with _told(path, "cannot be listed") as fs:
+        return sorted(os.path.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
+
+
 def read_bytes(path: str | os.PathLike) -> bytes:
     """The content of a file.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.curves.series import series
+from tpu_tune.curves.statistics import running
 
-_TRAIN, _EVAL, _RATE, _NORM = "#2563eb", "#ea580c", "#0f766e", "#7c3aed"
+TRAIN, EVAL, _RATE, _NORM = "#2563eb", "#ea580c", "#0f766e", "#7c3aed"
 _SMOOTH_FROM = 30  # points; fewer are shown as they are
-_INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
-
-
-def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows that have a finite `key`, in order of the steps (two float64 arrays)."""
-    pairs = {
-        row["step"]: row[key]
-        for row in metrics
-        if isinstance(row.get(key), (int, float)) and "step" in row and math.isfinite(row[key])
-    }
-    steps = sorted(pairs)
-    return np.array(steps, float), np.array([pairs[step] for step in steps], float)
+INK, _MUTED, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -37,12 +27,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     Centred, so that it does not lag behind a falling loss; the median keeps a single spike out. Windows shrink evenly
     towards both ends.
     """
-    return _running(np.mean, _running(np.median, values, 2), max(0, window // 2))
-
-
-def _running(function: Callable[[np.ndarray], float], values: np.ndarray, half: int) -> np.ndarray:
-    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
-    return np.array([function(values[i - r : i + r + 1]) for i, r in enumerate(reach)], float)
+    return running(np.mean, running(np.median, values, 2), max(0, window // 2))
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "") -> None:
@@ -70,48 +55,48 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, t
 def _draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]], title: str) -> None:
     steps, losses = series(metrics, "loss")
     eval_steps, eval_losses = series(metrics, "eval_loss")
-    _dress(axes)
+    dress(axes)
     if len(steps) >= _SMOOTH_FROM:
-        axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth(losses, len(steps) // 15), color=_TRAIN, linewidth=2, label="train, smoothed")
+        axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth(losses, len(steps) // 15), color=TRAIN, linewidth=2, label="train, smoothed")
     elif len(steps):
-        axes.plot(steps, losses, color=_TRAIN, linewidth=2, marker="o", markersize=4, label="train")
+        axes.plot(steps, losses, color=TRAIN, linewidth=2, marker="o", markersize=4, label="train")
     if len(eval_steps):
         best = int(np.argmin(eval_losses))
         label = f"eval (best {eval_losses[best]:.4g} at step {eval_steps[best]:.0f})"
-        axes.plot(eval_steps, eval_losses, color=_EVAL, linewidth=2, marker="o", markersize=5, label=label, zorder=3)
-        axes.plot(eval_steps[best], eval_losses[best], "o", color=_EVAL, markersize=11, fillstyle="none", zorder=3)
-    _limit(axes, np.concatenate([losses, eval_losses]))
+        axes.plot(eval_steps, eval_losses, color=EVAL, linewidth=2, marker="o", markersize=5, label=label, zorder=3)
+        axes.plot(eval_steps[best], eval_losses[best], "o", color=EVAL, markersize=11, fillstyle="none", zorder=3)
+    limit(axes, np.concatenate([losses, eval_losses]))
     axes.set_ylabel("loss")
     axes.set_xlabel("step")
-    axes.set_title(title or "loss", loc="left", color=_INK, fontsize=13, fontweight="bold")
+    axes.set_title(title or "loss", loc="left", color=INK, fontsize=13, fontweight="bold")
     if len(steps) or len(eval_steps):
-        axes.legend(frameon=False, loc="upper right", labelcolor=_INK)
+        axes.legend(frameon=False, loc="upper right", labelcolor=INK)
     else:
         axes.text(0.5, 0.5, "no losses yet", transform=axes.transAxes, ha="center", color=_MUTED)
 
 
 def _draw_small(axes: Any, metrics: Sequence[Mapping[str, Any]], key: str, name: str, color: str) -> None:
     steps, values = series(metrics, key)
-    _dress(axes)
+    dress(axes)
     marker = "o" if len(steps) < _SMOOTH_FROM else None
     axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=3)
-    axes.set_title(name, loc="left", color=_INK, fontsize=10)
+    axes.set_title(name, loc="left", color=INK, fontsize=10)
     axes.set_xlabel("step")
-    _limit(axes, values)
+    limit(axes, values)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     if key == "learning_rate":
-        axes.yaxis.set_major_formatter(FuncFormatter(_short))
+        axes.yaxis.set_major_formatter(FuncFormatter(short))
 
 
-def _short(value: float, _: object = None) -> str:
+def short(value: float, _: object = None) -> str:
     """0.00015 as 1.5e-4."""
     digits, _, power = f"{value:.2e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}" if value else "0"
 
 
-def _limit(axes: Any, values: np.ndarray) -> None:
+def limit(axes: Any, values: np.ndarray) -> None:
     """Keep one spike from flattening the rest: it leaves through the top of the panel."""
     if len(values) < 20:
         return
@@ -122,7 +107,8 @@ def _limit(axes: Any, values: np.ndarray) -> None:
         axes.set_ylim(low - margin, usual + 5 * margin)
 
 
-def _dress(axes: Any) -> None:
+def dress(axes: Any) -> None:
+    """Give a panel the look that all have."""
     axes.grid(True, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

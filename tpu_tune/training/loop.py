@@ -26,7 +26,7 @@ from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.checkpoints.run import RunCheckpoints
 from tpu_tune.data import Batches, Datasets, PairRows, load_data, prefetch
 from tpu_tune.errors import UserError
-from tpu_tune.training import arithmetic, distributed, loggers, run_directory, stopping
+from tpu_tune.training import arithmetic, distributed, loggers, run_directory, stopping, summary
 from tpu_tune.training.evaluation import evaluate
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.progress import Progress
@@ -87,14 +87,15 @@ PRINT = functools.partial(print, flush=True)  # at once, also into a file or a p
 def train(
     config: ConfigDict,
     say: Callable[[str], None] = PRINT,
-    on_eval: Callable[[list[dict]], None] | None = None,
+    on_eval: Callable[[list[dict]], str | None] | None = None,
 ) -> Run:
     """Train as the configuration says, resuming what is already in `output_dir`.
 
     Args:
       config: from `config.from_dict` or a config file.
       say: receives the few lines meant for the user.
-      on_eval: called with all metric rows after every evaluation and at the end, e.g. to draw curves.
+      on_eval: called with all metric rows after every evaluation and at the end, e.g. to draw curves; a line that it
+        returns after an evaluation is shown.
 
     Raises:
       UserError: anything the user can mend; nothing half-written stays behind.
@@ -159,6 +160,12 @@ def train(
         if done:
             say(f"this run is done: {first} of {total} steps; its result is in {result}")
             return Run(out, config, run_directory.read_metrics(out), first, total, result, "already finished")
+        if is_main:
+            sizes = {"parameters": count_parameters(model), "devices": _devices(mesh), "total_steps": total}
+            summary.write(out, {**summary.describe(config, model, data, batches), **sizes})
+        sample = summary.sampler(config, model, data, say)
+        if first == 0:
+            sample(state, 0)
         sinks = loggers.open_sinks(config.train.report_to, out, configuration.to_dict(config), first, is_main)
         try:
             state, memory, status = _loop(
@@ -167,6 +174,8 @@ def train(
         finally:
             loggers.close(sinks)
         checkpoints.wait()
+        if is_main:
+            summary.write(out, summary.peak_memory())
         if status == "interrupted":
             say(f"interrupted: step {int(state.step)} of {total} is saved; the same command goes on from there")
             return Run(out, config, run_directory.read_metrics(out), int(state.step), total, "", status)
@@ -177,6 +186,7 @@ def train(
             state = checkpoints.restore(state, memory.best_step)[0]
             say(f"taking the weights of step {memory.best_step}, eval_loss {memory.best_loss:.4f}")
         _write_result(config, model, state, result)
+        sample(state, taken)
         distributed.barrier("result")
     rows = run_directory.read_metrics(out)
     if on_eval and is_main:
@@ -198,7 +208,7 @@ def _loop(
     eval_rows: int,
     sinks: list[loggers.Sink],
     say: Callable[[str], None],
-    on_eval: Callable[[list[dict]], None] | None,
+    on_eval: Callable[[list[dict]], str | None] | None,
 ) -> tuple[TrainState, _Memory, str]:
     train, per_epoch, out = config.train, batches.steps_per_epoch, config.output_dir
     first, status = int(state.step), "finished"
@@ -228,7 +238,9 @@ def _loop(
         memory.evals_without_gain = 0 if patient else memory.evals_without_gain + 1
         loggers.flush(sinks)
         if on_eval and is_main:
-            on_eval(run_directory.read_metrics(out))
+            line = on_eval(run_directory.read_metrics(out))
+            if line:
+                progress.write(line)
         clock, tokens_then = time.monotonic(), memory.num_tokens
         return 0 < train.early_stopping_patience <= memory.evals_without_gain
 

@@ -1,4 +1,4 @@
-"""The run directory: `config.json`, `metrics.jsonl`, and whether a start continues the run that is there.
+"""The run directory: `config.json`, `metrics.jsonl` (`summary` has its other files), and whether a start continues the run that is there.
 
 `open_run` is the first thing a start does: it holds the new configuration against the recorded one and refuses what
 would silently change a run half-way. Files are written aside and renamed, so that a kill leaves the old or the new one.
@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "train.logging_", "train.save_", "train.eval_", "train.report_to", "train.per_device_eval_batch_size",
     "model.remat", "model.token_chunk_size", "train.optim_offload", "train.loss_chunk_size",
     "train.early_stopping_", "train.load_best_model_at_end", "train.max_nonfinite_steps",
+    "train.sample_prompts",
 )  # fmt: skip
 _SCHEDULE = ("train.max_steps", "train.num_train_epochs")
 _SEEDS = ("seed", "data.data_seed")

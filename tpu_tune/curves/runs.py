@@ -1,0 +1,135 @@
+"""Read what a run has left behind, for its curves: metrics, configuration, summary and sample answers.
+
+Nothing is written here, and nothing has to be whole: a metrics file that a kill has cut in the middle of a line loses
+that line in the picture and not in the file, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpu_tune.checkpoints import storage
+from tpu_tune.curves.diagnosis import Diagnosis, diagnose
+from tpu_tune.errors import UserError
+
+
+@dataclass(frozen=True)
+class CurveRun:
+    """A run as its curves need it.
+
+    Attributes:
+      name: to call it by; the last part of its path.
+      path: as given: a run directory, or a metrics file.
+      metrics: the whole rows of metrics.jsonl, in the file's order.
+      config: of config.json, {} without one.
+      summary: of summary.json, {} without one: the data's counts, the model's size, memory, steps.
+      samples: of samples.jsonl: `prompt`, `before`, `after`.
+      saved_steps: of the checkpoints that are there.
+      notes: what could not be read.
+    """
+
+    name: str
+    path: str
+    metrics: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    saved_steps: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def diagnosis(self) -> Diagnosis:
+        """Judge it: see `diagnose`."""
+        vocab_size, total = self.summary.get("vocab_size"), self.summary.get("total_steps")
+        best = bool(self.config.get("train", {}).get("load_best_model_at_end"))
+        return diagnose(self.metrics, self.saved_steps, vocab_size, total, best)
+
+
+def read_runs(paths: Sequence[str | os.PathLike]) -> list[CurveRun]:
+    """Read several runs; those that are called the same are named by their whole paths.
+
+    Raises:
+      UserError: as `read_run`.
+    """
+    runs = [read_run(path) for path in paths]
+    names = [run.name for run in runs]
+    return [CurveRun(**{**vars(r), "name": r.path}) if names.count(r.name) > 1 else r for r in runs]
+
+
+def read_run(path: str | os.PathLike) -> CurveRun:
+    """Read a run directory (or a metrics.jsonl alone), in a bucket or on a disk.
+
+    Raises:
+      UserError: it is not there, or holds no metrics; one line that says which.
+    """
+    path = os.fspath(path).rstrip("/") or "/"
+    if not storage.exists(path):
+        raise UserError(f"{path}: there is no such run directory")
+    directory = path if storage.is_dir(path) else ""
+    file = os.path.join(path, "metrics.jsonl") if directory else path
+    rows, notes = _lines(file)
+    if rows is None:
+        raise UserError(f"{path}: no metrics.jsonl in it; name a run's output_dir (a run writes it at its first step)")
+    if not any("loss" in row or "eval_loss" in row for row in rows):
+        raise UserError(f"{file}: holds no row with a loss" + (f" ({notes[0]})" if notes else ""))
+    name = os.path.basename(os.path.abspath(path) if not storage.is_remote(path) else path)
+    if not directory:
+        return CurveRun(name, path, rows, notes=notes)
+    found: dict[str, Any] = {}
+    for key in ("config", "summary"):
+        try:
+            found[key] = json.loads(storage.read_bytes(os.path.join(directory, f"{key}.json")).decode())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            notes.append(f"{key}.json cannot be read and was left out")
+        if not isinstance(found.get(key), dict):
+            found.pop(key, None)
+    samples, sample_notes = _lines(os.path.join(directory, "samples.jsonl"))
+    saved = [int(name) for name in storage.list_names(os.path.join(directory, "checkpoints")) if name.isdigit()]
+    return CurveRun(
+        name, path, rows, found.get("config", {}), found.get("summary", {}), _pairs(samples or []), sorted(saved),
+        [*notes, *sample_notes],
+    )  # fmt: skip
+
+
+def _lines(file: str) -> tuple[list[dict[str, Any]] | None, list[str]]:
+    """Return the rows of a JSON Lines file, None without one, and what of it could not be read."""
+    try:
+        lines = storage.read_bytes(file).decode("utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return None, []
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+    rows, bad = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif line.strip():
+            bad.append(number)
+    name = os.path.basename(file)
+    if not bad:
+        return rows, []
+    if bad == [len(lines)]:
+        return rows, [f"the last line of {name} is cut off and was left out"]
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return rows, [f"line {bad[0]}{more} of {name} cannot be read and was left out"]
+
+
+def _pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Answers of step 0 and of the last step to the same prompts."""
+    answers: dict[str, dict[int, str]] = {}
+    for row in samples:
+        if all(key in row for key in ("step", "prompt", "answer")):
+            answers.setdefault(str(row["prompt"]), {})[int(row["step"])] = str(row["answer"])
+    return [
+        {"prompt": prompt, "before": found.get(0, ""), "after": found[max(found)] if max(found) > 0 else ""}
+        for prompt, found in answers.items()
+    ]

@@ -40,7 +40,7 @@ def plan(config: Any, device: str) -> dict[str, Any]:
 
 
 def train(config: Any) -> Any:
-    """Train by a configuration and draw `curves.png` on the way: see `tpu_tune.training.loop.train`.
+    """Train by a configuration (see `tpu_tune.training.loop.train`); draw `curves.png` and hint at a wrong learning rate.
 
     Args:
       config: a `ConfigDict` from `tpu_tune.config`, or nested dicts of what differs from the defaults.
@@ -52,12 +52,16 @@ def train(config: Any) -> Any:
     import os
 
     from tpu_tune.config import from_dict
+    from tpu_tune.curves.learning_rate.hint import teller
     from tpu_tune.curves.plot import plot_curves
+    from tpu_tune.training.loop import PRINT
     from tpu_tune.training.loop import train as train_loop
 
     config = from_dict(config)
+    tell = teller(PRINT)
 
     def draw(rows: list[dict[str, Any]]) -> None:
+        tell(rows)
         try:
             plot_curves(rows, os.path.join(config.output_dir, "curves.png"))
         except OSError as error:  # a picture is no reason to stop training

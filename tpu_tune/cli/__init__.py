@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from tpu_tune import __version__
 from tpu_tune import config as configuration
-from tpu_tune.cli import data, export, generate, inspect, plan, train
+from tpu_tune.cli import data, export, generate, inspect, lr_find, plan, train
 from tpu_tune.cli.common import Commands
 from tpu_tune.errors import UserError
 
-COMMANDS = (train, plan, data, generate, export, inspect)  # in the order of the help
+COMMANDS = (train, plan, lr_find, data, generate, export, inspect)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -104,12 +104,12 @@ def train(
     say = say if is_main else lambda line: None
     mesh, start = distributed.together("settings", lambda: _start(config))
     batch_rows, eval_rows = micro_batch_rows(start.config, mesh)
-    config, out = _same_seeds(start.config), start.config.output_dir
+    config, out = same_seeds(start.config), start.config.output_dir
     for note in start.notes:
         say(note)
 
     # --- data and model; whatever can be wrong with them is found before the run directory is made --------------
-    data = distributed.together("data", lambda: _data(config, mesh))
+    data = distributed.together("data", lambda: open_data(config, mesh))
     begun = time.monotonic()
     model = prepare_model(config, mesh)
     jax.block_until_ready((model.trainable, model.frozen))
@@ -372,13 +372,13 @@ def _start(config: ConfigDict) -> tuple[jax.sharding.Mesh, run_directory.RunStar
     return mesh, run_directory.open_run(config, write=False)
 
 
-def _same_seeds(config: ConfigDict) -> ConfigDict:
+def same_seeds(config: ConfigDict) -> ConfigDict:
     """Take process 0's seeds: one of -1 was drawn by each process for itself."""
     config.seed, config.data.data_seed = distributed.from_main([config.seed, config.data.data_seed], "seeds")
     return config
 
 
-def _data(config: ConfigDict, mesh: jax.sharding.Mesh) -> Datasets:
+def open_data(config: ConfigDict, mesh: jax.sharding.Mesh) -> Datasets:
     source, architecture = open_model(config)
     start_token = architecture.start_token if architecture.encoder else None
     data = load_data(config, source.load_tokenizer(), architecture.vocab_size, start_token)

@@ -42,7 +42,8 @@ def plan(config: Any, device: str) -> dict[str, Any]:
 def train(config: Any) -> Any:
     """Train by a configuration, draw its curves and judge them on the way: see `tpu_tune.training.loop.train`.
 
-    `curves.png` grows and a line says how it goes after every evaluation; `report.html` is written at the end.
+    `curves.png` grows and a line says how it goes after every evaluation, and another where the learning rate looks wrong;
+    `report.html` is written at the end.
 
     Args:
       config: a `ConfigDict` from `tpu_tune.config`, or nested dicts of what differs from the defaults.

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from tpu_tune import __version__
 from tpu_tune import config as configuration
-from tpu_tune.cli import curves, data, eval, export, generate, hf, inspect, plan, push, train
+from tpu_tune.cli import curves, data, eval, export, generate, hf, inspect, lr_find, plan, push, train
 from tpu_tune.cli.common import Commands
 from tpu_tune.errors import UserError
 
-COMMANDS = (train, hf, plan, curves, data, generate, eval, export, push, inspect)  # in the order of the help
+COMMANDS = (train, lr_find, hf, plan, curves, data, generate, eval, export, push, inspect)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

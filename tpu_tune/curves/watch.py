@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tpu_tune.curves.diagnosis import diagnose
+from tpu_tune.curves.learning_rate.hint import teller
 from tpu_tune.curves.plot import plot_curves
 from tpu_tune.curves.report import write_report
 from tpu_tune.curves.runs import read_run
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 def watch(output_dir: str) -> Callable[[list[dict[str, Any]]], str | None]:
     """Return what the loop calls with all rows after an evaluation: it draws `curves.png` and returns a line to show."""
     about: dict[str, Any] = {}
+    hints: list[str] = []
+    tell = teller(hints.append)
 
     def look(rows: list[dict[str, Any]]) -> str | None:
         try:
@@ -34,7 +37,10 @@ def watch(output_dir: str) -> Callable[[list[dict[str, Any]]], str | None]:
         try:
             about.update(about or summary.read(output_dir))
             found = diagnose(rows, (), about.get("vocab_size"), about.get("total_steps"))
-            return None if found.done else found.line()  # `conclude` says the last one
+            hints.clear()
+            tell(rows)
+            lines = [*([] if found.done else [found.line()]), *hints]  # `conclude` says the last verdict
+            return "\n".join(lines) or None
         except Exception as error:  # nor is a remark
             log.warning("the curves could not be judged (%s: %s)", type(error).__name__, error)
             return None

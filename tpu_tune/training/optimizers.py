@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tpu_tune.errors import UserError
@@ -69,7 +70,7 @@ def decays(path: str) -> bool:
 
 def make_optimizer(
     train: Any,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     decay: Callable[[str], bool] = decays,
     stacked: Callable[[str], bool] = lambda path: False,
     factor: Callable[[str], float] | None = None,
@@ -78,7 +79,8 @@ def make_optimizer(
 
     Args:
       train: the `train` part of the configuration: `optim`, `adam_beta1`, `adam_beta2`, `adam_epsilon`, `weight_decay`.
-      schedule: update index -> learning rate.
+      schedule: update index -> learning rate. None: the rate is a value in the optimizer's state, zero until
+        `set_learning_rate` puts one there, so that runs at many rates share one compiled step.
       decay: says by a leaf's dotted path whether weight decay applies to it.
       stacked: says by a leaf's dotted path whether its axis 0 counts layers.
       factor: by a leaf's dotted path, what its learning rate is multiplied by; None: 1 for all.
@@ -113,6 +115,8 @@ def make_optimizer(
         parts.append(optax.add_decayed_weights(train.weight_decay, mask))
     if factor is not None:
         parts.append(scale_each(factor))
+    if schedule is None:
+        return optax.chain(*parts, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
@@ -143,6 +147,12 @@ def loraplus_factor(train: Any, embeddings: frozenset[str], vectors: frozenset[s
         return train.loraplus_lr_ratio if path.endswith(".lora_B") or path in vectors else 1.0
 
     return factor
+
+
+def set_learning_rate(opt_state: Any, rate: float) -> Any:
+    """Return the state of an optimizer made without a schedule with another rate in it, which lies where the old one lay."""
+    old = optax.tree.get(opt_state, "learning_rate")
+    return optax.tree.set(opt_state, learning_rate=jax.device_put(np.asarray(rate, old.dtype), old.sharding))
 
 
 def per_matrix(inner: optax.GradientTransformation, stacked: Callable[[str], bool]) -> optax.GradientTransformation:

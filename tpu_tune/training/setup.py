@@ -87,12 +87,14 @@ class Steps:
       train: (state, frozen, batch) -> (state, metrics); the state is donated.
       evaluate: (trainable, frozen, batch) -> sums.
       initial_state: a fresh state, sharded; of shapes only where the model is.
+      start: trainable leaves -> a fresh state, sharded, in buffers of its own.
       put_batch: NumPy batch -> arrays on the mesh; takes the number of leading axes before (rows, tokens).
     """
 
     train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[..., dict[str, jax.Array]]
     initial_state: TrainState
+    start: Callable[[Mapping[str, Any]], TrainState]
     put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
 
 
@@ -266,16 +268,27 @@ def _methods(
     return targets, adapters, policy
 
 
-def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) -> Steps:
-    """Build optimizer, schedule and the jitted steps; compiling waits for the first call."""
+def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | None) -> Steps:
+    """Build optimizer, schedule and the jitted steps; compiling waits for the first call.
+
+    Args:
+      config: the whole configuration.
+      model: from `prepare_model`.
+      total_steps: the schedule's length. None: no schedule; the learning rate is a value in the optimizer's state
+        (`optimizers.set_learning_rate`).
+    """
     stacked = stacked_trainable(model.targets, model.architecture.stacked())
-    schedule = make_schedule(
-        config.train.lr_scheduler_type,
-        config.train.learning_rate,
-        total_steps,
-        config.train.warmup_steps,
-        config.train.warmup_ratio,
-        **config.train.lr_scheduler_kwargs,
+    schedule = (
+        None
+        if total_steps is None
+        else make_schedule(
+            config.train.lr_scheduler_type,
+            config.train.learning_rate,
+            total_steps,
+            config.train.warmup_steps,
+            config.train.warmup_ratio,
+            **config.train.lr_scheduler_kwargs,
+        )
     )
     optimizer = make_optimizer(
         config.train, schedule, stacked=stacked.__contains__, factor=_rate_factor(config, model, stacked)
@@ -294,12 +307,14 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int) ->
         in_parts = functools.partial(offload.update_each, homes=homes.opt_state, stacked=stacked.__contains__)
     step = make_train_step(problem, optimizer, schedule, config.train.max_grad_norm, key, in_parts)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.trainable.values())
-    state = jax.tree.map(_at, shapes, homes) if abstract else jax.jit(start, out_shardings=homes)(model.trainable)
+    start = jax.jit(start, out_shardings=homes)
+    state = jax.tree.map(_at, shapes, homes) if abstract else start(model.trainable)
     evaluation = prepare_evaluation(config, model)
     return Steps(
         train=jax.jit(step, donate_argnums=0, out_shardings=(homes, None)),
         evaluate=evaluation.evaluate,
         initial_state=state,
+        start=start,
         put_batch=evaluation.put_batch,
     )
 

@@ -114,13 +114,14 @@ def init_state(trainable: Mapping[str, Array], optimizer: optax.GradientTransfor
 def make_train_step(
     problem: Problem,
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: optax.Schedule | None,
     max_grad_norm: float,
     random_key: Array | None,
     in_parts: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, dict[str, Array]]]:
     """Return the step function, to be jitted with the state donated.
 
+    Without a schedule the learning rate is the one in the optimizer's state (`optimizers.make_optimizer`).
     `in_parts(update, gradients, optimizer state, weights, finite)` updates one part of the tree after the other where the
     optimizer's state waits in host memory (`offload.update_each`).
 
@@ -160,10 +161,11 @@ def make_train_step(
         loss = loss_sum / jnp.maximum(num_targets, 1)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new_state = _update(state, grads, finite, optimizer, in_parts)
+        rate = optax.tree.get(state.opt_state, "learning_rate") if schedule is None else schedule(state.updates)
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": schedule(state.updates),
+            "learning_rate": rate,
             "num_targets": num_targets,
             "num_tokens": sum(jnp.sum(batch[name] > 0) for name in SEGMENTS if name in batch),
             "accuracy": right / jnp.maximum(num_targets, 1),

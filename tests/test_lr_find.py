@@ -1,0 +1,305 @@
+"""The learning-rate finder and the hint: on quadratics, on synthetic losses, and on a tiny model against a sweep."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from helpers_training import make_config, run_steps, write_rows, write_tiny_llama
+
+from tpu_tune import config as configuration
+from tpu_tune.cli import main
+from tpu_tune.curves.learning_rate import find as finding
+from tpu_tune.curves.learning_rate import plot
+from tpu_tune.curves.learning_rate import trials as tr
+from tpu_tune.curves.learning_rate.bracket import bracket
+from tpu_tune.curves.learning_rate.hint import hint_of, rate_hint, teller
+from tpu_tune.curves.learning_rate.range_test import ramp, range_test, smooth, suggest
+from tpu_tune.errors import UserError
+from tpu_tune.training.setup import prepare_steps
+
+CURVATURE = np.geomspace(0.01, 1, 20)  # of the quadratic: gradient descent diverges above a rate of 2
+
+
+def descend(rates, noise=0.4):
+    """Yield the losses of noisy gradient descent on a quadratic; batches' losses differ by `noise` of the loss."""
+    batches, gradients, place = np.random.RandomState(0), np.random.RandomState(1), np.ones_like(CURVATURE)
+    for rate in rates:
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield (1 + 0.5 * np.sum(CURVATURE * place**2)) * np.exp(noise * batches.randn())
+            place = place - rate * (CURVATURE * place + 0.05 * gradients.randn(len(place)))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The configuration of a tiny run whose output_dir does not exist."""
+    directory = tmp_path_factory.mktemp("lr")
+    return make_config(
+        model__path=str(write_tiny_llama(directory / "model")), data__train=str(write_rows(directory / "rows.jsonl", 120)),
+        data__cache_dir=str(directory), data__num_workers=1, data__max_length=64, data__eval_ratio=0.1,
+        model__dtype="float32", model__remat="none", train__per_device_train_batch_size=2, train__max_steps=30,
+        train__lr_scheduler_type="cosine", train__warmup_ratio=0.1, output_dir=str(directory / "out"), method="full",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trials(tiny):
+    return tr.open_trials(tiny)
+
+
+@pytest.fixture(scope="module")
+def found(trials):
+    return finding.find_with(trials, steps=30)
+
+
+def rows_of(trials, rate, every=10):
+    """Return metrics rows of a run, as training writes them."""
+    rows, rates = [], tr.scheduled(trials, rate, trials.total)
+    for step, (loss, state) in enumerate(tr.train(trials, rates), start=1):
+        rows.append({"step": step, "loss": loss, "learning_rate": rates[step - 1]})
+        if step % every == 0:
+            rows.append({"step": step, "eval_loss": tr.held_out_loss(trials, state)})
+    return rows
+
+
+# --- the range test -------------------------------------------------------------------------------------------------
+def test_smoothing_is_the_bias_corrected_mean():
+    values = np.array([3.0, 1.0, 2.0])
+    weights = [0.8**2, 0.8, 1]
+    assert smooth(values, 0.8)[-1] == pytest.approx(np.dot(weights, values) / sum(weights))
+    np.testing.assert_allclose(smooth(np.full(20, 2.5), 0.8), 2.5)
+
+
+def test_a_quadratic_suggestion_is_near_the_best_of_a_sweep():
+    rates = ramp(1e-6, 1e3, 60)
+    untrained = list(descend(np.zeros(60)))
+    suggestion = suggest(range_test(descend(rates), rates, untrained))
+    sweep = {rate: list(descend(np.full(60, rate), noise=0))[-1] for rate in np.geomspace(1e-4, 1e2, 25)}
+    best = min((loss, rate) for rate, loss in sweep.items() if math.isfinite(loss))[1]
+    assert best / 10 < suggestion.rate < best * 10
+    assert suggestion.low <= suggestion.rate <= suggestion.high
+    for factor, verdict in ((1e3, "too fast"), (1, None), (1e-3, "too slow")):
+        run = np.full(20, suggestion.rate * factor)
+        hint = rate_hint(range(20), list(descend(run, noise=0.005)), run)
+        assert (hint and hint.verdict) == verdict
+
+
+def test_divergence_ends_the_test_and_no_more_is_asked_for():
+    asked = []
+
+    def losses():
+        for step, loss in enumerate([2.0] * 5 + [1.0] * 5 + [50.0] * 50):
+            asked.append(step)
+            yield loss
+
+    test = range_test(losses(), ramp(1e-5, 1, 60), np.full(60, 2.0))
+    assert test.end == "diverged" and len(test.rates) == len(asked) < 15
+    test = range_test(iter([2.0, 1.9, float("nan"), 1.0]), ramp(1e-5, 1, 60), np.full(60, 2.0))
+    assert test.end == "not finite" and len(test.losses) == 3
+
+
+def test_batches_that_differ_do_not_hide_the_fall():
+    hard = np.random.RandomState(3).uniform(1, 6, 60)
+    share = np.concatenate([np.ones(20), np.linspace(1, 0.7, 20), np.full(10, 0.7), np.linspace(0.8, 6, 10)])
+    test = range_test(iter(hard * share), ramp(1e-6, 1, 60), hard)
+    suggestion = suggest(test)
+    np.testing.assert_allclose(test.smoothed[:20], hard.mean())
+    assert test.rates[25] < suggestion.rate < test.rates[49]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [(np.full(60, 2.0), "did not move"), ([2.0, float("nan")], "ran away at once"), ([2.0] * 9 + [90.0], "without having fallen")],
+)  # fmt: skip
+def test_losses_that_speak_for_no_rate(losses, said):
+    with pytest.raises(UserError, match=said):
+        suggest(range_test(iter(losses), ramp(1e-5, 1, 60), np.full(60, 2.0)))
+
+
+# --- the bracket ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("best", [1e-5, 3e-4, 1e-3, 7e-3, 0.3])
+def test_the_bracket_keeps_the_best(best):
+    taken = []
+
+    def run(rate, steps):
+        taken.append((rate, steps))
+        off = math.log10(rate / best)
+        return (1.5 + off**2 + 5 / steps if off < 1.5 else math.nan), {}
+
+    rate, scores = bracket(run, 1e-4, 1e-2, 60)
+    assert best / 1.8 <= rate <= best * 1.8
+    assert [(score.learning_rate, score.steps) for score in scores] == taken
+    rounds = [[score for score in scores if score.round == number] for number in (1, 2, 3)]
+    assert [part[0].steps for part in rounds] == [15, 30, 60]
+    assert len(rounds[0]) >= 5 and [len(part) for part in rounds[1:]] == [3, 2]
+
+
+def test_a_bracket_that_only_runs_away():
+    with pytest.raises(UserError, match="every rate from .* lower bracket"):
+        bracket(lambda rate, steps: (math.inf, {}), 1e-4, 1e-2, 60)
+
+
+# --- the hint -------------------------------------------------------------------------------------------------------
+def falling(count, noise, seed, first=3.0, last=1.7, halved=0.1):
+    """Return the losses of a good run: falling fast, then slower."""
+    way = np.arange(count) / count
+    random = np.random.RandomState(seed)
+    return (last + (first - last) * 0.5 ** (way / halved)) * np.exp(noise * random.randn(count))
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.05, 0.15, 0.4])
+@pytest.mark.parametrize("count", [12, 60, 400])
+def test_good_runs_get_no_hint(count, noise):
+    rates = np.minimum(1, np.arange(count) / (0.1 * count)) * 1e-3
+    for seed in range(25):
+        assert rate_hint(range(count), falling(count, noise, seed), rates) is None
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.05, 0.15, 0.4])
+def test_runs_that_explode_climb_or_swing_are_too_fast(noise):
+    random, rates = np.random.RandomState(1), np.full(60, 1e-2)
+    wild = np.exp(noise * random.randn(60))
+    exploded = np.concatenate([[2.5], np.full(59, 11.0)]) * wild
+    climbed = np.concatenate([np.full(30, 2.0), np.linspace(2, 9, 30)]) * wild
+    swinging = np.concatenate([np.full(20, 2.5), 2.5 + 1.5 * (-1) ** np.arange(40)]) * np.exp(0.02 * random.randn(60))
+    lost = np.where(np.arange(60) > 50, np.nan, 2.0)
+    for losses in (exploded, climbed, swinging, lost)[2 * (noise > 0.2) :]:  # nobody could tell the first two
+        assert rate_hint(range(60), losses, rates).verdict == "too fast"
+    for losses in (exploded, climbed):
+        assert str(rate_hint(range(60), losses, rates)).count("too slow") == 0
+
+
+def test_a_flat_run_is_too_slow_where_noise_lets_it_be_seen():
+    def flat(noise, count):
+        return 2.5 * np.exp(noise * np.random.RandomState(5).randn(count))
+
+    assert rate_hint(range(60), flat(0.01, 60), np.full(60, 1e-7)).verdict == "too slow"
+    assert rate_hint(range(60), flat(0.4, 60), np.full(60, 1e-7)) is None  # nobody could tell
+    hint = rate_hint(range(60), flat(0.4, 60), np.full(60, 1e-7), [18, 36, 54], [2.756, 2.7558, 2.7555])
+    assert hint.verdict == "too slow" and "2.7560 at step 18, 2.7555 at step 54" in str(hint)
+    good = falling(60, 0.05, 0)
+    assert rate_hint(range(60), good, np.full(60, 1e-3), [40, 50, 60], [1.71, 1.709, 1.708]) is None
+
+
+def test_no_hint_during_warmup_nor_from_few_points():
+    flat = np.full(60, 2.5)
+    assert rate_hint(range(60), flat, np.linspace(0, 1e-7, 60)) is None
+    assert rate_hint(range(5), flat[:5], np.full(5, 1e-7)) is None
+    assert rate_hint([], [], []) is None
+
+
+def test_a_hint_is_said_once_from_metrics_rows():
+    said = []
+    tell = teller(said.append)
+    rows = [{"step": step, "loss": 2.5, "learning_rate": 1e-8} for step in range(1, 21)]
+    tell([*rows, {"step": 20, "eval_loss": None}])
+    tell(rows)
+    tell([*rows, {"step": 21, "loss": None, "learning_rate": 1e-8}, {"step": 22, "loss": None, "learning_rate": None}])
+    assert [line.split(":")[1] for line in said] == [
+        " the learning rate looks too slow",
+        " the learning rate looks too fast",
+    ]
+
+
+# --- a model --------------------------------------------------------------------------------------------------------
+def test_a_tiny_models_suggestion_against_a_sweep_and_its_hints(trials, found):
+    rate = found.suggestion.rate
+    ends = {factor: rows_of(trials, rate * factor) for factor in (0.1, 0.3, 1, 3, 10, 1e3)}
+    last = {factor: rows[-1]["eval_loss"] for factor, rows in ends.items()}
+    assert 0.1 <= min(last, key=last.get) <= 10
+    assert last[1] < 1.15 * min(last.values())
+    assert hint_of(ends[1]) is None
+    assert hint_of(ends[1e3]).verdict == "too fast"
+    assert not os.path.exists(trials.config.output_dir)
+
+
+def test_every_trial_begins_alike_and_follows_the_schedule(trials, tiny):
+    first, again = ([loss for loss, _ in tr.train(trials, [0.1, 0.1, 0.1])] for _ in range(2))
+    assert first == again and first[2] != first[0]
+    untrained = tr.untrained_losses(trials, 3)
+    assert first[0] == pytest.approx(untrained[0], rel=1e-5)
+    still = [loss for loss, _ in tr.train(trials, [0.0, 0.0, 0.0])]
+    np.testing.assert_allclose(still, untrained, rtol=1e-5)
+    rates = tr.scheduled(trials, 2e-3, 20)  # warm-up of two, then half a cosine
+    expected = [0, 1e-3, *(2e-3 * 0.5 * (1 + np.cos(np.pi * np.arange(18) / 18)))]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_the_losses_are_those_of_the_run_itself(trials, tiny):
+    steps = prepare_steps(trials.config, trials.model, 4)
+    rates = tr.scheduled(trials, trials.config.train.learning_rate, 4)
+    state, batches = steps.initial_state, [trials.batches.batch(step) for step in range(4)]
+    _, rows = run_steps(trials.model, steps, batches, state)
+    assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in tr.train(trials, rates)], rel=1e-6)
+
+
+def test_the_picture_has_the_regions(found, tmp_path):
+    figure = plot.draw(found, tmp_path / "lr.png", "tiny")
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+    low, high = found.suggestion.low, found.suggestion.high
+    for axes in figure.axes:
+        left, right = axes.get_xlim()
+        assert left < low <= found.suggestion.rate <= high < right
+        shaded = {patch.get_label(): patch for patch in axes.patches}
+        ends = {name: (patch.get_x(), patch.get_x() + patch.get_width()) for name, patch in shaded.items()}
+        assert ends == {
+            name: pytest.approx(pair)
+            for name, pair in {"too slow": (left, low), "good": (low, high), "too fast": (high, right)}.items()
+        }
+        assert {text.get_text() for text in axes.texts} == {"too slow", "good", "too fast"}
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def config_file(tiny, tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "tiny.py"
+    values = json.dumps(configuration.to_dict(tiny))
+    file.write_text(
+        f"import json\nfrom tpu_tune import config\n\ndef get_config():\n    return config.from_dict(json.loads({values!r}))\n"
+    )
+    return file
+
+
+def test_the_command_brackets_and_leaves_a_run_as_it_is(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    (run / "config.json").write_text("{}")
+    before = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in run.rglob("*")}
+    words = [
+        "lr-find",
+        "--config",
+        str(config_file),
+        f"--config.output_dir={run}",
+        "--bracket",
+        "1e-3,1e-1",
+        "--steps",
+        "16",
+    ]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert 1e-3 <= told["learning_rate"] <= 1e-1 and told["scored_by"] == "eval_loss"
+    assert {run["steps"] for run in told["runs"]} == {4, 8, 16} and "range_test" not in told
+    assert {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in run.rglob("*")} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lr.png", "run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--min", "1e-2", "--max", "1e-3"], "--min 0.01, --max 0.001: the second must be the larger one"),
+        (["--min", "0"], "--min 0: a learning rate must be above zero"),
+        (["--steps", "9"], "a range test needs 10 steps at least"),
+        (["--bracket", "1e-3"], "--bracket 1e-3: give two rates, lowest first"),
+        (["--bracket", "1e-3,1e-4"], "the second must be the larger one"),
+        (["--bracket", "1e-4,1e-3", "--steps", "12"], "--steps 12: "),
+        (["--output", "/no/such/place/lr.png"], "there is no directory /no/such/place"),
+        (["--config.model.path=/no/model"], "/no/model"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(config_file, words, said, capsys):
+    assert main(["lr-find", "--config", str(config_file), *words]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Traceback" not in error

@@ -296,3 +296,21 @@ def test_processes_give_what_one_gives():
             assert np.array_equal(left, right) and left.dtype == right.dtype
     with pytest.raises(UserError, match=r"row 4: no 'messages'"):
         tokenize_parallel([*rows[:3], {"text": "a"}], tokenizer, options, num_workers=2)
+
+
+def test_what_a_tokenizers_class_does_to_texts_is_done():
+    """The core is asked directly only where a call does nothing else; what earlier calls have set in it is undone."""
+
+    class Loud(PreTrainedTokenizerFast):
+        def __call__(self, text, **keys):
+            return super().__call__(
+                [part.replace("quiet", "LOUD") for part in text] if isinstance(text, list) else text, **keys
+            )
+
+    plain = make_tokenizer()
+    loud = Loud(tokenizer_object=plain.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    rows, options = [{"text": "quiet hello"}], Options(format="text", max_length=64)
+    plain("something long", truncation=True, max_length=2)
+    for tokenizer, text in ((plain, "quiet hello</s>"), (loud, "LOUD hello</s>")):
+        ids = tokenize_rows(rows, tokenizer, options).tokens.tolist()
+        assert tokenizer.decode(ids) == text and ids == plain(text)["input_ids"]

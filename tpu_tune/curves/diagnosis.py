@@ -10,7 +10,7 @@ rest with a small gap. They are looked for in this order, each by statistics tha
 3. *underfit, flat*: the training loss has no trend (Mann-Kendall) and ends less than 3% below its start.
 4. *overfit*: the evaluation ends above its smoothed minimum by more than its noise and 1.5%, and training does not.
 5. *underfit, still falling*: over the last third, training or evaluation fall by a trend (Theil-Sen slope, Mann-Kendall
-   test) that is worth more than 5% of the whole fall, or 4% of the loss.
+   test) that is worth more than 5% of the whole fall, or 6% of the loss.
 6. *well-fit*, where there are evaluations; the gap is reported.
 
 The last third is measured in learning done, the integral of the learning rate, and not in steps: a rate that decays to
@@ -26,17 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.curves.losses import Curve, Losses, level_at, rate_decays, tail
+from tpu_tune.curves.instability import unstable
+from tpu_tune.curves.losses import MIN_TRAIN, Curve, Found, Losses, level_at, rate_decays, tail
 from tpu_tune.curves.statistics import block_medians, mann_kendall, running, theil_sen
 
-MIN_TRAIN, MIN_EVAL = 6, 3  # points, below which nothing is said
+MIN_EVAL = 3  # evaluations, below which nothing is said of them
 FLAT = 0.03  # of its start: a training loss that fell less has not learned
 STILL = 0.05  # of the whole fall: what another third would bring while it counts as still falling
-MOVES = 0.04  # of the loss: what is worth going on for however far it has fallen before
+MOVES = 0.06  # of the loss: what is worth going on for however far it has fallen before
 STILL_LEVEL = 0.01  # of the loss: falls below it are not worth going on for
 TURN = 0.015  # of its minimum: a smaller rise of the evaluation is no turn
 WIDE, WIDENING = 0.5, 0.25  # of the evaluation's loss: gaps that are overfit without a turn
-SPIKE_NOISE, SPIKE_LEVEL = 8.0, 0.5  # a spike stands above its surroundings by 8 noise levels and by half of them
 GUESSING = 0.5  # of log(vocabulary): a plateau above it knows little but how often each token occurs
 LOW = 0.1  # nats a token: a loss below it has nothing left to fall
 _P05, _P01 = 1.645, 2.326  # one-sided normal quantiles
@@ -97,7 +97,7 @@ def diagnose(
     """
     seen = Losses.of(metrics)
     done = not total_steps or seen.last_step >= total_steps
-    for look in (_unstable, _too_few, _flat, _overfit, _falling, _well_fit):
+    for look in (unstable, _too_few, _flat, _overfit, _falling, _well_fit):
         found = look(seen, list(saved_steps), vocab_size)
         if found is not None:
             verdict, reason, evidence, advice = found
@@ -110,101 +110,7 @@ def diagnose(
     raise AssertionError("the last look always finds something")
 
 
-_Found = tuple[str, str, list[str], list[str]] | None
-
-
-def _unstable(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
-    train = seen.train
-    lower = "lower train.learning_rate to a third or a tenth (tpu-tune lr-find looks for a good one)"
-    calm = "warm up longer (train.warmup_ratio=0.1) and keep train.max_grad_norm=1.0"
-    bad, bad_eval = seen.not_finite, seen.eval_not_finite
-    if bad:
-        seen.numbers["not_finite_rows"] = len(bad)
-    if bad_eval or len(bad) >= max(2, 0.01 * (len(bad) + len(train))) or (bad and bad[-1] >= seen.last_step):
-        what = f"{len(bad)} of {len(bad) + len(train)} training losses" if bad else f"{len(bad_eval)} evaluation losses"
-        return (
-            "unstable", "not finite", [f"{what} are not finite numbers, first at step {(bad or bad_eval)[0]}"],
-            [lower, calm, "set model.dtype=float32 once, to see whether it is the precision"],
-        )  # fmt: skip
-    if bad:
-        seen.remarks.append(f"the training loss was no finite number at step {bad[0]}; it has gone on since")
-    if len(train) < MIN_TRAIN:
-        return None
-
-    # Divergence: the end against the lowest stretch of the same length.
-    window = max(3, len(train) // 10)
-    half = window // 2
-    levels = running(np.median, train.values, half)
-    place = half + int(np.argmin(levels[half : len(levels) - half]))  # whole windows only
-    floor, end = float(levels[place]), train.end()
-    usual = 1.25 * seen.noise / math.sqrt(window) if seen.noise == seen.noise else 0.0
-    rise = end - floor
-    if rise > max(6 * usual, 0.25 * (seen.start - floor), 0.1 * abs(floor)) and len(train) - place >= 3:
-        step = int(train.steps[place])
-        seen.numbers |= {"floor": floor, "floor_step": step}
-        above = ", above where it began" if end > seen.start else ""
-        return (
-            "unstable", "diverged",
-            [f"train loss rose from {floor:.4g} at step {step} to {end:.4g}{above}"],
-            [lower, calm, *_go_back(saved, step)],
-        )  # fmt: skip
-
-    # A stretch that rose and came back. Five points at least, which two isolated jumps do not lift.
-    if len(train) >= 15:
-        half = max(2, len(train) // 20)
-        levels = running(np.median, train.values, half)[half : len(train) - half]
-        lowest = np.minimum.accumulate(levels)
-        top = int(np.argmax(levels - lowest))
-        rise = float(levels[top] - lowest[top])
-        usual = 1.25 * seen.noise / math.sqrt(2 * half + 1)
-        if rise > max(8 * usual, 0.3 * (seen.start - lowest[top]), 0.15 * abs(lowest[top])):
-            step = int(train.steps[half + top])
-            return (
-                "unstable", "swings",
-                [f"train loss rose from {lowest[top]:.4g} to {levels[top]:.4g} around step {step}, and ended at {end:.4g}"],
-                [lower, calm],
-            )  # fmt: skip
-
-    # A blow-up: three losses in a row above where it began, or one by an order of magnitude.
-    over = train.values > max(1.25 * seen.start, seen.start + 8 * (seen.noise if seen.noise == seen.noise else 0.0))
-    over[: 3 + len(train) // 50] = False  # the start itself is no blow-up
-    if (over[:-2] & over[1:-1] & over[2:]).any() or train.values.max() > 10 * abs(seen.start):
-        place = int(np.argmax(train.values))
-        return (
-            "unstable", "blown up",
-            [
-                f"train loss rose to {train.values[place]:.4g} at step {int(train.steps[place])}, from {seen.start:.4g} at "
-                f"the start, and ended at {end:.4g}",
-            ],
-            [lower, calm],
-        )  # fmt: skip
-
-    # Spikes.
-    half = int(np.clip(len(train) // 20, 4, 20))
-    middle = running(np.median, train.values, half)
-    above = train.values - middle
-    high = above > np.maximum(SPIKE_NOISE * seen.noise, SPIKE_LEVEL * np.abs(middle))
-    starts = np.flatnonzero(high & ~np.concatenate([[False], high[:-1]]))
-    seen.numbers["spikes"] = len(starts)
-    # Three jumps, or in a long run one in 200 points; or two, if they take up a tenth of it.
-    if len(starts) >= max(3, len(train) // 200) or (len(starts) > 1 and high.sum() > max(3, 0.08 * len(train))):
-        worst = int(np.argmax(np.where(high, above, -np.inf)))
-        where = ", ".join(str(int(train.steps[place])) for place in starts[:6]) + (", ..." if len(starts) > 6 else "")
-        return (
-            "unstable", "spikes",
-            [
-                f"train loss jumped {len(starts)} times (steps {where}), to {train.values[worst]:.4g} at its highest where "
-                f"{middle[worst]:.4g} was usual",
-            ],
-            [lower, calm, "look at the rows of those steps: broken or very long ones make such jumps too"],
-        )  # fmt: skip
-    if len(starts):
-        steps = " and ".join(str(int(train.steps[place])) for place in starts)
-        seen.remarks.append(f"a jump of the training loss at step {steps}, from which it came back")
-    return None
-
-
-def _too_few(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
+def _too_few(seen: Losses, saved: list[int], vocab: int | None) -> Found:
     if len(seen.train) >= MIN_TRAIN:
         return None
     return (
@@ -213,7 +119,7 @@ def _too_few(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
     )  # fmt: skip
 
 
-def _flat(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
+def _flat(seen: Losses, saved: list[int], vocab: int | None) -> Found:
     train, end = seen.train, seen.train.end()
     _, values = block_medians(train.steps, train.values, _MOST)
     trend = mann_kendall(values)
@@ -248,7 +154,7 @@ def _flat(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
     )  # fmt: skip
 
 
-def _overfit(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
+def _overfit(seen: Losses, saved: list[int], vocab: int | None) -> Found:
     held_out, train = seen.eval, seen.train
     if len(held_out) < MIN_EVAL:
         return None
@@ -292,7 +198,7 @@ def _overfit(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
     return None
 
 
-def _falling(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
+def _falling(seen: Losses, saved: list[int], vocab: int | None) -> Found:
     train, held_out = seen.train, seen.eval
     falls, fall, z = _last_third(seen, train, seen.noise)
     seen.numbers |= {"last_third_fall": fall, "last_third_z": z}
@@ -321,7 +227,7 @@ def _falling(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
     return "underfit", "still falling", evidence, advice
 
 
-def _well_fit(seen: Losses, saved: list[int], vocab: int | None) -> _Found:
+def _well_fit(seen: Losses, saved: list[int], vocab: int | None) -> Found:
     train, held_out = seen.train, seen.eval
     end = train.end()
     if vocab and end > GUESSING * math.log(vocab):
@@ -377,11 +283,6 @@ def _use_checkpoint(seen: Losses, saved: list[int], step: int) -> list[str]:
     return [
         f"no checkpoint at or before step {step} is kept ({kept}): train again with train.load_best_model_at_end=True"
     ]
-
-
-def _go_back(saved: list[int], step: int) -> list[str]:
-    before = max((number for number in saved if number <= step), default=None)
-    return [f"checkpoint {before} is from before it rose"] if before is not None else []
 
 
 def _last_third(seen: Losses, curve: Curve, noise: float) -> tuple[bool, float, float]:

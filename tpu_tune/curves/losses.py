@@ -16,6 +16,9 @@ import numpy as np
 from tpu_tune.curves.series import series
 from tpu_tune.curves.statistics import noise_level
 
+MIN_TRAIN = 6  # training losses, below which nothing is said of them
+Found = tuple[str, str, list[str], list[str]] | None  # verdict, reason, evidence, advice
+
 
 @dataclasses.dataclass
 class Curve:
@@ -48,6 +51,7 @@ class Losses:
       start: where the training loss began.
       not_finite, eval_not_finite: steps whose losses were no numbers.
       last_step: of any row.
+      skipped: updates that were not made, for their gradients were not finite (float16's first ones are usual).
       numbers: figures for the reader, to which the diagnosis adds.
       remarks: what was seen besides.
     """
@@ -60,6 +64,7 @@ class Losses:
     not_finite: list[int]
     eval_not_finite: list[int]
     last_step: int
+    skipped: int
     numbers: dict[str, Any]
     remarks: list[str]
 
@@ -97,7 +102,7 @@ class Losses:
             numbers["gap"] = held_out.end() - train.end()
         return cls(
             train, held_out, noise, eval_noise, start, _not_finite(metrics, "loss"), _not_finite(metrics, "eval_loss"),
-            last, numbers, [],
+            last, _skipped(metrics), numbers, [],
         )  # fmt: skip
 
 
@@ -128,6 +133,11 @@ def rate_decays(train: Curve) -> bool:
     """Whether the learning rate at the end is well below its mean."""
     end = train.after(0.9)
     return len(end) > 1 and (end.steps[-1] - end.steps[0]) > 0.2 * train.steps[-1]
+
+
+def _skipped(metrics: Sequence[Mapping[str, Any]]) -> int:
+    counts = [row["skipped_steps"] for row in metrics if isinstance(row.get("skipped_steps"), int)]
+    return max(counts, default=0)
 
 
 def _not_finite(metrics: Sequence[Mapping[str, Any]], key: str) -> list[int]:

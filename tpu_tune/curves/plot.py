@@ -66,12 +66,16 @@ def _draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]], title: str) -> N
         label = f"eval (best {eval_losses[best]:.4g} at step {eval_steps[best]:.0f})"
         axes.plot(eval_steps, eval_losses, color=EVAL, linewidth=2, marker="o", markersize=5, label=label, zorder=3)
         axes.plot(eval_steps[best], eval_losses[best], "o", color=EVAL, markersize=11, fillstyle="none", zorder=3)
-    limit(axes, np.concatenate([losses, eval_losses]))
+    both = np.concatenate([losses, eval_losses])
+    if len(both) and both.min() > 0 and both.max() > 100 * np.median(both):
+        axes.set_yscale("log")  # a run that blew up shows how far, and the rest too
+    else:
+        limit(axes, both)
     axes.set_ylabel("loss")
     axes.set_xlabel("step")
     axes.set_title(title or "loss", loc="left", color=INK, fontsize=13, fontweight="bold")
     if len(steps) or len(eval_steps):
-        axes.legend(frameon=False, loc="upper right", labelcolor=INK)
+        axes.legend(frameon=False, loc="best", labelcolor=INK)
     else:
         axes.text(0.5, 0.5, "no losses yet", transform=axes.transAxes, ha="center", color=_MUTED)
 

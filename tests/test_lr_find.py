@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -80,8 +81,8 @@ def test_a_quadratic_suggestion_is_near_the_best_of_a_sweep():
     assert best / 10 < suggestion.rate < best * 10
     assert suggestion.low <= suggestion.rate <= suggestion.high
     for factor, verdict in ((1e3, "too fast"), (1, None), (1e-3, "too slow")):
-        run = np.full(20, suggestion.rate * factor)
-        hint = rate_hint(range(20), list(descend(run, noise=0.005)), run)
+        run = np.full(12, suggestion.rate * factor)
+        hint = rate_hint(range(12), list(descend(run, noise=0.005)), run)
         assert (hint and hint.verdict) == verdict
 
 
@@ -168,6 +169,18 @@ def test_runs_that_explode_climb_or_swing_are_too_fast(noise):
         assert rate_hint(range(60), losses, rates).verdict == "too fast"
     for losses in (exploded, climbed):
         assert str(rate_hint(range(60), losses, rates)).count("too slow") == 0
+
+
+REAL = json.loads((pathlib.Path(__file__).parent / "goldens" / "learning_rates.json").read_text())
+
+
+@pytest.mark.parametrize("rate", REAL)
+def test_real_runs_of_smollm2(rate):
+    """Runs of benchmarks/lr_find.py, asked at each evaluation: the suggested rate, far ones, and two others."""
+    rows, verdict = REAL[rate]["rows"], REAL[rate]["verdict"]
+    hints = [hint_of(rows[: at + 1]) for at, row in enumerate(rows) if "eval_loss" in row]
+    said = {hint.verdict for hint in hints if hint is not None}
+    assert said == ({verdict} if verdict else set())
 
 
 def test_a_flat_run_is_too_slow_where_noise_lets_it_be_seen():

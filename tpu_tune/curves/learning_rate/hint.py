@@ -9,7 +9,9 @@ Too fast (any of):
   than three times what noise does;
 - it has climbed out of its lowest level, of a running median, by a tenth and more than five times what noise does;
 - it swings: the median step from one loss to the next, in nats, is three times what it was in the first third and a
-  fifth of the loss.
+  fifth of the loss, a rank test (Mann and Whitney 1947) finds the steps larger too (z above 3), and nothing has been
+  learned: the evaluation loss is not below the first one, or without evaluations the mean of the last third not a tenth
+  below that of the first. Rows of a few texts differ that much by themselves.
 
 Too slow: the loss barely moves. Where evaluations tell (they see the same rows each time): the evaluation loss has
 changed by less than half a percent while a third of the learning (the sum of the rates) or more was done, and the
@@ -105,7 +107,8 @@ def rate_hint(
     # The learning before each loss: the area under the rates, which are straight between rows.
     area = np.concatenate([[0.0], np.cumsum(np.diff(steps) * (rates[1:] + rates[:-1]) / 2)])
     learning = area / area[-1] if area[-1] > 0 else np.linspace(0, 1, len(steps))
-    seen = _too_fast(losses, learning)
+    held = np.asarray(eval_losses, float)
+    seen = _too_fast(losses, learning, held[np.isfinite(held)])
     if seen:
         return Hint("too fast", seen, lower)
     seen = _too_slow(steps, losses, learning, np.asarray(eval_steps, float), np.asarray(eval_losses, float))
@@ -120,7 +123,7 @@ def _noise(logs: np.ndarray) -> float:
     return float(1.4826 * np.median(np.abs(np.diff(logs))) / math.sqrt(2))
 
 
-def _too_fast(losses: np.ndarray, learning: np.ndarray) -> str:
+def _too_fast(losses: np.ndarray, learning: np.ndarray, eval_losses: np.ndarray) -> str:
     logs, count = np.log(losses), len(losses)
     noise = _noise(logs)
     first = max(1, int(np.sum(learning <= _BEGINNING)))
@@ -140,11 +143,24 @@ def _too_fast(losses: np.ndarray, learning: np.ndarray) -> str:
         return (
             f"the loss has climbed from {math.exp(levels.min()):.3g}, its lowest level, to {math.exp(levels[-1]):.3g}"
         )
-    moves = np.abs(np.diff(losses))
-    before, now = np.median(moves[: count // 3]), np.median(moves[-(count // 3) :])
-    if count >= 30 and now > 3 * before and now > 0.2 * np.median(losses[-(count // 3) :]):
-        return f"the loss swings by {now:.2g} from one row to the next, {before:.2g} at the start"
+    moves, third = np.abs(np.diff(losses)), count // 3
+    early, now = moves[:third], moves[-third:]
+    learned = (
+        eval_losses[-1] < eval_losses[0]
+        if len(eval_losses) > 1
+        else np.mean(losses[-third:]) < 0.9 * np.mean(losses[:third])
+    )
+    larger = np.median(now) > max(3 * np.median(early), 0.2 * np.median(losses[-third:]))
+    if count >= 30 and larger and not learned and _rank_z(now, early) > 3:
+        return f"the loss swings by {np.median(now):.2g} from one row to the next, {np.median(early):.2g} at the start"
     return ""
+
+
+def _rank_z(values: np.ndarray, others: np.ndarray) -> float:
+    """How many standard deviations more often than by chance a value is above one of the others (Mann-Whitney's U)."""
+    above = np.sum(values[:, None] > others) + 0.5 * np.sum(values[:, None] == others)
+    n, m = len(values), len(others)
+    return float((above - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12))
 
 
 def _too_slow(

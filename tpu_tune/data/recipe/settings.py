@@ -116,7 +116,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
         value = float(value)
     if type(value) not in allowed and not (isinstance(value, Mapping) and dict in allowed):
-        words = " or ".join("none" if kind is type(None) else kind.__name__ for kind in sorted(allowed, key=str))
+        names = sorted("none" if kind is type(None) else kind.__name__ for kind in allowed)
+        words = " or ".join(sorted(names, key="none".__eq__))  # none last
         raise UserError(f"recipe key '{key}' is {value!r}; it must be of type {words}")
     return value
 

@@ -1,7 +1,8 @@
 """One function over many tasks in several processes, the results in the order of the tasks.
 
-Like `workers`, each process is a fresh `python -c`: it never runs the user's own script again and never forks a process
-in which JAX has threads. It serves one task after another, so that its start is paid once.
+Each process is a fresh `python -c`: unlike `multiprocessing`, that never runs the user's own script or notebook again and
+never forks a process in which JAX has threads. It serves one task after another, so that its start is paid once; the
+function, which may carry a tokenizer, travels once too.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class _Worker:
             "JAX_PLATFORMS": "cpu",  # an accelerator belongs to the parent
         }
         self._errors = tempfile.TemporaryFile()
+        self._sent: Callable[[Any], Any] | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from tpu_tune.data.processes import serve; serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment,
@@ -100,7 +102,9 @@ class _Worker:
     def ask(self, function: Callable[[Any], Any], task: Any) -> Any:
         """Return the result of one task, or the exception to raise."""
         try:
-            pickle.dump((function, task), self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            new = None if function is self._sent else function
+            pickle.dump((new, task), self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self._sent = function
             self._process.stdin.flush()
             return pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
@@ -115,11 +119,13 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not end up among the answers
+    function = None
     while True:
         try:
-            function, task = pickle.load(sys.stdin.buffer)
+            new, task = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        function = new or function
         try:
             result = function(task)
         except UserError as error:

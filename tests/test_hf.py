@@ -37,27 +37,6 @@ DATA_PARALLEL = [
     "--config.mesh.fsdp=1",
 ]  # eight CPU devices that share two cores gather slowly
 
-# The requirements table's rows that are about flags, and where each is shown: "file::test".
-ROWS = {
-    26: "test_hf::test_the_full_script", 27: "test_loggers::test_absent_package_is_one_warning",
-    28: "test_hf::test_do_eval_alone_updates_nothing", 29: "test_hf::test_what_means_nothing_is_accepted_and_says_why",
-    30: "test_hf::test_optimizers", 31: "test_hf::test_seeds", 32: "test_hf::test_when_it_logs_evaluates_and_saves",
-    33: "test_hf::test_keys", 34: "test_hf::test_the_guides_numbers", 35: "test_hf::test_precision",
-    36: "test_hf::test_when_it_logs_evaluates_and_saves", 37: "test_hf::test_when_it_logs_evaluates_and_saves",
-    38: "test_hf::test_when_it_logs_evaluates_and_saves", 39: "test_resume::test_a_killed_run_goes_on_exactly",
-    40: "test_step::test_accumulation_over_ragged_rows_changes_nothing", 41: "test_hf::test_the_full_script",
-    42: "test_hf::test_the_lora_script", 43: "test_hf::test_steps_are_the_batches_there_are",
-    53: "test_lora::test_the_guides_counts", 54: "test_step::test_remat_changes_neither_loss_nor_gradient",
-    55: "test_kernels::test_blockwise_equals_reference_with_gradients", 56: "test_hf::test_what_means_nothing_is_accepted_and_says_why",
-    62: "test_hf::test_the_guides_example_row", 63: "test_hf::test_the_qlora_script", 64: "test_hf::test_the_qlora_script",
-    65: "test_data_tokens::test_pairs_equal_qloras_collator", 66: "test_hf::test_lengths", 67: "test_hf::test_bits",
-    68: "test_hf::test_mmlu_is_said_to_come_afterwards", 69: "test_hf::test_one_parser_takes_all_three",
-    70: "test_hf::test_precision", 71: "test_hf::test_a_cap_on_memory", 72: "test_hf::test_variables_are_honoured",
-    73: "test_hf::test_the_guides_numbers", 74: "test_hf::test_the_guides_numbers",
-    75: "test_data_rows::test_the_last_batch_is_filled_with_rows_without_weight",
-    76: "test_hf::test_batches_and_epochs_have_bounds",
-}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def environment():
@@ -780,10 +759,3 @@ def test_batches_and_epochs_have_bounds(tmp_path):
         config_of("--num_train_epochs", "0")
     with pytest.raises(UserError, match="a step takes 64 rows and there are only 5"):
         planning.plan(configuration.from_dict({"model": {"path": "smollm2-135m"}}), "v5e-8", 5, False)
-
-
-def test_every_row_of_the_table_is_shown_somewhere():
-    here = pathlib.Path(__file__).parent
-    for number, place in ROWS.items():
-        file, test = place.split("::")
-        assert re.search(rf"^def {test}\(", (here / f"{file}.py").read_text(), re.M), (number, place)

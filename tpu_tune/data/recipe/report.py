@@ -17,8 +17,8 @@ from tpu_tune.data.streams import Skipped, aside, read_json_lines
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 1rem } th, td { border: 1px solid #ccc; padding: .25rem .6rem;
-vertical-align: top; text-align: left } td.number { text-align: right; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; margin: .5rem 0 1rem; display: block; overflow-x: auto } th, td { border: 1px solid #ccc; padding: .25rem .6rem;
+vertical-align: top; text-align: left } th { white-space: nowrap } td.number { text-align: right; font-variant-numeric: tabular-nums }
 pre { background: #f5f5f5; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere } img { max-width: 100% }
 summary { cursor: pointer } h2 { border-bottom: 1px solid #ccc; margin-top: 2rem } .quiet { color: #666 }
 """

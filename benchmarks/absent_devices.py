@@ -6,9 +6,14 @@ import os
 from typing import Any
 
 os.environ.update(
-    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", CUDA_VISIBLE_DEVICES="",
-)  # fmt: skip
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+    CUDA_VISIBLE_DEVICES="",
+)
 
 from tpu_tune.planning.compile_step import find_devices  # noqa: E402 - it imports jax, which reads the environment
 from tpu_tune.planning.devices import find_device  # noqa: E402

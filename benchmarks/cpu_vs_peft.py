@@ -212,8 +212,13 @@ def theirs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     best = min(tried, key=tried.get)
     step, positions = stepper(*ways[best])
     step(probe)
-    tokens = yield {"way": best, "tried_seconds": tried, "torch": torch.__version__, "peft": peft.__version__,
-                    "transformers": transformers.__version__}  # fmt: skip
+    tokens = yield {
+        "way": best,
+        "tried_seconds": tried,
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+    }
     while True:
         positions[:] = [0, 0]
         tokens = yield {**timed(step, tokens), "fill": positions[0] / max(1, positions[1])}

@@ -80,9 +80,15 @@ def measure(folder: pathlib.Path, rounds: int, copies: int = 6) -> dict[str, Any
             alone.append(ingest_seconds(pathlib.Path(links), 1))
             spread.append(ingest_seconds(pathlib.Path(links), cores))
     return {
-        "pages": len(pages), "bytes": sum(map(len, pages)), "cores": cores, "load": os.getloadavg()[0],
-        "ours": ours, "bare": bare, "one_process": alone, "all_cores": spread,
-    }  # fmt: skip
+        "pages": len(pages),
+        "bytes": sum(map(len, pages)),
+        "cores": cores,
+        "load": os.getloadavg()[0],
+        "ours": ours,
+        "bare": bare,
+        "one_process": alone,
+        "all_cores": spread,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

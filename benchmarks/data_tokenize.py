@@ -83,9 +83,13 @@ def measure(rounds: int, megabytes: float) -> dict[str, Any]:
 
         def theirs() -> int:
             mapped = loaded.map(
-                encode, batched=True, num_proc=cores, remove_columns=["text"], load_from_cache_file=False,
+                encode,
+                batched=True,
+                num_proc=cores,
+                remove_columns=["text"],
+                load_from_cache_file=False,
                 cache_file_name=str(pathlib.Path(place, "theirs.arrow")),
-            )  # fmt: skip
+            )
             return sum(len(chunk.values) for chunk in mapped.data["input_ids"].chunks)
 
         for _ in range(rounds):

@@ -62,13 +62,26 @@ def run(name: str, place: pathlib.Path) -> pathlib.Path:
     model = helpers.write_tiny_llama(place / "model", **sizes)
     steps = keys["train__max_steps"]
     config = helpers.make_config(
-        output_dir=str(place / name), method="full", model__path=str(model), model__dtype="float32",
-        model__remat="none", data__train=str(rows(count, place / "rows.jsonl")), data__max_length=128,
-        data__eval_ratio=0.2 if count < 1000 else 200 / count, data__cache_dir=str(place / "cache"),
-        train__per_device_train_batch_size=16, train__per_device_eval_batch_size=32,
-        train__lr_scheduler_type="cosine", train__warmup_ratio=0.05, train__logging_steps=max(1, steps // 100),
-        train__eval_steps=steps // 20, train__save_steps=steps // 20, train__save_total_limit=30, mesh__fsdp=1, **keys,
-    )  # fmt: skip
+        output_dir=str(place / name),
+        method="full",
+        model__path=str(model),
+        model__dtype="float32",
+        model__remat="none",
+        data__train=str(rows(count, place / "rows.jsonl")),
+        data__max_length=128,
+        data__eval_ratio=0.2 if count < 1000 else 200 / count,
+        data__cache_dir=str(place / "cache"),
+        train__per_device_train_batch_size=16,
+        train__per_device_eval_batch_size=32,
+        train__lr_scheduler_type="cosine",
+        train__warmup_ratio=0.05,
+        train__logging_steps=max(1, steps // 100),
+        train__eval_steps=steps // 20,
+        train__save_steps=steps // 20,
+        train__save_total_limit=30,
+        mesh__fsdp=1,
+        **keys,
+    )
     return pathlib.Path(tpu_tune.train(config).output_dir)
 
 

@@ -68,12 +68,13 @@ def run_config(options: argparse.Namespace, method: str) -> Any:
             "lora": {"rank": RANK, "alpha": ALPHA, "target_modules": "all-linear"},
             "data": {"max_length": options.tokens},
             "train": {
-                "per_device_train_batch_size": options.rows, "learning_rate": LEARNING_RATE,
+                "per_device_train_batch_size": options.rows,
+                "learning_rate": LEARNING_RATE,
                 "lr_scheduler_type": "constant",
             },
             "mesh": {"data": 1, "fsdp": 1},
         }
-    )  # fmt: skip
+    )
 
 
 def token_ids(options: argparse.Namespace, vocabulary: int) -> Any:
@@ -159,10 +160,15 @@ def ours(options: argparse.Namespace, method: str) -> Iterator[dict[str, Any]]:
     work = step_work(model.architecture, config, options.rows, options.tokens, 0, adapters)
     card = device_of(device.device_kind, 1)
     first = {
-        "device": device.device_kind, "jax": jax.__version__, "parameters": count_parameters(model),
-        "trainable": model.num_trainable, "layers": model.architecture.num_layers, "flops": work.model,
-        "flops_formula": work.formula, "peak_flops": 1e12 * options.peak_tflops or (card.flops if card else None),
-    }  # fmt: skip
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "parameters": count_parameters(model),
+        "trainable": model.num_trainable,
+        "layers": model.architecture.num_layers,
+        "flops": work.model,
+        "flops_formula": work.formula,
+        "peak_flops": 1e12 * options.peak_tflops or (card.flops if card else None),
+    }
 
     def step() -> float:
         nonlocal state
@@ -322,12 +328,16 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
             found, ratio = result[side], result.get("ratio")
             memory, mfu = found["peak_memory_bytes"], found["mfu"]
             cells = [
-                result["method"], str(result["facts"]["layers"]), f"{result['facts']['parameters'] / 1e9:.2f}e9", side,
-                f"{found['tokens_per_second']:,.0f}", f"{mfu:.1%}" if mfu else "",
+                result["method"],
+                str(result["facts"]["layers"]),
+                f"{result['facts']['parameters'] / 1e9:.2f}e9",
+                side,
+                f"{found['tokens_per_second']:,.0f}",
+                f"{mfu:.1%}" if mfu else "",
                 f"{memory / 1e9:.2f}" if memory else "",
                 f"{found['step_seconds']:.3f}",
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio and side == "ours" else "",
-            ]  # fmt: skip
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

@@ -105,7 +105,9 @@ def main() -> None:
     print(f"suggested: {rate:.2e} after {suggestion['seconds']:.0f} s: {suggestion['reason']}")
     for name, factor in (("the suggested rate", 1.0), ("a thousand times", 1e3), ("a thousandth", 1e-3)):
         one = rate * factor
-        print(f"{name}: {kept.get(f'{one:.2e}', lambda one=one, factor=factor: full_run(trials, one, factor != 1))['hint']}")
+        print(
+            f"{name}: {kept.get(f'{one:.2e}', lambda one=one, factor=factor: full_run(trials, one, factor != 1))['hint']}"
+        )
     ends = {one: kept.get(f"{one:.2e}", lambda one=one: full_run(trials, one))["eval_loss"] for one in (rate, *SWEEP)}
     best = min(ends[one] for one in SWEEP)
     print("\n| learning rate | eval loss after 60 steps | above the sweep's best |\n|---|---|---|")

@@ -75,22 +75,39 @@ JOBS = (
     Job("33b-rtx3090", "LLaMA-33B QLoRA", "llama-33b", "rtx3090", 21.6, _CHUNKED),
     Job("65b-rtx6000ada", "LLaMA-65B QLoRA", "llama-65b", "rtx6000ada-48g", 41.0, _CHUNKED),
     Job(
-        "65b-v2-8", "LLaMA-65B QLoRA, one sequence over all devices", "llama-65b", "v2-8", None,
+        "65b-v2-8",
+        "LLaMA-65B QLoRA, one sequence over all devices",
+        "llama-65b",
+        "v2-8",
+        None,
         {**_QLORA, **_OVER_EIGHT},
     ),
     Job(
-        "7b-full-v3-8", "LLaMA-7B full fine-tuning, float32 weights and AdamW, bf16 compute, state in host memory",
-        "llama-7b", "v3-8", None, {**_QLORA, "train.optim_offload": "true"}, "configs/full.py",
+        "7b-full-v3-8",
+        "LLaMA-7B full fine-tuning, float32 weights and AdamW, bf16 compute, state in host memory",
+        "llama-7b",
+        "v3-8",
+        None,
+        {**_QLORA, "train.optim_offload": "true"},
+        "configs/full.py",
     ),
     Job(
-        "8b-rtx4080", "Llama-3-8B QLoRA r=32, 40,960 tokens, layer inputs in host memory", "llama-3-8b", "rtx4080", None,
+        "8b-rtx4080",
+        "Llama-3-8B QLoRA r=32, 40,960 tokens, layer inputs in host memory",
+        "llama-3-8b",
+        "rtx4080",
+        None,
         {**_QLORA, **_OFFLOAD, "data.max_length": 40960},
     ),
     Job(
-        "8b-rtx4090", "Llama-3-8B QLoRA r=32, 78,848 tokens, layer inputs in host memory", "llama-3-8b", "rtx4090", None,
+        "8b-rtx4090",
+        "Llama-3-8B QLoRA r=32, 78,848 tokens, layer inputs in host memory",
+        "llama-3-8b",
+        "rtx4090",
+        None,
         {**_QLORA, **_OFFLOAD, "data.max_length": 78848},
     ),
-)  # fmt: skip
+)
 
 _HEAD = """# Memory of the promised jobs
 
@@ -129,13 +146,20 @@ def record(job: Job, figures: dict[str, Any], date: str) -> dict[str, str]:
     parts = figures["breakdown"]
     peak = figures["peak_bytes_per_device"]
     cells = [
-        job.name, job.words, job.device, "fits" if job.bar is None else f"{job.bar:.1f}",
-        "too large" if peak is None else f"{peak / 1e9:.2f}", _gb(figures["capacity_bytes_per_device"]),
+        job.name,
+        job.words,
+        job.device,
+        "fits" if job.bar is None else f"{job.bar:.1f}",
+        "too large" if peak is None else f"{peak / 1e9:.2f}",
+        _gb(figures["capacity_bytes_per_device"]),
         "holds" if holds(job, figures) else "**fails**",
         *[_gb(parts[name]) for name in ("frozen", "trainable", "gradients", "optimizer")],
-        _gb(parts["batch"] + parts["padding"]), _gb(parts["scratch"]), _gb(figures["host_bytes_per_device"]),
-        figures["compiler"], date,
-    ]  # fmt: skip
+        _gb(parts["batch"] + parts["padding"]),
+        _gb(parts["scratch"]),
+        _gb(figures["host_bytes_per_device"]),
+        figures["compiler"],
+        date,
+    ]
     return {**dict(zip(_COLUMNS, cells, strict=True)), "command": shlex.join(["tpu-tune", *job.arguments])}
 
 

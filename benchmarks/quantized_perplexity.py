@@ -110,8 +110,10 @@ def measure(source: Any, ids: Any, targets: Any, variant: tuple[str, str, bool],
     step = jax.jit(make_eval_step(Problem(arch, Execution(jnp.float32), None, 256)))
     loss = tokens = 0
     for start in range(0, len(ids), batch):
-        rows = [np.pad(part[start : start + batch], ((0, max(0, start + batch - len(ids))), (0, 0)), constant_values=fill)
-                for part, fill in ((ids, 0), (targets, -100))]  # fmt: skip
+        rows = [
+            np.pad(part[start : start + batch], ((0, max(0, start + batch - len(ids))), (0, 0)), constant_values=fill)
+            for part, fill in ((ids, 0), (targets, -100))
+        ]
         places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), rows[0].shape)
         sums = step(
             params,

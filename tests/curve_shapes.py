@@ -27,10 +27,18 @@ TUNING_SEEDS = range(60)
 TEST_SEED = 20_261_106
 
 KINDS = (
-    *["flat"] * 4, *["falling"] * 6, *["overfit"] * 10, *["well-fit"] * 9,
-    *["spikes"] * 2, *["divergence"] * 2, *["oscillation"], *["not finite"],
-    *["few train"] * 2, *["few eval"] * 2, *["no eval"],
-)  # fmt: skip
+    *["flat"] * 4,
+    *["falling"] * 6,
+    *["overfit"] * 10,
+    *["well-fit"] * 9,
+    *["spikes"] * 2,
+    *["divergence"] * 2,
+    *["oscillation"],
+    *["not finite"],
+    *["few train"] * 2,
+    *["few eval"] * 2,
+    *["no eval"],
+)
 VERDICTS = {
     "flat": "underfit", "falling": "underfit", "overfit": "overfit", "well-fit": "well-fit",
     "spikes": "unstable", "divergence": "unstable", "oscillation": "unstable", "not finite": "unstable",
@@ -99,10 +107,16 @@ def make(kind: str, random: np.random.Generator) -> Case:
         losses = shape.train(spent[steps]) * (1 + offset) * np.exp(noise * rough(len(steps)))
         norms = 0.5 * np.exp(0.3 * random.standard_normal(len(steps)))
         return [
-            {"step": int(step), "epoch": step / total, "loss": float(loss), "learning_rate": float(rate[step - 1]),
-             "grad_norm": float(norm), "num_tokens": int(step) * 512}
+            {
+                "step": int(step),
+                "epoch": step / total,
+                "loss": float(loss),
+                "learning_rate": float(rate[step - 1]),
+                "grad_norm": float(norm),
+                "num_tokens": int(step) * 512,
+            }
             for step, loss, norm in zip(steps, losses, norms, strict=True)
-        ]  # fmt: skip
+        ]
 
     rows, words = rows_of(steps), [kind, schedule, f"{points} points", f"{evals} evals", f"noise {noise:.3f}"]
     if kind not in ("few train",) and random.random() < 0.3:

@@ -37,11 +37,20 @@ class Store:
     def describe(self, name: str) -> dict[str, Any]:
         content, generation = self.objects[name]
         return {
-            "kind": "storage#object", "id": f"{BUCKET}/{name}/{generation}", "name": name, "bucket": BUCKET,
-            "generation": str(generation), "metageneration": "1", "size": str(len(content)), "contentType": "application/octet-stream",
-            "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(), "etag": str(generation),
-            "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z", "storageClass": "STANDARD",
-        }  # fmt: skip
+            "kind": "storage#object",
+            "id": f"{BUCKET}/{name}/{generation}",
+            "name": name,
+            "bucket": BUCKET,
+            "generation": str(generation),
+            "metageneration": "1",
+            "size": str(len(content)),
+            "contentType": "application/octet-stream",
+            "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
+            "etag": str(generation),
+            "timeCreated": "2026-01-01T00:00:00.000Z",
+            "updated": "2026-01-01T00:00:00.000Z",
+            "storageClass": "STANDARD",
+        }
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -3,7 +3,7 @@
 Its text has lost the lines that set MODEL_NAME and the other variables, and the names of the scripts that are run.
 """
 
-FULL = r'''#!/usr/bin/env bash
+FULL = r"""#!/usr/bin/env bash
 
 export WANDB_PROJECT="project-name"
 
@@ -33,9 +33,9 @@ accelerate launch \
     --lr_scheduler_type "cosine" \
     --warmup_steps 64 \
     --num_train_epochs 1 \
-'''
+"""
 
-LORA = r'''#!/usr/bin/env bash
+LORA = r"""#!/usr/bin/env bash
 
 export WANDB_PROJECT="project-name"
 
@@ -70,9 +70,9 @@ accelerate launch \
     --use_lora --lora_rank 128 --lora_alpha 256 --lora_target_modules 'up_proj,down_proj,q_proj,v_proj,k_proj,o_proj,embed_tokens,lm_head' \
     --gradient_checkpointing true \
     --use_xformers \
-'''
+"""
 
-QLORA = r'''export WANDB_PROJECT="qlora-33b"
+QLORA = r"""export WANDB_PROJECT="qlora-33b"
 export HF_DATASETS_CACHE="/path/to/cache/directory"
 python \
     --model_name_or_path huggyllamma/llama-33b \
@@ -104,7 +104,7 @@ python \
     --max_memory_MB 48000 \
     --optim paged_adamw_32bit \
     --report_to "wandb" \
-'''
+"""
 
 EXAMPLE = {  # of the answer, the first two sentences
     "input": "<|system|>Assistant, engage instruction following and question answering mode. You are bound to generating "

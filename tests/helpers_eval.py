@@ -22,10 +22,18 @@ def write_run(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Write a QLoRA run directory: config.json, and an adapter whose random weights change what the model says."""
     rows = write_rows(folder / "rows.jsonl", count=20)
     config = make_config(
-        model__path=str(model), data__train=str(rows), data__cache_dir=str(folder), data__num_workers=1,
-        data__max_length=64, data__eval_ratio=0.3, model__dtype="float32", quantize__format="nf4",
-        quantize__group_size=32, output_dir=str(folder / "run"), train__per_device_eval_batch_size=1,
-    )  # fmt: skip
+        model__path=str(model),
+        data__train=str(rows),
+        data__cache_dir=str(folder),
+        data__num_workers=1,
+        data__max_length=64,
+        data__eval_ratio=0.3,
+        model__dtype="float32",
+        quantize__format="nf4",
+        quantize__group_size=32,
+        output_dir=str(folder / "run"),
+        train__per_device_eval_batch_size=1,
+    )
     run = folder / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(configuration.to_dict(config)))

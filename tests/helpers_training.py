@@ -50,10 +50,14 @@ def write_tiny_llama(directory: pathlib.Path, seed: int = 0, **overrides: Any) -
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         for name, out, inn in (
-            ("self_attn.q_proj", q, width), ("self_attn.k_proj", kv, width), ("self_attn.v_proj", kv, width),
-            ("self_attn.o_proj", width, q), ("mlp.gate_proj", inner, width), ("mlp.up_proj", inner, width),
+            ("self_attn.q_proj", q, width),
+            ("self_attn.k_proj", kv, width),
+            ("self_attn.v_proj", kv, width),
+            ("self_attn.o_proj", width, q),
+            ("mlp.gate_proj", inner, width),
+            ("mlp.up_proj", inner, width),
             ("mlp.down_proj", width, inner),
-        ):  # fmt: skip
+        ):
             tensors[f"{at}{name}.weight"] = matrix(out, inn)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{at}{name}.weight"] = (1 + 0.1 * random.randn(width)).astype(np.float32)
@@ -84,14 +88,26 @@ def _write_tokenizer(directory: pathlib.Path) -> None:
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": level, "post_processor": None, "decoder": level,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "merges": [],
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "merges": [],
             "vocab": {**{letters[byte]: byte for byte in range(256)}, "</s>": 256, "<s>": 257},
         },
-    }  # fmt: skip
+    }
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     words = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -198,9 +214,10 @@ def command(config: Any, directory: pathlib.Path, devices: int = 1, *extra: str)
         " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles five times faster
     )
     env = {
-        **os.environ, "PYTHONUNBUFFERED": "1",
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}".strip(),
-    }  # fmt: skip
+    }
     return [sys.executable, "-m", "tpu_tune", "train", "--config", str(file), *extra], env
 
 

@@ -102,8 +102,11 @@ def torch_multiple_choice(model, tokenizer, questions):
                 logs = torch.log_softmax(model(ids).logits[0, start - 1 : -1].double(), dim=-1)
             found.append(float(logs.gather(1, ids[0, start:, None]).sum()))
         scores.append(found)
-        lengths = {"acc": 1, "acc_norm": [len(c) for c in question.choices],
-                   "acc_bytes": [len(c.encode()) for c in question.choices]}  # fmt: skip
+        lengths = {
+            "acc": 1,
+            "acc_norm": [len(c) for c in question.choices],
+            "acc_bytes": [len(c.encode()) for c in question.choices],
+        }
         for name, length in lengths.items():
             right[name] += int(np.argmax(np.array(found) / length)) == question.answer
     return scores, {name: count / len(questions) for name, count in right.items()}

@@ -66,9 +66,7 @@ def test_pallas_equals_reference_with_gradients(length, heads, groups, size):
     """Lengths that are no multiples of the kernel's blocks, head sizes that are no powers of two."""
     states, weights = inputs(length, heads, groups, size)
     where = places(length, (length // 3, length - 20))
-    found = results(
-        lambda *qkv: gpu.pallas(*qkv, where.query_segments, SCALE, interpret=True), states, weights
-    )  # fmt: skip
+    found = results(lambda *qkv: gpu.pallas(*qkv, where.query_segments, SCALE, interpret=True), states, weights)
     assert_near(found, results(lambda *qkv: reference(*qkv, where, None, SCALE), states, weights))
 
 
@@ -91,11 +89,19 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
     return make_mesh(dict(zip(("data", "fsdp", "tensor", "sequence"), (1, *MESHES[name]), strict=True)))
 
 
-@pytest.mark.parametrize(("mesh", "groups", "window", "cap", "causal", "block"), [
-    ("sequence=8", 2, None, None, True, 4), ("sequence=8", 4, 9, 2.0, True, 512), ("sequence=8", 1, 30, None, True, 3),
-    ("all three", 2, None, None, True, 5), ("all three", 2, 1, None, True, 512), ("whole heads", 2, 9, None, True, 4),
-    ("sequence=8", 2, None, 1.5, False, 4), ("all three", 4, 9, None, False, 512),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mesh", "groups", "window", "cap", "causal", "block"),
+    [
+        ("sequence=8", 2, None, None, True, 4),
+        ("sequence=8", 4, 9, 2.0, True, 512),
+        ("sequence=8", 1, 30, None, True, 3),
+        ("all three", 2, None, None, True, 5),
+        ("all three", 2, 1, None, True, 512),
+        ("whole heads", 2, 9, None, True, 4),
+        ("sequence=8", 2, None, 1.5, False, 4),
+        ("all three", 4, 9, None, False, 512),
+    ],
+)
 def test_the_ring_equals_reference_with_gradients(mesh, groups, window, cap, causal, block):
     """Documents that begin and end inside a device's part, on it alone, and across several."""
     length = 48
@@ -130,8 +136,9 @@ def test_splash_takes_rows_that_are_cut_over_devices(mesh, window, cap):
     where = places(length, (100, 230))
     found = results(
         lambda *qkv: splash(*qkv, where.query_segments, window, SCALE, cap, mesh_of(mesh), interpret=True),
-        states, weights,
-    )  # fmt: skip
+        states,
+        weights,
+    )
     assert_near(found, results(lambda *qkv: reference(*qkv, where, window, SCALE, cap), states, weights))
     assert fits(length, mesh_of(mesh)) and not fits(length - 128, mesh_of(mesh)) and fits(length - 56, None)
 
@@ -177,9 +184,14 @@ def test_each_device_gets_the_attention_that_it_has():
 def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Function (implementation, keywords) -> the name of what `attention` ran."""
     for module, name in (
-        (choosing.gpu, "cudnn"), (choosing.gpu, "pallas"), (choosing.tpu, "splash"), (choosing, "ring"),
-        (choosing, "blockwise"), (choosing, "reference"), (choosing, "rematerialised"),
-    ):  # fmt: skip
+        (choosing.gpu, "cudnn"),
+        (choosing.gpu, "pallas"),
+        (choosing.tpu, "splash"),
+        (choosing, "ring"),
+        (choosing, "blockwise"),
+        (choosing, "reference"),
+        (choosing, "rematerialised"),
+    ):
         monkeypatch.setattr(module, name, lambda *args, _name=name, **kwargs: _name)
 
     def run(implementation: str, packed: bool = True, causal: bool = True, keys: int = 0, **facts: Any) -> str:

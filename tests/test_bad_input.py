@@ -124,17 +124,20 @@ def test_safetensors_whose_header_is_not_one(refused, copy):
     assert "header" in refused(model__path=copy)
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"model_type": "mamba"}, "model_type 'mamba' is not known; the known architectures are llama, mistral, qwen2"),
-    ({"model_type": "lama"}, "did you mean 'llama'"),
-    ({"hidden_size": None}, "hidden_size"),
-    ({"num_hidden_layers": 3}, "9 tensors are missing: model.layers.2."),
-    ({"num_hidden_layers": 1}, "9 tensors are not part of a llama model: model.layers.1."),
-    ({"intermediate_size": 65}, "has shape (64, 32), the config asks for (65, 32)"),
-    ({"hidden_act": "tanhish"}, "activation 'tanhish' is not known"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not known; the known architectures are llama, mistral, qwen2"),
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": 3}, "9 tensors are missing: model.layers.2."),
+        ({"num_hidden_layers": 1}, "9 tensors are not part of a llama model: model.layers.1."),
+        ({"intermediate_size": 65}, "has shape (64, 32), the config asks for (65, 32)"),
+        ({"hidden_act": "tanhish"}, "activation 'tanhish' is not known"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    ],
+)
 def test_a_model_directory_that_does_not_fit_its_config(refused, copy, change, says):
     config = json.loads((copy / "config.json").read_text()) | change
     (copy / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
@@ -159,33 +162,45 @@ def test_a_config_that_is_not_json(refused, copy):
 # --- names and settings ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keys", "says"), [
-    ({"train__learning_rat": 1}, "unknown config key 'train.learning_rat'; did you mean 'train.learning_rate'?"),
-    ({"train__learning_rate": "fast"}, "config key 'train.learning_rate' is 'fast'; it must be of type float"),
-    ({"train__optim": "adamw8bit"}, "unknown train.optim 'adamw8bit'; did you mean 'adamw_8bit'?"),
-    ({"train__lr_scheduler_type": "cosin"}, "unknown train.lr_scheduler_type 'cosin'; did you mean 'cosine'?"),
-    ({"train__lr_scheduler_kwargs": {"cycles": 2}, "train__lr_scheduler_type": "cosine"}, "num_cycles"),
-    ({"train__report_to": ["tensorbord"]}, "unknown train.report_to 'tensorbord'; did you mean 'tensorboard'?"),
-    ({"mesh__fsdp": 3}, "does not make 8 devices"),
-    ({"mesh__tensor": 3}, "does not make 8 devices"),
-    ({"mesh__fsdp": 0}, "mesh.fsdp=0"),
-    ({"mesh__sequence": 8, "mesh__fsdp": 1, "data__max_length": 30}, "data.max_length=30 does not divide over mesh.sequence=8"),
-    ({"data__eval_ratio": 1.5}, "'data.eval_ratio' is 1.5; it must be at least 0 and below 1"),
-    ({"lora__target_modules": "query"}, "'query' matches no module; choose among"),
-    ({"lora__target_modules": ["q_proj", "query"]}, "'query' matches no module; choose among"),
-    ({"lora__target_modules": "*_proj"}, "'*_proj' is not a regular expression"),
-    ({"lora__target_modules": "norm"}, "has no matrix to adapt"),
-    ({"lora__target_modules": "input_layernorm,q_proj"}, "has no matrix to adapt"),
-    ({"lora__modules_to_save": ["classifier"]}, "lora.modules_to_save: 'classifier' matches no module; choose among"),
-    ({"lora__modules_to_save": ["lm_head"]}, "it is tied to 'model.embed_tokens'"),
-    ({"lora__layers_to_transform": [7]}, "lora.layers_to_transform: no target is in the layers 7; they count from 0"),
-    ({"quantize__format": "nf4", "quantize__exclude": ["query"]}, "quantize.exclude"),
-    ({"quantize__format": "nf4", "quantize__include": ["query"]}, "quantize.include: 'query' matches no module"),
-    ({"method": "full", "quantize__format": "nf4"}, "cannot be trained"),
-    ({"method": "full", "model__param_dtype": "bfloat16"}, "model.param_dtype"),
-    ({"method": "full", "model__adapter": "x"}, "model.adapter needs method=lora"),
-    ({"model__adapter": "nowhere"}, "nowhere/adapter_config.json: there is no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"train__learning_rat": 1}, "unknown config key 'train.learning_rat'; did you mean 'train.learning_rate'?"),
+        ({"train__learning_rate": "fast"}, "config key 'train.learning_rate' is 'fast'; it must be of type float"),
+        ({"train__optim": "adamw8bit"}, "unknown train.optim 'adamw8bit'; did you mean 'adamw_8bit'?"),
+        ({"train__lr_scheduler_type": "cosin"}, "unknown train.lr_scheduler_type 'cosin'; did you mean 'cosine'?"),
+        ({"train__lr_scheduler_kwargs": {"cycles": 2}, "train__lr_scheduler_type": "cosine"}, "num_cycles"),
+        ({"train__report_to": ["tensorbord"]}, "unknown train.report_to 'tensorbord'; did you mean 'tensorboard'?"),
+        ({"mesh__fsdp": 3}, "does not make 8 devices"),
+        ({"mesh__tensor": 3}, "does not make 8 devices"),
+        ({"mesh__fsdp": 0}, "mesh.fsdp=0"),
+        (
+            {"mesh__sequence": 8, "mesh__fsdp": 1, "data__max_length": 30},
+            "data.max_length=30 does not divide over mesh.sequence=8",
+        ),
+        ({"data__eval_ratio": 1.5}, "'data.eval_ratio' is 1.5; it must be at least 0 and below 1"),
+        ({"lora__target_modules": "query"}, "'query' matches no module; choose among"),
+        ({"lora__target_modules": ["q_proj", "query"]}, "'query' matches no module; choose among"),
+        ({"lora__target_modules": "*_proj"}, "'*_proj' is not a regular expression"),
+        ({"lora__target_modules": "norm"}, "has no matrix to adapt"),
+        ({"lora__target_modules": "input_layernorm,q_proj"}, "has no matrix to adapt"),
+        (
+            {"lora__modules_to_save": ["classifier"]},
+            "lora.modules_to_save: 'classifier' matches no module; choose among",
+        ),
+        ({"lora__modules_to_save": ["lm_head"]}, "it is tied to 'model.embed_tokens'"),
+        (
+            {"lora__layers_to_transform": [7]},
+            "lora.layers_to_transform: no target is in the layers 7; they count from 0",
+        ),
+        ({"quantize__format": "nf4", "quantize__exclude": ["query"]}, "quantize.exclude"),
+        ({"quantize__format": "nf4", "quantize__include": ["query"]}, "quantize.include: 'query' matches no module"),
+        ({"method": "full", "quantize__format": "nf4"}, "cannot be trained"),
+        ({"method": "full", "model__param_dtype": "bfloat16"}, "model.param_dtype"),
+        ({"method": "full", "model__adapter": "x"}, "model.adapter needs method=lora"),
+        ({"model__adapter": "nowhere"}, "nowhere/adapter_config.json: there is no such file"),
+    ],
+)
 def test_names_and_settings(refused, keys, says):
     assert says in refused(**keys)
 
@@ -261,14 +276,20 @@ def test_a_broken_line_is_named_and_can_be_skipped(refused, place, capsys, caplo
     assert f"2 bad rows skipped, first {file}:2: not valid JSON" in caplog.text
 
 
-@pytest.mark.parametrize(("row", "says"), [
-    ({"question": "a", "answer": "b"}, "not known from its keys: question, answer; known formats: "),
-    ({"prompt": "a", "completion": None}, "row 1: "),
-    ({"messages": "hi"}, "row 1: 'messages' must be a non-empty list of messages"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "no chat template; set data.chat_template"),
-    ({"prompt": "x" * 100, "completion": "y"}, "none of the 1 rows has anything to learn"),
-    ({"prompt": "a", "completion": ""}, "none of the 1 rows has anything to learn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"question": "a", "answer": "b"}, "not known from its keys: question, answer; known formats: "),
+        ({"prompt": "a", "completion": None}, "row 1: "),
+        ({"messages": "hi"}, "row 1: 'messages' must be a non-empty list of messages"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "no chat template; set data.chat_template",
+        ),
+        ({"prompt": "x" * 100, "completion": "y"}, "none of the 1 rows has anything to learn"),
+        ({"prompt": "a", "completion": ""}, "none of the 1 rows has anything to learn"),
+    ],
+)
 def test_rows_that_cannot_be_learned_from(refused, place, row, says):
     file = place / "odd.jsonl"
     file.write_text(json.dumps(row) + "\n")
@@ -309,13 +330,16 @@ def write_adapter(directory, tensors, **config):
     return directory
 
 
-@pytest.mark.parametrize(("width", "config", "says"), [
-    (48, {}, "has shape (8, 48), the base model asks for (8, 32)"),
-    (32, {"target_modules": ["c_attn"]}, "'c_attn' matches no module"),
-    (32, {"target_modules": ["q_proj", "k_proj"]}, "k_proj.lora_A.weight' is missing"),
-    (32, {"peft_type": "IA3"}, "peft_type is IA3; only LORA is implemented"),
-    (32, {"use_qalora": True}, "'use_qalora' is set and not implemented here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "config", "says"),
+    [
+        (48, {}, "has shape (8, 48), the base model asks for (8, 32)"),
+        (32, {"target_modules": ["c_attn"]}, "'c_attn' matches no module"),
+        (32, {"target_modules": ["q_proj", "k_proj"]}, "k_proj.lora_A.weight' is missing"),
+        (32, {"peft_type": "IA3"}, "peft_type is IA3; only LORA is implemented"),
+        (32, {"use_qalora": True}, "'use_qalora' is set and not implemented here"),
+    ],
+)
 def test_an_adapter_that_does_not_fit(refused, place, capsys, tiny, width, config, says):
     prefix = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
     tensors = {}

@@ -34,9 +34,13 @@ def memory():
 def figures(peak, fits=True, compiler="libtpu 1"):
     parts = dict.fromkeys(("frozen", "trainable", "gradients", "optimizer", "batch", "padding"), 1_000_000_000)
     return {
-        "peak_bytes_per_device": peak, "capacity_bytes_per_device": 16_000_000_000, "fits": fits, "compiler": compiler,
-        "breakdown": {**parts, "scratch": 2_500_000_000}, "host_bytes_per_device": 0,
-    }  # fmt: skip
+        "peak_bytes_per_device": peak,
+        "capacity_bytes_per_device": 16_000_000_000,
+        "fits": fits,
+        "compiler": compiler,
+        "breakdown": {**parts, "scratch": 2_500_000_000},
+        "host_bytes_per_device": 0,
+    }
 
 
 def test_a_selection_renews_its_rows_and_keeps_the_others(memory, tmp_path, monkeypatch):
@@ -72,9 +76,18 @@ def test_what_does_not_fit_or_was_not_compiled_is_no_success(memory, tmp_path, m
 def test_the_bars_are_the_issues(memory):
     bars = {job.name: job.bar for job in memory.JOBS}
     assert bars == {
-        "7b-v5e-1": 5.4, "13b-v5e-1": 9.5, "20b-v5e-1": None, "7b-v2-8": 2.0, "7b-v3-8": 2.0, "33b-rtx3090": 21.6,
-        "65b-rtx6000ada": 41.0, "65b-v2-8": None, "7b-full-v3-8": None, "8b-rtx4080": None, "8b-rtx4090": None,
-    }  # fmt: skip
+        "7b-v5e-1": 5.4,
+        "13b-v5e-1": 9.5,
+        "20b-v5e-1": None,
+        "7b-v2-8": 2.0,
+        "7b-v3-8": 2.0,
+        "33b-rtx3090": 21.6,
+        "65b-rtx6000ada": 41.0,
+        "65b-v2-8": None,
+        "7b-full-v3-8": None,
+        "8b-rtx4080": None,
+        "8b-rtx4090": None,
+    }
     longest = {job.name: job.overrides["data.max_length"] for job in memory.JOBS}
     assert longest["8b-rtx4080"] > 40_724 and longest["8b-rtx4090"] > 78_475
 

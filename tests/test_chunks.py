@@ -33,11 +33,15 @@ def test_over_tokens_equals_the_function_of_all_tokens(length: int, chunk: int, 
     keys = jax.random.split(jax.random.key(0), 5)
     weights = {
         "adapted": LoraTensor(
-            jax.random.normal(keys[0], (6, 8)), jax.random.normal(keys[1], (6, 3)), jax.random.normal(keys[2], (3, 8)),
-            jnp.float32(0.5), jax.random.key(7), dropout=0.3,
+            jax.random.normal(keys[0], (6, 8)),
+            jax.random.normal(keys[1], (6, 3)),
+            jax.random.normal(keys[2], (3, 8)),
+            jnp.float32(0.5),
+            jax.random.key(7),
+            dropout=0.3,
         ),
         "trained": jax.random.normal(keys[3], (8, 6)),
-    }  # fmt: skip
+    }
     x, y = jax.random.normal(keys[4], (2, 2, length, 6))
 
     def function(weights, tokens):
@@ -49,9 +53,11 @@ def test_over_tokens_equals_the_function_of_all_tokens(length: int, chunk: int, 
     def loss(run, a, trained, tokens):
         adapted = dict(weights, trained=trained)
         adapted["adapted"] = LoraTensor(
-            weights["adapted"].base, a, *(getattr(weights["adapted"], name) for name in ("b", "scale", "key")),
+            weights["adapted"].base,
+            a,
+            *(getattr(weights["adapted"], name) for name in ("b", "scale", "key")),
             dropout=0.3,
-        )  # fmt: skip
+        )
         found = run(adapted, tokens)
         return jnp.sum(jnp.sin(found["out"])) + jnp.sum(found["inner"] ** 2), found
 
@@ -92,9 +98,11 @@ def test_every_family_gives_the_same_loss_and_gradients_in_chunks(case: str) -> 
     }
     ids = tiny_models.input_ids(case)
     batch = {
-        "input_ids": ids, "targets": np.roll(ids, -1, axis=1), "segment_ids": np.ones_like(ids),
+        "input_ids": ids,
+        "targets": np.roll(ids, -1, axis=1),
+        "segment_ids": np.ones_like(ids),
         "positions": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
-    }  # fmt: skip
+    }
     if arch.encoder:
         batch |= dict(zip(("encoder_ids", "encoder_segment_ids"), tiny_models.encoder_input(case), strict=True))
     batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
@@ -123,10 +131,18 @@ def test_chunks_over_a_mesh_that_cuts_rows_and_weights(tiny: pathlib.Path) -> No
     found = []
     for chunk in (6, 64):
         config = helpers.make_config(
-            model__path=str(tiny), model__dtype="float32", lora__rank=4, lora__dropout=0.2, mesh__fsdp=2,
-            lora__target_modules=["q_proj", "down_proj"], mesh__sequence=2, train__learning_rate=1e-2, model__token_chunk_size=chunk, data__max_length=24,
+            model__path=str(tiny),
+            model__dtype="float32",
+            lora__rank=4,
+            lora__dropout=0.2,
+            mesh__fsdp=2,
+            lora__target_modules=["q_proj", "down_proj"],
+            mesh__sequence=2,
+            train__learning_rate=1e-2,
+            model__token_chunk_size=chunk,
+            data__max_length=24,
             train__per_device_train_batch_size=1,
-        )  # fmt: skip
+        )
         model, steps = helpers.prepare(config, 2, 4)
         rows = helpers.rows_of([[one] for one in helpers.documents(24, 3, 24, 2, 0)], 24)
         batch = helpers.window(rows, 1)
@@ -140,9 +156,14 @@ def test_the_inner_states_of_all_tokens_never_exist(tiny: pathlib.Path) -> None:
     seen = []
     for chunk in (22, 88):
         config = helpers.make_config(
-            model__path=str(tiny), lora__rank=4, lora__target_modules=["gate_proj", "down_proj"], data__max_length=88, mesh__fsdp=1,
-            model__token_chunk_size=chunk, train__per_device_train_batch_size=1,
-        )  # fmt: skip
+            model__path=str(tiny),
+            lora__rank=4,
+            lora__target_modules=["gate_proj", "down_proj"],
+            data__max_length=88,
+            mesh__fsdp=1,
+            model__token_chunk_size=chunk,
+            train__per_device_train_batch_size=1,
+        )
         model, steps = helpers.prepare(config, 1)
         rows = helpers.rows_of([[one] for one in helpers.documents(88, 80, 88, 1, 0)], 88)
         batch = steps.put_batch(helpers.window(rows, 1), 1)

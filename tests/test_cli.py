@@ -80,11 +80,21 @@ def test_as_a_module_and_its_version():
     assert (found.returncode, found.stdout) == (0, f"tpu-tune {tpu_tune.__version__}\n")
 
 
-@pytest.mark.parametrize("words", [
-    [], ["trian"], ["train"], ["export", "x"], ["train", "--config", "x", "--config.seed"], ["inspect", "x", "--lora.rank=3"],
-    ["generate", "--model", "x", "--config.seed=1"], ["export", "x", "--output", "y", "--merge", "--base"],
-    ["export", "x", "--output", "y", "--gguf", "--merge"], ["export", "x", "--output", "y", "--gguf", "--gguf-type", "q4_0"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["export", "x"],
+        ["train", "--config", "x", "--config.seed"],
+        ["inspect", "x", "--lora.rank=3"],
+        ["generate", "--model", "x", "--config.seed=1"],
+        ["export", "x", "--output", "y", "--merge", "--base"],
+        ["export", "x", "--output", "y", "--gguf", "--merge"],
+        ["export", "x", "--output", "y", "--gguf", "--gguf-type", "q4_0"],
+    ],
+)
 def test_a_wrong_command_line_is_status_2(capsys, words):
     with pytest.raises(SystemExit) as end:
         main(words)
@@ -152,7 +162,9 @@ def test_inspect_smollm2(capsys, smollm2_gguf):
 
 
 def test_train_writes_the_run_directory_and_says_done_the_second_time(capsys, run, config_file):
-    assert {"config.json", "metrics.jsonl", "curves.png", "report.html", "checkpoints", "adapter"} <= set(os.listdir(run))
+    assert {"config.json", "metrics.jsonl", "curves.png", "report.html", "checkpoints", "adapter"} <= set(
+        os.listdir(run)
+    )
     before = (run / "metrics.jsonl").read_text()
     text = out_of(capsys, "train", "--config", config_file, f"--config.output_dir={run}", "--json")
     facts = json.loads(text)  # nothing but JSON on standard output
@@ -268,9 +280,15 @@ def test_export_replaces_nothing(capsys, run, tmp_path):
 def test_full_run_and_its_export(capsys, config_file, tmp_path):
     out = tmp_path / "full"
     rows = out_of(
-        capsys, "train", "--config", config_file, f"--config.output_dir={out}", "--config.method=full",
-        "--config.quantize.format=none", "--config.train.max_steps=1",
-    )  # fmt: skip
+        capsys,
+        "train",
+        "--config",
+        config_file,
+        f"--config.output_dir={out}",
+        "--config.method=full",
+        "--config.quantize.format=none",
+        "--config.train.max_steps=1",
+    )
     assert str(out / "model") in rows and (out / "model" / "model.safetensors").exists()
     assert main(["export", str(out), "--output", str(tmp_path / "a")]) == 1
     assert "has no adapter; its model is" in capsys.readouterr().err and not (tmp_path / "a").exists()
@@ -301,9 +319,14 @@ def test_load_quantized(tiny):
     assert 0 < np.abs(model(IDS) - whole).max() < 0.1 * np.abs(whole).max()
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    ({"dtype": "fp16"}, "float32, bfloat16, float16"), ({"quantize": "int3"}, "int8, int4, nf4"), ({"adapter": "none"}, "adapter"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"dtype": "fp16"}, "float32, bfloat16, float16"),
+        ({"quantize": "int3"}, "int8, int4, nf4"),
+        ({"adapter": "none"}, "adapter"),
+    ],
+)
 def test_load_refuses(tiny, arguments, says):
     with pytest.raises(tpu_tune.UserError, match=says):
         tpu_tune.load(str(tiny), **arguments)

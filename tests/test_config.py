@@ -52,39 +52,42 @@ def test_every_key_is_explained():
     assert "# one may be -1" in inspect.getsource(configuration._mesh)
 
 
-@pytest.mark.parametrize(("key", "text", "value"), [
-    ("train.learning_rate", "2e-4", 2e-4),
-    ("train.learning_rate", "1", 1.0),
-    ("train.max_steps", "10", 10),
-    ("train.max_steps", 10.0, 10),
-    ("data.packing", "False", False),
-    ("data.packing", "1", True),
-    ("lora.target_modules", "all-linear", "all-linear"),
-    ("lora.target_modules", "q_proj,v_proj", ["q_proj", "v_proj"]),
-    ("lora.target_modules", '["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
-    ("lora.target_modules", ("q_proj",), ["q_proj"]),
-    ("lora.target_modules", r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
-    ("lora.target_modules", r"layers\.[0-3],x", r"layers\.[0-3],x"),
-    ("lora.target_modules", r".*\.layers\.\d{1,2}\.mlp", r".*\.layers\.\d{1,2}\.mlp"),
-    ("lora.layers_to_transform", "[0, 2]", [0, 2]),
-    ("lora.layers_to_transform", "0,2", [0, 2]),
-    ("lora.modules_to_save", "lm_head", ["lm_head"]),
-    ("lora.modules_to_save", "", []),
-    ("lora.target_modules", "", ""),
-    ("lora.target_modules", "q_proj", ["q_proj"]),
-    ("quantize.exclude", "lm_head", ["lm_head"]),
-    ("lora.layers_to_transform", "3", [3]),
-    ("lora.alpha_pattern", '{"q_proj": 16}', {"q_proj": 16.0}),
-    ("train.lr_scheduler_kwargs", '{"min_lr_rate": 0.1}', {"min_lr_rate": 0.1}),
-    ("lora.rank_pattern", '{"model.layers.0.self_attn.q_proj": 16}', {"model.layers.0.self_attn.q_proj": 16}),
-    ("lora.init_lora_weights", True, "true"),
-    ("data.columns", '{"question": "input"}', {"question": "input"}),
-    ("data.response_markers", '["### Response:"]', ["### Response:"]),
-    ("train.report_to", "wandb,tensorboard", ["wandb", "tensorboard"]),
-    ("seed", "-1", -1),
-    ("mesh.fsdp", "4", 4),
-    ("output_dir", "123", "123"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train.learning_rate", "2e-4", 2e-4),
+        ("train.learning_rate", "1", 1.0),
+        ("train.max_steps", "10", 10),
+        ("train.max_steps", 10.0, 10),
+        ("data.packing", "False", False),
+        ("data.packing", "1", True),
+        ("lora.target_modules", "all-linear", "all-linear"),
+        ("lora.target_modules", "q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("lora.target_modules", '["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
+        ("lora.target_modules", ("q_proj",), ["q_proj"]),
+        ("lora.target_modules", r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("lora.target_modules", r"layers\.[0-3],x", r"layers\.[0-3],x"),
+        ("lora.target_modules", r".*\.layers\.\d{1,2}\.mlp", r".*\.layers\.\d{1,2}\.mlp"),
+        ("lora.layers_to_transform", "[0, 2]", [0, 2]),
+        ("lora.layers_to_transform", "0,2", [0, 2]),
+        ("lora.modules_to_save", "lm_head", ["lm_head"]),
+        ("lora.modules_to_save", "", []),
+        ("lora.target_modules", "", ""),
+        ("lora.target_modules", "q_proj", ["q_proj"]),
+        ("quantize.exclude", "lm_head", ["lm_head"]),
+        ("lora.layers_to_transform", "3", [3]),
+        ("lora.alpha_pattern", '{"q_proj": 16}', {"q_proj": 16.0}),
+        ("train.lr_scheduler_kwargs", '{"min_lr_rate": 0.1}', {"min_lr_rate": 0.1}),
+        ("lora.rank_pattern", '{"model.layers.0.self_attn.q_proj": 16}', {"model.layers.0.self_attn.q_proj": 16}),
+        ("lora.init_lora_weights", True, "true"),
+        ("data.columns", '{"question": "input"}', {"question": "input"}),
+        ("data.response_markers", '["### Response:"]', ["### Response:"]),
+        ("train.report_to", "wandb,tensorboard", ["wandb", "tensorboard"]),
+        ("seed", "-1", -1),
+        ("mesh.fsdp", "4", 4),
+        ("output_dir", "123", "123"),
+    ],
+)
 def test_text_becomes_the_type_of_its_key(key, text, value):
     found = assigned(key, text)
     assert found == value and type(found) is type(value)
@@ -99,11 +102,20 @@ def test_one_entry_of_a_free_dict():
     assert configuration.config_get(config, "lora.rank_pattern") == {"model.layers.0.mlp.up_proj": 4}
 
 
-@pytest.mark.parametrize(("key", "near"), [
-    ("train.learning_rat", "train.learning_rate"), ("learning_rate", "train.learning_rate"), ("lora.r", "lora.rank"),
-    ("model.pth", "model.path"), ("trian.max_steps", "train.max_steps"), ("train.optimizer", "train.optim"),
-    ("lora.lora_alpha", "lora.alpha"), ("train.eval_step", "train.eval_steps"), ("max_steps", "train.max_steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("train.learning_rat", "train.learning_rate"),
+        ("learning_rate", "train.learning_rate"),
+        ("lora.r", "lora.rank"),
+        ("model.pth", "model.path"),
+        ("trian.max_steps", "train.max_steps"),
+        ("train.optimizer", "train.optim"),
+        ("lora.lora_alpha", "lora.alpha"),
+        ("train.eval_step", "train.eval_steps"),
+        ("max_steps", "train.max_steps"),
+    ],
+)
 def test_an_unknown_key_names_the_nearest(key, near):
     with pytest.raises(UserError, match=re.escape(f"unknown config key '{key}'; did you mean '{near}'?")):
         assigned(key, "1")
@@ -115,57 +127,66 @@ def test_what_is_no_key(key):
         assigned(key, "1")
 
 
-@pytest.mark.parametrize(("key", "value", "says"), [
-    ("train.max_steps", "ten", "'ten'; it must be of type int"),
-    ("train.max_steps", "1.5", "type int"),
-    ("train.max_steps", True, "type int"),
-    ("train.learning_rate", "fast", "type float"),
-    ("data.packing", "maybe", "type bool"),
-    ("data.packing", 3, "type bool"),
-    ("output_dir", 3, "type str"),
-    ("lora.target_modules", 3, "type str or list"),
-    ("lora.layers_to_transform", '{"a": 1}', "type list"),
-    ("lora.layers_to_transform", "first", "whole numbers"),
-    ("lora.rank_pattern", "q_proj", "type dict"),
-    ("lora.rank_pattern", '{"q_proj": "big"}', "numbers"),
-    ("lora.target_modules", '["q_proj"', "is not JSON"),
-    ("data.columns", "{question: input}", "is not JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("train.max_steps", "ten", "'ten'; it must be of type int"),
+        ("train.max_steps", "1.5", "type int"),
+        ("train.max_steps", True, "type int"),
+        ("train.learning_rate", "fast", "type float"),
+        ("data.packing", "maybe", "type bool"),
+        ("data.packing", 3, "type bool"),
+        ("output_dir", 3, "type str"),
+        ("lora.target_modules", 3, "type str or list"),
+        ("lora.layers_to_transform", '{"a": 1}', "type list"),
+        ("lora.layers_to_transform", "first", "whole numbers"),
+        ("lora.rank_pattern", "q_proj", "type dict"),
+        ("lora.rank_pattern", '{"q_proj": "big"}', "numbers"),
+        ("lora.target_modules", '["q_proj"', "is not JSON"),
+        ("data.columns", "{question: input}", "is not JSON"),
+    ],
+)
 def test_wrong_types_name_the_key(key, value, says):
     with pytest.raises(UserError, match=re.escape(says)) as error:
         assigned(key, value)
     assert f"'{key}'" in str(error.value)
 
 
-@pytest.mark.parametrize(("key", "value", "says"), [
-    ("method", "qlora", "full, lora"),
-    ("model.dtype", "fp16", "bfloat16, float16, float32"),
-    ("quantize.format", "int3", "none, int8, int4, nf4"),
-    ("train.eval_strategy", "always", "no, steps, epoch"),
-    ("data.format", "chatml", "messages"),
-    ("lora.rank", 0, "positive"),
-    ("train.logging_steps", -1, "positive"),
-    ("lora.dropout", 1.0, "below 1"),
-    ("data.eval_ratio", 1.0, "below 1"),
-    ("data.eval_ratio", -0.1, "at least 0"),
-    ("train.learning_rate", -1e-4, "negative"),
-    ("train.learning_rate", "nan", "negative"),
-    ("train.warmup_ratio", -0.1, "negative"),
-    ("train.num_train_epochs", 0, "positive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("method", "qlora", "full, lora"),
+        ("model.dtype", "fp16", "bfloat16, float16, float32"),
+        ("quantize.format", "int3", "none, int8, int4, nf4"),
+        ("train.eval_strategy", "always", "no, steps, epoch"),
+        ("data.format", "chatml", "messages"),
+        ("lora.rank", 0, "positive"),
+        ("train.logging_steps", -1, "positive"),
+        ("lora.dropout", 1.0, "below 1"),
+        ("data.eval_ratio", 1.0, "below 1"),
+        ("data.eval_ratio", -0.1, "at least 0"),
+        ("train.learning_rate", -1e-4, "negative"),
+        ("train.learning_rate", "nan", "negative"),
+        ("train.warmup_ratio", -0.1, "negative"),
+        ("train.num_train_epochs", 0, "positive"),
+    ],
+)
 def test_values_out_of_bounds_name_the_key_and_what_is_allowed(key, value, says):
     with pytest.raises(UserError, match=re.escape(says)) as error:
         assigned(key, value)
     assert f"'{key}'" in str(error.value)
 
 
-@pytest.mark.parametrize(("values", "says"), [
-    ({"method": "full", "quantize": {"format": "nf4"}}, "cannot be trained"),
-    ({"mesh": {"data": -1, "fsdp": -1}}, "only one"),
-    ({"train": {"load_best_model_at_end": True, "eval_strategy": "no"}}, "train.eval_strategy"),
-    ({"train": {"load_best_model_at_end": True, "save_strategy": "no"}}, "train.save_strategy"),
-    ({"train": {"early_stopping_patience": 2}, "data": {"eval_ratio": 0}}, "data.eval"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"method": "full", "quantize": {"format": "nf4"}}, "cannot be trained"),
+        ({"mesh": {"data": -1, "fsdp": -1}}, "only one"),
+        ({"train": {"load_best_model_at_end": True, "eval_strategy": "no"}}, "train.eval_strategy"),
+        ({"train": {"load_best_model_at_end": True, "save_strategy": "no"}}, "train.save_strategy"),
+        ({"train": {"early_stopping_patience": 2}, "data": {"eval_ratio": 0}}, "data.eval"),
+    ],
+)
 def test_settings_that_exclude_each_other(values, says):
     with pytest.raises(UserError, match=says):
         configuration.from_dict(values)
@@ -191,22 +212,25 @@ def test_the_configs_that_come_with_it_load(file):
     assert set(dict(configuration.flatten(config))) == set(dict(configuration.flatten(configuration.default())))
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("def get_config(:", "SyntaxError"),
-    ("x = 1", "get_config"),
-    ("import nowhere_at_all", "nowhere_at_all"),
-    ("def get_config():\n    return {'train': {'learning_rat': 1}}", "did you mean 'train.learning_rate'"),
-    ("def get_config():\n    return {'lora': 3}", "lora"),
-    ("def get_config():\n    return None", "get_config"),
-    (
-        "from tpu_tune.config import default\ndef get_config():\n    c = default()\n    c.train.learning_rat = 1\n    return c",
-        "did you mean 'train.learning_rate'",
-    ),
-    (
-        "from tpu_tune.config import default\ndef get_config():\n    c = default()\n    c.train.max_steps = 'ten'\n    return c",
-        "train.max_steps",
-    ),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("import nowhere_at_all", "nowhere_at_all"),
+        ("def get_config():\n    return {'train': {'learning_rat': 1}}", "did you mean 'train.learning_rate'"),
+        ("def get_config():\n    return {'lora': 3}", "lora"),
+        ("def get_config():\n    return None", "get_config"),
+        (
+            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n    c.train.learning_rat = 1\n    return c",
+            "did you mean 'train.learning_rate'",
+        ),
+        (
+            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n    c.train.max_steps = 'ten'\n    return c",
+            "train.max_steps",
+        ),
+    ],
+)
 def test_broken_config_files_are_named(tmp_path, text, says):
     file = tmp_path / "mine.py"
     file.write_text(text)

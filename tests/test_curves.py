@@ -188,11 +188,20 @@ def test_a_picture_of_nothing_but_evaluations(tmp_path):
 
 def test_training_says_how_it_goes_and_leaves_a_report_with_answers(tmp_path):
     config = make_config(
-        output_dir=str(tmp_path / "run"), model__path=str(write_tiny_llama(tmp_path / "model")), model__dtype="float32",
-        data__train=str(write_rows(tmp_path / "rows.jsonl")), data__max_length=32, data__cache_dir=str(tmp_path / "cache"),
-        data__num_workers=1, train__max_steps=8, train__eval_steps=4, train__logging_steps=1, train__learning_rate=1e-2,
-        train__save_strategy="no", train__sample_prompts=["a tiny", "<model>"],
-    )  # fmt: skip
+        output_dir=str(tmp_path / "run"),
+        model__path=str(write_tiny_llama(tmp_path / "model")),
+        model__dtype="float32",
+        data__train=str(write_rows(tmp_path / "rows.jsonl")),
+        data__max_length=32,
+        data__cache_dir=str(tmp_path / "cache"),
+        data__num_workers=1,
+        train__max_steps=8,
+        train__eval_steps=4,
+        train__logging_steps=1,
+        train__learning_rate=1e-2,
+        train__save_strategy="no",
+        train__sample_prompts=["a tiny", "<model>"],
+    )
     done = train_process(config, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("so far: not enough points (training)") == 1  # at step 4; what ends a run is said once

@@ -43,10 +43,20 @@ def write(path, rows):
 def tokenize(capsys, tiny, source, *words, output=None):
     """Run the command with --json; return (figures, the file as rows of lists)."""
     output = output or source.parent / (source.name + ".arrow")
-    status = main([
-        "data", "tokenize", "--json", "--input-file", str(source), "--output-file", str(output),
-        "--tokenizer-path", str(tiny), *map(str, words),
-    ])  # fmt: skip
+    status = main(
+        [
+            "data",
+            "tokenize",
+            "--json",
+            "--input-file",
+            str(source),
+            "--output-file",
+            str(output),
+            "--tokenizer-path",
+            str(tiny),
+            *map(str, words),
+        ]
+    )
     captured = capsys.readouterr()
     assert status == 0, captured.err
     return json.loads(captured.out), read(output)
@@ -60,10 +70,19 @@ def read(path):
 
 def refusal(capsys, tiny, source, *words):
     output = source.parent / "refused" / "out.arrow"
-    status = main([
-        "data", "tokenize", "--input-file", str(source), "--output-file", str(output), "--tokenizer-path", str(tiny),
-        *map(str, words),
-    ])  # fmt: skip
+    status = main(
+        [
+            "data",
+            "tokenize",
+            "--input-file",
+            str(source),
+            "--output-file",
+            str(output),
+            "--tokenizer-path",
+            str(tiny),
+            *map(str, words),
+        ]
+    )
     captured = capsys.readouterr()
     assert status == 1 and captured.err.count("\n") == 1, captured.err
     assert not output.parent.exists() or not list(output.parent.iterdir())
@@ -97,8 +116,9 @@ def test_row_22_is_an_arrow_file_with_two_lists_of_int64(tiny, tmp_path, capsys)
     assert file.read_bytes()[:8] == b"ARROW1\0\0"
     schema = pa.ipc.open_file(pa.memory_map(str(file))).schema
     assert [(field.name, field.type) for field in schema] == [
-        ("input_ids", pa.list_(pa.int64())), ("labels", pa.list_(pa.int64())),
-    ]  # fmt: skip
+        ("input_ids", pa.list_(pa.int64())),
+        ("labels", pa.list_(pa.int64())),
+    ]
     about = arrow.read_about(str(file))
     assert (about["max_length"], about["format"]) == (100, "input-output") and len(about["tokenizer"]) == 32
 
@@ -161,7 +181,10 @@ def test_bad_rows(tiny, tmp_path, capsys):
     source = tmp_path / "rows.jsonl"
     source.write_bytes(b'{"text": "a"}\n\n{"text": 7}\n{"text": null}\n{\n{"text": "\xff"}\n{"text": ""}\n')
     said = refusal(capsys, tiny, source)
-    assert said == f"{source}:5: not valid JSON (Expecting property name enclosed in double quotes); fix it, or give --skip-bad to go on without it"  # fmt: skip
+    assert (
+        said
+        == f"{source}:5: not valid JSON (Expecting property name enclosed in double quotes); fix it, or give --skip-bad to go on without it"
+    )
     found, rows = tokenize(capsys, tiny, source, "--skip-bad")
     assert [row["input_ids"] for row in rows] == [[97, 256], [55, 256]]
     assert (found["rows"], found["bad_rows"], found["dropped"]) == (6, 3, {"empty text": 1})
@@ -230,9 +253,11 @@ def test_row_23_a_full_disk_is_said_first(tiny, tmp_path, capsys, monkeypatch):
 
 def config_for(path, tmp_path, **keys):
     return make_config(
-        data__train=str(path), data__cache_dir=str(tmp_path / "cache"), data__num_workers=1,
+        data__train=str(path),
+        data__cache_dir=str(tmp_path / "cache"),
+        data__num_workers=1,
         **{"data__max_length": 64, **keys},
-    )  # fmt: skip
+    )
 
 
 def all_batches(data):
@@ -291,10 +316,19 @@ def test_train_and_eval_on_arrow_files(tiny, tmp_path, capsys):
         tokenize(capsys, tiny, file, "--max-length", 128, output=tmp_path / "arrow" / f"{file.stem}.arrow")
     for train, held in ((source, held_out), (tmp_path / "arrow", "")):  # of a directory, both by their names
         config = config_for(
-            train, tmp_path, data__max_length=128, data__eval=str(held), model__path=str(tiny), model__dtype="float32",
-            output_dir=str(tmp_path / f"out{len(losses)}"), lora__rank=2, train__max_steps=2,
-            train__per_device_train_batch_size=1, train__eval_strategy="steps", train__eval_steps=2,
-        )  # fmt: skip
+            train,
+            tmp_path,
+            data__max_length=128,
+            data__eval=str(held),
+            model__path=str(tiny),
+            model__dtype="float32",
+            output_dir=str(tmp_path / f"out{len(losses)}"),
+            lora__rank=2,
+            train__max_steps=2,
+            train__per_device_train_batch_size=1,
+            train__eval_strategy="steps",
+            train__eval_steps=2,
+        )
         metrics = tpu_tune.train(config).metrics
         losses.append([row.get("loss", row.get("eval_loss")) for row in metrics])
     assert losses[0] == losses[1] and len(losses[0]) >= 2 and None not in losses[0]
@@ -322,8 +356,9 @@ def test_row_22_reads_files_of_pygmalions_training_code(tokenizer, tmp_path):
     config.data.max_length = 4  # blocks that are longer than a row are cut into several
     data = arrow.load([str(file)], 4)
     assert [data.tokens[a:b].tolist() for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)] == [
-        [7, 8, 9], [1, 2, 3, 4],
-    ]  # fmt: skip
+        [7, 8, 9],
+        [1, 2, 3, 4],
+    ]
     assert data.summary["split"] == 1 and data.summary["dropped"] == {"nothing to predict": 1}  # the fifth is alone
 
 

@@ -84,9 +84,11 @@ def test_rows_keep_their_other_keys(tiny, tmp_path, capsys):
     assert main([*words, "--tokens", "6", "--skip-bad", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bad_rows"] == 1
     assert lines(tmp_path / "o.jsonl") == [
-        {"body": "abcde", "source": "x"}, {"body": "fgh", "source": "x"},
-        {"body": "ij\n", "source": "y"}, {"body": "\U0001f600", "source": "y"},
-    ]  # fmt: skip
+        {"body": "abcde", "source": "x"},
+        {"body": "fgh", "source": "x"},
+        {"body": "ij\n", "source": "y"},
+        {"body": "\U0001f600", "source": "y"},
+    ]
 
 
 def test_complaints(tiny, tmp_path):

@@ -461,9 +461,12 @@ def test_the_command_line(tmp_path, capsys):
     status, out, _ = run(capsys, *words, "--json", "--report", tmp_path / "report.json")
     assert status == 0 and json.loads(out) == json.loads((tmp_path / "report.json").read_text())
     assert {rule["rule"] for rule in json.loads(out)["rules"]} == {
-        "phrase: I cannot fulfill that request", "phrase: kittens and puppies", "phrase: As an AI language model",
-        r"pattern: b\db", "exact duplicate",
-    }  # fmt: skip
+        "phrase: I cannot fulfill that request",
+        "phrase: kittens and puppies",
+        "phrase: As an AI language model",
+        r"pattern: b\db",
+        "exact duplicate",
+    }
     assert read(output) == [{"text": "Fine."}]
     _, out, _ = run(capsys, source, "--dry-run", "--no-default-phrases", "--no-exact-duplicates", "--json")
     assert json.loads(out)["rows_out"] == 6

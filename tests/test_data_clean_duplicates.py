@@ -15,8 +15,10 @@ from tpu_tune.data.clean.duplicates import bands
 def ngrams(text, unit, size):
     """Shingles in the plainest way."""
     items = text if unit == "chars" else text.split(" ")
-    return frozenset(items[i : i + size] if unit == "chars" else tuple(items[i : i + size])
-                     for i in range(max(1, len(items) - size + 1)))  # fmt: skip
+    return frozenset(
+        items[i : i + size] if unit == "chars" else tuple(items[i : i + size])
+        for i in range(max(1, len(items) - size + 1))
+    )
 
 
 def jaccard(a, b, unit="chars", size=5):

@@ -133,8 +133,10 @@ def test_all_texts_of_a_row_are_repaired_and_nothing_else():
     assert [message["content"] for message in cleaned["messages"]] == ["schön [EMAIL]", "[PHONE]"]
     assert cleaned["author"] == "joe@example.com" and row["messages"][1]["content"] == "(415) 555-2671"
     assert [(hit.rule, hit.effect) for hit in hits] == [
-        ("unicode repaired", "changed"), ("e-mail masked", "changed"), ("phone masked", "changed"),
-    ]  # fmt: skip
+        ("unicode repaired", "changed"),
+        ("e-mail masked", "changed"),
+        ("phone masked", "changed"),
+    ]
     assert all("joe@" not in hit.snippet and "2671" not in hit.snippet for hit in hits)
     same, hits = row_cleaner(options)(cleaned)
     assert same is cleaned and hits == []

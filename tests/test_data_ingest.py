@@ -27,7 +27,17 @@ from tpu_tune.data.ingest import Options, Tally, find_sources, ingest, read_sour
 from tpu_tune.data.streams import Skipped
 from tpu_tune.errors import UserError
 
-NASTY = ["plain", "two\nlines\r\nand a \"quote\", a comma", "🐍 emoji 日本語 é", "NaN", "007", "", " spaced ", "x" * 3000, "\t\\N\\"]
+NASTY = [
+    "plain",
+    'two\nlines\r\nand a "quote", a comma',
+    "🐍 emoji 日本語 é",
+    "NaN",
+    "007",
+    "",
+    " spaced ",
+    "x" * 3000,
+    "\t\\N\\",
+]
 
 
 def rows_of(path, skip_bad=False, **options):
@@ -67,15 +77,23 @@ CELLS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 @given(st.lists(st.lists(CELLS, min_size=2, max_size=2), min_size=1, max_size=8))
 def test_any_csv_that_pandas_writes_comes_back(tmp_path_factory, cells):
     path = tmp_path_factory.mktemp("csv") / "any.csv"
-    pandas.DataFrame(cells, columns=["a", "b"]).to_csv(path, index=False, lineterminator="\n", quoting=1, encoding="utf-8")
+    pandas.DataFrame(cells, columns=["a", "b"]).to_csv(
+        path, index=False, lineterminator="\n", quoting=1, encoding="utf-8"
+    )
     found = [[row["input"], row["output"]] for row in rows_of(path, input_column="a", output_column="b")]
     assert found == cells
 
 
-@pytest.mark.parametrize(("name", "content", "expected"), [
-    ("a.tsv", "x\ty\n1\ta,b\n", "a,b"), ("a.csv", "x;y\n1;a,b\n", "a,b"), ("a.csv", "\ufeffx,y\r\n1,é\r\n", "é"),
-    ("a.csv", "x,x,y,\n1,2,z,\n", "z"), ("old.csv", "x,y\r1,z\r", "z"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.tsv", "x\ty\n1\ta,b\n", "a,b"),
+        ("a.csv", "x;y\n1;a,b\n", "a,b"),
+        ("a.csv", "\ufeffx,y\r\n1,é\r\n", "é"),
+        ("a.csv", "x,x,y,\n1,2,z,\n", "z"),
+        ("old.csv", "x,y\r1,z\r", "z"),
+    ],
+)
 def test_kinds_of_csv(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content.encode("utf-8"))
     assert texts(tmp_path / name, column="y") == [expected]
@@ -103,10 +121,14 @@ def test_columns_that_are_picked(tmp_path):
 
 
 def arrow_table():
-    return pyarrow.table({
-        "body": pyarrow.array([*NASTY, None], pyarrow.string()), "n": pyarrow.array(range(len(NASTY) + 1)),
-        "day": pyarrow.array([datetime.date(2024, 2, 29)] * (len(NASTY) + 1)), "f": pyarrow.array([float("nan")] * 10),
-    })  # fmt: skip
+    return pyarrow.table(
+        {
+            "body": pyarrow.array([*NASTY, None], pyarrow.string()),
+            "n": pyarrow.array(range(len(NASTY) + 1)),
+            "day": pyarrow.array([datetime.date(2024, 2, 29)] * (len(NASTY) + 1)),
+            "f": pyarrow.array([float("nan")] * 10),
+        }
+    )
 
 
 def write_ipc(path, opener):
@@ -115,12 +137,15 @@ def write_ipc(path, opener):
         writer.write_table(table, max_chunksize=3)
 
 
-@pytest.mark.parametrize(("name", "write"), [
-    ("t.parquet", lambda path: pyarrow.parquet.write_table(arrow_table(), path, row_group_size=4)),
-    ("t.arrow", lambda path: write_ipc(path, pyarrow.ipc.new_file)),
-    ("stream.arrow", lambda path: write_ipc(path, pyarrow.ipc.new_stream)),
-    ("t.feather", lambda path: pyarrow.feather.write_feather(arrow_table(), str(path))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("t.parquet", lambda path: pyarrow.parquet.write_table(arrow_table(), path, row_group_size=4)),
+        ("t.arrow", lambda path: write_ipc(path, pyarrow.ipc.new_file)),
+        ("stream.arrow", lambda path: write_ipc(path, pyarrow.ipc.new_stream)),
+        ("t.feather", lambda path: pyarrow.feather.write_feather(arrow_table(), str(path))),
+    ],
+)
 def test_arrow_and_parquet(tmp_path, name, write):
     write(tmp_path / name)
     tally = Tally()
@@ -139,7 +164,9 @@ def test_sqlite_comes_back_exactly(tmp_path):
     path = tmp_path / "forum.sqlite"
     with sqlite3.connect(path) as database:
         database.execute('CREATE TABLE "po""sts" (id INTEGER PRIMARY KEY, body TEXT, score REAL)')
-        database.executemany('INSERT INTO "po""sts" VALUES (?, ?, ?)', [(i, text, i / 4) for i, text in enumerate(NASTY)])
+        database.executemany(
+            'INSERT INTO "po""sts" VALUES (?, ?, ?)', [(i, text, i / 4) for i, text in enumerate(NASTY)]
+        )
         database.execute("CREATE TABLE users (name TEXT)")
         database.execute("CREATE VIEW v AS SELECT * FROM users")
     before = path.read_bytes(), sorted(tmp_path.iterdir())
@@ -202,15 +229,23 @@ def test_formats_the_trainer_knows_stay_as_they_are(tmp_path):
     path = write_json(tmp_path / "a.json", [alpaca])
     assert rows_of(path) == [{"instruction": "do", "output": "done", "input": "", "source": f"{path}:1"}]
     path = write_json(tmp_path / "b.json", [completion])
-    assert rows_of(path, columns=(("id", "id"),)) == [{"prompt": "a", "completion": "b", "id": 8, "source": f"{path}:1"}]
+    assert rows_of(path, columns=(("id", "id"),)) == [
+        {"prompt": "a", "completion": "b", "id": 8, "source": f"{path}:1"}
+    ]
 
 
 def test_sharegpt(tmp_path):
-    turns = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hi 🐍"}, {"from": "gpt", "value": "hello\n"}]
+    turns = [
+        {"from": "system", "value": "be kind"},
+        {"from": "human", "value": "hi 🐍"},
+        {"from": "gpt", "value": "hello\n"},
+    ]
     path = write_json(tmp_path / "s.json", [{"id": "x", "conversations": turns}])
     assert rows_of(path)[0]["messages"] == [
-        {"role": "system", "content": "be kind"}, {"role": "user", "content": "hi 🐍"}, {"role": "assistant", "content": "hello\n"},
-    ]  # fmt: skip
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "hi 🐍"},
+        {"role": "assistant", "content": "hello\n"},
+    ]
     assert rows_of(path, keep_conversations=True) == [{"conversations": turns, "source": f"{path}:1"}]
     path = write_json(tmp_path / "bad.json", [{"conversations": [{"from": "nobody", "value": "x"}]}])
     with pytest.raises(UserError, match=r"bad\.json:1: 'conversations' message 1 is from 'nobody'"):
@@ -220,13 +255,22 @@ def test_sharegpt(tmp_path):
 def discord(*messages, name="general"):
     people = {"ann": "1", "bob": "2", "cat": "3", "bot": "9"}
     return {
-        "guild": {"id": "0", "name": "G"}, "channel": {"id": "5", "type": "GuildTextChat", "name": name},
+        "guild": {"id": "0", "name": "G"},
+        "channel": {"id": "5", "type": "GuildTextChat", "name": name},
         "dateRange": {"after": None, "before": None},
-        "messages": [{
-            "id": str(number), "type": kind, "timestamp": f"2024-01-01T{time}:00.5+00:00", "content": text,
-            "author": {"id": people[who], "name": who, "nickname": who.title(), "isBot": who == "bot"}, "attachments": [],
-        } for number, (time, who, text, kind) in enumerate(messages)], "messageCount": len(messages),
-    }  # fmt: skip
+        "messages": [
+            {
+                "id": str(number),
+                "type": kind,
+                "timestamp": f"2024-01-01T{time}:00.5+00:00",
+                "content": text,
+                "author": {"id": people[who], "name": who, "nickname": who.title(), "isBot": who == "bot"},
+                "attachments": [],
+            }
+            for number, (time, who, text, kind) in enumerate(messages)
+        ],
+        "messageCount": len(messages),
+    }
 
 
 def say(time, who, text, kind="Default"):
@@ -234,34 +278,62 @@ def say(time, who, text, kind="Default"):
 
 
 def test_discord(tmp_path):
-    path = write_json(tmp_path / "general.json", discord(
-        say("09:00", "bob", "(left over)"), say("09:01", "ann", "hi"), say("09:02", "ann", "anyone?"),
-        say("09:03", "ann", "", "Default"), say("09:04", "cat", "Joined", "GuildMemberJoin"), say("09:05", "bob", "yes", "Reply"),
-        say("09:06", "bob", "me 🐍"), say("09:50", "ann", "thanks"), say("12:00", "ann", "again?"), say("12:01", "bob", "sure"),
-        say("12:02", "cat", "me too"), say("12:03", "bob", "fine"), say("15:00", "ann", "nobody answers"),
-    ))  # fmt: skip
+    path = write_json(
+        tmp_path / "general.json",
+        discord(
+            say("09:00", "bob", "(left over)"),
+            say("09:01", "ann", "hi"),
+            say("09:02", "ann", "anyone?"),
+            say("09:03", "ann", "", "Default"),
+            say("09:04", "cat", "Joined", "GuildMemberJoin"),
+            say("09:05", "bob", "yes", "Reply"),
+            say("09:06", "bob", "me 🐍"),
+            say("09:50", "ann", "thanks"),
+            say("12:00", "ann", "again?"),
+            say("12:01", "bob", "sure"),
+            say("12:02", "cat", "me too"),
+            say("12:03", "bob", "fine"),
+            say("15:00", "ann", "nobody answers"),
+        ),
+    )
     assert rows_of(path, assistant="Bob") == [
-        {"messages": [
-            {"role": "user", "content": "hi\nanyone?"}, {"role": "assistant", "content": "yes\nme 🐍"},
-        ], "source": f"{path}!general:1"},
-        {"messages": [
-            {"role": "user", "content": "Ann: again?"}, {"role": "assistant", "content": "sure"},
-            {"role": "user", "content": "Cat: me too"}, {"role": "assistant", "content": "fine"},
-        ], "source": f"{path}!general:2"},
-    ]  # fmt: skip
+        {
+            "messages": [
+                {"role": "user", "content": "hi\nanyone?"},
+                {"role": "assistant", "content": "yes\nme 🐍"},
+            ],
+            "source": f"{path}!general:1",
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "Ann: again?"},
+                {"role": "assistant", "content": "sure"},
+                {"role": "user", "content": "Cat: me too"},
+                {"role": "assistant", "content": "fine"},
+            ],
+            "source": f"{path}!general:2",
+        },
+    ]
     assert len(rows_of(path, assistant="2", gap_minutes=600)) == 1  # by id, and all of it one conversation
-    with pytest.raises(UserError, match=r"general.json!general: who is the assistant\? .* Bob \(5\), Ann \(5\), Cat \(1\)$"):
+    with pytest.raises(
+        UserError, match=r"general.json!general: who is the assistant\? .* Bob \(5\), Ann \(5\), Cat \(1\)$"
+    ):
         rows_of(path)
     assert rows_of(path, assistant="nobody") == []
 
 
 def test_discord_without_a_name(tmp_path):
-    two = write_json(tmp_path / "two.json", discord(say("09:00", "cat", "q"), say("09:01", "ann", "a"), say("09:02", "cat", "ok")))
+    two = write_json(
+        tmp_path / "two.json", discord(say("09:00", "cat", "q"), say("09:01", "ann", "a"), say("09:02", "cat", "ok"))
+    )
     assert [m["content"] for m in rows_of(two)[0]["messages"]] == ["q", "a"]
-    bot = discord(say("09:00", "bot", "welcome"), say("09:01", "cat", "q"), say("09:02", "ann", "r"), say("09:03", "bot", "a"))
+    bot = discord(
+        say("09:00", "bot", "welcome"), say("09:01", "cat", "q"), say("09:02", "ann", "r"), say("09:03", "bot", "a")
+    )
     assert rows_of(write_json(tmp_path / "bot.json", bot))[0]["messages"] == [
-        {"role": "user", "content": "Cat: q\nAnn: r"}, {"role": "assistant", "content": "a"},
-    ]  # fmt: skip
+        {"role": "user", "content": "Cat: q\nAnn: r"},
+        {"role": "assistant", "content": "a"},
+    ]
 
 
 # Documents and dictionaries
@@ -291,15 +363,23 @@ def test_a_text_too_long_for_a_row_is_cut_at_empty_lines(tmp_path, monkeypatch):
 
 
 def write_epub(path, chapters, extra=()):
-    items = "".join(f'<item id="c{i}" href="text/{name}" media-type="application/xhtml+xml"/>' for i, name in enumerate(chapters))
+    items = "".join(
+        f'<item id="c{i}" href="text/{name}" media-type="application/xhtml+xml"/>' for i, name in enumerate(chapters)
+    )
     spine = "".join(f'<itemref idref="c{i}"/>' for i in reversed(range(len(chapters))))
     with zipfile.ZipFile(path, "w") as book:
         book.writestr("mimetype", "application/epub+zip")
-        book.writestr("META-INF/container.xml", '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container">'
-                      '<rootfiles><rootfile full-path="OEBPS/book.opf"/></rootfiles></container>')  # fmt: skip
-        book.writestr("OEBPS/book.opf", '<!DOCTYPE p [<!ENTITY x SYSTEM "file:///etc/passwd">]><package xmlns="http://www.idpf.org/2007/opf">'
-                      f'<manifest>{items}<item id="nav" href="nav.xhtml" properties="nav" media-type="application/xhtml+xml"/>'
-                      f'</manifest><spine><itemref idref="nav"/>{spine}</spine></package>')  # fmt: skip
+        book.writestr(
+            "META-INF/container.xml",
+            '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container">'
+            '<rootfiles><rootfile full-path="OEBPS/book.opf"/></rootfiles></container>',
+        )
+        book.writestr(
+            "OEBPS/book.opf",
+            '<!DOCTYPE p [<!ENTITY x SYSTEM "file:///etc/passwd">]><package xmlns="http://www.idpf.org/2007/opf">'
+            f'<manifest>{items}<item id="nav" href="nav.xhtml" properties="nav" media-type="application/xhtml+xml"/>'
+            f'</manifest><spine><itemref idref="nav"/>{spine}</spine></package>',
+        )
         book.writestr("OEBPS/nav.xhtml", "<html><body>contents</body></html>")
         for name, content in [*((f"OEBPS/text/{name}", text) for name, text in chapters.items()), *extra]:
             book.writestr(name, content)
@@ -327,7 +407,9 @@ def test_foldoc_gives_terms_and_definitions(foldoc_dir):
         whole = file.read()
     assert len(rows) == 15_254 - 7  # seven entries are about the dictionary
     found = {row["input"]: row["output"] for row in rows}
-    assert found["neural network"].startswith('<artificial intelligence> (ANN, commonly just "neural network"\nor "neural net")')
+    assert found["neural network"].startswith(
+        '<artificial intelligence> (ANN, commonly just "neural network"\nor "neural net")'
+    )
     assert found["ABEND"].startswith("<jargon> /o'bend/")  # as the entry writes it; the index has small letters
     # Every definition stands in the dictionary, but for its margins, and nothing else does.
     squeezed = "".join(whole.split())
@@ -339,10 +421,15 @@ def test_foldoc_gives_terms_and_definitions(foldoc_dir):
 # Where sources are found, and the command
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [
-    (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress),
-    (".zst", lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)),
+    ],
+)
 def test_compressed_files(tmp_path, suffix, pack):
     content = b"text\n" + "".join(f'"row {number} 🐍"\n' for number in range(5000)).encode()
     path = tmp_path / f"rows.csv{suffix}"
@@ -360,8 +447,9 @@ def test_compressed_files(tmp_path, suffix, pack):
     for name in (f"t.tar{suffix}", {".gz": "t.tgz", ".bz2": "t.tbz2", ".xz": "t.txz", ".zst": "t.tzst"}[suffix]):
         (tmp_path / name).write_bytes(pack(whole.getvalue()))
         assert rows_of(tmp_path / name) == [
-            {"text": "one", "source": f"{tmp_path / name}!a/one.txt"}, {"text": "two", "source": f"{tmp_path / name}!a/two.txt.gz"},
-        ]  # fmt: skip
+            {"text": "one", "source": f"{tmp_path / name}!a/one.txt"},
+            {"text": "two", "source": f"{tmp_path / name}!a/two.txt.gz"},
+        ]
 
 
 def add(archive, name, content, **fields):
@@ -375,8 +463,16 @@ def add(archive, name, content, **fields):
 def make_folder(folder):
     (folder / "b" / "deep").mkdir(parents=True)
     (folder / ".git").mkdir()
-    for name, content in {"z.txt": "z", "a.html": "<p>a", "b/c.md": "c", "b/deep/d.jsonl": '{"text": "d"}\n', ".git/x.txt": "no",
-                          "b/image.png": "\x89", "b/.hidden.txt": "no", "LICENSE": "license"}.items():  # fmt: skip
+    for name, content in {
+        "z.txt": "z",
+        "a.html": "<p>a",
+        "b/c.md": "c",
+        "b/deep/d.jsonl": '{"text": "d"}\n',
+        ".git/x.txt": "no",
+        "b/image.png": "\x89",
+        "b/.hidden.txt": "no",
+        "LICENSE": "license",
+    }.items():
         (folder / name).write_text(content, encoding="utf-8")
     with zipfile.ZipFile(folder / "y.zip", "w") as archive:
         archive.writestr("in/one.txt", "one")
@@ -400,17 +496,25 @@ def test_a_folder_of_everything(tmp_path, monkeypatch):
     report = ingest([str(folder), str(folder / "z.txt")], str(output))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["text"], row["source"].removeprefix(f"{folder}/")) for row in rows] == [
-        ("a", "a.html"), ("one", "y.zip!in/one.txt"), ("four", "y.zip!three.tar.gz!four.txt"), ("z", "z.txt"), ("c", "b/c.md"),
+        ("a", "a.html"),
+        ("one", "y.zip!in/one.txt"),
+        ("four", "y.zip!three.tar.gz!four.txt"),
+        ("z", "z.txt"),
+        ("c", "b/c.md"),
         ("d", "b/deep/d.jsonl:1"),
-    ]  # fmt: skip
+    ]
     assert report.passed_over == collections.Counter({".png": 1, ".jpg": 1, "without suffix": 1})
     assert (report.rows, report.sources, report.formats) == (6, 5, {"text": 6})
     assert find_sources([str(folder / "**" / "*.md")]).sources == [str(folder / "b" / "c.md")]
     assert find_sources([str(folder)], "text").sources == [str(folder / name) for name in ("LICENSE", "y.zip", "z.txt")]
     monkeypatch.chdir(folder)
     assert find_sources(["b", "LICENSE", "tfds:x", "owner/name"]).sources == [
-        "b/c.md", "b/deep/d.jsonl", "LICENSE", "tfds:x", "datasets:owner/name",
-    ]  # fmt: skip
+        "b/c.md",
+        "b/deep/d.jsonl",
+        "LICENSE",
+        "tfds:x",
+        "datasets:owner/name",
+    ]
 
 
 def test_the_output_does_not_depend_on_the_workers(tmp_path, python_docs_dir):
@@ -442,25 +546,43 @@ def test_the_command(tmp_path, capsys):
     with gzip.open(output, "rt") as file:
         assert len(file.readlines()) == 6
     (tmp_path / "t.csv").write_text("a,b\n1,2\n1\n")
-    words = ["data", "ingest", str(tmp_path / "t.csv"), "--output", str(tmp_path / "t.jsonl"), "--columns", "a=input,b=output"]
+    words = [
+        "data",
+        "ingest",
+        str(tmp_path / "t.csv"),
+        "--output",
+        str(tmp_path / "t.jsonl"),
+        "--columns",
+        "a=input,b=output",
+    ]
     assert main(words) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "t.csv:3: 1 cells where the header names 2 columns" in error
     assert not (tmp_path / "t.jsonl").exists()
     assert main([*words, "--skip-bad"]) == 0
     assert "1 bad ones skipped" in capsys.readouterr().out
-    assert json.loads((tmp_path / "t.jsonl").read_text()) == {"input": "1", "output": "2", "source": f"{tmp_path / 't.csv'}:2"}
+    assert json.loads((tmp_path / "t.jsonl").read_text()) == {
+        "input": "1",
+        "output": "2",
+        "source": f"{tmp_path / 't.csv'}:2",
+    }
     with pytest.raises(SystemExit):
         main(["data", "ingest", "--help"])
     example = capsys.readouterr().out.rstrip().rsplit("\n", 1)[-1].split()
     assert example[:3] == ["tpu-tune", "data", "ingest"]
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["nowhere.csv"], "nowhere.csv: there is no such file or folder"), (["*.nothing"], "no files are there"),
-    (["gs://b/x.csv"], "only local files are read"), (["x.csv", "--encoding", "klingon"], "--encoding klingon is unknown"),
-    (["empty.csv"], "names the columns|name the columns"), (["thing.xyz"], "of no known kind; name it with --format"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.csv"], "nowhere.csv: there is no such file or folder"),
+        (["*.nothing"], "no files are there"),
+        (["gs://b/x.csv"], "only local files are read"),
+        (["x.csv", "--encoding", "klingon"], "--encoding klingon is unknown"),
+        (["empty.csv"], "names the columns|name the columns"),
+        (["thing.xyz"], "of no known kind; name it with --format"),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.csv").write_text("")
@@ -488,7 +610,10 @@ def test_a_directory_of_the_datasets_library(tmp_path):
     (tmp_path / "d" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "d" / "test.jsonl").write_text('{"text": "three"}\n')
     source = f"datasets:{tmp_path / 'd'}"
-    assert rows_of(source) == [{"text": "one", "source": f"{source}:train:1"}, {"text": "two", "source": f"{source}:train:2"}]
+    assert rows_of(source) == [
+        {"text": "one", "source": f"{source}:train:1"},
+        {"text": "two", "source": f"{source}:train:2"},
+    ]
     assert texts(source, split="test") == ["three"]
     with pytest.raises(UserError, match="there is no split 'dev'; there is: train, test$"):
         rows_of(source, split="dev")
@@ -530,6 +655,7 @@ def test_skipped_is_counted_by_the_one_who_reads(tmp_path):
     tally = Tally(Skipped(allowed=True))
     assert [row["text"] for row in read_source(str(tmp_path / "r.jsonl"), Options(), tally)] == ["a", "b"]
     assert [str(bad).removeprefix(str(tmp_path)) for bad in tally.skipped.examples] == [
-        "/r.jsonl:2: not a JSON object but a list", "/r.jsonl:3: no 'text'; its keys: no",
-    ]  # fmt: skip
+        "/r.jsonl:2: not a JSON object but a list",
+        "/r.jsonl:3: no 'text'; its keys: no",
+    ]
     assert tally.empty == 1

@@ -40,41 +40,98 @@ def fails(path, message, expected=(), **options):
 # Bytes and rows
 
 
-@pytest.mark.parametrize(("name", "content", "message", "expected"), [
-    ("a.txt", b"one\ntwo \xff three", r"a\.txt: not valid UTF-8 \(line 2, byte 5; --encoding names another\)", []),
-    ("a.txt", b"nul \0 inside", "holds NUL bytes", []),
-    ("a.csv", b"text\none\nt\xffo\nthree\n", r"a\.csv:3: not valid in its encoding", ["one", "three"]),
-    ("a.csv", b"t\xffxt\none\n", r"a\.csv: line 1 is not valid in its encoding", []),
-    ("a.jsonl", b'{"text": "one"}\n{"text": "\xff"}\n{"text": "3"}\n', r"a\.jsonl:2: not valid UTF-8", ["one", "3"]),
-    ("a.json", b'[{"text": "one"},\n{"text": "\xff"}, {"text": "3"}]', r"a\.json:2: not valid in its encoding", ["one", "3"]),
-    ("a.sql", b"insert into t (text) values ('one'), ('\xff'), ('3');", r"a\.sql!t:2: holds text that is not valid", ["one", "3"]),
-    ("a.html", b"<meta charset=utf-8>\n<p>\xff", r"a\.html: not valid UTF-8 \(line 2, byte 4; .*, which it declares", []),
-    ("a.csv", b"text,n\none,1\ntwo\nthree,3,4\nfour,4\n", r"a\.csv:3: 1 cells where the header names 2 columns", ["one", "four"]),
-    ("a.csv", b'text,n\none,1\n"two\nthree,3\n', r"a\.csv:3: a quote is opened here that nothing closes", ["one"]),
-    ("a.csv", b"\n", "its first line is to name the columns", []),
-    ("a.jsonl", b'{"text": "one"}\n{"text": \n[1]\n{"text": 2}\n', r"a\.jsonl:2: not valid JSON", ["one", "2"]),
-    ("a.jsonl", b'{"text": "one"}\n{"text": ["x"]}\n', r"a\.jsonl:2: column 'text' holds a list, not text", ["one"]),
-    ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "a number of it is too long", []),
-    ("a.json", b'[{"text": "one"}, {"text": "two"', r"a\.json: not valid JSON \(line 1: ", ["one"]),
-    ("a.json", b'[{"text": "one"}\n {"text": "two"}]', r"a\.json: not valid JSON \(line 2: '\{' where ',' should be\)", ["one"]),
-    ("a.json", b'[{"text": "one"}, [1]]', r"a\.json:2: not a JSON object but a list", ["one"]),
-    ("a.json", b"[" * 100_000, r"a\.json: not valid JSON \(line 1: nested too deeply\)", []),
-    ("a.json", b"not json", "a.json: not valid JSON", []), ("a.json", b" \n", "a.json: is empty", []),
-    ("a.json", b'{"text": ' + b"9" * 5000 + b"}", r"a\.json: not valid JSON \(line 1: a number is too long\)", []),
-    ("a.json", b'[{"text": "one", "data": ' + b"[" * 200 + b"]" * 200 + b"}]", r"a\.json:1: column 'data' is nested too", []),
-    ("a.sql", b"insert into t (text) values ('one'), (" + b"(" * 100_000, r"a\.sql: line 1: brackets in brackets", ["one"]),
-    ("a.parquet", b"PAR1 nothing", "a.parquet: cannot be read as Parquet", []),
-    ("a.arrow", b"ARROW1\0\0 nothing", "a.arrow: cannot be read as Arrow", []), ("a.arrow", b"", "a.arrow: ", []),
-    ("a.sqlite", b"no database" * 100, "a.sqlite: cannot be read as SQLite", []),
-    ("a.epub", b"no book", "a.epub: is cut short, or no EPUB", []),
-    ("a.zip", b"no archive", "a.zip: is cut short or damaged", []), ("a.zip", b"", "a.zip: is cut short or damaged", []),
-    ("a.tar", b"no archive" * 200, "a.tar: is cut short or damaged", []), ("a.txt.gz", b"not gzip", "is cut short or damaged", []),
-    ("a.dict", b"entry", r"a\.dict: there is no a\.index beside it", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message", "expected"),
+    [
+        ("a.txt", b"one\ntwo \xff three", r"a\.txt: not valid UTF-8 \(line 2, byte 5; --encoding names another\)", []),
+        ("a.txt", b"nul \0 inside", "holds NUL bytes", []),
+        ("a.csv", b"text\none\nt\xffo\nthree\n", r"a\.csv:3: not valid in its encoding", ["one", "three"]),
+        ("a.csv", b"t\xffxt\none\n", r"a\.csv: line 1 is not valid in its encoding", []),
+        (
+            "a.jsonl",
+            b'{"text": "one"}\n{"text": "\xff"}\n{"text": "3"}\n',
+            r"a\.jsonl:2: not valid UTF-8",
+            ["one", "3"],
+        ),
+        (
+            "a.json",
+            b'[{"text": "one"},\n{"text": "\xff"}, {"text": "3"}]',
+            r"a\.json:2: not valid in its encoding",
+            ["one", "3"],
+        ),
+        (
+            "a.sql",
+            b"insert into t (text) values ('one'), ('\xff'), ('3');",
+            r"a\.sql!t:2: holds text that is not valid",
+            ["one", "3"],
+        ),
+        (
+            "a.html",
+            b"<meta charset=utf-8>\n<p>\xff",
+            r"a\.html: not valid UTF-8 \(line 2, byte 4; .*, which it declares",
+            [],
+        ),
+        (
+            "a.csv",
+            b"text,n\none,1\ntwo\nthree,3,4\nfour,4\n",
+            r"a\.csv:3: 1 cells where the header names 2 columns",
+            ["one", "four"],
+        ),
+        ("a.csv", b'text,n\none,1\n"two\nthree,3\n', r"a\.csv:3: a quote is opened here that nothing closes", ["one"]),
+        ("a.csv", b"\n", "its first line is to name the columns", []),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n[1]\n{"text": 2}\n', r"a\.jsonl:2: not valid JSON", ["one", "2"]),
+        (
+            "a.jsonl",
+            b'{"text": "one"}\n{"text": ["x"]}\n',
+            r"a\.jsonl:2: column 'text' holds a list, not text",
+            ["one"],
+        ),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "a number of it is too long", []),
+        ("a.json", b'[{"text": "one"}, {"text": "two"', r"a\.json: not valid JSON \(line 1: ", ["one"]),
+        (
+            "a.json",
+            b'[{"text": "one"}\n {"text": "two"}]',
+            r"a\.json: not valid JSON \(line 2: '\{' where ',' should be\)",
+            ["one"],
+        ),
+        ("a.json", b'[{"text": "one"}, [1]]', r"a\.json:2: not a JSON object but a list", ["one"]),
+        ("a.json", b"[" * 100_000, r"a\.json: not valid JSON \(line 1: nested too deeply\)", []),
+        ("a.json", b"not json", "a.json: not valid JSON", []),
+        ("a.json", b" \n", "a.json: is empty", []),
+        ("a.json", b'{"text": ' + b"9" * 5000 + b"}", r"a\.json: not valid JSON \(line 1: a number is too long\)", []),
+        (
+            "a.json",
+            b'[{"text": "one", "data": ' + b"[" * 200 + b"]" * 200 + b"}]",
+            r"a\.json:1: column 'data' is nested too",
+            [],
+        ),
+        (
+            "a.sql",
+            b"insert into t (text) values ('one'), (" + b"(" * 100_000,
+            r"a\.sql: line 1: brackets in brackets",
+            ["one"],
+        ),
+        ("a.parquet", b"PAR1 nothing", "a.parquet: cannot be read as Parquet", []),
+        ("a.arrow", b"ARROW1\0\0 nothing", "a.arrow: cannot be read as Arrow", []),
+        ("a.arrow", b"", "a.arrow: ", []),
+        ("a.sqlite", b"no database" * 100, "a.sqlite: cannot be read as SQLite", []),
+        ("a.epub", b"no book", "a.epub: is cut short, or no EPUB", []),
+        ("a.zip", b"no archive", "a.zip: is cut short or damaged", []),
+        ("a.zip", b"", "a.zip: is cut short or damaged", []),
+        ("a.tar", b"no archive" * 200, "a.tar: is cut short or damaged", []),
+        ("a.txt.gz", b"not gzip", "is cut short or damaged", []),
+        ("a.dict", b"entry", r"a\.dict: there is no a\.index beside it", []),
+    ],
+)
 def test_bad_bytes_and_rows(tmp_path, name, content, message, expected):
     (tmp_path / name).write_bytes(content)
     columns = {"columns": (("data", "data"),), "column": "text"} if b'"data"' in content else {}
-    fails(tmp_path / name, message, expected, **({"column": "text"} if name in ("a.csv", "a.sql", "a.sqlite") else columns))
+    fails(
+        tmp_path / name,
+        message,
+        expected,
+        **({"column": "text"} if name in ("a.csv", "a.sql", "a.sqlite") else columns),
+    )
 
 
 def test_sqlite_with_rows_that_are_no_text(tmp_path):
@@ -94,24 +151,42 @@ def test_a_dictionary_that_is_cut_short(tmp_path):
     (tmp_path / "d.index").write_text("one\tA\tM\nbad line\ntwo\tM\tBA\n")
     (tmp_path / "d.dict").write_text("one\n  first\n" + "x")
     tally = Tally(Skipped(allowed=True))
-    assert [(row["input"], row["output"]) for row in read_source(str(tmp_path / "d.dict"), Options(), tally)] == [("one", "first")]
+    assert [(row["input"], row["output"]) for row in read_source(str(tmp_path / "d.dict"), Options(), tally)] == [
+        ("one", "first")
+    ]
     assert [bad.reason.partition(",")[0] for bad in tally.skipped.examples] == [
-        "not an entry of an index: a word", "the entry lies past the end of the dictionary",
-    ]  # fmt: skip
+        "not an entry of an index: a word",
+        "the entry lies past the end of the dictionary",
+    ]
 
 
 # A line that has no end
 
 
-@pytest.mark.parametrize(("name", "start", "end", "message", "expected"), [
-    ("a.jsonl", b'{"text": "one"}\n{"text": "', b'"}\n{"text": "3"}\n', r"a\.jsonl:2: the line is longer than 1 MiB", ["one", "3"]),
-    ("a.csv", b"text,n\none,1\n", b",2\nthree,3\n", r"a\.csv:3: the line is longer than 1 MiB", ["one", "three"]),
-    ("a.txt", b"", b"\nrest\n", r"a\.txt:1: the line is longer than 1 MiB", ["rest\n"]),
-    ("a.json", b'[{"text": "one"}, {"text": "', b'"}]', r"a\.json: a value is longer than 1 MiB", ["one"]),
-    ("a.sql", b"insert into t (text) values ('one'), ('", b"');", r"a\.sql: line 1: a string or a comment is longer", ["one"]),
-    ("a.html", b"<p>", b"", r"a\.html: is larger than 1 MiB, too much for one row", []),
-    ("a.sql", b"COPY t (text) FROM stdin;\none\n", b"\n\\.\n", r"a\.sql: line 3: it is longer than 1 MiB", ["one"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "start", "end", "message", "expected"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "one"}\n{"text": "',
+            b'"}\n{"text": "3"}\n',
+            r"a\.jsonl:2: the line is longer than 1 MiB",
+            ["one", "3"],
+        ),
+        ("a.csv", b"text,n\none,1\n", b",2\nthree,3\n", r"a\.csv:3: the line is longer than 1 MiB", ["one", "three"]),
+        ("a.txt", b"", b"\nrest\n", r"a\.txt:1: the line is longer than 1 MiB", ["rest\n"]),
+        ("a.json", b'[{"text": "one"}, {"text": "', b'"}]', r"a\.json: a value is longer than 1 MiB", ["one"]),
+        (
+            "a.sql",
+            b"insert into t (text) values ('one'), ('",
+            b"');",
+            r"a\.sql: line 1: a string or a comment is longer",
+            ["one"],
+        ),
+        ("a.html", b"<p>", b"", r"a\.html: is larger than 1 MiB, too much for one row", []),
+        ("a.sql", b"COPY t (text) FROM stdin;\none\n", b"\n\\.\n", r"a\.sql: line 3: it is longer than 1 MiB", ["one"]),
+    ],
+)
 def test_a_line_without_an_end_is_not_held(tmp_path, monkeypatch, name, start, end, message, expected):
     """Of 60 MB in one line, no more than a few times the limit of a row is in memory."""
     monkeypatch.setattr("tpu_tune.data.streams.MAX_ROW_BYTES", 2**20)
@@ -145,15 +220,20 @@ def noise(count, seed=0):
     return "".join(random.Random(seed).choices("abcdefghijklmnop \n", k=count)).encode()
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.zip", zip_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)})),
-    ("a.tar", tar_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)})),
-    ("a.tar.gz", gzip.compress(tar_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)}))),
-    ("a.tar.xz", lzma.compress(tar_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)}))),
-    ("a.tgz", gzip.compress(tar_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)}))),
-    ("a.txt.gz", gzip.compress(noise(40_000))), ("a.txt.xz", lzma.compress(noise(40_000))),
-    ("a.txt.bz2", bz2.compress(noise(40_000))), ("a.txt.zst", pyarrow.compress(noise(40_000), codec="zstd", asbytes=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.zip", zip_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)})),
+        ("a.tar", tar_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)})),
+        ("a.tar.gz", gzip.compress(tar_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)}))),
+        ("a.tar.xz", lzma.compress(tar_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)}))),
+        ("a.tgz", gzip.compress(tar_of({"one.txt": noise(40_000), "two.txt": noise(40_000, 1)}))),
+        ("a.txt.gz", gzip.compress(noise(40_000))),
+        ("a.txt.xz", lzma.compress(noise(40_000))),
+        ("a.txt.bz2", bz2.compress(noise(40_000))),
+        ("a.txt.zst", pyarrow.compress(noise(40_000), codec="zstd", asbytes=True)),
+    ],
+)
 def test_archives_that_are_cut_short(tmp_path, name, content):
     (tmp_path / name).write_bytes(content[: len(content) * 3 // 4])
     with pytest.raises(UserError, match=rf"{name}.*: is cut short or damaged \("):
@@ -179,11 +259,16 @@ def test_one_damaged_member_does_not_end_the_others(tmp_path):
     assert [bad.where.partition("!")[2] for bad in tally.skipped.examples] == ["one.txt", "in.zip"]
 
 
-@pytest.mark.parametrize(("name", "reason"), [
-    ("../../climbs.txt", "its path climbs out of the archive"), ("a/../../climbs.txt", "its path climbs out of the archive"),
-    ("/tmp/absolute.txt", "its path is absolute"), ("C:\\absolute.txt", "its path is absolute"),
-    ("a\\..\\climbs.txt", "its path climbs out of the archive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("../../climbs.txt", "its path climbs out of the archive"),
+        ("a/../../climbs.txt", "its path climbs out of the archive"),
+        ("/tmp/absolute.txt", "its path is absolute"),
+        ("C:\\absolute.txt", "its path is absolute"),
+        ("a\\..\\climbs.txt", "its path climbs out of the archive"),
+    ],
+)
 def test_paths_that_lead_out_of_an_archive(tmp_path, name, reason):
     (tmp_path / "a.zip").write_bytes(zip_of({"ok.txt": "fine", name: "evil", "b/ok.txt": "fine too"}))
     (tmp_path / "a.tar").write_bytes(tar_of({"ok.txt": b"fine", name: b"evil", "b/ok.txt": b"fine too"}))
@@ -220,24 +305,43 @@ def test_an_encrypted_member(tmp_path):
     fails(tmp_path / "a.zip", r"a\.zip!a\.txt: is encrypted; unpack it first")
 
 
-@pytest.mark.parametrize(("name", "pack"), [
-    ("a.zip", lambda bomb: zip_of({"ok.txt": "fine", "bomb.txt": bomb, "after.txt": "never read"})),
-    ("a.txt.gz", gzip.compress), ("a.tar.xz", lambda bomb: lzma.compress(tar_of({"ok.txt": b"fine", "bomb.txt": bomb}))),
-    ("a.txt.bz2", bz2.compress), ("a.txt.zst", lambda bomb: pyarrow.compress(bomb, codec="zstd", asbytes=True)),
-    ("b.zip", lambda bomb: zip_of({"ok.txt": "fine", "in.zip": zip_of({"bomb.txt": bomb})})),
-    ("c.zip", lambda bomb: zip_of({"ok.txt": "fine", "in.dat.xz": b"", "in.tar.gz": gzip.compress(tar_of({"b.png": bomb}))})),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.zip", lambda bomb: zip_of({"ok.txt": "fine", "bomb.txt": bomb, "after.txt": "never read"})),
+        ("a.txt.gz", gzip.compress),
+        ("a.tar.xz", lambda bomb: lzma.compress(tar_of({"ok.txt": b"fine", "bomb.txt": bomb}))),
+        ("a.txt.bz2", bz2.compress),
+        ("a.txt.zst", lambda bomb: pyarrow.compress(bomb, codec="zstd", asbytes=True)),
+        ("b.zip", lambda bomb: zip_of({"ok.txt": "fine", "in.zip": zip_of({"bomb.txt": bomb})})),
+        (
+            "c.zip",
+            lambda bomb: zip_of(
+                {"ok.txt": "fine", "in.dat.xz": b"", "in.tar.gz": gzip.compress(tar_of({"b.png": bomb}))}
+            ),
+        ),
+    ],
+)
 def test_bombs(tmp_path, monkeypatch, name, pack):
     monkeypatch.setattr("tpu_tune.data.ingest.archives.RATIO_FREE_BYTES", 2**20)
     path = tmp_path / name
     path.write_bytes(pack(b"0" * 4_000_000))
     expected = [] if ".txt." in name else ["fine"]
     fails(path, rf"{name}: unpacks to more than 300 times its size, as a zip bomb does; --max-ratio", expected)
-    fails(path, r"unpacks to more than 3,000,000 bytes; --max-unpacked-gb", expected, max_unpacked_bytes=3_000_000, max_ratio=1e9)
-    whole = [len(row["text"]) for row in read_source(str(path), Options(max_ratio=1e9))]
-    assert whole == {"a.zip": [4, 4_000_000, 10], "a.tar.xz": [4, 4_000_000], "b.zip": [4, 4_000_000], "c.zip": [4]}.get(
-        name, [4_000_000]
+    fails(
+        path,
+        r"unpacks to more than 3,000,000 bytes; --max-unpacked-gb",
+        expected,
+        max_unpacked_bytes=3_000_000,
+        max_ratio=1e9,
     )
+    whole = [len(row["text"]) for row in read_source(str(path), Options(max_ratio=1e9))]
+    assert whole == {
+        "a.zip": [4, 4_000_000, 10],
+        "a.tar.xz": [4, 4_000_000],
+        "b.zip": [4, 4_000_000],
+        "c.zip": [4],
+    }.get(name, [4_000_000])
 
 
 def test_a_tar_header_without_an_end(tmp_path, monkeypatch):

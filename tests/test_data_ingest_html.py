@@ -51,26 +51,37 @@ def test_the_guides_page_gives_the_guides_lines():
     assert text.split("\n\n") == GUIDE_LINES  # each is a paragraph
 
 
-@pytest.mark.parametrize(("page", "text"), [
-    ("<p>a<b>b</b>  c\n d<br>e</p><p>f", "ab c d\ne\n\nf"),
-    ("<ul><li>x<li><p>y</p><p>z</p><ol start=3><li>n<li>m</ol></ul>", "- x\n- y\n\nz\n  3. n\n  4. m"),
-    ("<pre>\n  x = 1\n\n\ty &lt; 2\n</pre>", "  x = 1\n\n\ty < 2"),
-    ("<table><caption>C</caption><tr><th>A<th>B</tr><tr><td><p>1</p><td></table>", "C\nA | B\n1 |"),
-    ("<table><tr><td><h1>H</h1><p>p</p></td><td>side</td></tr></table>", "H\n\np\n\nside"),  # a table that arranges a page
-    ("<dl><dt>t<dd><p>d</p></dl>", "t\nd"),
-    ("caf&eacute; &amp; &#x1F600; &nbsp;&unknown; &lt;", "café & 😀 \xa0&unknown; <"),
-    ("<head><title>T</title><meta name=x content=y><style>s</style></head><body>b", "T\n\nb"),
-    ("<h2>Head<a class='headerlink' href='#x'>¶</a></h2><div role='navigation'>next</div>text", "Head\n\ntext"),
-    ("<svg><text>no</text></svg><noscript>no</noscript>yes", "yes"),
-    ("", ""), ("<!-- only -->", ""), ("<html></html>", ""), ("<p>a<br><br>b", "a\n\nb"),
-    ("</p></div></table></td></tr></li>x</ul></body></html>y<td>z</td><li>w", "x\n\ny\nz\n- w"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<p>a<b>b</b>  c\n d<br>e</p><p>f", "ab c d\ne\n\nf"),
+        ("<ul><li>x<li><p>y</p><p>z</p><ol start=3><li>n<li>m</ol></ul>", "- x\n- y\n\nz\n  3. n\n  4. m"),
+        ("<pre>\n  x = 1\n\n\ty &lt; 2\n</pre>", "  x = 1\n\n\ty < 2"),
+        ("<table><caption>C</caption><tr><th>A<th>B</tr><tr><td><p>1</p><td></table>", "C\nA | B\n1 |"),
+        (
+            "<table><tr><td><h1>H</h1><p>p</p></td><td>side</td></tr></table>",
+            "H\n\np\n\nside",
+        ),  # a table that arranges a page
+        ("<dl><dt>t<dd><p>d</p></dl>", "t\nd"),
+        ("caf&eacute; &amp; &#x1F600; &nbsp;&unknown; &lt;", "café & 😀 \xa0&unknown; <"),
+        ("<head><title>T</title><meta name=x content=y><style>s</style></head><body>b", "T\n\nb"),
+        ("<h2>Head<a class='headerlink' href='#x'>¶</a></h2><div role='navigation'>next</div>text", "Head\n\ntext"),
+        ("<svg><text>no</text></svg><noscript>no</noscript>yes", "yes"),
+        ("", ""),
+        ("<!-- only -->", ""),
+        ("<html></html>", ""),
+        ("<p>a<br><br>b", "a\n\nb"),
+        ("</p></div></table></td></tr></li>x</ul></body></html>y<td>z</td><li>w", "x\n\ny\nz\n- w"),
+    ],
+)
 def test_blocks(page, text):
     assert html_text(page.encode("utf-8")) == text
 
 
-TAGS = ("p div span b ul ol li dl dt dd table tr td th caption pre br h1 h2 a nav script style template blockquote title "
-        "select noscript section svg iframe textarea hr center font form tbody").split()  # fmt: skip
+TAGS = (
+    "p div span b ul ol li dl dt dd table tr td th caption pre br h1 h2 a nav script style template blockquote title "
+    "select noscript section svg iframe textarea hr center font form tbody"
+).split()
 PIECES = st.one_of(
     st.sampled_from(TAGS).map("<{}>".format),
     st.sampled_from(TAGS).map("</{}>".format),
@@ -110,14 +121,17 @@ def test_structure_of_a_real_page(python_docs_dir):
     assert "\nOption | Meaning\n'<' | Forces the field to be left-aligned" in table
 
 
-@pytest.mark.parametrize(("content", "given"), [
-    ("<meta charset=shift_jis><p>日本語".encode("shift_jis"), ""),
-    ('<meta http-equiv="Content-Type" content="text/html; charset=euc-jp"><p>日本語'.encode("euc-jp"), ""),
-    ("<p>日本語".encode("utf-16"), ""),
-    ("<p>日本語".encode("utf-8-sig"), ""),
-    ("<p>日本語".encode("cp932"), "cp932"),
-    ("<p>日本語".encode(), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "given"),
+    [
+        ("<meta charset=shift_jis><p>日本語".encode("shift_jis"), ""),
+        ('<meta http-equiv="Content-Type" content="text/html; charset=euc-jp"><p>日本語'.encode("euc-jp"), ""),
+        ("<p>日本語".encode("utf-16"), ""),
+        ("<p>日本語".encode("utf-8-sig"), ""),
+        ("<p>日本語".encode("cp932"), "cp932"),
+        ("<p>日本語".encode(), ""),
+    ],
+)
 def test_encodings(content, given):
     assert html_text(content, given) == "日本語"
 
@@ -141,9 +155,11 @@ def test_pages_made_to_do_harm():
 
 
 def test_xhtml_is_read_as_xml_and_its_entities_do_not_grow():
-    page = ('<?xml version="1.0" encoding="utf-8"?>\n<!DOCTYPE html [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>'
-            '<html xmlns="http://www.w3.org/1999/xhtml"><head><title/><script/></head><body><p>x&nbsp;&eacute; {}</p>'
-            "<div/><p>y &amp; z</p></body></html>")  # fmt: skip
+    page = (
+        '<?xml version="1.0" encoding="utf-8"?>\n<!DOCTYPE html [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>'
+        '<html xmlns="http://www.w3.org/1999/xhtml"><head><title/><script/></head><body><p>x&nbsp;&eacute; {}</p>'
+        "<div/><p>y &amp; z</p></body></html>"
+    )
     assert xhtml_text(page.replace("{}", "").encode()) == "x\xa0é\n\ny & z"  # <title/> swallows the page in HTML
     assert "ha" not in xhtml_text(page.replace("{}", "&b;").encode())
     assert xhtml_text(b"<p>not <b>well-formed") == "not well-formed"

@@ -12,8 +12,27 @@ from tpu_tune.data.ingest import Options, Tally, read_source, sql, sql_tokens
 from tpu_tune.data.streams import Skipped
 from tpu_tune.errors import UserError
 
-NASTY = ["it's", "a;b", "'; DROP TABLE x; --", "two\nlines\r\n", "🐍 é", "", "back\\slash \\' \\n", '"double"', "(a, b), (c)",
-         "-- no comment", "/* nor this */", "$$ $tag$", "NULL", "`tick`", "[x]", "tab\t", "x" * 5000, "E'x'", "ends in \\"]  # fmt: skip
+NASTY = [
+    "it's",
+    "a;b",
+    "'; DROP TABLE x; --",
+    "two\nlines\r\n",
+    "🐍 é",
+    "",
+    "back\\slash \\' \\n",
+    '"double"',
+    "(a, b), (c)",
+    "-- no comment",
+    "/* nor this */",
+    "$$ $tag$",
+    "NULL",
+    "`tick`",
+    "[x]",
+    "tab\t",
+    "x" * 5000,
+    "E'x'",
+    "ends in \\",
+]
 
 
 def dump(tmp_path, text, **options):
@@ -36,11 +55,23 @@ def test_the_guides_snippets():
     assert statements == ["select * from foo;", "select * from bar;"]
     assert sqlparse.format(statements[0], reindent=True, keyword_case="upper") == "SELECT *\nFROM foo;"
     assert sql.split("insert into a values ('x; y'); select 1;") == ["insert into a values ('x; y');", "select 1;"]
-    assert [str(token) for token in sqlparse.parse("select * from foo")[0].tokens] == ["select", " ", "*", " ", "from", " ", "foo"]
+    assert [str(token) for token in sqlparse.parse("select * from foo")[0].tokens] == [
+        "select",
+        " ",
+        "*",
+        " ",
+        "from",
+        " ",
+        "foo",
+    ]
 
 
 def test_rows_of_the_simplest_dump(tmp_path):
-    rows, _ = dump(tmp_path, "create table foo (id int, body text);\ninsert into foo values (1, 'a; b'), (2, 'it''s');", column="body")
+    rows, _ = dump(
+        tmp_path,
+        "create table foo (id int, body text);\ninsert into foo values (1, 'a; b'), (2, 'it''s');",
+        column="body",
+    )
     where = f"{tmp_path / 'dump.sql'}!foo"
     assert rows == [{"text": "a; b", "source": f"{where}:1"}, {"text": "it's", "source": f"{where}:2"}]
 
@@ -50,10 +81,12 @@ def test_rows_of_the_simplest_dump(tmp_path):
 
 def sqlite_dump(rows):
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
-        database.execute('CREATE TABLE "po""sts" (id INTEGER PRIMARY KEY, "the body" TEXT, score REAL, CHECK (id > -1))')
+        database.execute(
+            'CREATE TABLE "po""sts" (id INTEGER PRIMARY KEY, "the body" TEXT, score REAL, CHECK (id > -1))'
+        )
         database.executemany('INSERT INTO "po""sts" VALUES (?, ?, ?)', rows)
-        database.execute("CREATE INDEX i ON \"po\"\"sts\" (score)")
-        database.execute("CREATE TRIGGER t AFTER INSERT ON \"po\"\"sts\" BEGIN INSERT INTO log VALUES ('no'); END")
+        database.execute('CREATE INDEX i ON "po""sts" (score)')
+        database.execute('CREATE TRIGGER t AFTER INSERT ON "po""sts" BEGIN INSERT INTO log VALUES (\'no\'); END')
         return "\n".join(database.iterdump())
 
 
@@ -67,7 +100,11 @@ def test_sqlite_dumps_come_back(tmp_path, monkeypatch, piece):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20), min_size=1, max_size=5
+    )
+)
 def test_any_text_of_a_sqlite_dump_comes_back(tmp_path_factory, cells):
     text = sqlite_dump([(number, cell, 1.0) for number, cell in enumerate(cells)])
     assert texts(tmp_path_factory.mktemp("sql"), text, column="the body") == cells
@@ -121,8 +158,13 @@ def test_mysql(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(sql_tokens, "dialect_of", lambda head: "mysql")  # a head of five characters does not tell
     rows, _ = dump(tmp_path, MYSQL, column="body", columns=(("id", "id"), ("title", "title"), ("price", "price")))
     assert [row["text"] for row in rows] == [
-        "it's \"q\" \\ end\\", "line\nbreak\ttab\0 % \x1a;", "doubled ' here 🐍; -- no", 'say "x" it\'s "y"', "bin", "last",
-    ]  # fmt: skip
+        'it\'s "q" \\ end\\',
+        "line\nbreak\ttab\0 % \x1a;",
+        "doubled ' here 🐍; -- no",
+        'say "x" it\'s "y"',
+        "bin",
+        "last",
+    ]
     assert [row["id"] for row in rows] == [1, 2, 3, 4, "A", 5]
     assert [row["title"] for row in rows] == ["a", "b", None, "d", None, "e"]
     assert [row["price"] for row in rows] == [1.5, -2, "3", None, None, 0]
@@ -171,15 +213,20 @@ def test_postgres(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(sql_tokens, "dialect_of", lambda head: "postgres")
     rows, tally = dump(tmp_path, POSTGRES, table="public.posts", column="body", columns=(("id", "id"),), skip_bad=True)
     assert [(row["id"], row["text"]) for row in rows] == [
-        ("1", "it's; a \\ slash\nline\ttab AA"), ("3", "🐍"), (4, "it's\né \\ A'q"), (5, "plain \\n"),
-    ]  # fmt: skip
+        ("1", "it's; a \\ slash\nline\ttab AA"),
+        ("3", "🐍"),
+        (4, "it's\né \\ A'q"),
+        (5, "plain \\n"),
+    ]
     assert tally.empty == 1
     assert [str(bad).partition("dump.sql")[2] for bad in tally.skipped.examples] == [
         "!posts:4: 1 values for 3 columns",
         "!posts:7: value 3 is no literal (ARRAY); only a database can tell it",
     ]
     assert texts(tmp_path, POSTGRES, table="users") == ["ann"]
-    with pytest.raises(UserError, match=r"which table\? give --table NAME; there is: posts \(id, body, tags\); users \(name\)$"):
+    with pytest.raises(
+        UserError, match=r"which table\? give --table NAME; there is: posts \(id, body, tags\); users \(name\)$"
+    ):
         dump(tmp_path, POSTGRES)
     with pytest.raises(UserError, match=r"there is no table 'post'; there is: posts"):
         dump(tmp_path, POSTGRES, table="post")
@@ -190,26 +237,48 @@ def test_postgres(tmp_path, monkeypatch, piece):
 # Columns, and what is wrong with a dump
 
 
-@pytest.mark.parametrize(("statement", "table", "columns"), [
-    ("CREATE TABLE t (a int, b varchar(20), PRIMARY KEY (a, b))", "t", ["a", "b"]),
-    ('CREATE TABLE IF NOT EXISTS s."T x" ("a b" int DEFAULT (1 + 2), [c] text, `d``e` text)', "T x", ["a b", "c", "d`e"]),
-    ("CREATE TABLE user (key TEXT, value TEXT, index int, order_ int UNIQUE (a))", "user", ["key", "value", "index", "order_"]),
-    ("CREATE TABLE t (a int, -- no, b\n b text /* c, d */, KEY `k` (`a`), CONSTRAINT c FOREIGN KEY (a) REFERENCES u (x))", "t", ["a", "b"]),
-    ("CREATE TABLE t AS SELECT 1", "", []), ("", "", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("statement", "table", "columns"),
+    [
+        ("CREATE TABLE t (a int, b varchar(20), PRIMARY KEY (a, b))", "t", ["a", "b"]),
+        (
+            'CREATE TABLE IF NOT EXISTS s."T x" ("a b" int DEFAULT (1 + 2), [c] text, `d``e` text)',
+            "T x",
+            ["a b", "c", "d`e"],
+        ),
+        (
+            "CREATE TABLE user (key TEXT, value TEXT, index int, order_ int UNIQUE (a))",
+            "user",
+            ["key", "value", "index", "order_"],
+        ),
+        (
+            "CREATE TABLE t (a int, -- no, b\n b text /* c, d */, KEY `k` (`a`), CONSTRAINT c FOREIGN KEY (a) REFERENCES u (x))",
+            "t",
+            ["a", "b"],
+        ),
+        ("CREATE TABLE t AS SELECT 1", "", []),
+        ("", "", []),
+    ],
+)
 def test_columns_of_a_table(statement, table, columns):
     assert sql.columns_of(statement) == (table, columns)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("insert into t values (1, 'never closed);", "line 1: a quote is opened that nothing closes"),
-    ("insert into t values (1, 'a'), (2", "it ends inside a row; is it cut short"),
-    ("insert into t values (1, 'a'),", "ends inside an INSERT"),
-    ("create table t (a int, b text);\ninsert into t values (1, 'a', 2);", "!t:1: 3 values for 2 columns"),
-    ("insert into t (a, b) values (1, now()), (2, 'x');", r"!t:1: value 2 is no literal \(NOW\(...\)\); only a database can tell"),
-    ("just words, no SQL", "holds no table and no row"),
-    ("-- PostgreSQL database dump\nCOPY t (a) FROM stdin;\none\n", "ends inside COPY data"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("insert into t values (1, 'never closed);", "line 1: a quote is opened that nothing closes"),
+        ("insert into t values (1, 'a'), (2", "it ends inside a row; is it cut short"),
+        ("insert into t values (1, 'a'),", "ends inside an INSERT"),
+        ("create table t (a int, b text);\ninsert into t values (1, 'a', 2);", "!t:1: 3 values for 2 columns"),
+        (
+            "insert into t (a, b) values (1, now()), (2, 'x');",
+            r"!t:1: value 2 is no literal \(NOW\(...\)\); only a database can tell",
+        ),
+        ("just words, no SQL", "holds no table and no row"),
+        ("-- PostgreSQL database dump\nCOPY t (a) FROM stdin;\none\n", "ends inside COPY data"),
+    ],
+)
 def test_dumps_that_are_not_whole(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         dump(tmp_path, text, column="b" if "b)" in text or "b text" in text else "a" if "COPY" in text else "column2")

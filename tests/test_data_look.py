@@ -59,8 +59,11 @@ def test_a_chat_shows_what_the_assistant_says(tmp_path):
     )
     colored = show(view, color=True)
     assert re.findall(r"\x1b\[32m(?:\x1b\[7m)?([^\x1b]*)", colored) == [
-        "An \U0001f600 answer\\x1b[31m\\u202e", "<|im_end|>", "Well", "<|im_end|>",
-    ]  # fmt: skip
+        "An \U0001f600 answer\\x1b[31m\\u202e",
+        "<|im_end|>",
+        "Well",
+        "<|im_end|>",
+    ]
     without = re.sub(r"\x1b\[[0-9;]*m", "", colored)
     assert without.partition("\n")[2] == plain.partition("\n")[2].replace("[[", "").replace("]]", "")
 
@@ -90,9 +93,13 @@ def test_tokens_and_mask_are_the_trainers(tiny, tmp_path, capsys, keys):
     file = write(tmp_path / "rows.jsonl", ROWS)
     named = {f"data__{key}": value for key, value in keys.items()}
     config = make_config(
-        model__path=str(tiny), data__train=file, data__eval_ratio=0.0, data__num_workers=1,
-        data__cache_dir=str(tmp_path / "cache"), **named,
-    )  # fmt: skip
+        model__path=str(tiny),
+        data__train=file,
+        data__eval_ratio=0.0,
+        data__num_workers=1,
+        data__cache_dir=str(tmp_path / "cache"),
+        **named,
+    )
     tokenizer = open_tokenizer(str(tiny))
     data = load_data(config, tokenizer).train.data
     words = [f"--config.data.{key}={json.dumps(value)}" for key, value in keys.items()]
@@ -124,10 +131,13 @@ def test_what_was_cut(tiny, tmp_path, capsys):
     long = write(tmp_path / "text.jsonl", [{"text": "abcdefghij"}])
     said = out(capsys, long, "--tokenizer", tiny, "--config.data.max_length=4")
     assert [line for line in said.splitlines() if line] == [
-        f"== {long}:1, part 1 of 3: 4 tokens, 3 trained on, 1 only read", "a[[bcd]]",
-        f"== {long}:1, part 2 of 3: 4 tokens, 3 trained on, 1 only read", "e[[fgh]]",
-        f"== {long}:1, part 3 of 3: 3 tokens, 2 trained on, 1 only read", "i[[j</s>]]",
-    ]  # fmt: skip
+        f"== {long}:1, part 1 of 3: 4 tokens, 3 trained on, 1 only read",
+        "a[[bcd]]",
+        f"== {long}:1, part 2 of 3: 4 tokens, 3 trained on, 1 only read",
+        "e[[fgh]]",
+        f"== {long}:1, part 3 of 3: 3 tokens, 2 trained on, 1 only read",
+        "i[[j</s>]]",
+    ]
 
 
 def test_the_draw(tiny, tmp_path, capsys):

@@ -54,8 +54,17 @@ def expected(tokenizer, rows, source_max, target_max):
     return [np.asarray(batch[name]) for name in names]
 
 
-@pytest.mark.parametrize("limits", [{}, {"source_max_len": 6}, {"target_max_len": 3}, {"max_length": 5},
-                                    {"source_max_len": 1, "target_max_len": 1}, {"max_length": 7, "source_max_len": 99}])  # fmt: skip
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"source_max_len": 6},
+        {"target_max_len": 3},
+        {"max_length": 5},
+        {"source_max_len": 1, "target_max_len": 1},
+        {"max_length": 7, "source_max_len": 99},
+    ],
+)
 def test_rows_are_those_of_transformers(load, tokenizer, limits):
     rows = load(**limits).train
     assert isinstance(rows, PairRows) and len(rows) == len(ROWS)
@@ -124,12 +133,15 @@ def test_held_out_rows_counts_and_cache(load, tokenizer, caplog):
     assert not isinstance(packed.train, PairRows) and packed.summary["train"]["tokens"] != 4 * sum(sides)
 
 
-@pytest.mark.parametrize(("rows", "says"), [
-    ([{"text": "a story"}], "this is plain text"),
-    ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], "this is a chat"),
-    ([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}], "this is a chat"),
-    ([{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}], "this is a chat"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"text": "a story"}], "this is plain text"),
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], "this is a chat"),
+        ([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}], "this is a chat"),
+        ([{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}], "this is a chat"),
+    ],
+)
 def test_rows_that_are_no_pairs_are_refused(load, rows, says):
     with pytest.raises(UserError, match=rf"rows\.jsonl, row 1: {says}, and an encoder-decoder .* alpaca rows$"):
         load(rows)

@@ -43,10 +43,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def recipe_of(pages: pathlib.Path, tokenizer: pathlib.Path, folder: pathlib.Path, **sections: Any) -> Any:
     values = {
-        "inputs": [str(pages)], "output_dir": str(folder),
-        "clean": {"near_duplicates": 0.8}, "cluster": {"k": 3}, "split": {"count": 9, "stratify_key": "cluster"},
+        "inputs": [str(pages)],
+        "output_dir": str(folder),
+        "clean": {"near_duplicates": 0.8},
+        "cluster": {"k": 3},
+        "split": {"count": 9, "stratify_key": "cluster"},
         "tokenize": {"tokenizer_path": str(tokenizer), "max_length": 128},
-    }  # fmt: skip
+    }
     for name, section in sections.items():
         values[name] = {**values[name], **section} if isinstance(section, dict) else section
     return settings.from_dict(values)
@@ -82,8 +85,13 @@ def test_five_steps_from_pages_to_tokens(done: Any) -> None:
     table = pa.ipc.open_file(tokenized.outputs[0]).read_all()
     assert table.column_names == ["input_ids", "labels"] and max(map(len, table["input_ids"].to_pylist())) <= 128
     assert sorted(os.listdir(folder)) == [
-        "1-ingest", "2-clean", "3-cluster", "4-split", "5-tokenize", recipes.REPORT,
-    ]  # fmt: skip
+        "1-ingest",
+        "2-clean",
+        "3-cluster",
+        "4-split",
+        "5-tokenize",
+        recipes.REPORT,
+    ]
 
 
 def test_the_report_holds_everything_and_runs_nothing_of_the_data(done: Any) -> None:
@@ -195,11 +203,17 @@ def test_blocks_are_the_lines_of_the_file(tmp_path: pathlib.Path, size: int, end
 # --- the configuration ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("key", "value", "says"), [
-    ("clean.near_duplicate", 0.8, "did you mean 'clean.near_duplicates'"), ("step", ["clean"], "did you mean 'steps'"),
-    ("clean.near_duplicates", "often", "of type float or none"), ("cluster.k", 3.5, "of type int or str"),
-    ("inputs", 3, "of type list"), ("tokenize.max_length", True, "of type int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("clean.near_duplicate", 0.8, "did you mean 'clean.near_duplicates'"),
+        ("step", ["clean"], "did you mean 'steps'"),
+        ("clean.near_duplicates", "often", "of type float or none"),
+        ("cluster.k", 3.5, "of type int or str"),
+        ("inputs", 3, "of type list"),
+        ("tokenize.max_length", True, "of type int"),
+    ],
+)
 def test_wrong_keys_and_types(key: str, value: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         settings.assign(settings.default(), key, value)
@@ -224,10 +238,16 @@ def test_text_from_the_command_line_gets_its_type() -> None:
     assert recipe.tokenize.columns == {"q": "input", "a": "output"}
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"steps": ["clean", "ingest"]}, "in this order"), ({"steps": ["wash"]}, "names 'wash'"), ({"inputs": []}, "'inputs' is empty"),
-    ({"runner": "spark"}, "local or beam"), ({"tokenize": {"tokenizer_path": ""}}, "tokenizer_path' is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"steps": ["clean", "ingest"]}, "in this order"),
+        ({"steps": ["wash"]}, "names 'wash'"),
+        ({"inputs": []}, "'inputs' is empty"),
+        ({"runner": "spark"}, "local or beam"),
+        ({"tokenize": {"tokenizer_path": ""}}, "tokenizer_path' is empty"),
+    ],
+)
 def test_recipes_that_cannot_run(pages: pathlib.Path, tokenizer: pathlib.Path, changes: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         recipe_of(pages, tokenizer, pathlib.Path("out"), **changes)
@@ -269,12 +289,25 @@ def test_real_inputs_end_in_twenty_steps_of_training(
     recipe.inputs = [str(python_docs_dir if name == "python_docs" else foldoc_dir)]
     recipe.output_dir, recipe.tokenize.tokenizer_path = str(tmp_path / "data"), str(smollm2_gguf)
     train, held_out = recipes.run_recipe(recipe)[-1].outputs
-    status = main([
-        "train", "--config", str(root / "quickstart.py"), f"--config.model.path={smollm2_gguf}", "--config.data.format=auto",
-        f"--config.data.train={train}", f"--config.data.eval={held_out}", f"--config.output_dir={tmp_path / 'run'}",
-        "--config.train.max_steps=20", "--config.train.per_device_train_batch_size=1", "--config.data.max_length=512",
-        "--config.train.eval_steps=20", "--config.mesh.fsdp=1", "--config.mesh.data=8", "--no-check",
-    ])  # fmt: skip
+    status = main(
+        [
+            "train",
+            "--config",
+            str(root / "quickstart.py"),
+            f"--config.model.path={smollm2_gguf}",
+            "--config.data.format=auto",
+            f"--config.data.train={train}",
+            f"--config.data.eval={held_out}",
+            f"--config.output_dir={tmp_path / 'run'}",
+            "--config.train.max_steps=20",
+            "--config.train.per_device_train_batch_size=1",
+            "--config.data.max_length=512",
+            "--config.train.eval_steps=20",
+            "--config.mesh.fsdp=1",
+            "--config.mesh.data=8",
+            "--no-check",
+        ]
+    )
     assert status == 0
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]

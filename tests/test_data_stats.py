@@ -92,8 +92,11 @@ def test_words_and_characters_that_the_tokenizer_breaks(tmp_path):
     assert found["words"] == words.total()
     assert found["tokens_per_word"] == round(sum(broken[word] * words[word] for word in words) / words.total(), 3)
     assert [(item["text"], item["count"], len(item["tokens"])) for item in found["broken_words"]] == [
-        ("漢", 1, 3), ("zażółć", 1, 10), ("world", 1, 5), ("can", 1, 2),
-    ]  # fmt: skip
+        ("漢", 1, 3),
+        ("zażółć", 1, 10),
+        ("world", 1, 5),
+        ("can", 1, 2),
+    ]
     assert found["broken_words"][2]["tokens"] == ["w", "o", "r", "l", "d"]
     smile = found["broken_characters"][0]
     assert (smile["text"], smile["count"], len(smile["tokens"])) == ("\U0001f600", 2, 4)

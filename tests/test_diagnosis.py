@@ -201,10 +201,18 @@ def test_left_out_updates_count():
     assert diagnose(curve).reason == "not finite" and "40 of 200 updates" in diagnose(curve).evidence[0]
 
 
-@pytest.mark.parametrize("metrics", [
-    [], [{"note": "nothing"}], [{"step": 1, "loss": 2.0}], rows([3, 2.9, 2.8]), [{"step": 5, "eval_loss": 2.0}],
-    rows(noisy(falling(50, 0.05), 0.01)), rows(noisy(falling(50, 0.05), 0.01), [2.1, 2.0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        [],
+        [{"note": "nothing"}],
+        [{"step": 1, "loss": 2.0}],
+        rows([3, 2.9, 2.8]),
+        [{"step": 5, "eval_loss": 2.0}],
+        rows(noisy(falling(50, 0.05), 0.01)),
+        rows(noisy(falling(50, 0.05), 0.01), [2.1, 2.0]),
+    ],
+)
 def test_too_few_points_are_said(metrics):
     found = diagnose(metrics)
     assert found.verdict == "not enough points" and found.evidence and found.advice

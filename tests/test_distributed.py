@@ -125,7 +125,11 @@ def test_rows_of_another_process_are_not_read():
         np.testing.assert_array_equal(one[:, mine], other[:, mine])
         assert (one[:, ~mine] == -1).all()
     assert len(all_rows.read) == 11 and rows.read < all_rows.read
-    assert [batch["input_ids"][:, 0].tolist() for batch in eval_batches(Rows(), 4, mine)] == [[-1, 1, 2, -1], [-1, 5, 6, -1], [-1, 9, 10, -1]]  # fmt: skip
+    assert [batch["input_ids"][:, 0].tolist() for batch in eval_batches(Rows(), 4, mine)] == [
+        [-1, 1, 2, -1],
+        [-1, 5, 6, -1],
+        [-1, 9, 10, -1],
+    ]
 
 
 # --- two processes -----------------------------------------------------------------------------------------------------
@@ -140,14 +144,29 @@ def settings(tiny: pathlib.Path, folder: pathlib.Path, **keys: Any) -> Any:
     """Eight steps of eight rows, with dropout, evaluated and saved every two steps; nf4 codes sharded over all devices."""
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {
-        "output_dir": str(folder / "out"), "model__path": str(tiny), "model__dtype": "float32", "lora__rank": 4,
-        "lora__dropout": 0.1, "lora__target_modules": ["q_proj", "down_proj", "embed_tokens"], "quantize__format": "nf4",
-        "quantize__group_size": 16, "data__train": str(helpers.write_rows(tiny / "rows.jsonl", 72)),
-        "data__cache_dir": str(tiny / "cache"), "data__num_workers": 1, "data__packing": False, "data__max_length": 96,
-        "data__eval_ratio": 0.1, "train__max_steps": 8, "train__per_device_train_batch_size": 1,
-        "train__per_device_eval_batch_size": 1, "train__learning_rate": 1e-2, "train__logging_steps": 1,
-        "train__eval_steps": 2, "train__save_steps": 2, "mesh__fsdp": 8,
-    }  # fmt: skip
+        "output_dir": str(folder / "out"),
+        "model__path": str(tiny),
+        "model__dtype": "float32",
+        "lora__rank": 4,
+        "lora__dropout": 0.1,
+        "lora__target_modules": ["q_proj", "down_proj", "embed_tokens"],
+        "quantize__format": "nf4",
+        "quantize__group_size": 16,
+        "data__train": str(helpers.write_rows(tiny / "rows.jsonl", 72)),
+        "data__cache_dir": str(tiny / "cache"),
+        "data__num_workers": 1,
+        "data__packing": False,
+        "data__max_length": 96,
+        "data__eval_ratio": 0.1,
+        "train__max_steps": 8,
+        "train__per_device_train_batch_size": 1,
+        "train__per_device_eval_batch_size": 1,
+        "train__learning_rate": 1e-2,
+        "train__logging_steps": 1,
+        "train__eval_steps": 2,
+        "train__save_steps": 2,
+        "mesh__fsdp": 8,
+    }
     return helpers.make_config(**{**defaults, **keys})
 
 

@@ -86,9 +86,11 @@ def test_every_command_is_one(page: str, command: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: pathlib.Path, foldoc_dir: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    smollm2_gguf: pathlib.Path,
+    foldoc_dir: pathlib.Path,
     chatterbot_dir: pathlib.Path,
-) -> Iterator[pathlib.Path]:  # fmt: skip
+) -> Iterator[pathlib.Path]:
     """The working directory of all pages."""
     place, before = tmp_path_factory.mktemp("docs"), pathlib.Path.cwd()
     (place / "smollm2.gguf").symlink_to(smollm2_gguf)

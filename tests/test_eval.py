@@ -145,17 +145,28 @@ HELLASWAG = {"activity_label": "Golf", "ctx_a": "A man swings.", "ctx_b": "then 
 TRUTHFULQA = {"question": "Who?", "mc1_targets": {"choices": ["I", "you"], "labels": [1, 0]}}
 
 
-@pytest.mark.parametrize(("row", "stem", "answer"), [
-    (ARC, "Question: Why?\nAnswer:", 2),
-    ({**ARC, "choices": {"text": ["x", "yy"], "label": ["1", "2"]}, "answerKey": "2"}, "Question: Why?\nAnswer:", 1),
-    (HELLASWAG, "Golf: A man swings. Then he", 2),
-    ({"ctx": "A man.", "endings": ["a", "b"], "activity_label": "Golf", "expected_index": 1}, "Golf: A man.", 1),
-    (TRUTHFULQA, "Q: Who?\nA:", 0),
-    ({"question": "Who?", "choices": ["I", "you"], "expected_index": 1, "source": "truthfulqa-mc1"}, "Q: Who?\nA:", 1),
-    ({"question": "Q", "choices": ["p", "q"], "answer": "B"}, "Question: Q\nAnswer:", 1),
-    ({"query": "as it is", "choices": ["p", "q"], "gold": 0}, "as it is", 0),
-    ({"question": "Q", "options": ["p", "q"], "answer": "q"}, "Question: Q\nAnswer:", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "stem", "answer"),
+    [
+        (ARC, "Question: Why?\nAnswer:", 2),
+        (
+            {**ARC, "choices": {"text": ["x", "yy"], "label": ["1", "2"]}, "answerKey": "2"},
+            "Question: Why?\nAnswer:",
+            1,
+        ),
+        (HELLASWAG, "Golf: A man swings. Then he", 2),
+        ({"ctx": "A man.", "endings": ["a", "b"], "activity_label": "Golf", "expected_index": 1}, "Golf: A man.", 1),
+        (TRUTHFULQA, "Q: Who?\nA:", 0),
+        (
+            {"question": "Who?", "choices": ["I", "you"], "expected_index": 1, "source": "truthfulqa-mc1"},
+            "Q: Who?\nA:",
+            1,
+        ),
+        ({"question": "Q", "choices": ["p", "q"], "answer": "B"}, "Question: Q\nAnswer:", 1),
+        ({"query": "as it is", "choices": ["p", "q"], "gold": 0}, "as it is", 0),
+        ({"question": "Q", "options": ["p", "q"], "answer": "q"}, "Question: Q\nAnswer:", 1),
+    ],
+)
 def test_forms_of_questions(row, stem, answer):
     (question,) = read_questions(placed([row]))
     assert (question.stem, question.answer) == (stem, answer)
@@ -442,24 +453,31 @@ def test_two_models_side_by_side_as_a_table(tiny_dir, tmp_path, capsys):
 GOOD = {"question": "Why?", "choices": ["a", "b"], "answer": 0}
 
 
-@pytest.mark.parametrize(("task", "rows", "said"), [
-    ("multiple-choice", [GOOD, {"question": "Why?", "choices": ["a", "b"]}], "row 2: no answer"),
-    ("multiple-choice", [GOOD, {**GOOD, "answer": 2}], "row 2: 'answer' is '2', which is none of the 2 choices"),
-    ("multiple-choice", [{**GOOD, "answer": -1}], "row 1: 'answer' is '-1'"),
-    ("multiple-choice", [{**GOOD, "answer": ""}], "row 1: 'answer' is empty"),
-    ("multiple-choice", [{**ARC, "answerKey": "D"}], "row 1: 'answerKey' is 'D'"),
-    ("multiple-choice", [{"question": "Why?", "answer": 0}], "row 1: no choices"),
-    ("multiple-choice", [{**GOOD, "choices": ["a"]}], "row 1: 1 choices"),
-    ("multiple-choice", [{**GOOD, "choices": ["a", " "]}], "row 1: 2 choices, of which none may be empty"),
-    ("multiple-choice", [{"choices": ["a", "b"], "answer": 0}], "row 1: no question"),
-    ("multiple-choice", [{"question": "?", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 0]}}], "no right answer"),
-    ("multiple-choice", [], "the file is empty"),
-    ("exact-match", [{"question": "Why?"}], "row 1: no answer"),
-    ("exact-match", [{"answer": "so"}], "row 1: no question"),
-    ("mmlu", [{"input": "Why?"}], "row 1: no 'output'"),
-    ("mmlu", [{"input": "Why?", "output": "E"}], "row 1: the answer is 'E'; it must be one of A, B, C, D"),
-    ("mmlu", [GOOD], "row 1: 2 choices, and MMLU's questions have 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "rows", "said"),
+    [
+        ("multiple-choice", [GOOD, {"question": "Why?", "choices": ["a", "b"]}], "row 2: no answer"),
+        ("multiple-choice", [GOOD, {**GOOD, "answer": 2}], "row 2: 'answer' is '2', which is none of the 2 choices"),
+        ("multiple-choice", [{**GOOD, "answer": -1}], "row 1: 'answer' is '-1'"),
+        ("multiple-choice", [{**GOOD, "answer": ""}], "row 1: 'answer' is empty"),
+        ("multiple-choice", [{**ARC, "answerKey": "D"}], "row 1: 'answerKey' is 'D'"),
+        ("multiple-choice", [{"question": "Why?", "answer": 0}], "row 1: no choices"),
+        ("multiple-choice", [{**GOOD, "choices": ["a"]}], "row 1: 1 choices"),
+        ("multiple-choice", [{**GOOD, "choices": ["a", " "]}], "row 1: 2 choices, of which none may be empty"),
+        ("multiple-choice", [{"choices": ["a", "b"], "answer": 0}], "row 1: no question"),
+        (
+            "multiple-choice",
+            [{"question": "?", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 0]}}],
+            "no right answer",
+        ),
+        ("multiple-choice", [], "the file is empty"),
+        ("exact-match", [{"question": "Why?"}], "row 1: no answer"),
+        ("exact-match", [{"answer": "so"}], "row 1: no question"),
+        ("mmlu", [{"input": "Why?"}], "row 1: no 'output'"),
+        ("mmlu", [{"input": "Why?", "output": "E"}], "row 1: the answer is 'E'; it must be one of A, B, C, D"),
+        ("mmlu", [GOOD], "row 1: 2 choices, and MMLU's questions have 4"),
+    ],
+)
 def test_bad_rows_are_told_in_one_line_before_any_model_is_read(task, rows, said, tmp_path, capsys):
     file = write(tmp_path / "bad.jsonl", rows)
     assert main(["eval", "--model", str(tmp_path / "none"), "--task", task, "--data", file]) == 1
@@ -467,16 +485,19 @@ def test_bad_rows_are_told_in_one_line_before_any_model_is_read(task, rows, said
     assert said in error and "bad.jsonl" in error and "\n" not in error
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    ([], "--model"),
-    (["--task", "mmlu", "--data", "x"], "--model"),
-    (["--model", "x", "--task", "mmlu"], "--data"),
-    (["--model", "x", "--task", "mmlu", "--data", "no.jsonl"], "no such file"),
-    (["--model", "x", "--task", "mmlu", "--data", "no.jsonl", "--config.seed=1"], "takes neither"),
-    (["--model", "x", "--split", "val", "--data", "no.jsonl"], "--split"),
-    (["--model", "x"], "--data"),
-    (["--model", "x", "--task", "mmlu", "--data", "x", "--shots", "-1"], "shots=-1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--model"),
+        (["--task", "mmlu", "--data", "x"], "--model"),
+        (["--model", "x", "--task", "mmlu"], "--data"),
+        (["--model", "x", "--task", "mmlu", "--data", "no.jsonl"], "no such file"),
+        (["--model", "x", "--task", "mmlu", "--data", "no.jsonl", "--config.seed=1"], "takes neither"),
+        (["--model", "x", "--split", "val", "--data", "no.jsonl"], "--split"),
+        (["--model", "x"], "--data"),
+        (["--model", "x", "--task", "mmlu", "--data", "x", "--shots", "-1"], "shots=-1"),
+    ],
+)
 def test_what_is_missing_or_senseless(words, said, capsys):
     assert main(["eval", *words]) == 1
     error = capsys.readouterr().err.strip()

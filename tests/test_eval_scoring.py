@@ -149,9 +149,13 @@ def harness(manager, model, **arguments):
 
     text = ",".join(f"{key}={value}" for key, value in arguments.items())
     return lm_eval.simple_evaluate(
-        model=model, model_args=text, tasks=["tiny_choices", "tiny_rolling", "tiny_answers"], task_manager=manager,
-        log_samples=True, bootstrap_iters=0,
-    )  # fmt: skip
+        model=model,
+        model_args=text,
+        tasks=["tiny_choices", "tiny_rolling", "tiny_answers"],
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
 
 
 def test_the_harness_finds_what_it_finds_of_torch(harness_tasks, tiny_dir):

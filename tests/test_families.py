@@ -28,10 +28,14 @@ from tpu_tune.transforms import LoraSpec, combine, find_targets, lora, split
 CASES = tiny_models.FAMILY_CASES
 # PEFT 0.21's default targets (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
 DEFAULTS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gptj", "opt", "gemma", "gemma2", "gemma3_text"),
-                    ("q_proj", "v_proj")),
-    "gpt_neox": ("query_key_value",), "gpt2": ("c_attn",), "phi": ("q_proj", "v_proj", "fc1", "fc2"), "t5": ("q", "v"),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gptj", "opt", "gemma", "gemma2", "gemma3_text"), ("q_proj", "v_proj")
+    ),
+    "gpt_neox": ("query_key_value",),
+    "gpt2": ("c_attn",),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "t5": ("q", "v"),
+}
 # Beside all linear layers: embeddings and heads by their names there. T5's `shared` cannot carry an adapter, and peft's
 # own OPT does not run with one on `embed_positions`.
 ENDS = {
@@ -93,9 +97,15 @@ def test_adapters_on_everything_both_ways(case, tmp_path):
 
 @pytest.mark.parametrize(
     ("case", "settings"),
-    [("gpt2", {"use_dora": True}), ("phi3", {"use_dora": True}), ("gpt2", {"bias": "all"}), ("t5", {"use_dora": True}),
-     ("phi3", {"modules_to_save": ["qkv_proj"]}), ("gemma3", {"modules_to_save": ["q_norm"]})],
-)  # fmt: skip
+    [
+        ("gpt2", {"use_dora": True}),
+        ("phi3", {"use_dora": True}),
+        ("gpt2", {"bias": "all"}),
+        ("t5", {"use_dora": True}),
+        ("phi3", {"modules_to_save": ["qkv_proj"]}),
+        ("gemma3", {"modules_to_save": ["q_norm"]}),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_what_follows_the_columns_of_a_fused_matrix(case, settings, tmp_path):
     """Magnitudes, biases and saved modules are reordered as their matrix is."""
@@ -118,9 +128,11 @@ def loss_and_gradients(case, directory):
     ids = tiny_models.input_ids(case)
     labels = np.where(np.random.default_rng(0).random(ids.shape) < 0.7, np.roll(ids, -1, axis=1), -100)
     batch = {
-        "input_ids": ids, "targets": labels, "segment_ids": np.ones_like(ids),
+        "input_ids": ids,
+        "targets": labels,
+        "segment_ids": np.ones_like(ids),
         "positions": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
-    }  # fmt: skip
+    }
     if arch.encoder:
         batch |= dict(zip(("encoder_ids", "encoder_segment_ids"), tiny_models.encoder_input(case), strict=True))
     batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}

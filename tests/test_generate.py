@@ -76,17 +76,20 @@ def distribution(temperature, top_k, top_p, draws=4000):
     return np.bincount(np.asarray(draw(keys)), minlength=4) / draws
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p", "expected"), [
-    (0.0, 0, 1.0, [1, 0, 0, 0]),
-    (1.0, 0, 1.0, [0.5, 0.3, 0.15, 0.05]),
-    (0.5, 0, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365),
-    (1.0, 2, 1.0, [0.625, 0.375, 0, 0]),
-    (1.0, 9, 1.0, [0.5, 0.3, 0.15, 0.05]),
-    (1.0, 0, 0.7, [0.625, 0.375, 0, 0]),
-    (1.0, 0, 0.45, [1, 0, 0, 0]),
-    (1.0, 0, 0.01, [1, 0, 0, 0]),
-    (1.0, 3, 0.6, [0.625, 0.375, 0, 0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "expected"),
+    [
+        (0.0, 0, 1.0, [1, 0, 0, 0]),
+        (1.0, 0, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (0.5, 0, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365),
+        (1.0, 2, 1.0, [0.625, 0.375, 0, 0]),
+        (1.0, 9, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (1.0, 0, 0.7, [0.625, 0.375, 0, 0]),
+        (1.0, 0, 0.45, [1, 0, 0, 0]),
+        (1.0, 0, 0.01, [1, 0, 0, 0]),
+        (1.0, 3, 0.6, [0.625, 0.375, 0, 0]),
+    ],
+)
 def test_temperature_top_k_and_top_p_shape_the_draw(temperature, top_k, top_p, expected):
     np.testing.assert_allclose(distribution(temperature, top_k, top_p), expected, atol=0.03)
 

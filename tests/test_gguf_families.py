@@ -113,10 +113,19 @@ CASES = {
         "gpt2",
         "gpt2",
         {"vocab_size": V, "n_embd": D, "n_layer": N, "n_head": H, "n_positions": 128, "n_inner": F},
-        decoder("transformer.h", GPT2, {"transformer.wte": (V, D), "transformer.wpe": (128, D), "transformer.ln_f": (D,)}, True),
+        decoder(
+            "transformer.h",
+            GPT2,
+            {"transformer.wte": (V, D), "transformer.wpe": (128, D), "transformer.ln_f": (D,)},
+            True,
+        ),
         {
-            "context_length": 128, "embedding_length": D, "feed_forward_length": 4 * D, "block_count": N,
-            "attention.head_count": H, "attention.layer_norm_epsilon": 1e-5,
+            "context_length": 128,
+            "embedding_length": D,
+            "feed_forward_length": 4 * D,
+            "block_count": N,
+            "attention.head_count": H,
+            "attention.layer_norm_epsilon": 1e-5,
         },
         conv1d,
     ),
@@ -126,8 +135,14 @@ CASES = {
     "gemma2": Case(
         "gemma2",
         "gemma2",
-        DECODER | {"head_dim": HD, "query_pre_attn_scalar": HD, "sliding_window": 32, "attn_logit_softcapping": 20.0,
-                   "final_logit_softcapping": 10.0},
+        DECODER
+        | {
+            "head_dim": HD,
+            "query_pre_attn_scalar": HD,
+            "sliding_window": 32,
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 10.0,
+        },
         decoder("model.layers", GEMMA2, LLAMA_ENDS),
         GEMMA_KEYS | {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0, "attention.sliding_window": 32},
         plus_one,
@@ -137,19 +152,37 @@ CASES = {
         "gemma2",
         DECODER | {"head_dim": 8, "query_pre_attn_scalar": D // H, "num_hidden_layers": 46},
         {"model.embed_tokens.weight": (V, D)},
-        GEMMA_KEYS | {"attention.key_length": 8, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-                      "attention.sliding_window": 4096},
+        GEMMA_KEYS
+        | {
+            "attention.key_length": 8,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "attention.sliding_window": 4096,
+        },
         plus_one,
     ),
     "gemma3": Case(
         "gemma3",
         "gemma3_text",
-        DECODER | {"head_dim": HD, "query_pre_attn_scalar": HD, "sliding_window": 32, "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0}}},
+        DECODER
+        | {
+            "head_dim": HD,
+            "query_pre_attn_scalar": HD,
+            "sliding_window": 32,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0},
+            },
+        },
         decoder("model.layers", GEMMA3, LLAMA_ENDS),
-        GEMMA_KEYS | {"attention.sliding_window": 32, "rope.freq_base": 5e5, "rope.freq_base_swa": 20000.0,
-                      "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        GEMMA_KEYS
+        | {
+            "attention.sliding_window": 32,
+            "rope.freq_base": 5e5,
+            "rope.freq_base_swa": 20000.0,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
         plus_one,
     ),
     "gemma3-plain": Case(  # as files converted before rope.freq_base_swa existed
@@ -163,9 +196,15 @@ CASES = {
     "phi": Case(
         "phi2",
         "phi",
-        DECODER | {"num_key_value_heads": H, "intermediate_size": 4 * D,
-                   "rope_parameters": ROTARY | {"partial_rotary_factor": 0.5}},
-        decoder("model.layers", PHI, {"model.embed_tokens": (V, D), "model.final_layernorm": (D,), "lm_head": (V, D)}, True),
+        DECODER
+        | {
+            "num_key_value_heads": H,
+            "intermediate_size": 4 * D,
+            "rope_parameters": ROTARY | {"partial_rotary_factor": 0.5},
+        },
+        decoder(
+            "model.layers", PHI, {"model.embed_tokens": (V, D), "model.final_layernorm": (D,), "lm_head": (V, D)}, True
+        ),
         {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 8, "feed_forward_length": 4 * D},
     ),
     "phi3": Case(
@@ -173,19 +212,34 @@ CASES = {
         "phi3",
         DECODER | {"original_max_position_embeddings": 128, "sliding_window": 32, "partial_rotary_factor": 1.0},
         decoder("model.layers", PHI3, LLAMA_ENDS | {"lm_head": (V, D)}),
-        {"attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": HD, "rope.freq_base": 10000.0,
-         "rope.scaling.original_context_length": 128, "attention.sliding_window": 32},
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": HD,
+            "rope.freq_base": 10000.0,
+            "rope.scaling.original_context_length": 128,
+            "attention.sliding_window": 32,
+        },
     ),
     "phi3-long": Case(
         "phi3",
         "phi3",
-        DECODER | {"original_max_position_embeddings": 64, "tie_word_embeddings": True, "partial_rotary_factor": 0.75,
-                   "rope_parameters": ROTARY | {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG,
-                                                "partial_rotary_factor": 0.75}},
+        DECODER
+        | {
+            "original_max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": ROTARY
+            | {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG, "partial_rotary_factor": 0.75},
+        },
         decoder("model.layers", PHI3, LLAMA_ENDS),
-        {"attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": 12, "rope.freq_base": 10000.0,
-         "rope.scaling.original_context_length": 64, "attention.sliding_window": 0,
-         "rope.scaling.attn_factor": float(np.sqrt(1 + np.log(2) / np.log(64)))},
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": 12,
+            "rope.freq_base": 10000.0,
+            "rope.scaling.original_context_length": 64,
+            "attention.sliding_window": 0,
+            "rope.scaling.attn_factor": float(np.sqrt(1 + np.log(2) / np.log(64))),
+        },
     ),
     "t5": Case("t5", "t5", T5, t5(("wi", "wo"), 3, head=False), {"attention.head_count": H}),
     "flan-t5": Case(
@@ -195,7 +249,7 @@ CASES = {
         t5(("wi_0", "wi_1", "wo"), 2, head=True),
         {"decoder_block_count": 2},
     ),
-}  # fmt: skip
+}
 T5_KEYS = {
     "context_length": 128, "embedding_length": D, "feed_forward_length": F, "block_count": 3, "attention.head_count": H,
     "attention.key_length": 8, "attention.value_length": 8, "attention.layer_norm_epsilon": 1e-6,
@@ -211,10 +265,13 @@ def keys(case):
         return T5_KEYS | case.metadata
     config = case.config
     return {
-        "context_length": 128, "embedding_length": D, "feed_forward_length": F,
-        "block_count": config["num_hidden_layers"], "attention.head_count": H,
+        "context_length": 128,
+        "embedding_length": D,
+        "feed_forward_length": F,
+        "block_count": config["num_hidden_layers"],
+        "attention.head_count": H,
         "attention.head_count_kv": config["num_key_value_heads"],
-    } | case.metadata  # fmt: skip
+    } | case.metadata
 
 
 @functools.cache

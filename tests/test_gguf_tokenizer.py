@@ -123,8 +123,11 @@ def test_mistrals_tokenizers_equal_sentencepiece(mistral_dir, name):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(mistral_dir / name))
     metadata = sentencepiece_metadata(processor, "llama") | {"tokenizer.ggml.bos_token_id": 1}
     tokenizer = build_tokenizer("a.gguf", metadata)
-    special = [piece for piece, kind in zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"],
-                                            strict=True) if kind in (2, 3)]  # fmt: skip
+    special = [
+        piece
+        for piece, kind in zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
+        if kind in (2, 3)
+    ]
     plain = [text for text in TEXTS if not any(piece in text for piece in special)]  # SentencePiece takes these as text
     assert len(plain) > 60
     for text in plain:
@@ -140,9 +143,17 @@ def test_t5s_tokenizer_equals_that_of_transformers(text_dir, tmp_path):
     lines = (text_dir / "t8.shakespeare.txt").read_text().splitlines()[200:3200]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=400, model_type="unigram", pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=400,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     (tmp_path / "spiece.model").write_bytes(model.getvalue())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "model_max_length": 9999}')
     reference = AutoTokenizer.from_pretrained(tmp_path)

@@ -240,9 +240,17 @@ def test_a_t5_tokenizer_is_the_same_after_the_round_trip(text_dir, tmp_path):
 
     lines = (text_dir / "t8.shakespeare.txt").read_text().splitlines()[200:1200]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "spiece"), vocab_size=200, model_type="unigram",
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=200,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "model_max_length": 9999}')
     original = AutoTokenizer.from_pretrained(tmp_path)
     metadata = tokenizer_metadata(original, 320, "t5")

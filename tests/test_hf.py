@@ -93,9 +93,12 @@ def variables(tiny, rows, out, batch=1):
     names = ("BSZ", "TRAIN_BSZ", "EVAL_BSZ")
     held_out = write_rows(out / "eval.jsonl", 8, seed=1)
     return {
-        "MODEL_NAME": tiny, "TRAIN_DATASET": rows, "EVAL_DATASET": held_out, "OUTPUT_DIR": out / "run",
+        "MODEL_NAME": tiny,
+        "TRAIN_DATASET": rows,
+        "EVAL_DATASET": held_out,
+        "OUTPUT_DIR": out / "run",
         **dict.fromkeys(names, batch),
-    }  # fmt: skip
+    }
 
 
 # --- the three scripts
@@ -143,9 +146,11 @@ def test_the_qlora_script(tiny, tmp_path, wandb, capsys):
         file.write_text(text)
     listing = guide_scripts.QLORA
     for path, here in (
-        ("huggyllamma/llama-33b", tiny), ("./metharme-33b", tmp_path / "run"),
-        ("/path/to/dataset/directory", tmp_path / "data"), ("/path/to/cache/directory", tmp_path / "cache"),
-    ):  # fmt: skip
+        ("huggyllamma/llama-33b", tiny),
+        ("./metharme-33b", tmp_path / "run"),
+        ("/path/to/dataset/directory", tmp_path / "data"),
+        ("/path/to/cache/directory", tmp_path / "cache"),
+    ):
         assert listing.count(path) == 1
         listing = listing.replace(path, str(here))
     assert run_script(tmp_path, listing) == 0
@@ -187,14 +192,19 @@ def test_the_scripts_train_smollm2(name, smollm2_gguf, chatterbot_dir, tmp_path)
         (tmp_path / "data" / f"{file}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in part))
     listing = getattr(guide_scripts, name)
     for path, here in (
-        ("huggyllamma/llama-33b", smollm2_gguf), ("./metharme-33b", tmp_path / "run"),
-        ("/path/to/dataset/directory", tmp_path / "data"), ("/path/to/cache/directory", tmp_path / "cache"),
-    ):  # fmt: skip
+        ("huggyllamma/llama-33b", smollm2_gguf),
+        ("./metharme-33b", tmp_path / "run"),
+        ("/path/to/dataset/directory", tmp_path / "data"),
+        ("/path/to/cache/directory", tmp_path / "cache"),
+    ):
         listing = listing.replace(path, str(here))
     lost = {
-        "MODEL_NAME": smollm2_gguf, "TRAIN_DATASET": tmp_path / "data" / "train.jsonl", "OUTPUT_DIR": tmp_path / "run",
-        "EVAL_DATASET": tmp_path / "data" / "val.jsonl", **dict.fromkeys(("BSZ", "TRAIN_BSZ", "EVAL_BSZ"), 1),
-    }  # fmt: skip
+        "MODEL_NAME": smollm2_gguf,
+        "TRAIN_DATASET": tmp_path / "data" / "train.jsonl",
+        "OUTPUT_DIR": tmp_path / "run",
+        "EVAL_DATASET": tmp_path / "data" / "val.jsonl",
+        **dict.fromkeys(("BSZ", "TRAIN_BSZ", "EVAL_BSZ"), 1),
+    }
     words_ = [sys.executable, "-m", "tpu_tune", "hf"]
     environ = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "WANDB_MODE": "disabled"}
 
@@ -217,10 +227,18 @@ def test_the_scripts_train_smollm2(name, smollm2_gguf, chatterbot_dir, tmp_path)
 # --- flags and their values
 
 
-@pytest.mark.parametrize("flags", [
-    ["--fp16", "true"], ["--fp16", "True"], ["--fp16"], ["--fp16=true"], ["--fp16", "yes"], ["--fp16", "1"],
-    ["--fp16", "false", "--fp16"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--fp16", "true"],
+        ["--fp16", "True"],
+        ["--fp16"],
+        ["--fp16=true"],
+        ["--fp16", "yes"],
+        ["--fp16", "1"],
+        ["--fp16", "false", "--fp16"],
+    ],
+)
 def test_switches(flags):
     assert words.parse(flags).values == {"fp16": True}
 
@@ -241,30 +259,41 @@ def test_spellings():
     assert lists.values["lora_target_modules"] == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    (["--learning_rte", "1"], r"unknown flag --learning_rte \(did you mean --learning_rate\?\)"),
-    (["--do-trian", "--xyzzy", "3"], r"--do-trian \(did you mean --do_train\?\), --xyzzy; "),
-    (["--seed", "three"], "--seed is 'three'; it must be a whole number"),
-    (["--seed", "1.5"], "--seed is '1.5'; it must be a whole number"),
-    (["--learning_rate", "fast"], "it must be a number"),
-    (["--seed", "nan"], "whole number"),
-    (["--bf16", "maybe"], "--bf16 is 'maybe'; it must be true or false"),
-    (["--output_dir"], "--output_dir needs a value"),
-    (["--seed", "1", "stray"], "'stray' stands where a flag was expected, behind --seed"),
-    (["--lr_scheduler_kwargs", "{min"], "which is not JSON"),
-    (["--lr_scheduler_kwargs", "[1]"], "must be a JSON object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--learning_rte", "1"], r"unknown flag --learning_rte \(did you mean --learning_rate\?\)"),
+        (["--do-trian", "--xyzzy", "3"], r"--do-trian \(did you mean --do_train\?\), --xyzzy; "),
+        (["--seed", "three"], "--seed is 'three'; it must be a whole number"),
+        (["--seed", "1.5"], "--seed is '1.5'; it must be a whole number"),
+        (["--learning_rate", "fast"], "it must be a number"),
+        (["--seed", "nan"], "whole number"),
+        (["--bf16", "maybe"], "--bf16 is 'maybe'; it must be true or false"),
+        (["--output_dir"], "--output_dir needs a value"),
+        (["--seed", "1", "stray"], "'stray' stands where a flag was expected, behind --seed"),
+        (["--lr_scheduler_kwargs", "{min"], "which is not JSON"),
+        (["--lr_scheduler_kwargs", "[1]"], "must be a JSON object"),
+    ],
+)
 def test_mistakes_are_named(flags, says):
     with pytest.raises(UserError, match=says):
         words.parse(flags)
 
 
-@pytest.mark.parametrize("before", [
-    "accelerate launch ./training/hf_trainer.py", "python", "python qlora.py", "python3 -m qlora.train",
-    "torchrun --nproc_per_node=4 --master_port=20001 ./training/hf_trainer.py", "accelerate launch './training/'",
-    "accelerate launch --config_file conf/a.yaml --num_processes 4 train.py", "deepspeed --num_gpus 2 train.py",
-    "python -m torch.distributed.run --nproc_per_node 2 train.py",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "before",
+    [
+        "accelerate launch ./training/hf_trainer.py",
+        "python",
+        "python qlora.py",
+        "python3 -m qlora.train",
+        "torchrun --nproc_per_node=4 --master_port=20001 ./training/hf_trainer.py",
+        "accelerate launch './training/'",
+        "accelerate launch --config_file conf/a.yaml --num_processes 4 train.py",
+        "deepspeed --num_gpus 2 train.py",
+        "python -m torch.distributed.run --nproc_per_node 2 train.py",
+    ],
+)
 def test_a_launcher_is_taken_off(before):
     found = words.parse(["WANDB_PROJECT=a b", *before.replace("'", "").split(), "--seed", "3"])
     assert found.values == {"seed": 3} and found.environ == {"WANDB_PROJECT": "a b"}
@@ -293,81 +322,144 @@ def test_unset_flags_have_the_trainers_defaults():
             assert known[flag.key] == theirs[name], name
     train = config.train
     assert (train.logging_steps, train.logging_first_step) == (theirs["logging_steps"], theirs["logging_first_step"])
-    assert (train.eval_strategy, train.save_strategy) == (str(theirs["eval_strategy"].value) if hasattr(
-        theirs["eval_strategy"], "value") else theirs["eval_strategy"], "steps")  # fmt: skip
+    assert (train.eval_strategy, train.save_strategy) == (
+        str(theirs["eval_strategy"].value) if hasattr(theirs["eval_strategy"], "value") else theirs["eval_strategy"],
+        "steps",
+    )
     assert (train.save_steps, train.save_total_limit, config.seed) == (theirs["save_steps"], 0, theirs["seed"])
     assert train.optim in ("adamw_torch", theirs["optim"]) and config.model.dtype == "float32"
     assert config.method == "full" and not config.data.packing and config.data.eval_ratio == 0
 
 
-@pytest.mark.parametrize(("flags", "keys"), [
-    (["--learning_rate", "1.0e-5", "--lr_scheduler_type", "cosine", "--warmup_steps", "64"],
-     {"train.learning_rate": 1e-5, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 64}),
-    (["--warmup_steps", "0.1"], {"train.warmup_steps": 0, "train.warmup_ratio": 0.1}),
-    (["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'],
-     {"train.lr_scheduler_kwargs": {"min_lr_rate": 0.1}}),
-    (["--adam_beta2", "0.95", "--weight_decay", "0.1", "--max_grad_norm", "0.3", "--max_steps", "7"],
-     {"train.adam_beta2": 0.95, "train.weight_decay": 0.1, "train.max_grad_norm": 0.3, "train.max_steps": 7}),
-    (["--dataloader_num_workers", "1"], {"data.num_workers": 1}),
-    (["--gradient_checkpointing", "false"], {"model.remat": "none"}),
-    (["--gradient_checkpointing", "true"], {"model.remat": "full"}),
-    (["--train_file", "a.arrow", "--eval_file", "b.arrow", "--do_train", "--do_eval"],
-     {"data.train": "a.arrow", "data.eval": "b.arrow", "train.eval_strategy": "steps", "train.eval_steps": 10**9}),
-    (["--eval_file", "b.jsonl"], {"data.eval": "", "train.eval_strategy": "no"}),
-    (["--eval_strategy", "steps", "--logging_steps", "7"], {"train.eval_steps": 7}),
-    (["--use_lora"], {"method": "lora", "lora.rank": 4, "lora.alpha": 32.0, "lora.dropout": 0.05,
-                      "lora.target_modules": "", "quantize.format": "none"}),
-    (["--bits", "4"], {"method": "lora", "lora.rank": 64, "lora.alpha": 16.0, "lora.dropout": 0.0,
-                       "lora.target_modules": "all-linear", "quantize.format": "nf4"}),
-    (["--use_lora", "--lora_r", "16", "--lora_target_modules", r".*\.(q|v)_proj"],
-     {"lora.rank": 16, "lora.target_modules": r".*\.(q|v)_proj"}),
-    (["--full_finetune", "--dataset", "x"], {"method": "full", "quantize.format": "none"}),
-    (["--use_lora", "--bits", "8"], {"quantize.format": "int8", "lora.rank": 4}),
-    (["--load_in_4bit", "--use_peft"], {"quantize.format": "nf4", "method": "lora"}),
-    (["--dataset", "alpaca"], {"data.train": "tatsu-lab/alpaca", "data.format": "alpaca"}),
-    (["--dataset", "x.jsonl", "--dataset_format", "hh-rlhf"], {"data.format": "text", "data.columns": {"chosen": "text"}}),
-    (["--save_total_limit", "2", "--save_strategy", "epoch"], {"train.save_total_limit": 2, "train.save_strategy": "epoch"}),
-    (["--packing", "true"], {"data.packing": True}),
-    (["--layers_to_transform", "0,3", "--bias", "all", "--modules_to_save", "lm_head"],
-     {"lora.layers_to_transform": [0, 3], "lora.bias": "all", "lora.modules_to_save": ["lm_head"]}),
-    (["--report_to", "none"], {"train.report_to": []}),
-    (["--neftune_noise_alpha", "5", "--use_lora", "--loraplus_lr_ratio", "16"],
-     {"train.neftune_noise_alpha": 5.0, "train.loraplus_lr_ratio": 16.0}),
-    (["--early_stopping_patience", "2", "--early_stopping_threshold", "0.01", "--eval_strategy", "steps", "--eval_file", "e"],
-     {"train.early_stopping_patience": 2, "train.early_stopping_threshold": 0.01}),
-    (["--report_to", "all"], {"train.report_to": ["all"]}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        (
+            ["--learning_rate", "1.0e-5", "--lr_scheduler_type", "cosine", "--warmup_steps", "64"],
+            {"train.learning_rate": 1e-5, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 64},
+        ),
+        (["--warmup_steps", "0.1"], {"train.warmup_steps": 0, "train.warmup_ratio": 0.1}),
+        (
+            ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'],
+            {"train.lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        ),
+        (
+            ["--adam_beta2", "0.95", "--weight_decay", "0.1", "--max_grad_norm", "0.3", "--max_steps", "7"],
+            {"train.adam_beta2": 0.95, "train.weight_decay": 0.1, "train.max_grad_norm": 0.3, "train.max_steps": 7},
+        ),
+        (["--dataloader_num_workers", "1"], {"data.num_workers": 1}),
+        (["--gradient_checkpointing", "false"], {"model.remat": "none"}),
+        (["--gradient_checkpointing", "true"], {"model.remat": "full"}),
+        (
+            ["--train_file", "a.arrow", "--eval_file", "b.arrow", "--do_train", "--do_eval"],
+            {
+                "data.train": "a.arrow",
+                "data.eval": "b.arrow",
+                "train.eval_strategy": "steps",
+                "train.eval_steps": 10**9,
+            },
+        ),
+        (["--eval_file", "b.jsonl"], {"data.eval": "", "train.eval_strategy": "no"}),
+        (["--eval_strategy", "steps", "--logging_steps", "7"], {"train.eval_steps": 7}),
+        (
+            ["--use_lora"],
+            {
+                "method": "lora",
+                "lora.rank": 4,
+                "lora.alpha": 32.0,
+                "lora.dropout": 0.05,
+                "lora.target_modules": "",
+                "quantize.format": "none",
+            },
+        ),
+        (
+            ["--bits", "4"],
+            {
+                "method": "lora",
+                "lora.rank": 64,
+                "lora.alpha": 16.0,
+                "lora.dropout": 0.0,
+                "lora.target_modules": "all-linear",
+                "quantize.format": "nf4",
+            },
+        ),
+        (
+            ["--use_lora", "--lora_r", "16", "--lora_target_modules", r".*\.(q|v)_proj"],
+            {"lora.rank": 16, "lora.target_modules": r".*\.(q|v)_proj"},
+        ),
+        (["--full_finetune", "--dataset", "x"], {"method": "full", "quantize.format": "none"}),
+        (["--use_lora", "--bits", "8"], {"quantize.format": "int8", "lora.rank": 4}),
+        (["--load_in_4bit", "--use_peft"], {"quantize.format": "nf4", "method": "lora"}),
+        (["--dataset", "alpaca"], {"data.train": "tatsu-lab/alpaca", "data.format": "alpaca"}),
+        (
+            ["--dataset", "x.jsonl", "--dataset_format", "hh-rlhf"],
+            {"data.format": "text", "data.columns": {"chosen": "text"}},
+        ),
+        (
+            ["--save_total_limit", "2", "--save_strategy", "epoch"],
+            {"train.save_total_limit": 2, "train.save_strategy": "epoch"},
+        ),
+        (["--packing", "true"], {"data.packing": True}),
+        (
+            ["--layers_to_transform", "0,3", "--bias", "all", "--modules_to_save", "lm_head"],
+            {"lora.layers_to_transform": [0, 3], "lora.bias": "all", "lora.modules_to_save": ["lm_head"]},
+        ),
+        (["--report_to", "none"], {"train.report_to": []}),
+        (
+            ["--neftune_noise_alpha", "5", "--use_lora", "--loraplus_lr_ratio", "16"],
+            {"train.neftune_noise_alpha": 5.0, "train.loraplus_lr_ratio": 16.0},
+        ),
+        (
+            [
+                "--early_stopping_patience",
+                "2",
+                "--early_stopping_threshold",
+                "0.01",
+                "--eval_strategy",
+                "steps",
+                "--eval_file",
+                "e",
+            ],
+            {"train.early_stopping_patience": 2, "train.early_stopping_threshold": 0.01},
+        ),
+        (["--report_to", "all"], {"train.report_to": ["all"]}),
+    ],
+)
 def test_keys(flags, keys):
     found = dict(configuration.flatten(config_of(*flags)))
     assert {key: found[key] for key in keys} == keys
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not there"),
-    (["--metric_for_best_model", "accuracy"], "can only be eval_loss"),
-    (["--greater_is_better", "true"], "better the smaller"),
-    (["--max_train_samples", "10"], "make a shorter file"),
-    (["--eval_steps", "0.1", "--eval_strategy", "steps"], "a share of the run is not there"),
-    (["--eval_strategy", "sometimes"], "it must be no, steps or epoch"),
-    (["--save_strategy", "best"], "--load_best_model_at_end"),
-    (["--fp16", "--bf16"], "exclude each other"),
-    (["--full_finetune", "--bits", "4"], "cannot be trained"),
-    (["--bits", "3"], "it must be 16, 8 or 4"), (["--bits", "32"], "it must be 16, 8 or 4"),
-    (["--quant_type", "int4"], "nf4 or fp4"),
-    (["--dataset_format", "chip2"], "must be one of input-output"),
-    (["--train_file", "a", "--dataset", "b"], "exclude each other"),
-    (["--lora_rank", "0"], "there must be at least one"),
-    (["--do_train", "false"], "nothing to do"),
-    (["--seed", "-2"], "must not be negative"),
-    (["--max_memory_MB", "0"], "must be positive"),
-    (["--tokenizer_name", "other"], "leave it out"),
-    (["--resume_from_checkpoint", "/elsewhere/checkpoint-3"], "set --output_dir to the run's"),
-    (["--lr_scheduler_type", "sqare"], "unknown train.lr_scheduler_type"),
-    (["--optim", "galore_adamw"], "unknown train.optim 'galore_adamw'"),
-    (["--report_to", "wandbb"], "unknown train.report_to"),
-    (["--load_best_model_at_end"], "load_best_model_at_end"),
-    (["--source_max_len", "-1"], "there must be at least one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not there"),
+        (["--metric_for_best_model", "accuracy"], "can only be eval_loss"),
+        (["--greater_is_better", "true"], "better the smaller"),
+        (["--max_train_samples", "10"], "make a shorter file"),
+        (["--eval_steps", "0.1", "--eval_strategy", "steps"], "a share of the run is not there"),
+        (["--eval_strategy", "sometimes"], "it must be no, steps or epoch"),
+        (["--save_strategy", "best"], "--load_best_model_at_end"),
+        (["--fp16", "--bf16"], "exclude each other"),
+        (["--full_finetune", "--bits", "4"], "cannot be trained"),
+        (["--bits", "3"], "it must be 16, 8 or 4"),
+        (["--bits", "32"], "it must be 16, 8 or 4"),
+        (["--quant_type", "int4"], "nf4 or fp4"),
+        (["--dataset_format", "chip2"], "must be one of input-output"),
+        (["--train_file", "a", "--dataset", "b"], "exclude each other"),
+        (["--lora_rank", "0"], "there must be at least one"),
+        (["--do_train", "false"], "nothing to do"),
+        (["--seed", "-2"], "must not be negative"),
+        (["--max_memory_MB", "0"], "must be positive"),
+        (["--tokenizer_name", "other"], "leave it out"),
+        (["--resume_from_checkpoint", "/elsewhere/checkpoint-3"], "set --output_dir to the run's"),
+        (["--lr_scheduler_type", "sqare"], "unknown train.lr_scheduler_type"),
+        (["--optim", "galore_adamw"], "unknown train.optim 'galore_adamw'"),
+        (["--report_to", "wandbb"], "unknown train.report_to"),
+        (["--load_best_model_at_end"], "load_best_model_at_end"),
+        (["--source_max_len", "-1"], "there must be at least one"),
+    ],
+)
 def test_what_cannot_be_is_refused(flags, says):
     from tpu_tune.training.setup import check_settings
 
@@ -401,14 +493,24 @@ def test_a_token_is_not_repeated(capsys):
     assert "--hub_token" in out.out and "hf_secret" not in out.out + out.err
 
 
-@pytest.mark.parametrize(("flags", "platform", "dtype", "says"), [
-    (["--fp16", "true"], "tpu", "bfloat16", "this is a TPU, which computes in bfloat16"),
-    (["--fp16", "True"], "gpu", "float16", "dynamic loss scaling"),
-    (["--fp16"], "cpu", "float32", "a CPU has no fast float16"),
-    (["--bf16", "true"], "cpu", "bfloat16", ""), (["--bf16", "true"], "tpu", "bfloat16", ""),
-    (["--bf16", "true", "--fp16_full_eval"], "gpu", "bfloat16", "evaluation computes as training does, in bfloat16"),
-    ([], "tpu", "float32", ""), (["--fp16", "none"], "tpu", "float32", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "platform", "dtype", "says"),
+    [
+        (["--fp16", "true"], "tpu", "bfloat16", "this is a TPU, which computes in bfloat16"),
+        (["--fp16", "True"], "gpu", "float16", "dynamic loss scaling"),
+        (["--fp16"], "cpu", "float32", "a CPU has no fast float16"),
+        (["--bf16", "true"], "cpu", "bfloat16", ""),
+        (["--bf16", "true"], "tpu", "bfloat16", ""),
+        (
+            ["--bf16", "true", "--fp16_full_eval"],
+            "gpu",
+            "bfloat16",
+            "evaluation computes as training does, in bfloat16",
+        ),
+        ([], "tpu", "float32", ""),
+        (["--fp16", "none"], "tpu", "float32", ""),
+    ],
+)
 def test_precision(flags, platform, dtype, says):
     asked = translated(*flags, platform=platform)
     assert asked.config.model.dtype == dtype
@@ -431,10 +533,18 @@ def test_optimizers():
     from tpu_tune.training.optimizers import canonical_name
 
     for name, ours in (
-        ("adamw_torch_fused", "adamw"), ("adamw_hf", "adamw"), ("paged_adamw_32bit", "adamw"), ("paged_adamw_8bit", "adamw_8bit"),
-        ("adamw_bnb_8bit", "adamw_8bit"), ("adamw_apex_fused", "adamw"), ("lion_8bit", "lion"), ("paged_lion_8bit", "lion"),
-        ("sgd", "sgd"), ("adafactor", "adafactor"), ("adamw_torch_4bit", "adamw_8bit"),
-    ):  # fmt: skip
+        ("adamw_torch_fused", "adamw"),
+        ("adamw_hf", "adamw"),
+        ("paged_adamw_32bit", "adamw"),
+        ("paged_adamw_8bit", "adamw_8bit"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("adamw_apex_fused", "adamw"),
+        ("lion_8bit", "lion"),
+        ("paged_lion_8bit", "lion"),
+        ("sgd", "sgd"),
+        ("adafactor", "adafactor"),
+        ("adamw_torch_4bit", "adamw_8bit"),
+    ):
         assert canonical_name(config_of("--optim", name).train.optim) == ours, name
     assert canonical_name(config_of("--adam8bit").train.optim) == "adamw_8bit"
     assert any("optim_offload" in note for note in translated("--optim", "paged_adamw_32bit").notes)
@@ -632,9 +742,20 @@ def test_the_configuration_is_printed_and_written(tmp_path, capsys):
     ]
     file = tmp_path / "config.py"
     assert main(["hf", *flags, "--dry-run", "--write-config", str(file), "--config.train.max_steps=9"]) == 0
-    printed = subprocess.run(["bash", "-c", "printf '%s\\n' " + " ".join(
-        line for line in capsys.readouterr().out.splitlines() if "--config." in line and ":" not in line.split("=")[0]
-    )], capture_output=True, text=True).stdout.splitlines()  # fmt: skip
+    printed = subprocess.run(
+        [
+            "bash",
+            "-c",
+            "printf '%s\\n' "
+            + " ".join(
+                line
+                for line in capsys.readouterr().out.splitlines()
+                if "--config." in line and ":" not in line.split("=")[0]
+            ),
+        ],
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
     rebuilt = configuration.default()
     for line in printed:
         configuration.assign(rebuilt, *line.removeprefix("--config.").split("=", 1))
@@ -679,13 +800,20 @@ def test_the_help_has_an_example_that_parses(capsys):
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="compares with bash")
-@pytest.mark.parametrize("text", [
-    guide_scripts.FULL, guide_scripts.LORA, guide_scripts.QLORA,
-    """A=1; B=2\n""".replace(";", "\n") + "python t.py --output_dir \"$A/${B}x\" --run_name '$A' --seed $A$B # comment",
-    'X="two words"\npython t.py --output_dir $X --run_name "$X" --hub_model_id a\\ b --seed "" "$@"',
-    "set -e\npip install x\nif true; then echo y; fi\npython t.py \\\n  --output_dir 'a\"b' \\\n  --seed 3 $@\n",
-    'E="q\\"q" F=\'w\'\npython t.py --output_dir "$E$F"plain"\\n" --seed 1 \\\n\n',
-], ids=["full", "lora", "qlora", "variables", "splitting", "others", "quotes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        guide_scripts.FULL,
+        guide_scripts.LORA,
+        guide_scripts.QLORA,
+        """A=1; B=2\n""".replace(";", "\n")
+        + "python t.py --output_dir \"$A/${B}x\" --run_name '$A' --seed $A$B # comment",
+        'X="two words"\npython t.py --output_dir $X --run_name "$X" --hub_model_id a\\ b --seed "" "$@"',
+        "set -e\npip install x\nif true; then echo y; fi\npython t.py \\\n  --output_dir 'a\"b' \\\n  --seed 3 $@\n",
+        'E="q\\"q" F=\'w\'\npython t.py --output_dir "$E$F"plain"\\n" --seed 1 \\\n\n',
+    ],
+    ids=["full", "lora", "qlora", "variables", "splitting", "others", "quotes"],
+)
 def test_scripts_are_read_as_bash_reads_them(text, tmp_path):
     names = "MODEL_NAME TRAIN_DATASET EVAL_DATASET OUTPUT_DIR BSZ TRAIN_BSZ EVAL_BSZ".split()
     environ = {name: f"of {name}" for name in names}
@@ -700,15 +828,18 @@ def test_scripts_are_read_as_bash_reads_them(text, tmp_path):
     assert ours == [word.removeprefix("y\n") for word in theirs] and len(ours) > 4
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("python t.py --output_dir $(pwd)", "script.sh:1: a command substitution"),
-    ("X=`date`\npython t.py --output_dir $X", "script.sh:1: a command substitution"),
-    ("\npython t.py --output_dir $NOWHERE", r"script.sh:2: \$NOWHERE is not set; write NOWHERE="),
-    ("python t.py --output_dir 'x", "a quote is not closed"),
-    ("python t.py --output_dir x | tee log", "'\\|' is for a shell"),
-    ("echo hello", "holds no command with --model_name_or_path"),
-    ("python t.py --output_dir a\npython t.py --output_dir b", "holds 2 training commands"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("python t.py --output_dir $(pwd)", "script.sh:1: a command substitution"),
+        ("X=`date`\npython t.py --output_dir $X", "script.sh:1: a command substitution"),
+        ("\npython t.py --output_dir $NOWHERE", r"script.sh:2: \$NOWHERE is not set; write NOWHERE="),
+        ("python t.py --output_dir 'x", "a quote is not closed"),
+        ("python t.py --output_dir x | tee log", "'\\|' is for a shell"),
+        ("echo hello", "holds no command with --model_name_or_path"),
+        ("python t.py --output_dir a\npython t.py --output_dir b", "holds 2 training commands"),
+    ],
+)
 def test_scripts_that_would_have_to_be_run(text, says, tmp_path):
     (tmp_path / "script.sh").write_text(text)
     with pytest.raises(UserError, match=says):
@@ -745,10 +876,12 @@ def test_steps_are_the_batches_there_are(rows, each, devices, accumulation, epoc
 
 def test_batches_and_epochs_have_bounds(tmp_path):
     for words_, says in (
-        ({"per_device": 0}, "per_device_train_batch_size is 0"), ({"rows": 0}, "training rows is 0"),
-        ({"accumulation": 0}, "gradient_accumulation_steps is 0"), ({"epochs": 0}, "num_train_epochs is 0"),
+        ({"per_device": 0}, "per_device_train_batch_size is 0"),
+        ({"rows": 0}, "training rows is 0"),
+        ({"accumulation": 0}, "gradient_accumulation_steps is 0"),
+        ({"epochs": 0}, "num_train_epochs is 0"),
         ({"epochs": float("nan")}, "must be positive"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=says):
             arithmetic.run_length(**{"rows": 10, "per_device": 1, **words_})
     assert arithmetic.run_length(10, 1, epochs=0, max_steps=3).total_steps == 3  # another criterion

@@ -61,9 +61,15 @@ def test_reference_equals_torch(groups, window, segments):
 
 @pytest.mark.parametrize(
     ("window", "block", "cap", "causal", "groups"),
-    [(None, 8, None, True, 2), (6, 4, None, True, 4), (1, 8, 1.5, True, 2), (6, 32, 1.5, True, 1), (None, 8, 1.5, False, 2),
-     (6, 8, None, False, 4)],
-)  # fmt: skip
+    [
+        (None, 8, None, True, 2),
+        (6, 4, None, True, 4),
+        (1, 8, 1.5, True, 2),
+        (6, 32, 1.5, True, 1),
+        (None, 8, 1.5, False, 2),
+        (6, 8, None, False, 4),
+    ],
+)
 def test_blockwise_equals_reference_with_gradients(window, block, cap, causal, groups):
     where = dataclasses.replace(places(PACKED), causal=causal)
 
@@ -160,9 +166,11 @@ def test_token_losses_equal_torch():
     hidden, targets, head = batch()
     logits = hidden @ head
     expected = torch.nn.functional.cross_entropy(
-        torch.from_numpy(np.array(logits)).reshape(-1, VOCABULARY), torch.from_numpy(np.array(targets)).reshape(-1).long(),
-        ignore_index=IGNORED, reduction="none",
-    )  # fmt: skip
+        torch.from_numpy(np.array(logits)).reshape(-1, VOCABULARY),
+        torch.from_numpy(np.array(targets)).reshape(-1).long(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
     np.testing.assert_allclose(token_losses(logits, targets)[0].reshape(-1), expected.numpy(), atol=1e-5)
 
 

@@ -249,12 +249,18 @@ def test_fetch_unpacks_what_it_keeps_in_one_folder(tmp_path, suffix):
 def test_fetch_keeps_the_folders_of_a_debian_package(tmp_path, monkeypatch):
     monkeypatch.setenv("TPU_TUNE_CACHE", str(tmp_path / "cache"))
     built = tmp_path / "built"
-    for name, content in {"DEBIAN/control": "Package: a\nVersion: 1\nArchitecture: all\nMaintainer: a <a@a>\nDescription: a\n",
-                          "usr/doc/index.html": "i", "usr/doc/deep/x.html": "x", "usr/doc/x.txt": "no"}.items():  # fmt: skip
+    for name, content in {
+        "DEBIAN/control": "Package: a\nVersion: 1\nArchitecture: all\nMaintainer: a <a@a>\nDescription: a\n",
+        "usr/doc/index.html": "i",
+        "usr/doc/deep/x.html": "x",
+        "usr/doc/x.txt": "no",
+    }.items():
         (built / name).parent.mkdir(parents=True, exist_ok=True)
         (built / name).write_text(content)
     archive = tmp_path / "a_1_all.deb"
-    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", str(built), str(archive)], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "--build", str(built), str(archive)], check=True, capture_output=True
+    )
     artifact = fetch.Artifact("debian", "a", "", ("./usr/doc/*.html",), "a", root="./usr/doc/")
     monkeypatch.setitem(fetch.ARTIFACTS, "fake", artifact)
     monkeypatch.setattr(fetch, "_download", lambda artifact, into: pathlib.Path(shutil.copy(archive, into)))

@@ -81,10 +81,18 @@ class World:
 
     def run(self, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
         given = {
-            "PATH": str(self.folder / "bin"), "HOME": str(self.folder), "FAKE": str(self.folder), "TMPDIR": str(self.folder),
-            "POLL_SECONDS": "0", "RETRY_SECONDS": "0", "ROUND_SECONDS": "0", "ZONES": "zone-a,zone-b,zone-c",
-            "VIRTUAL_ENV": str(self.folder / "venv"), "TPU_TUNE_JOB": str(self.folder / "job"), **environment,
-        }  # fmt: skip
+            "PATH": str(self.folder / "bin"),
+            "HOME": str(self.folder),
+            "FAKE": str(self.folder),
+            "TMPDIR": str(self.folder),
+            "POLL_SECONDS": "0",
+            "RETRY_SECONDS": "0",
+            "ROUND_SECONDS": "0",
+            "ZONES": "zone-a,zone-b,zone-c",
+            "VIRTUAL_ENV": str(self.folder / "venv"),
+            "TPU_TUNE_JOB": str(self.folder / "job"),
+            **environment,
+        }
         command = [str(self.folder / "bin" / "bash"), str(ROOT / "launch" / script), *words]
         return subprocess.run(command, env=given, cwd=self.folder, text=True, capture_output=True, timeout=120)
 
@@ -303,7 +311,7 @@ def test_dry_runs_call_nothing(world):
         (["setup", "--secrets", "/nowhere", "--dry-run"], "there is no such file"),
         (["stop", "--force"], "unknown option '--force'"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(world, words, error):
     done = world.tpu(*words)
     one_error(done, error)

@@ -28,9 +28,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def settings(tiny: pathlib.Path, **keys: Any) -> Any:
     defaults = {
-        "model__path": str(tiny), "model__dtype": "float32", "lora__rank": 4, "train__lr_scheduler_type": "constant",
+        "model__path": str(tiny),
+        "model__dtype": "float32",
+        "lora__rank": 4,
+        "train__lr_scheduler_type": "constant",
         "train__learning_rate": 1e-2,
-    }  # fmt: skip
+    }
     return helpers.make_config(**{**defaults, **keys})
 
 
@@ -102,9 +105,14 @@ def test_loraplus_rates_are_pefts(tiny: pathlib.Path) -> None:
             wanted[path.removesuffix(".weight") if ".lora_" in path else path] = rate_of[id(leaf)]
 
     config = settings(
-        tiny, lora__target_modules=names, lora__modules_to_save=["norm"], train__learning_rate=1e-3,
-        train__loraplus_lr_ratio=16.0, train__optim="sgd", train__max_grad_norm=0.0,
-    )  # fmt: skip
+        tiny,
+        lora__target_modules=names,
+        lora__modules_to_save=["norm"],
+        train__learning_rate=1e-3,
+        train__loraplus_lr_ratio=16.0,
+        train__optim="sgd",
+        train__max_grad_norm=0.0,
+    )
     from tpu_tune.training import setup
 
     model, _ = helpers.prepare(config, 2)
@@ -173,11 +181,23 @@ def overfitting(tiny: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("run")
     train, held_out = (helpers.write_rows(folder / f"{name}.jsonl", 3, seed) for name, seed in (("a", 1), ("b", 2)))
     config = settings(
-        tiny, output_dir=str(folder / "out"), data__train=str(train), data__eval=str(held_out), data__packing=False,
-        data__cache_dir=str(folder), data__max_length=96, train__max_steps=60, train__learning_rate=3e-2,
-        train__per_device_train_batch_size=1, train__per_device_eval_batch_size=1, train__eval_steps=2, train__save_steps=50, train__save_total_limit=1,
-        train__early_stopping_patience=3, train__load_best_model_at_end=True,
-    )  # fmt: skip
+        tiny,
+        output_dir=str(folder / "out"),
+        data__train=str(train),
+        data__eval=str(held_out),
+        data__packing=False,
+        data__cache_dir=str(folder),
+        data__max_length=96,
+        train__max_steps=60,
+        train__learning_rate=3e-2,
+        train__per_device_train_batch_size=1,
+        train__per_device_eval_batch_size=1,
+        train__eval_steps=2,
+        train__save_steps=50,
+        train__save_total_limit=1,
+        train__early_stopping_patience=3,
+        train__load_best_model_at_end=True,
+    )
     said = []
     return config, loop.train(config, said.append), said
 

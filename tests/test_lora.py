@@ -154,8 +154,11 @@ def test_dropout_keys_are_one_a_layer_and_leaf(model):
     assert leaves.pop("model.embed_tokens.weight").key is None  # peft drops nothing before an embedding
     keys = {path: np.asarray(jax.random.key_data(leaf.key)) for path, leaf in leaves.items()}
     assert len({tuple(key) for one in keys.values() for key in one}) == 4
-    alone = combine(*prepared(model, LoraSpec(rank=2, target_modules=["k_proj"], dropout=0.5))[1:], find_targets(
-        model[0].modules(), LoraSpec(rank=2, target_modules=["k_proj"], dropout=0.5)), jax.random.key(5))  # fmt: skip
+    alone = combine(
+        *prepared(model, LoraSpec(rank=2, target_modules=["k_proj"], dropout=0.5))[1:],
+        find_targets(model[0].modules(), LoraSpec(rank=2, target_modules=["k_proj"], dropout=0.5)),
+        jax.random.key(5),
+    )
     path = "model.layers.self_attn.k_proj.weight"
     np.testing.assert_array_equal(jax.random.key_data(alone[path].key), keys[path])
     assert combine(trainable, frozen, targets)[path].key is None

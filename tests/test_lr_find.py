@@ -37,11 +37,21 @@ def tiny(tmp_path_factory):
     """The configuration of a tiny run whose output_dir does not exist."""
     directory = tmp_path_factory.mktemp("lr")
     return make_config(
-        model__path=str(write_tiny_llama(directory / "model")), data__train=str(write_rows(directory / "rows.jsonl", 120)),
-        data__cache_dir=str(directory), data__num_workers=1, data__max_length=64, data__eval_ratio=0.1,
-        model__dtype="float32", model__remat="none", train__per_device_train_batch_size=2, train__max_steps=30,
-        train__lr_scheduler_type="cosine", train__warmup_ratio=0.1, output_dir=str(directory / "out"), method="full",
-    )  # fmt: skip
+        model__path=str(write_tiny_llama(directory / "model")),
+        data__train=str(write_rows(directory / "rows.jsonl", 120)),
+        data__cache_dir=str(directory),
+        data__num_workers=1,
+        data__max_length=64,
+        data__eval_ratio=0.1,
+        model__dtype="float32",
+        model__remat="none",
+        train__per_device_train_batch_size=2,
+        train__max_steps=30,
+        train__lr_scheduler_type="cosine",
+        train__warmup_ratio=0.1,
+        output_dir=str(directory / "out"),
+        method="full",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +121,12 @@ def test_batches_that_differ_do_not_hide_the_fall():
 
 @pytest.mark.parametrize(
     ("losses", "said"),
-    [(np.full(60, 2.0), "did not move"), ([2.0, float("nan")], "ran away at once"), ([2.0] * 9 + [90.0], "without having fallen")],
-)  # fmt: skip
+    [
+        (np.full(60, 2.0), "did not move"),
+        ([2.0, float("nan")], "ran away at once"),
+        ([2.0] * 9 + [90.0], "without having fallen"),
+    ],
+)
 def test_losses_that_speak_for_no_rate(losses, said):
     with pytest.raises(UserError, match=said):
         suggest(range_test(iter(losses), ramp(1e-5, 1, 60), np.full(60, 2.0)))
@@ -311,7 +325,7 @@ def test_the_command_brackets_and_leaves_a_run_as_it_is(config_file, tmp_path, c
         (["--output", "/no/such/place/lr.png"], "there is no directory /no/such/place"),
         (["--config.model.path=/no/model"], "/no/model"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line(config_file, words, said, capsys):
     assert main(["lr-find", "--config", str(config_file), *words]) == 1
     error = capsys.readouterr().err

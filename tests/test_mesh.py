@@ -34,16 +34,25 @@ WIDTH, ROWS, STEPS = 16, 8, 3
 def even(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Every size divides by eight, and every `in` by eight groups of 16 rows."""
     return helpers.write_tiny_llama(
-        tmp_path_factory.mktemp("even"), hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=8,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("even"),
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """SmolLM2's proportions: 9 heads, 3 key and value heads, 9 groups of 16 rows, and a vocabulary that is odd."""
     return helpers.write_tiny_llama(
-        tmp_path_factory.mktemp("odd"), hidden_size=144, intermediate_size=400, num_attention_heads=9, num_key_value_heads=3, vocab_size=261,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("odd"),
+        hidden_size=144,
+        intermediate_size=400,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=261,
+    )
 
 
 def settings(path: pathlib.Path, mesh: str, method: str) -> Any:
@@ -60,9 +69,15 @@ def settings(path: pathlib.Path, mesh: str, method: str) -> Any:
     else:
         keys |= {"method": method}
     return helpers.make_config(
-        model__path=str(path), model__dtype="float32", lora__rank=4, train__learning_rate=1e-2 if method == "qlora" else 1e-3,
-        train__lr_scheduler_type="constant", train__per_device_train_batch_size=ROWS // shards, train__weight_decay=0.1, **keys,
-    )  # fmt: skip
+        model__path=str(path),
+        model__dtype="float32",
+        lora__rank=4,
+        train__learning_rate=1e-2 if method == "qlora" else 1e-3,
+        train__lr_scheduler_type="constant",
+        train__per_device_train_batch_size=ROWS // shards,
+        train__weight_decay=0.1,
+        **keys,
+    )
 
 
 def prepared(path: pathlib.Path, mesh: str, method: str) -> tuple[Any, Any]:

@@ -55,12 +55,21 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Any:
             fsdp, tensor, sequence = MESHES[mesh]
             quantized = {"quantize__format": "nf4", "quantize__group_size": 16} if method == "qlora" else {}
             config = helpers.make_config(
-                model__path=str(folders[case]), model__dtype="float32", method="full" if method == "full" else "lora",
+                model__path=str(folders[case]),
+                model__dtype="float32",
+                method="full" if method == "full" else "lora",
                 model__remat="full" if case == "t5" else "none",
-                lora__rank=4, lora__init_lora_weights="gaussian", train__learning_rate=1e-2 if quantized else 1e-4,
-                train__lr_scheduler_type="constant", train__per_device_train_batch_size=ROWS // fsdp,
-                mesh__data=1, mesh__fsdp=fsdp, mesh__tensor=tensor, mesh__sequence=sequence, **quantized,
-            )  # fmt: skip
+                lora__rank=4,
+                lora__init_lora_weights="gaussian",
+                train__learning_rate=1e-2 if quantized else 1e-4,
+                train__lr_scheduler_type="constant",
+                train__per_device_train_batch_size=ROWS // fsdp,
+                mesh__data=1,
+                mesh__fsdp=fsdp,
+                mesh__tensor=tensor,
+                mesh__sequence=sequence,
+                **quantized,
+            )
             made[case, mesh, method] = helpers.prepare(config, STEPS, fsdp * tensor * sequence)
         return made[case, mesh, method]
 
@@ -78,10 +87,15 @@ def batches(case: str) -> list[dict[str, np.ndarray]]:
     return found
 
 
-@pytest.mark.parametrize(("case", "mesh", "method"), [
-    *((case, mesh, method) for case in ("phi3", "gpt2") for mesh in EIGHT for method in ("full", "qlora")),
-    ("t5", EIGHT[1], "full"), ("t5", EIGHT[1], "qlora"), ("t5", "all three", "qlora"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "mesh", "method"),
+    [
+        *((case, mesh, method) for case in ("phi3", "gpt2") for mesh in EIGHT for method in ("full", "qlora")),
+        ("t5", EIGHT[1], "full"),
+        ("t5", EIGHT[1], "qlora"),
+        ("t5", "all three", "qlora"),
+    ],
+)
 def test_losses_are_those_of_one_device_and_storage_is_shared(prepared, case, mesh, method):
     losses = {}
     for where in ("one device", mesh):
@@ -106,8 +120,11 @@ def whole_units(case: str, name: str, place: int, tensor: int) -> np.ndarray:
 
     Written from the file's q|k|v and gate|up alone: so many whole heads, or the same columns of gate and up.
     """
-    file = {"c_attn": "transformer.h.0.attn.c_attn", "qkv_proj": "model.layers.0.self_attn.qkv_proj",
-            "gate_up_proj": "model.layers.0.mlp.gate_up_proj"}[name]  # fmt: skip
+    file = {
+        "c_attn": "transformer.h.0.attn.c_attn",
+        "qkv_proj": "model.layers.0.self_attn.qkv_proj",
+        "gate_up_proj": "model.layers.0.mlp.gate_up_proj",
+    }[name]
     weight = tiny_models.weights(CONFIGS[case])[f"{file}.weight"]
     weight = weight if case == "gpt2" else weight.T
     if name == "gate_up_proj":
@@ -223,9 +240,14 @@ def test_what_is_trained_is_cut_between_units_too(tmp_path, method):
     """Two units of q, k and v on four places: neither the trained matrix nor an adapter's B is cut across one."""
     model_config = {**CONFIGS["phi3"], "hidden_size": 64, "num_key_value_heads": 2}
     config = helpers.make_config(
-        model__path=tiny_models.write(tmp_path / "model", model_config), model__dtype="float32", method=method,
-        lora__rank=3, mesh__data=1, mesh__fsdp=2, mesh__tensor=4,
-    )  # fmt: skip
+        model__path=tiny_models.write(tmp_path / "model", model_config),
+        model__dtype="float32",
+        method=method,
+        lora__rank=3,
+        mesh__data=1,
+        mesh__fsdp=2,
+        mesh__tensor=4,
+    )
     mesh, path = sharding.make_mesh(config.mesh), "model.layers.self_attn.qkv_proj"
     leaf = f"{path}.weight" if method == "full" else f"{path}.lora_B"
     for model in (prepare_model(config, mesh), abstract_model(config, model_config, mesh)):

@@ -22,10 +22,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def settings(tiny: pathlib.Path, **keys: Any) -> Any:
     defaults = {
-        "model__path": str(tiny), "model__dtype": "float32", "lora__rank": 4, "train__lr_scheduler_type": "constant",
+        "model__path": str(tiny),
+        "model__dtype": "float32",
+        "lora__rank": 4,
+        "train__lr_scheduler_type": "constant",
         "train__learning_rate": 1e-2,
         "lora__target_modules": ["q_proj", "down_proj"],
-    }  # fmt: skip
+    }
     return helpers.make_config(**{**defaults, **keys})
 
 
@@ -90,9 +93,7 @@ def test_state_on_the_host_is_cut_over_a_mesh_as_its_weights_are(tiny: pathlib.P
     keys = {"method": "full", "mesh__fsdp": 2, "mesh__tensor": 2}
     expected, _ = trained(tiny, 4, **keys)
     state, _ = trained(tiny, 4, train__optim_offload=True, **keys)
-    specs = [
-        [leaf.sharding.spec for leaf in jax.tree.leaves(one.opt_state)] for one in (state, expected)
-    ]  # fmt: skip
+    specs = [[leaf.sharding.spec for leaf in jax.tree.leaves(one.opt_state)] for one in (state, expected)]
     assert specs[0] == specs[1] and kinds(state.opt_state) == {"pinned_host"}
     assert_close((state.trainable, state.opt_state), (expected.trainable, expected.opt_state))
 

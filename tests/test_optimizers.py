@@ -130,10 +130,14 @@ def test_weight_decay_goes_by_name():
     for path in (f"{STACK}.a", f"{STACK}.b", "model.embed_tokens.weight", "lm_head.weight", f"{STACK}.lora_A.weight"):
         assert decays(path), path
     for path in (
-        f"{STACK}.bias", "model.norm.weight", "model.layers.input_layernorm.weight",
-        "model.layers.self_attn.q_norm.weight", "gpt_neox.final_layer_norm.weight",
-        "transformer.h.ln_1.weight", "transformer.ln_f.weight",
-    ):  # fmt: skip
+        f"{STACK}.bias",
+        "model.norm.weight",
+        "model.layers.input_layernorm.weight",
+        "model.layers.self_attn.q_norm.weight",
+        "gpt_neox.final_layer_norm.weight",
+        "transformer.h.ln_1.weight",
+        "transformer.ln_f.weight",
+    ):
         assert not decays(path), path
 
 
@@ -219,13 +223,16 @@ def test_codes_are_the_nearest(signed):
     np.testing.assert_array_equal(got[-len(entries) :], entries)
 
 
-@pytest.mark.parametrize(("shape", "is_stacked", "blocks"), [
-    ((3, 64, 512), True, (3, 64, 2)),  # rows divide: a block stays in its row
-    ((3, 4, 576), True, (3, 4, 3)),  # by 192
-    ((3, 576, 8), True, (3, 18)),  # thin: one layer's matrix, flattened
-    ((3, 100, 10), True, (3, 4)),  # and padded
-    ((100, 10), False, (1, 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "is_stacked", "blocks"),
+    [
+        ((3, 64, 512), True, (3, 64, 2)),  # rows divide: a block stays in its row
+        ((3, 4, 576), True, (3, 4, 3)),  # by 192
+        ((3, 576, 8), True, (3, 18)),  # thin: one layer's matrix, flattened
+        ((3, 100, 10), True, (3, 4)),  # and padded
+        ((100, 10), False, (1, 4)),
+    ],
+)
 def test_blocks_do_not_cross_layers(shape, is_stacked, blocks):
     x = jnp.asarray(moments_like("gaussian", shape))
     moment = adam8bit.quantize_blocks(x, True, is_stacked)

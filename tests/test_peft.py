@@ -212,9 +212,14 @@ def edit(directory, **changes):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("target_parameters", ["x"]), ("lora_bias", True), ("layer_replication", [[0, 1]]),
-     ("alora_invocation_tokens", [5]), ("use_qalora", True)],
-)  # fmt: skip
+    [
+        ("target_parameters", ["x"]),
+        ("lora_bias", True),
+        ("layer_replication", [[0, 1]]),
+        ("alora_invocation_tokens", [5]),
+        ("use_qalora", True),
+    ],
+)
 def test_a_setting_that_is_not_implemented_is_refused_by_name(written, key, value):
     directory, arch = written
     edit(directory, **{key: None})

@@ -35,22 +35,51 @@ GB = 1e9
 # As the Hugging Face hub shows them, or the models' own papers (of Gemma 3 4B without its vision tower and projector,
 # 416,866,032 and 2,950,272 of 4,300,079,472).
 PUBLISHED = {
-    "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672,
-    "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
-    "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "smollm2-135m": 134_515_008,
-    "mistral-7b": 7_241_732_096, "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920,
-    "qwen3-8b": 8_190_735_360, "gpt-neox-20b": 20_554_567_680, "pythia-6.9b": 6_857_302_016,
-    "pythia-1b": 1_011_781_632, "redpajama-3b": 2_775_864_320, "gpt-j-6b": 6_050_882_784, "gpt2": 124_439_808,
-    "gpt2-xl": 1_557_611_200, "opt-125m": 125_239_296, "opt-6.7b": 6_658_473_984, "gemma-7b": 8_537_680_896,
-    "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952,
-    "gemma-3-4b-text": 4_300_079_472 - 416_866_032 - 2_950_272, "phi-2": 2_779_683_840, "phi-3-mini": 3_821_079_552,
-    "phi-3-medium": 13_960_238_080, "t5-small": 60_506_624, "flan-t5-base": 247_577_856, "flan-t5-xl": 2_849_757_184,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "smollm2-135m": 134_515_008,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "gpt-neox-20b": 20_554_567_680,
+    "pythia-6.9b": 6_857_302_016,
+    "pythia-1b": 1_011_781_632,
+    "redpajama-3b": 2_775_864_320,
+    "gpt-j-6b": 6_050_882_784,
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "opt-125m": 125_239_296,
+    "opt-6.7b": 6_658_473_984,
+    "gemma-7b": 8_537_680_896,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b-text": 4_300_079_472 - 416_866_032 - 2_950_272,
+    "phi-2": 2_779_683_840,
+    "phi-3-mini": 3_821_079_552,
+    "phi-3-medium": 13_960_238_080,
+    "t5-small": 60_506_624,
+    "flan-t5-base": 247_577_856,
+    "flan-t5-xl": 2_849_757_184,
     "flan-t5-xxl": 11_135_332_352,
-}  # fmt: skip
+}
 QLORA = {
-    "method": "lora", "model": {"dtype": "bfloat16"}, "quantize": {"format": "nf4", "double_quant": True},
-    "lora": {"rank": 16}, "train": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},
-}  # fmt: skip
+    "method": "lora",
+    "model": {"dtype": "bfloat16"},
+    "quantize": {"format": "nf4", "double_quant": True},
+    "lora": {"rank": 16},
+    "train": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},
+}
 
 
 def settings(path, **changes):
@@ -82,9 +111,15 @@ def bytes_are_counted_here(monkeypatch):
 def test_the_catalogue_has_what_the_compilers_say():
     # libtpu 0.0.42's "exceeds available HBM (...)", and how many devices jax has on such a slice.
     for name, count, gib in [
-        ("v2-8", 8, 7.48), ("v3-8", 8, 15.48), ("v4-8", 4, 30.75), ("v5e-1", 1, 15.75), ("v5e-64", 64, 15.75),
-        ("v6e-8", 8, 31.25), ("v5p-8", 4, 95.74), ("v4-32", 16, 30.75),
-    ]:  # fmt: skip
+        ("v2-8", 8, 7.48),
+        ("v3-8", 8, 15.48),
+        ("v4-8", 4, 30.75),
+        ("v5e-1", 1, 15.75),
+        ("v5e-64", 64, 15.75),
+        ("v6e-8", 8, 31.25),
+        ("v5p-8", 4, 95.74),
+        ("v4-32", 16, 30.75),
+    ]:
         device = planning.find_device(name)
         assert (device.count, device.capacity) == (count, int(gib * 2**30)), name
     assert all(planning.find_device(name).name == name for name in planning.NAMES)
@@ -103,10 +138,18 @@ def test_a_gpu_has_what_the_launcher_lets_it_take(monkeypatch):
     assert {(one.name, one.count, one.topology["topology"]) for one in several} == {("h100 x2", 2, "1x1x2")}
 
 
-@pytest.mark.parametrize("text, said", [
-    ("v5e", "did you mean v5e"), ("rtx309", "did you mean rtx3090"), ("v5e-3", "choose v5e-1, v5e-4, v5e-8"),
-    ("v5e-1 x2", "TPUs come in slices"), ("h100 x0", "at least one"), ("", "unknown device"), ("rtx9999", "rtx9999"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("v5e", "did you mean v5e"),
+        ("rtx309", "did you mean rtx3090"),
+        ("v5e-3", "choose v5e-1, v5e-4, v5e-8"),
+        ("v5e-1 x2", "TPUs come in slices"),
+        ("h100 x0", "at least one"),
+        ("", "unknown device"),
+        ("rtx9999", "rtx9999"),
+    ],
+)
 def test_an_unknown_device_is_told_with_what_there_is(text, said):
     with pytest.raises(UserError, match=said) as error:
         planning.find_device(text)
@@ -204,9 +247,15 @@ def test_work_is_four_or_six_times_parameters_and_tokens():
 # The run
 
 
-@pytest.mark.parametrize("rows, batch, steps, kind", [
-    (200, 5, 40, "mini-batch"), (203, 5, 41, "mini-batch"), (200, 200, 1, "batch"), (200, 1, 200, "stochastic"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, batch, steps, kind",
+    [
+        (200, 5, 40, "mini-batch"),
+        (203, 5, 41, "mini-batch"),
+        (200, 200, 1, "batch"),
+        (200, 1, 200, "stochastic"),
+    ],
+)
 def test_steps_of_the_run(rows, batch, steps, kind):
     config = settings("smollm2-135m", train__per_device_train_batch_size=batch, train__num_train_epochs=1000)
     found = counted(config, rows=rows)["run"]
@@ -252,17 +301,23 @@ def test_a_mesh_shares_what_is_held():
     assert one["batch"] == eight["batch"]
 
 
-@pytest.mark.parametrize("given, said", [
-    (["--device", "v5e-8", "--config.mesh.fsdp=3"], "mesh.fsdp=3, .* does not make 8 devices"),
-    (["--device", "v5e-8", "--config.mesh.sequence=8", "--config.data.max_length=100"], "does not divide over mesh.sequence"),
-    (["--device", "v5e-9000"], "there is no such slice"),
-    (["--device", "v5e-1", "--config.model.path=absent-model"], "absent-model: there is no such file"),
-    (["--device", "v5e-1", "--config.model.path="], "model.path is empty"),
-    (["--device", "v5e-1", "--config", "absent.py"], "absent.py: there is no such config file"),
-    (["--device", "v5e-1", "--config.lora.target_modules=nothing_here"], "nothing_here"),
-    (["--device", "v5e-1", "--config.train.per_device_train_batch_size=0"], "must be positive"),
-    (["--device", "v5e-1", "--rows=0"], "there must be at least one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--device", "v5e-8", "--config.mesh.fsdp=3"], "mesh.fsdp=3, .* does not make 8 devices"),
+        (
+            ["--device", "v5e-8", "--config.mesh.sequence=8", "--config.data.max_length=100"],
+            "does not divide over mesh.sequence",
+        ),
+        (["--device", "v5e-9000"], "there is no such slice"),
+        (["--device", "v5e-1", "--config.model.path=absent-model"], "absent-model: there is no such file"),
+        (["--device", "v5e-1", "--config.model.path="], "model.path is empty"),
+        (["--device", "v5e-1", "--config", "absent.py"], "absent.py: there is no such config file"),
+        (["--device", "v5e-1", "--config.lora.target_modules=nothing_here"], "nothing_here"),
+        (["--device", "v5e-1", "--config.train.per_device_train_batch_size=0"], "must be positive"),
+        (["--device", "v5e-1", "--rows=0"], "there must be at least one"),
+    ],
+)
 def test_a_mistake_is_one_line(given, said, capfd):
     words = ["plan", "--no-compile", "--config.model.path=smollm2-135m", *given]
     assert main(words) == 1
@@ -421,11 +476,19 @@ def measured_by_rows(per_row, fixed):
         train = {"fits": True, "arguments": frozen, "peak": frozen + within, "host": 0}
         train["fits"] = train["peak"] <= 15.75 * 2**30
         return {
-            "compiler": "libtpu" if job["compile"] else "", "why": "", "held": held, "gradients": 0, "train": train,
-            "evaluate": train, "parameters": 1, "trainable": 1, "width": 2048, "encoder_width": 0,
+            "compiler": "libtpu" if job["compile"] else "",
+            "why": "",
+            "held": held,
+            "gradients": 0,
+            "train": train,
+            "evaluate": train,
+            "parameters": 1,
+            "trainable": 1,
+            "width": 2048,
+            "encoder_width": 0,
             "rows": rows * config["train"]["gradient_accumulation_steps"],
             "mesh": {"data": 1, "fsdp": job["count"], "tensor": 1, "sequence": 1},
-        }  # fmt: skip
+        }
 
     return run
 
@@ -498,9 +561,12 @@ def train_words(tmp_path):
     model = write_tiny_llama(tmp_path / "tiny")
     rows = write_rows(tmp_path / "rows.jsonl")
     return [
-        "train", "--config", str(_config_file(tmp_path, model, rows)), f"--config.output_dir={tmp_path / 'out'}",
+        "train",
+        "--config",
+        str(_config_file(tmp_path, model, rows)),
+        f"--config.output_dir={tmp_path / 'out'}",
         "--config.train.max_steps=1",
-    ]  # fmt: skip
+    ]
 
 
 def _config_file(directory, model, rows):

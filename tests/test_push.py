@@ -62,10 +62,17 @@ def run(home):
     """A finished QLoRA run, its adapter random."""
     base, out = home / "models" / "tiny-base", home / "runs" / "chatty"
     config = make_config(
-        output_dir=str(out), model__path=str(base), model__dtype="float32", data__train=str(home / "chats.jsonl"),
-        data__chat_template=str(home / "my.jinja"), quantize__format="nf4", lora__rank=2, train__learning_rate=1e-2,
-        data__cache_dir=str(home / "cache"), data__response_markers=f"{home}/x,### Answer:",
-    )  # fmt: skip
+        output_dir=str(out),
+        model__path=str(base),
+        model__dtype="float32",
+        data__train=str(home / "chats.jsonl"),
+        data__chat_template=str(home / "my.jinja"),
+        quantize__format="nf4",
+        lora__rank=2,
+        train__learning_rate=1e-2,
+        data__cache_dir=str(home / "cache"),
+        data__response_markers=f"{home}/x,### Answer:",
+    )
     train = {"step": 8, "epoch": 2.0, "loss": 1.5, "learning_rate": 0.0, "num_tokens": 1234}
     write_run(out, config, [evaluation(4, 2.0), train, evaluation(8, 1.75)])
     source = open_source(str(base))
@@ -197,10 +204,15 @@ def test_the_card_of_an_adapter(capsys, run, hub, tmp_path):
     push(capsys, run, "--repo", "me/chatty", "--license", "apache-2.0", "--base-model", "acme/tiny")
     found = card_of(hub, tmp_path)
     data = found.data.to_dict()
-    assert {key: data[key] for key in ("base_model", "base_model_relation", "library_name", "license", "pipeline_tag")} == {
-        "base_model": "acme/tiny", "base_model_relation": "adapter", "library_name": "peft", "license": "apache-2.0",
+    assert {
+        key: data[key] for key in ("base_model", "base_model_relation", "library_name", "license", "pipeline_tag")
+    } == {
+        "base_model": "acme/tiny",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "apache-2.0",
         "pipeline_tag": "text-generation",
-    }  # fmt: skip
+    }
     assert data["tags"] == ["tpu_tune", "jax", "lora", "qlora"] and "datasets" not in data
     results = {result.metric_type: result.metric_value for result in found.data.eval_results}
     assert results == {"loss": 1.75, "perplexity": pytest.approx(np.exp(1.75), rel=1e-5), "accuracy": 0.25}
@@ -208,9 +220,13 @@ def test_the_card_of_an_adapter(capsys, run, hub, tmp_path):
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "acme/tiny"
     for words in (
         "QLoRA of rank 2, alpha 16, over weights stored as nf4 (groups of 64, double quantized)",
-        "](curves.png)", "5% of the rows, held out", "8 steps, 2.00 epochs, 1,234 tokens seen, last training loss 1.5000",
-        "train.learning_rate=0.01\n", "| 4 | 1.00 | 2.0000 | 7.39 | 25.0% |", "| **8** | **2.00** | **1.7500** |",
-    ):  # fmt: skip
+        "](curves.png)",
+        "5% of the rows, held out",
+        "8 steps, 2.00 epochs, 1,234 tokens seen, last training loss 1.5000",
+        "train.learning_rate=0.01\n",
+        "| 4 | 1.00 | 2.0000 | 7.39 | 25.0% |",
+        "| **8** | **2.00** | **1.7500** |",
+    ):
         assert words in found.text, words
     settings = found.text[found.text.index("defaults:") :]
     assert "train.weight_decay" not in settings and "lora.alpha" not in settings  # at their defaults
@@ -342,9 +358,13 @@ def test_hub_ids_and_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "started")
     assert names.hub_id("models/tiny") == ""
     for path, name in (
-        ("/data/u/chats.jsonl", "chats.jsonl"), ("C:\\Users\\u\\m.gguf", "m.gguf"), ("gs://bucket/run/c.jsonl", "c.jsonl"),
-        ("models/tiny/", "tiny"), (".", "started"), ("~/m", "m"),
-    ):  # fmt: skip
+        ("/data/u/chats.jsonl", "chats.jsonl"),
+        ("C:\\Users\\u\\m.gguf", "m.gguf"),
+        ("gs://bucket/run/c.jsonl", "c.jsonl"),
+        ("models/tiny/", "tiny"),
+        (".", "started"),
+        ("~/m", "m"),
+    ):
         assert names.base_name(path) == name and names.hub_id(path) == ""
     for text in ("[/INST]", "</s>", "### Answer:", "{{ messages[0] }}/x", 3):
         assert names.scrubbed(text, ["/home/u"]) == text
@@ -386,13 +406,28 @@ def answered(status, message):
     )
 
 
-@pytest.mark.parametrize(("call", "failure", "says"), [
-    ("create_repo", lambda: answered(401, "Invalid username or password."), "does not accept the token (401)"),
-    ("create_repo", lambda: answered(403, "You don't have the rights"), "may not write to me/chatty (403: You don't have"),
-    ("create_commit", lambda: answered(500, f"oops {TOKEN}"), "the repository is as it was: the hub answered 500: oops ***"),
-    ("create_commit", lambda: ConnectionError(f"no route, Bearer {TOKEN}\nsecond line"), "ConnectionError: no route, Bearer ***"),
-    ("create_commit", lambda: huggingface_hub.errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "failure", "says"),
+    [
+        ("create_repo", lambda: answered(401, "Invalid username or password."), "does not accept the token (401)"),
+        (
+            "create_repo",
+            lambda: answered(403, "You don't have the rights"),
+            "may not write to me/chatty (403: You don't have",
+        ),
+        (
+            "create_commit",
+            lambda: answered(500, f"oops {TOKEN}"),
+            "the repository is as it was: the hub answered 500: oops ***",
+        ),
+        (
+            "create_commit",
+            lambda: ConnectionError(f"no route, Bearer {TOKEN}\nsecond line"),
+            "ConnectionError: no route, Bearer ***",
+        ),
+        ("create_commit", lambda: huggingface_hub.errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
+    ],
+)
 def test_what_the_hub_refuses_is_one_line_without_the_token(capsys, run, hub, call, failure, says):
     hub.failure[call] = failure()
     before = snapshot(run.parent)
@@ -417,13 +452,17 @@ def test_a_public_repository_gets_nothing_that_should_be_private(capsys, run, hu
     assert hub.files
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["--repo", "a/b/c"], "it must be NAMESPACE/NAME"), (["--repo", "me/a--b"], "it must be NAMESPACE/NAME"),
-    (["--repo", "me/x", "--license", "Apache 2"], "--license is 'Apache 2'"),
-    (["--repo", "me/x", "--base-model", "/home/me/base"], "it must be a hub id"),
-    (["--repo", "me/x", "--gguf-type", "f16"], "--gguf-type belongs to --gguf"),
-    (["--repo", "me/x", "--dtype", "float16"], "belong to --merge or --gguf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--repo", "a/b/c"], "it must be NAMESPACE/NAME"),
+        (["--repo", "me/a--b"], "it must be NAMESPACE/NAME"),
+        (["--repo", "me/x", "--license", "Apache 2"], "--license is 'Apache 2'"),
+        (["--repo", "me/x", "--base-model", "/home/me/base"], "it must be a hub id"),
+        (["--repo", "me/x", "--gguf-type", "f16"], "--gguf-type belongs to --gguf"),
+        (["--repo", "me/x", "--dtype", "float16"], "belong to --merge or --gguf"),
+    ],
+)
 def test_what_cannot_be_asked_for(capsys, run, hub, words, says):
     text = push(capsys, run, *words, status=1)
     assert says in text and text.count("\n") == 1 and hub.calls == []

@@ -44,9 +44,16 @@ def test_the_pallas_kernel_is_the_product_with_the_dequantized_layer(format, gro
     weight = np.asarray(leaf.dequantize(), np.float64)
     for layer in range(LAYERS):
         found = kernel.quantized_matmul(
-            x, leaf.codes, leaf.scales, leaf.scale_max, jnp.int32(layer), FORMATS[format].decode, group_size,
-            transposed, interpret=True,
-        )  # fmt: skip
+            x,
+            leaf.codes,
+            leaf.scales,
+            leaf.scale_max,
+            jnp.int32(layer),
+            FORMATS[format].decode,
+            group_size,
+            transposed,
+            interpret=True,
+        )
         close(found, np.asarray(x, np.float64) @ (weight[layer].T if transposed else weight[layer]))
 
 
@@ -57,9 +64,17 @@ def test_the_pallas_kernel_runs_on_each_devices_tokens(transposed):
 
     def product(how: Product) -> jax.Array:
         return kernel.quantized_matmul(
-            x, leaf.codes, leaf.scales, leaf.scale_max, jnp.int32(1), FORMATS["nf4"].decode, 64, transposed, how,
+            x,
+            leaf.codes,
+            leaf.scales,
+            leaf.scale_max,
+            jnp.int32(1),
+            FORMATS["nf4"].decode,
+            64,
+            transposed,
+            how,
             interpret=True,
-        )  # fmt: skip
+        )
 
     np.testing.assert_allclose(product(Product("pallas", True, mesh)), product(Product("pallas")), rtol=1e-6, atol=1e-5)
 
@@ -119,10 +134,14 @@ def test_training_in_pieces_equals_training_whole(tmp_path, monkeypatch):
     for name in ("xla", "pieces"):
         config = helpers.make_config(
             **{
-                "model.path": str(base), "method": "lora", "quantize.format": "nf4", "model.quantized_matmul": name,
-                "train.per_device_train_batch_size": 2, "train.learning_rate": 1e-2,
+                "model.path": str(base),
+                "method": "lora",
+                "quantize.format": "nf4",
+                "model.quantized_matmul": name,
+                "train.per_device_train_batch_size": 2,
+                "train.learning_rate": 1e-2,
             }
-        )  # fmt: skip
+        )
         model, steps = helpers.prepare(config, 2)
         losses[name] = [row["loss"] for row in helpers.run_steps(model, steps, batches * 2)[1]]
     assert losses["xla"][0] != losses["xla"][1]

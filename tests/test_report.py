@@ -43,12 +43,22 @@ def directory(tmp_path_factory):
     rows = []
     for step in range(1, 101):
         loss = 2 + 2 * np.exp(-step / 8) + 0.05 * random.standard_normal()
-        rows.append({
-            "step": step, "epoch": step / 50, "loss": loss, "learning_rate": 1e-4, "grad_norm": 1.0,
-            "token_accuracy": 0.5, "num_tokens": 100 * step, "tokens_per_second": 50.0 if step > 1 else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "step": step,
+                "epoch": step / 50,
+                "loss": loss,
+                "learning_rate": 1e-4,
+                "grad_norm": 1.0,
+                "token_accuracy": 0.5,
+                "num_tokens": 100 * step,
+                "tokens_per_second": 50.0 if step > 1 else None,
+            }
+        )
         if step % 20 == 0:
-            rows.append({"step": step, "eval_loss": 2.1 + 0.01 * np.exp(-step), "eval_token_accuracy": 0.4, "eval_runtime": 1.5})  # fmt: skip
+            rows.append(
+                {"step": step, "eval_loss": 2.1 + 0.01 * np.exp(-step), "eval_token_accuracy": 0.4, "eval_runtime": 1.5}
+            )
     (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = configuration.default()
     config.lora.rank, config.model.path, config.data.columns = 17, EVIL, {"q": "input"}
@@ -80,10 +90,24 @@ def dumped(chromium, text, tmp_path, *flags):
 
 def test_it_holds_all_that_was_promised(report):
     for text in (
-        "well-fit", "generalization gap", "What to try", "lora.rank", "<td>17</td>", "1,234", "tokens with a loss", "777",
-        "empty: 3", "before it", "after it", "5.32 GB", "1 x v5e", "perplexity", "token accuracy", "gradient norm",
+        "well-fit",
+        "generalization gap",
+        "What to try",
+        "lora.rank",
+        "<td>17</td>",
+        "1,234",
+        "tokens with a loss",
+        "777",
+        "empty: 3",
+        "before it",
+        "after it",
+        "5.32 GB",
+        "1 x v5e",
+        "perplexity",
+        "token accuracy",
+        "gradient norm",
         "tokens a second, median",
-    ):  # fmt: skip
+    ):
         assert text in report, text
     assert report.count('<svg class="chart"') == 6
     assert "learning_rate" not in report.split("Configuration, where")[1]  # it is the default's
@@ -165,8 +189,10 @@ def test_hovering_shows_the_values_in_a_browser(chromium, report, directory, tmp
 
     assert said["before"] and said["after"] and said["shown"] and said["cross"] == 1
     assert said["values"] == [
-        "loss at step 40", f"train: {words(losses[39])}, smoothed {words(smoothed[39])}", "eval: 2.1",
-    ]  # fmt: skip
+        "loss at step 40",
+        f"train: {words(losses[39])}, smoothed {words(smoothed[39])}",
+        "eval: 2.1",
+    ]
     assert said["next"] == "loss at step 41"
     assert (said["raw"], said["smooth"], said["both"]) == ([True, False], [False, True], [True, True])
     assert said["title"] == "a <b> & run"  # no text of the run has become a script

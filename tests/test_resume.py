@@ -33,13 +33,29 @@ def settings(tiny: pathlib.Path, folder: pathlib.Path, **keys: Any) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     data = helpers.write_rows(tiny / "rows.jsonl", 42)
     defaults = {
-        "output_dir": str(folder / "out"), "model__path": str(tiny), "model__dtype": "float32", "lora__rank": 4,
-        "lora__dropout": 0.1, "data__train": str(data), "data__cache_dir": str(tiny / "cache"), "data__num_workers": 1,
-        "data__packing": False, "data__max_length": 96, "data__eval_ratio": 0.05, "train__num_train_epochs": 2.0,
-        "train__per_device_train_batch_size": 4, "train__per_device_eval_batch_size": 2, "train__learning_rate": 1e-2,
-        "train__lr_scheduler_type": "cosine", "train__warmup_steps": 2, "train__logging_steps": 2,
-        "train__eval_steps": 3, "train__save_steps": 3, "train__save_total_limit": 2, "mesh__fsdp": 1,
-    }  # fmt: skip
+        "output_dir": str(folder / "out"),
+        "model__path": str(tiny),
+        "model__dtype": "float32",
+        "lora__rank": 4,
+        "lora__dropout": 0.1,
+        "data__train": str(data),
+        "data__cache_dir": str(tiny / "cache"),
+        "data__num_workers": 1,
+        "data__packing": False,
+        "data__max_length": 96,
+        "data__eval_ratio": 0.05,
+        "train__num_train_epochs": 2.0,
+        "train__per_device_train_batch_size": 4,
+        "train__per_device_eval_batch_size": 2,
+        "train__learning_rate": 1e-2,
+        "train__lr_scheduler_type": "cosine",
+        "train__warmup_steps": 2,
+        "train__logging_steps": 2,
+        "train__eval_steps": 3,
+        "train__save_steps": 3,
+        "train__save_total_limit": 2,
+        "mesh__fsdp": 1,
+    }
     return helpers.make_config(**{**defaults, **keys})
 
 

@@ -25,10 +25,18 @@ def test_first_start_writes_the_config_and_the_second_resumes(tmp_path):
     assert run_directory.open_run(make(tmp_path)).resuming
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("train.logging_steps", 3), ("train.save_total_limit", 9), ("train.eval_steps", 7), ("mesh.fsdp", 4),
-    ("train.report_to", ["wandb"]), ("data.num_workers", 2), ("train.per_device_eval_batch_size", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.logging_steps", 3),
+        ("train.save_total_limit", 9),
+        ("train.eval_steps", 7),
+        ("mesh.fsdp", 4),
+        ("train.report_to", ["wandb"]),
+        ("data.num_workers", 2),
+        ("train.per_device_eval_batch_size", 1),
+    ],
+)
 def test_reporting_saving_and_mesh_may_change(tmp_path, key, value):
     run_directory.open_run(make(tmp_path))
     start = run_directory.open_run(make(tmp_path, **{key: value}))

@@ -75,10 +75,12 @@ def test_peft_targets_the_same_modules(family, rule, torch_models):
             our_names(family, rule)
         return
     theirs = {
-        name.removeprefix("base_model.model.").replace("lm_head", "embed_out") if family == "gpt_neox"
+        name.removeprefix("base_model.model.").replace("lm_head", "embed_out")
+        if family == "gpt_neox"
         else name.removeprefix("base_model.model.")
-        for name, module in adapted.named_modules() if isinstance(module, LoraLayer)
-    }  # fmt: skip
+        for name, module in adapted.named_modules()
+        if isinstance(module, LoraLayer)
+    }
     assert our_names(family, rule) == theirs
 
 

@@ -29,9 +29,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def settings(tiny: pathlib.Path, **keys: Any) -> Any:
     defaults = {
-        "model__path": str(tiny), "model__dtype": "float32", "lora__rank": 4, "train__lr_scheduler_type": "constant",
-        "train__learning_rate": 1e-2, "train__max_grad_norm": 1.0,
-    }  # fmt: skip
+        "model__path": str(tiny),
+        "model__dtype": "float32",
+        "lora__rank": 4,
+        "train__lr_scheduler_type": "constant",
+        "train__learning_rate": 1e-2,
+        "train__max_grad_norm": 1.0,
+    }
     return helpers.make_config(**{**defaults, **keys})
 
 
@@ -125,10 +129,18 @@ def test_too_many_failures_end_the_run_with_a_clear_message(tiny: pathlib.Path, 
 def loop_settings(model: pathlib.Path, folder: pathlib.Path, **keys: Any) -> Any:
     data = helpers.write_rows(folder / "rows.jsonl", 40)
     return settings(
-        model, output_dir=str(folder / "out"), data__train=str(data), data__cache_dir=str(folder / "cache"),
-        data__max_length=64, data__num_workers=1, data__eval_ratio=0.0, train__per_device_train_batch_size=1,
-        train__logging_steps=1, train__save_strategy="no", **keys,
-    )  # fmt: skip
+        model,
+        output_dir=str(folder / "out"),
+        data__train=str(data),
+        data__cache_dir=str(folder / "cache"),
+        data__max_length=64,
+        data__num_workers=1,
+        data__eval_ratio=0.0,
+        train__per_device_train_batch_size=1,
+        train__logging_steps=1,
+        train__save_strategy="no",
+        **keys,
+    )
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

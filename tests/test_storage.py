@@ -45,7 +45,9 @@ def place(request: pytest.FixtureRequest, memory: Any, tmp_path: pathlib.Path) -
 
 
 def test_what_is_remote():
-    assert [storage.is_remote(path) for path in ("gs://b/x", "memory://b", "C:\\x", "/a/b", "org/model", "hub:org/x:train")] == [True, True, False, False, False, False]  # fmt: skip
+    assert [
+        storage.is_remote(path) for path in ("gs://b/x", "memory://b", "C:\\x", "/a/b", "org/model", "hub:org/x:train")
+    ] == [True, True, False, False, False, False]
     assert storage.absolute("gs://b/x/") == "gs://b/x" and storage.absolute("x") == os.path.abspath("x")
 
 
@@ -204,10 +206,17 @@ def google() -> Iterator[tuple[fake_gcs.Store, dict[str, str]]]:
     pytest.importorskip("gcsfs")
     server, store = fake_gcs.serve()
     address = f"http://localhost:{server.server_address[1]}"
-    yield store, {
-        "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-        "FSSPEC_GS_TOKEN": "anon", "FSSPEC_GCS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    }  # fmt: skip
+    yield (
+        store,
+        {
+            "STORAGE_EMULATOR_HOST": address,
+            "TENSORSTORE_GCS_HTTP_URL": address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+            "FSSPEC_GS_TOKEN": "anon",
+            "FSSPEC_GCS_TOKEN": "anon",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        },
+    )
     server.shutdown()
 
 
@@ -218,10 +227,20 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_same_bytes(google, tmp_p
     rows = helpers.write_rows(tmp_path / "rows.jsonl", 42)
     store.put("data/rows.jsonl", rows.read_bytes())
     keys = {
-        "model__path": str(tiny), "model__dtype": "float32", "lora__rank": 4, "data__num_workers": 1, "data__packing": False,
-        "data__max_length": 96, "train__max_steps": 8, "train__per_device_train_batch_size": 4, "train__learning_rate": 1e-2,
-        "train__logging_steps": 1, "train__save_steps": 2, "train__save_total_limit": 2, "data__eval_ratio": 0.0,
-    }  # fmt: skip
+        "model__path": str(tiny),
+        "model__dtype": "float32",
+        "lora__rank": 4,
+        "data__num_workers": 1,
+        "data__packing": False,
+        "data__max_length": 96,
+        "train__max_steps": 8,
+        "train__per_device_train_batch_size": 4,
+        "train__learning_rate": 1e-2,
+        "train__logging_steps": 1,
+        "train__save_steps": 2,
+        "train__save_total_limit": 2,
+        "data__eval_ratio": 0.0,
+    }
     local = helpers.make_config(
         **keys, output_dir=str(tmp_path / "out"), data__train=str(rows), data__cache_dir=str(tmp_path / "c")
     )
@@ -272,9 +291,11 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_same_bytes(google, tmp_p
 def test_a_bucket_that_is_not_there_is_one_line(google, tmp_path):
     store, environment = google
     config = helpers.make_config(
-        output_dir="gs://absent/run", model__path=str(helpers.write_tiny_llama(tmp_path / "model")),
-        data__train=str(helpers.write_rows(tmp_path / "rows.jsonl")), mesh__fsdp=1,
-    )  # fmt: skip
+        output_dir="gs://absent/run",
+        model__path=str(helpers.write_tiny_llama(tmp_path / "model")),
+        data__train=str(helpers.write_rows(tmp_path / "rows.jsonl")),
+        mesh__fsdp=1,
+    )
     words, env = helpers.command(config, tmp_path)
     done = subprocess.run(words, env=env | environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -75,11 +75,22 @@ def test_losses_follow_torch(tmp_path: pathlib.Path, method: str, case: str, rat
     path = write_model(tmp_path / "model", case)
     rows = write_rows(tmp_path / "rows.jsonl", 20, seed=0)  # 20 rows, 6 a step: the last window lacks four
     config = helpers.make_config(
-        model__path=str(path), method=method, model__dtype="float32", lora__rank=4, lora__alpha=8.0,
-        data__train=str(tmp_path / "rows.jsonl"), data__eval_ratio=0.0, data__cache_dir=str(tmp_path / "cache"),
-        train__learning_rate=rate, train__lr_scheduler_type="cosine", train__warmup_steps=WARMUP, train__weight_decay=0.1,
-        train__gradient_accumulation_steps=ACCUMULATION, train__per_device_train_batch_size=ROWS, mesh__fsdp=1,
-    )  # fmt: skip
+        model__path=str(path),
+        method=method,
+        model__dtype="float32",
+        lora__rank=4,
+        lora__alpha=8.0,
+        data__train=str(tmp_path / "rows.jsonl"),
+        data__eval_ratio=0.0,
+        data__cache_dir=str(tmp_path / "cache"),
+        train__learning_rate=rate,
+        train__lr_scheduler_type="cosine",
+        train__warmup_steps=WARMUP,
+        train__weight_decay=0.1,
+        train__gradient_accumulation_steps=ACCUMULATION,
+        train__per_device_train_batch_size=ROWS,
+        mesh__fsdp=1,
+    )
     tokenizer, initial = AutoTokenizer.from_pretrained(path), None
     model, steps = helpers.prepare(config, STEPS)
     if method == "lora":
@@ -104,10 +115,12 @@ def test_losses_follow_torch(tmp_path: pathlib.Path, method: str, case: str, rat
     network.train()
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
     groups = [
-        {"params": [w for name, w in trained.items() if bool(re.search("norm|bias", name)) == plain],
-         "weight_decay": 0.0 if plain else 0.1}
+        {
+            "params": [w for name, w in trained.items() if bool(re.search("norm|bias", name)) == plain],
+            "weight_decay": 0.0 if plain else 0.1,
+        }
         for plain in (False, True)
-    ]  # fmt: skip
+    ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
     for step in range(STEPS):
@@ -137,14 +150,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_rows(folder / "rows.jsonl", 64, seed=1)
     held_out = write_rows(folder / "held_out.jsonl", 11, seed=2)
     words = [
-        "--config.quantize.format=nf4", "--config.quantize.group_size=16", "--config.lora.target_modules=all-linear",
-        "--config.model.dtype=float32", "--config.lora.dropout=0.0", "--config.train.learning_rate=2e-2",
-        "--config.train.per_device_train_batch_size=1", "--config.train.per_device_eval_batch_size=1",
-        "--config.train.logging_steps=1", "--config.train.eval_steps=5", "--config.data.num_workers=1",
-        f"--config.model.path={path}", f"--config.data.train={folder / 'rows.jsonl'}",
-        f"--config.data.eval={folder / 'held_out.jsonl'}", f"--config.data.cache_dir={folder / 'cache'}",
+        "--config.quantize.format=nf4",
+        "--config.quantize.group_size=16",
+        "--config.lora.target_modules=all-linear",
+        "--config.model.dtype=float32",
+        "--config.lora.dropout=0.0",
+        "--config.train.learning_rate=2e-2",
+        "--config.train.per_device_train_batch_size=1",
+        "--config.train.per_device_eval_batch_size=1",
+        "--config.train.logging_steps=1",
+        "--config.train.eval_steps=5",
+        "--config.data.num_workers=1",
+        f"--config.model.path={path}",
+        f"--config.data.train={folder / 'rows.jsonl'}",
+        f"--config.data.eval={folder / 'held_out.jsonl'}",
+        f"--config.data.cache_dir={folder / 'cache'}",
         f"--config.output_dir={folder / 'out'}",
-    ]  # fmt: skip
+    ]
     config = configuration.from_file(ROOT / "configs" / "t5.py")
     devices = len(jax.devices())
     first = helpers.train_process(config, folder, devices, *words, "--config.train.max_steps=4")
@@ -233,8 +255,19 @@ def test_the_adapter_is_a_seq2seq_one_to_peft_and_answers_alike(finished, capsys
     assert tiny_models.difference(ours, tiny_models.torch_logits(model, IDS, (ENCODER, np.ones_like(ENCODER)))) < 1e-4
     prompts = ["a tiny model", "words", "what they are and then some"]
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
-    text = said(capsys, "generate", "--model", finished["model"], "--adapter", adapter, *words,
-                "--greedy", "--max-new-tokens", "12", "--json")  # fmt: skip
+    text = said(
+        capsys,
+        "generate",
+        "--model",
+        finished["model"],
+        "--adapter",
+        adapter,
+        *words,
+        "--greedy",
+        "--max-new-tokens",
+        "12",
+        "--json",
+    )
     tokenizer = AutoTokenizer.from_pretrained(finished["model"])
     for prompt, line in zip(prompts, text.splitlines(), strict=True):
         with torch.no_grad():
@@ -294,10 +327,20 @@ def test_inspect_tells_encoder_decoder_and_cross_attention_apart(run, capsys):
 
 def test_the_count_in_the_config_file_is_right():
     """flan-t5-base's config.json, as far as it decides sizes."""
-    arch = architecture({
-        "model_type": "t5", "d_model": 768, "d_ff": 2048, "d_kv": 64, "num_layers": 12, "num_decoder_layers": 12,
-        "num_heads": 12, "vocab_size": 32128, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
-    })  # fmt: skip
+    arch = architecture(
+        {
+            "model_type": "t5",
+            "d_model": 768,
+            "d_ff": 2048,
+            "d_kv": 64,
+            "num_layers": 12,
+            "num_decoder_layers": 12,
+            "num_heads": 12,
+            "vocab_size": 32128,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        }
+    )
     spec = LoraSpec.from_config(configuration.from_file(ROOT / "configs" / "t5.py").lora)
     trained = sum(target.num_parameters for target in find_targets(arch.modules(), spec).adapted)
     total = sum(int(np.prod(shape)) for shape in arch.leaf_shapes().values())

@@ -23,10 +23,18 @@ def models(tmp_path_factory):
 
 def problem(models, name, mesh=None, **changes):
     keys = {
-        "model.path": models(name), "model.dtype": "float32", "model.add_special_tokens": TOKENS, "lora.rank": 2,
-        "model.train_added_tokens": True, "lora.target_modules": ["v_proj"], "train.max_grad_norm": 0.0,
-        "train.optim": "sgd", "train.learning_rate": 1.0, "train.lr_scheduler_type": "constant", **changes,
-    }  # fmt: skip
+        "model.path": models(name),
+        "model.dtype": "float32",
+        "model.add_special_tokens": TOKENS,
+        "lora.rank": 2,
+        "model.train_added_tokens": True,
+        "lora.target_modules": ["v_proj"],
+        "train.max_grad_norm": 0.0,
+        "train.optim": "sgd",
+        "train.learning_rate": 1.0,
+        "train.lr_scheduler_type": "constant",
+        **changes,
+    }
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, **(mesh or {})}
     keys |= {f"mesh.{axis}": size for axis, size in sizes.items()}
     return helpers.prepare(nested(keys), 10, int(np.prod(list(sizes.values()))))
@@ -61,8 +69,11 @@ def test_the_rows_gradients_are_peft_s(models, name, tmp_path):
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
     loss.backward()
     assert abs(rows[0]["loss"] - loss.item()) < 1e-5
-    found = {path.split(".token_adapter")[0].split("model.")[-1]: leaf.grad for path, leaf in theirs.named_parameters()
-             if "trainable_tokens_delta" in path}  # fmt: skip
+    found = {
+        path.split(".token_adapter")[0].split("model.")[-1]: leaf.grad
+        for path, leaf in theirs.named_parameters()
+        if "trainable_tokens_delta" in path
+    }
     for path, leaf in before.items():
         moved = leaf - np.asarray(state.trainable[path])
         gradient = found[path.split(".trainable_tokens")[0].split("model.")[-1]].numpy()

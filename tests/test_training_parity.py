@@ -78,11 +78,20 @@ def windows(vocabulary: int) -> Iterator[list[list[list[np.ndarray]]]]:
 
 def settings(path: pathlib.Path, method: str, rate: float) -> Any:
     return helpers.make_config(
-        model__path=str(path), method=method, model__dtype="float32", lora__rank=4, lora__alpha=8.0,
-        train__learning_rate=rate, train__lr_scheduler_type="cosine", train__warmup_steps=WARMUP,
-        train__weight_decay=0.1, train__max_grad_norm=1.0, train__gradient_accumulation_steps=ACCUMULATION,
-        train__per_device_train_batch_size=ROWS, train__loss_chunk_size=22,
-    )  # fmt: skip
+        model__path=str(path),
+        method=method,
+        model__dtype="float32",
+        lora__rank=4,
+        lora__alpha=8.0,
+        train__learning_rate=rate,
+        train__lr_scheduler_type="cosine",
+        train__warmup_steps=WARMUP,
+        train__weight_decay=0.1,
+        train__max_grad_norm=1.0,
+        train__gradient_accumulation_steps=ACCUMULATION,
+        train__per_device_train_batch_size=ROWS,
+        train__loss_chunk_size=22,
+    )
 
 
 def our_losses(path: pathlib.Path, method: str, rate: float, vocabulary: int) -> tuple[list[float], Any, Any]:
@@ -92,9 +101,13 @@ def our_losses(path: pathlib.Path, method: str, rate: float, vocabulary: int) ->
         model, _ = helpers.prepare(config, STEPS)
         random = np.random.RandomState(3)
         initial = {
-            name: (random.uniform(-1, 1, leaf.shape) / np.sqrt(leaf.shape[-2]) if name.endswith("lora_A") else np.zeros(leaf.shape)).astype(np.float32)
+            name: (
+                random.uniform(-1, 1, leaf.shape) / np.sqrt(leaf.shape[-2])
+                if name.endswith("lora_A")
+                else np.zeros(leaf.shape)
+            ).astype(np.float32)
             for name, leaf in sorted(model.trainable.items())
-        }  # fmt: skip
+        }
     model, steps = helpers.prepare(config, STEPS, initial=initial)
     batches = (
         helpers.window(helpers.rows_of([row for part in parts for row in part], width=22), ACCUMULATION)

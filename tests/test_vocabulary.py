@@ -195,12 +195,24 @@ def run_of(models, tmp_path_factory):
     def words(name):
         model, tokens, changes = RUNS[name]
         keys = {
-            "output_dir": str(root / name), "model.path": models(model), "model.dtype": "float32", "lora.rank": 4,
-            "model.add_special_tokens": tokens, "model.train_added_tokens": True, "lora.target_modules": ["q_proj"],
-            "data.train": str(root / "rows.jsonl"), "data.cache_dir": str(root), "data.max_length": 64,
-            "data.num_workers": 1, "train.per_device_train_batch_size": 1, "train.max_steps": 3,
-            "train.learning_rate": 1e-2, "train.eval_strategy": "no", "data.eval_ratio": 0.0, **changes,
-        }  # fmt: skip
+            "output_dir": str(root / name),
+            "model.path": models(model),
+            "model.dtype": "float32",
+            "lora.rank": 4,
+            "model.add_special_tokens": tokens,
+            "model.train_added_tokens": True,
+            "lora.target_modules": ["q_proj"],
+            "data.train": str(root / "rows.jsonl"),
+            "data.cache_dir": str(root),
+            "data.max_length": 64,
+            "data.num_workers": 1,
+            "train.per_device_train_batch_size": 1,
+            "train.max_steps": 3,
+            "train.learning_rate": 1e-2,
+            "train.eval_strategy": "no",
+            "data.eval_ratio": 0.0,
+            **changes,
+        }
         return keys
 
     def run(name):
@@ -363,9 +375,10 @@ def test_wrong_keys_are_named(keys, message):
 def test_keys_from_the_command_line():
     config = tpu_tune.config.default()
     for key, text in {
-        "model.add_special_tokens": "<|a|>,<|b|>", "model.train_added_tokens": "true",
+        "model.add_special_tokens": "<|a|>,<|b|>",
+        "model.train_added_tokens": "true",
         "lora.trainable_token_indices": "5,6",
-    }.items():  # fmt: skip
+    }.items():
         tpu_tune.config.assign(config, key, text)
     assert list(config.model.add_special_tokens) == ["<|a|>", "<|b|>"] and config.model.train_added_tokens is True
     assert config.lora.trainable_token_indices == [5, 6]

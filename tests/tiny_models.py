@@ -64,17 +64,32 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 def _opt(**changes):
     return {
-        "model_type": "opt", "vocab_size": 96, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "dropout": 0.0,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes,
-    }  # fmt: skip
+        "model_type": "opt",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **changes,
+    }
 
 
 def _gemma(family, **changes):
     return {
-        "model_type": family, **_SIZES, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True, "pad_token_id": 0, **changes,
-    }  # fmt: skip
+        "model_type": family,
+        **_SIZES,
+        "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        **changes,
+    }
 
 
 def _phi(family, **changes):
@@ -84,11 +99,23 @@ def _phi(family, **changes):
 
 def _t5(**changes):
     return {
-        "model_type": "t5", "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
-        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "layer_norm_epsilon": 1e-6,
-        "dropout_rate": 0.0, "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1,
-        "decoder_start_token_id": 0, **changes,
-    }  # fmt: skip
+        "model_type": "t5",
+        "vocab_size": 96,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 12,
+        "layer_norm_epsilon": 1e-6,
+        "dropout_rate": 0.0,
+        "is_encoder_decoder": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        **changes,
+    }
 
 
 _GEMMA3_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -112,7 +139,12 @@ CONFIGS = {
     ),
     "qwen3": _qwen("qwen3", head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),
     "qwen3_alternating": _qwen(
-        "qwen3", head_dim=8, num_hidden_layers=4, use_sliding_window=True, sliding_window=4, attention_bias=True,
+        "qwen3",
+        head_dim=8,
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=4,
+        attention_bias=True,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "neox_parallel": _neox(use_parallel_residual=True),
@@ -129,29 +161,55 @@ CONFIGS = {
     "opt_350m": _opt(do_layer_norm_before=False, word_embed_proj_dim=16),
     "gemma": _gemma("gemma", hidden_act="gelu_pytorch_tanh"),
     "gemma_legacy_activation": _gemma("gemma", hidden_act="gelu", num_key_value_heads=1),
-    "gemma2": _gemma("gemma2", query_pre_attn_scalar=24, sliding_window=5, attn_logit_softcapping=2.0,
-                     final_logit_softcapping=3.0),
-    "gemma2_no_caps": _gemma("gemma2", num_hidden_layers=3, query_pre_attn_scalar=16, sliding_window=6,
-                             attn_logit_softcapping=None, final_logit_softcapping=None),
-    "gemma3": _gemma("gemma3_text", num_hidden_layers=4, query_pre_attn_scalar=16, sliding_window=5,
-                     rope_theta=1000000.0, rope_local_base_freq=10000.0, sliding_window_pattern=3,
-                     rope_scaling={"rope_type": "linear", "factor": 8.0}),
+    "gemma2": _gemma(
+        "gemma2", query_pre_attn_scalar=24, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gemma2_no_caps": _gemma(
+        "gemma2",
+        num_hidden_layers=3,
+        query_pre_attn_scalar=16,
+        sliding_window=6,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+    ),
+    "gemma3": _gemma(
+        "gemma3_text",
+        num_hidden_layers=4,
+        query_pre_attn_scalar=16,
+        sliding_window=5,
+        rope_theta=1000000.0,
+        rope_local_base_freq=10000.0,
+        sliding_window_pattern=3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
     "gemma3_parameters": _gemma(
-        "gemma3_text", num_hidden_layers=4, query_pre_attn_scalar=32, sliding_window=4, layer_types=_GEMMA3_TYPES,
+        "gemma3_text",
+        num_hidden_layers=4,
+        query_pre_attn_scalar=32,
+        sliding_window=4,
+        layer_types=_GEMMA3_TYPES,
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 200000.0},
         },
     ),
     "phi": _phi("phi", partial_rotary_factor=0.5, num_key_value_heads=4, layer_norm_eps=1e-5),
-    "phi_head_norms": _phi("phi", layer_norm_eps=1e-5, qk_layernorm=True,
-                           rope_parameters={"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}),
+    "phi_head_norms": _phi(
+        "phi",
+        layer_norm_eps=1e-5,
+        qk_layernorm=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25},
+    ),
     "phi3": _phi("phi3", rms_norm_eps=1e-5, sliding_window=6),
-    "phi3_longrope_short": _phi("phi3", original_max_position_embeddings=32, rope_scaling={"type": "longrope", **_LONGROPE}),
-    "phi3_longrope_long": _phi("phi3", original_max_position_embeddings=16, rope_scaling={"type": "longrope", **_LONGROPE}),
+    "phi3_longrope_short": _phi(
+        "phi3", original_max_position_embeddings=32, rope_scaling={"type": "longrope", **_LONGROPE}
+    ),
+    "phi3_longrope_long": _phi(
+        "phi3", original_max_position_embeddings=16, rope_scaling={"type": "longrope", **_LONGROPE}
+    ),
     "t5": _t5(),
     "t5_gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=3),
-}  # fmt: skip
+}
 FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
     "gemma", "gemma2", "gemma3", "phi", "phi3", "t5",

@@ -27,19 +27,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compile_steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
     """Function from jobs of `program.py` to what was found of each; several are compiled side by side."""
     env = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": "",
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "",
         "JAX_DEFAULT_MATMUL_PRECISION": "default",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     log = tmp_path_factory.mktemp("libtpu") / "stderr"
     with (
         log.open("w") as errors,
         subprocess.Popen(
             [sys.executable, str(HERE / "program.py")],
-            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         ) as process,
-    ):  # fmt: skip
+    ):
 
         def compile_all(*jobs: dict[str, Any], minutes: float = 5) -> list[dict[str, Any]]:
             guard = threading.Timer(60 * minutes * len(jobs), process.kill)

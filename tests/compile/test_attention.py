@@ -24,9 +24,10 @@ def scratch(*jobs: tuple[str, str]) -> list[int]:
     )
     path = [str(BENCHMARKS.parent), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path), "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join(path),
+        "XLA_FLAGS": "",
         "JAX_DEFAULT_MATMUL_PRECISION": "default",
-    }  # fmt: skip
+    }
     words = [sys.executable, "-c", code, json.dumps(jobs)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -19,13 +19,18 @@ LAYERS = 401  # a prime: no pattern repeats evenly, and nothing but a stack has 
 TOKENS, ENCODER_TOKENS, RANK = 192, 320, 8
 WIDTH, INNER, HEAD, VOCABULARY = 512, 1280, 128, 4096
 WIDE = {
-    "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "n_positions": 2048, "sliding_window": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "n_positions": 2048,
+    "sliding_window": 64,
     **dict.fromkeys(["hidden_size", "n_embd", "d_model"], WIDTH),
     **dict.fromkeys(["intermediate_size", "n_inner", "ffn_dim", "d_ff"], INNER),
     **dict.fromkeys(["head_dim", "d_kv"], HEAD),
     **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], WIDTH // HEAD),
-    "rotary_dim": HEAD // 2, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-}  # fmt: skip
+    "rotary_dim": HEAD // 2,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+}
 
 
 def wide(case, layers=LAYERS):

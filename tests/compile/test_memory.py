@@ -12,14 +12,27 @@ DEEP, SHALLOW = 192, 96  # the residuals of fewer layers fit the fast memory of 
 def job(layers, remat="full", offload=False):
     """Return what `program.py` compiles."""
     llama = dict(
-        model_type="llama", vocab_size=4096, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-5,
-        rope_theta=1e4, hidden_act="silu", tie_word_embeddings=False,
-    )  # fmt: skip
+        model_type="llama",
+        vocab_size=4096,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        hidden_act="silu",
+        tie_word_embeddings=False,
+    )
     config = dict(
-        method="lora", model=dict(dtype="bfloat16", remat=remat), quantize=dict(format="nf4", double_quant=True),
-        lora=dict(rank=8), train=dict(per_device_train_batch_size=ROWS, optim_offload=offload), mesh=dict(fsdp=1),
-    )  # fmt: skip
+        method="lora",
+        model=dict(dtype="bfloat16", remat=remat),
+        quantize=dict(format="nf4", double_quant=True),
+        lora=dict(rank=8),
+        train=dict(per_device_train_batch_size=ROWS, optim_offload=offload),
+        mesh=dict(fsdp=1),
+    )
     return dict(model=llama, config=config, rows=ROWS, tokens=TOKENS)
 
 

@@ -110,10 +110,13 @@ def check_names(source: WeightSource, architecture: Architecture) -> dict[str, s
     tied = {f"{module.path}.weight" for module in architecture.modules() if module.tied_to}
     missing = [name for name in expected if name not in held]
     extra = [
-        name for canonical, name in held.items()
-        if canonical not in expected and canonical not in tied and not canonical.endswith(_IGNORED)
+        name
+        for canonical, name in held.items()
+        if canonical not in expected
+        and canonical not in tied
+        and not canonical.endswith(_IGNORED)
         and not (tied and canonical == "lm_head.weight")
-    ]  # fmt: skip
+    ]
     if missing:
         near = difflib.get_close_matches(missing[0], extra, 1)
         hint = f" (the file has '{near[0]}')" if near else ""

@@ -82,9 +82,10 @@ def _complain(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tpu-tune", description="Fine-tune an open language model with JAX on a TPU, a GPU or a CPU.",
+        prog="tpu-tune",
+        description="Fine-tune an open language model with JAX on a TPU, a GPU or a CPU.",
         epilog="tpu-tune COMMAND --help shows a command's options and an example.",
-    )  # fmt: skip
+    )
     parser.add_argument("--version", action="version", version=f"tpu-tune {__version__}")
     commands = Commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     for module in COMMANDS:

@@ -35,9 +35,12 @@ class Commands:
           example: a command line that the parser accepts.
         """
         added = self.subparsers.add_parser(
-            name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  {example}",
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         added.set_defaults(run=run, overrides=[], command=self.prefix + name)
         added.add_argument("--json", action="store_true", help="print figures as JSON")
         return added

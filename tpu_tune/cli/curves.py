@@ -12,18 +12,28 @@ from tpu_tune.errors import UserError
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("curves", run, "draw the learning curves of runs, and say whether they are underfit, overfit or well-fit",
-                          "tpu-tune curves output --html report.html")  # fmt: skip
+    parser = commands.add(
+        "curves",
+        run,
+        "draw the learning curves of runs, and say whether they are underfit, overfit or well-fit",
+        "tpu-tune curves output --html report.html",
+    )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory (output_dir), or a metrics.jsonl; several are laid over each other"
-    )  # fmt: skip
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run directory (output_dir), or a metrics.jsonl; several are laid over each other",
+    )
     parser.add_argument(
         "--x", choices=("steps", "tokens", "epochs"), default="steps", help="what to draw over (default steps)"
     )
     parser.add_argument(
-        "--smooth", type=float, default=0.9, metavar="BETA",
+        "--smooth",
+        type=float,
+        default=0.9,
+        metavar="BETA",
         help="weight of the past in the moving average of training curves, 0 for none (default 0.9)",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", metavar="PNG", help="write the curves as a picture")
     parser.add_argument("--html", metavar="FILE", help="write a report: one HTML file that needs nothing else")
 

@@ -17,19 +17,31 @@ from tpu_tune.errors import UserError
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("eval", run, "measure a model on questions or texts, alone or beside its base",
-                       "tpu-tune eval --config configs/qlora.py\n"
-                       "  tpu-tune eval --model output/quickstart --base --task multiple-choice --data hellaswag.jsonl")  # fmt: skip
+    parser = commands.add(
+        "eval",
+        run,
+        "measure a model on questions or texts, alone or beside its base",
+        "tpu-tune eval --config configs/qlora.py\n"
+        "  tpu-tune eval --model output/quickstart --base --task multiple-choice --data hellaswag.jsonl",
+    )
     parser.add_argument("--model", help="run directory, Hugging Face id, local directory, or .gguf file")
-    parser.add_argument("--config", metavar="FILE", help="config file: alone, the loss of its model on its evaluation data; "
-                        "with --model, how perplexity reads its data; --config.KEY=VALUE overrides a key")  # fmt: skip
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config file: alone, the loss of its model on its evaluation data; "
+        "with --model, how perplexity reads its data; --config.KEY=VALUE overrides a key",
+    )
     parser.add_argument("--adapter", help="PEFT adapter directory")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--against", metavar="MODEL", help="a model or run to compare with on the same rows")
     other.add_argument("--base", action="store_true", help="compare a run with its model from before training")
-    parser.add_argument("--task", choices=("perplexity", "multiple-choice", "mmlu", "exact-match"), default="perplexity",
-                        help="multiple-choice takes rows as of HellaSwag, ARC, TruthfulQA and MMLU; mmlu scores as QLoRA does; "
-                        "exact-match takes questions and answers, such as GSM8K (default perplexity)")  # fmt: skip
+    parser.add_argument(
+        "--task",
+        choices=("perplexity", "multiple-choice", "mmlu", "exact-match"),
+        default="perplexity",
+        help="multiple-choice takes rows as of HellaSwag, ARC, TruthfulQA and MMLU; mmlu scores as QLoRA does; "
+        "exact-match takes questions and answers, such as GSM8K (default perplexity)",
+    )
     parser.add_argument(
         "--data", default="", help="file, directory or hub id (perplexity of a run: its own evaluation data)"
     )
@@ -56,8 +68,12 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of shuffled choices and of the intervals' draws (default 0)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of activations and weights; float16 or bfloat16 is evaluation in half precision "
-                        "(default: the run's own, float32 of a model)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of activations and weights; float16 or bfloat16 is evaluation in half precision "
+        "(default: the run's own, float32 of a model)",
+    )
     parser.add_argument(
         "--quantize",
         choices=("none", "int8", "int4", "nf4"),
@@ -74,9 +90,18 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.training.tasks.run import Settings, run_task
 
     settings = Settings(
-        options.task, options.data, options.shots, options.shots_data, options.by, options.split, options.subset,
-        options.limit, options.max_new_tokens, options.chat, seed=options.seed,
-    )  # fmt: skip
+        options.task,
+        options.data,
+        options.shots,
+        options.shots_data,
+        options.by,
+        options.split,
+        options.subset,
+        options.limit,
+        options.max_new_tokens,
+        options.chat,
+        seed=options.seed,
+    )
     config = None
     if settings.task == "perplexity":
         config = _data_config(options)

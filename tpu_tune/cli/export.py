@@ -12,8 +12,12 @@ from tpu_tune.errors import UserError
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("export", run, "write a run's adapter, its merged model, or its base",
-                     "tpu-tune export output/quickstart --merge --output merged\n  tpu-tune export output/quickstart --gguf --output model.gguf")  # fmt: skip
+    parser = commands.add(
+        "export",
+        run,
+        "write a run's adapter, its merged model, or its base",
+        "tpu-tune export output/quickstart --merge --output merged\n  tpu-tune export output/quickstart --gguf --output model.gguf",
+    )
     parser.add_argument("run_directory", metavar="RUN", help="run directory")
     parser.add_argument("--output", required=True, help="directory to write; with --gguf the file")
     add_forms(parser, base=True)

@@ -12,8 +12,12 @@ from tpu_tune.errors import UserError
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("generate", run, "answer prompts with a model, with or without an adapter",
-                       'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"')  # fmt: skip
+    parser = commands.add(
+        "generate",
+        run,
+        "answer prompts with a model, with or without an adapter",
+        'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"',
+    )
     parser.add_argument(
         "--model", required=True, help="Hugging Face id, local directory (a merged model too), or .gguf file"
     )

@@ -10,8 +10,12 @@ from tpu_tune.cli.common import Commands, read_config
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("inspect", run, "show a model's modules and what a LoRA configuration would train; reads no weights",
-                      'tpu-tune inspect model.gguf --config.lora.target_modules=q_proj,v_proj --config.lora.rank=16')  # fmt: skip
+    parser = commands.add(
+        "inspect",
+        run,
+        "show a model's modules and what a LoRA configuration would train; reads no weights",
+        "tpu-tune inspect model.gguf --config.lora.target_modules=q_proj,v_proj --config.lora.rank=16",
+    )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face id, local directory, or .gguf file")
     parser.add_argument(
         "--config", metavar="FILE", help="config file whose lora.* is used; --config.lora.KEY=VALUE overrides"

@@ -14,8 +14,12 @@ from tpu_tune.errors import UserError
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("lr-find", run, "find a learning rate: a range test on the model and data of a config, then short runs",
-                    "tpu-tune lr-find --config configs/qlora.py --config.model.path=DIR --config.data.train=chats.jsonl")  # fmt: skip
+    parser = commands.add(
+        "lr-find",
+        run,
+        "find a learning rate: a range test on the model and data of a config, then short runs",
+        "tpu-tune lr-find --config configs/qlora.py --config.model.path=DIR --config.data.train=chats.jsonl",
+    )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="config file; --config.KEY=VALUE overrides a key"
     )
@@ -31,10 +35,13 @@ def add(commands: Commands) -> None:
         help="of the range test, and of the longest runs of --bracket (default 60)",
     )
     parser.add_argument(
-        "--bracket", nargs="?", const="", metavar="LOW,HIGH",
+        "--bracket",
+        nargs="?",
+        const="",
+        metavar="LOW,HIGH",
         help="runs at five rates from LOW to HIGH, then at the best three, drawn closer, twice as long, then at the best two; "
         "without LOW,HIGH around what the range test suggests",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", default="lr.png", metavar="FILE", help="the picture (default lr.png)")
 
 

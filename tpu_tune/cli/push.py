@@ -15,18 +15,32 @@ _CARD_LINES = 24
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("push", run, "upload a run's adapter or model to the Hugging Face hub, with a model card",
-                          "tpu-tune push output/quickstart --repo me/my-adapter --dry-run")  # fmt: skip
+    parser = commands.add(
+        "push",
+        run,
+        "upload a run's adapter or model to the Hugging Face hub, with a model card",
+        "tpu-tune push output/quickstart --repo me/my-adapter --dry-run",
+    )
     parser.add_argument("run_directory", metavar="RUN", help="run directory, of a finished run")
     parser.add_argument(
-        "--repo", required=True, metavar="NAMESPACE/NAME", help="repository, made if it is not there, else it gets a new commit; a NAME alone is put under the token's owner"
-    )  # fmt: skip
+        "--repo",
+        required=True,
+        metavar="NAMESPACE/NAME",
+        help="repository, made if it is not there, else it gets a new commit; a NAME alone is put under the token's owner",
+    )
     add_forms(parser)
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     parser.add_argument("--revision", default="", metavar="BRANCH", help="branch to commit to (default main)")
     parser.add_argument("--message", default="", metavar="TEXT", help="of the commit")
-    parser.add_argument("--license", default="", metavar="ID", help="for the card, e.g. apache-2.0 (default: the base's, if it is known)")  # fmt: skip
-    parser.add_argument("--base-model", default="", metavar="ID", help="hub id of the base, where the run was trained on a local copy")  # fmt: skip
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="ID",
+        help="for the card, e.g. apache-2.0 (default: the base's, if it is known)",
+    )
+    parser.add_argument(
+        "--base-model", default="", metavar="ID", help="hub id of the base, where the run was trained on a local copy"
+    )
     parser.add_argument("--card-only", action="store_true", help="renew the card and curves.png, leave the weights")
     parser.add_argument(
         "--dry-run",
@@ -44,10 +58,16 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.training.run_directory import read_metrics
 
     wish = push.Wish(
-        options.repo, "gguf" if options.gguf else "merged" if options.merge else "adapter",
-        options.merge_base or "original", options.dtype or "", options.gguf_type or "f16", options.revision,
-        options.license, options.base_model, options.card_only,
-    )  # fmt: skip
+        options.repo,
+        "gguf" if options.gguf else "merged" if options.merge else "adapter",
+        options.merge_base or "original",
+        options.dtype or "",
+        options.gguf_type or "f16",
+        options.revision,
+        options.license,
+        options.base_model,
+        options.card_only,
+    )
     _, wish, _ = push.check(options.run_directory, wish)
     metrics = read_metrics(options.run_directory)
     if options.dry_run:

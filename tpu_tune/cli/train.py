@@ -16,8 +16,12 @@ from tpu_tune.errors import UserError
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("train", run, "train, or go on with a run that is in output_dir",
-                    "tpu-tune train --config configs/qlora.py --config.model.path=DIR --config.data.train=chats.jsonl")  # fmt: skip
+    parser = commands.add(
+        "train",
+        run,
+        "train, or go on with a run that is in output_dir",
+        "tpu-tune train --config configs/qlora.py --config.model.path=DIR --config.data.train=chats.jsonl",
+    )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="config file; --config.KEY=VALUE overrides a key"
     )
@@ -85,9 +89,10 @@ def _check_memory(config: Any, most: float | None = None) -> None:
         return
     compile = here is not None
     log.info(
-        "does it fit %s? (%s; --no-check leaves it out)", device.name,
+        "does it fit %s? (%s; --no-check leaves it out)",
+        device.name,
         "compiling the step beforehand" if compile else "counting bytes",
-    )  # fmt: skip
+    )
     try:
         figures = planning.plan(config, device, None, compile)
     except UserError:

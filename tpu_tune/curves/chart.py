@@ -52,10 +52,17 @@ def draw(runs: Sequence[CurveRun], quantity: Quantity, x: str, beta: float, numb
                 smoothed = ema(values, beta) if smooths else None
                 kept = thin(values)
                 name = side if quantity.eval else quantity.name
-                lines.append({
-                    "dashed": side == "eval" and len(runs) > 1, "name": name if len(runs) == 1 else f"{run.name}, {name}", "color": color, "side": side,
-                    "x": at[kept], "y": values[kept], "smooth": None if smoothed is None else smoothed[kept],
-                })  # fmt: skip
+                lines.append(
+                    {
+                        "dashed": side == "eval" and len(runs) > 1,
+                        "name": name if len(runs) == 1 else f"{run.name}, {name}",
+                        "color": color,
+                        "side": side,
+                        "x": at[kept],
+                        "y": values[kept],
+                        "smooth": None if smoothed is None else smoothed[kept],
+                    }
+                )
     if not lines:
         return None
     every = np.concatenate([line["x"] for line in lines])
@@ -74,16 +81,22 @@ def draw(runs: Sequence[CurveRun], quantity: Quantity, x: str, beta: float, numb
         '<g class="hover"></g></svg>',
     ]
     data = {
-        "name": quantity.name, "axis": AXES[x], "xRange": x_range, "yRange": y_range,
+        "name": quantity.name,
+        "axis": AXES[x],
+        "xRange": x_range,
+        "yRange": y_range,
         "box": [_LEFT, _TOP, WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM],
         "lines": [
             {
-                "name": line["name"], "color": line["color"], "x": _numbers(line["x"]), "y": _numbers(line["y"]),
+                "name": line["name"],
+                "color": line["color"],
+                "x": _numbers(line["x"]),
+                "y": _numbers(line["y"]),
                 "smooth": None if line["smooth"] is None else _numbers(line["smooth"]),
             }
             for line in lines
         ],
-    }  # fmt: skip
+    }
     return Chart("".join(parts), data)
 
 

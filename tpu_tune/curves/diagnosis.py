@@ -114,9 +114,11 @@ def _too_few(seen: Losses, saved: list[int], vocab: int | None) -> Found:
     if len(seen.train) >= MIN_TRAIN:
         return None
     return (
-        "not enough points", "training", [f"{len(seen.train)} training losses; it takes {MIN_TRAIN} to say something"],
+        "not enough points",
+        "training",
+        [f"{len(seen.train)} training losses; it takes {MIN_TRAIN} to say something"],
         ["train longer, or lower train.logging_steps"],
-    )  # fmt: skip
+    )
 
 
 def _flat(seen: Losses, saved: list[int], vocab: int | None) -> Found:
@@ -145,13 +147,15 @@ def _flat(seen: Losses, saved: list[int], vocab: int | None) -> Found:
         evidence.append(f"eval loss went from {seen.eval.values[0]:.4g} to {seen.eval.end():.4g}")
     noisy = seen.noise > 0.03 * level
     return (
-        "underfit", "flat and noisy" if noisy else "flat", evidence,
+        "underfit",
+        "flat and noisy" if noisy else "flat",
+        evidence,
         [
             "raise train.learning_rate three- to tenfold (tpu-tune lr-find looks for a good one)",
             "see with tpu-tune inspect whether anything is trained where it matters: more lora.target_modules, a higher lora.rank",
             "look at the data: whether the answers are what is trained on, and can follow from the prompts",
         ],
-    )  # fmt: skip
+    )
 
 
 def _overfit(seen: Losses, saved: list[int], vocab: int | None) -> Found:
@@ -192,9 +196,11 @@ def _overfit(seen: Losses, saved: list[int], vocab: int | None) -> Found:
             f"the lowest eval loss was {seen.numbers['best_eval_loss']:.4g} at step {seen.numbers['best_eval_step']}",
         ]
         return (
-            "overfit", "wide gap", evidence,
+            "overfit",
+            "wide gap",
+            evidence,
             [*_use_checkpoint(seen, saved, seen.numbers["best_eval_step"]), *_LESS],
-        )  # fmt: skip
+        )
     return None
 
 
@@ -232,25 +238,28 @@ def _well_fit(seen: Losses, saved: list[int], vocab: int | None) -> Found:
     end = train.end()
     if vocab and end > GUESSING * math.log(vocab):
         return (
-            "underfit", "flat and high",
+            "underfit",
+            "flat and high",
             [
                 f"train loss came to rest at {end:.4g}, {end / math.log(vocab):.0%} of the {math.log(vocab):.3g} of pure "
                 f"guessing among {vocab:,} tokens",
             ],
             [
                 "give it more to learn with: a higher lora.rank, more lora.target_modules, method=full, a larger model",
-                "try other learning rates, lower ones too (tpu-tune lr-find)", "look at the data: whether there is something to learn in it",
+                "try other learning rates, lower ones too (tpu-tune lr-find)",
+                "look at the data: whether there is something to learn in it",
             ],
-        )  # fmt: skip
+        )
     if len(held_out) < MIN_EVAL:
         return (
-            "not enough points", "evaluation",
+            "not enough points",
+            "evaluation",
             [
                 f"train loss rests at {end:.4g}, and {len(held_out)} evaluations do not tell well-fit from overfit; "
                 f"it takes {MIN_EVAL}",
             ],
             ["give data.eval or data.eval_ratio, and lower train.eval_steps"],
-        )  # fmt: skip
+        )
     eval_end = held_out.end()
     resting = train.values[-max(tail(len(train)), len(train) // 4) :]  # at rest, more points say it better
     end = float(np.median(resting))

@@ -86,24 +86,38 @@ class Losses:
             eval_noise = max(0.005 * level if len(eval_losses) < 5 else eval_noise, 0.001 * level)
         first = losses[: max(1, len(losses) // 50)]
         numbers: dict[str, Any] = {
-            "train_points": len(train), "eval_points": len(held_out), "last_step": last, "train_noise": noise,
+            "train_points": len(train),
+            "eval_points": len(held_out),
+            "last_step": last,
+            "train_noise": noise,
             "eval_noise": eval_noise if len(eval_losses) else None,
-        }  # fmt: skip
+        }
         start = float(np.median(first)) if len(first) else math.nan
         if len(train):
             numbers |= {"train_start": start, "train_end": train.end()}
         if len(held_out):
             best = int(np.argmin(eval_losses))
             numbers |= {
-                "eval_start": eval_losses[0], "eval_end": held_out.end(), "best_eval_loss": eval_losses[best],
+                "eval_start": eval_losses[0],
+                "eval_end": held_out.end(),
+                "best_eval_loss": eval_losses[best],
                 "best_eval_step": int(eval_steps[best]),
-            }  # fmt: skip
+            }
         if len(train) and len(held_out):
             numbers["gap"] = held_out.end() - train.end()
         return cls(
-            train, held_out, noise, eval_noise, start, _not_finite(metrics, "loss"), _not_finite(metrics, "eval_loss"),
-            last, _skipped(metrics), numbers, [],
-        )  # fmt: skip
+            train,
+            held_out,
+            noise,
+            eval_noise,
+            start,
+            _not_finite(metrics, "loss"),
+            _not_finite(metrics, "eval_loss"),
+            last,
+            _skipped(metrics),
+            numbers,
+            [],
+        )
 
 
 def level_at(curve: Curve, spent: float) -> float:

@@ -45,9 +45,13 @@ def plot_runs(runs: Sequence[CurveRun], path: str | os.PathLike, x: str = "steps
         axes = figure.add_subplot(grid[place // 2, place % 2])
         lines |= _draw(axes, runs, quantity, x, beta)
     figure.legend(
-        lines.values(), lines.keys(), loc="outside upper center", ncols=min(4, max(1, len(lines))), frameon=False,
+        lines.values(),
+        lines.keys(),
+        loc="outside upper center",
+        ncols=min(4, max(1, len(lines))),
+        frameon=False,
         labelcolor=INK,
-    )  # fmt: skip
+    )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.04, wspace=0.04)
     drawn = io.BytesIO()
     FigureCanvasAgg(figure).print_png(drawn)

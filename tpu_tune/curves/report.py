@@ -67,18 +67,24 @@ def page(runs: Sequence[CurveRun], diagnoses: Sequence[Diagnosis], x: str = "ste
             for name in ("both", "raw", "smooth")
         ),
         f"<main><h1>{_text(title)}</h1>",
-        '<div class="cards">', *map(_card, runs, diagnoses), "</div>",
-        "<h2>Curves</h2>", _switch(beta), _key(runs),
+        '<div class="cards">',
+        *map(_card, runs, diagnoses),
+        "</div>",
+        "<h2>Curves</h2>",
+        _switch(beta),
+        _key(runs),
         '<div class="charts">',
         *[f"<section><h3>{_text(name)}</h3>{found.svg}</section>" for name, found in drawn],
         "</div>",
         *[part for run in runs for part in _samples(run, len(runs) > 1)],
-        _data(runs), _speed(runs), _config(runs),
+        _data(runs),
+        _speed(runs),
+        _config(runs),
         "<footer>Written by tpu-tune. Hover over a curve for its values, or focus it and use the arrow keys.</footer>",
         '</main><div id="values" hidden></div>',
         f'<script type="application/json" id="charts">{_json([found.data for _, found in drawn])}</script>',
         f"<script>{_asset('report.js')}</script>",
-    ]  # fmt: skip
+    ]
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -149,10 +155,13 @@ def _speed(runs: Sequence[CurveRun]) -> str:
         ("rows a step", lambda run: run.summary.get("rows_per_step")),
         ("tokens a second, median", lambda run: _middle(run, "tokens_per_second")),
         ("seconds an evaluation, median", lambda run: _middle(run, "eval_runtime")),
-        ("tokens trained on", lambda run: max((r["num_tokens"] for r in run.metrics if r.get("num_tokens")), default=None)),
+        (
+            "tokens trained on",
+            lambda run: max((r["num_tokens"] for r in run.metrics if r.get("num_tokens")), default=None),
+        ),
         ("peak memory of a device", lambda run: _bytes(run.summary.get("device_peak_bytes"))),
         ("peak memory of the process", lambda run: _bytes(run.summary.get("host_peak_bytes"))),
-    ):  # fmt: skip
+    ):
         row = [words, *[_value(value(run)) for run in runs]]
         if any(row[1:]):
             rows.append(row)

@@ -91,9 +91,15 @@ def read_run(path: str | os.PathLike) -> CurveRun:
     samples, sample_notes = _lines(os.path.join(directory, "samples.jsonl"))
     saved = [int(name) for name in storage.list_names(os.path.join(directory, "checkpoints")) if name.isdigit()]
     return CurveRun(
-        name, path, rows, found.get("config", {}), found.get("summary", {}), _pairs(samples or []), sorted(saved),
+        name,
+        path,
+        rows,
+        found.get("config", {}),
+        found.get("summary", {}),
+        _pairs(samples or []),
+        sorted(saved),
         [*notes, *sample_notes],
-    )  # fmt: skip
+    )
 
 
 def _lines(file: str) -> tuple[list[dict[str, Any]] | None, list[str]]:

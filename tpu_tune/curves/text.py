@@ -20,9 +20,12 @@ def figures(run: CurveRun) -> dict[str, dict[str, float]]:
             if len(values):
                 best = int(np.argmax(values) if "accuracy" in quantity.name else np.argmin(values))
                 found[f"{side} {quantity.name}" if quantity.eval else quantity.name] = {
-                    "first": float(values[0]), "last": float(values[-1]), "median": float(np.median(values)),
-                    "best": float(values[best]), "best_step": int(steps[best]),
-                }  # fmt: skip
+                    "first": float(values[0]),
+                    "last": float(values[-1]),
+                    "median": float(np.median(values)),
+                    "best": float(values[best]),
+                    "best_step": int(steps[best]),
+                }
     return found
 
 

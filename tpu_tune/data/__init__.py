@@ -255,9 +255,15 @@ def _summarise(data: TokenizedSet, rows: PackedRows | PairRows) -> dict[str, Any
 def _report(name: str, summary: dict[str, Any]) -> None:
     logger.info(
         "%s: %d examples (%s), %d tokens, %d of them targets, in %d rows of %d (%.0f%% full)",
-        name, summary["used_examples"], summary["format"], summary["used_tokens"], summary["used_target_tokens"],
-        summary["packed_rows"], summary["width"], 100 * summary["fill"],
-    )  # fmt: skip
+        name,
+        summary["used_examples"],
+        summary["format"],
+        summary["used_tokens"],
+        summary["used_target_tokens"],
+        summary["packed_rows"],
+        summary["width"],
+        100 * summary["fill"],
+    )
 
 
 def _warn(name: str, summary: dict[str, Any]) -> None:

@@ -155,9 +155,16 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
 
 
 def _add(
-    found: _Found, source: str, first: int, ids: np.ndarray, labels: np.ndarray, bounds: np.ndarray,
-    rows: np.ndarray, max_length: int, is_text: bool,
-) -> None:  # fmt: skip
+    found: _Found,
+    source: str,
+    first: int,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    bounds: np.ndarray,
+    rows: np.ndarray,
+    max_length: int,
+    is_text: bool,
+) -> None:
     """Take in one record batch: cut what is too long, check values, count targets, and leave out what has none."""
     lengths = np.diff(bounds)
     pieces = np.maximum(1, -(-lengths // max_length)) if is_text else np.ones_like(lengths)

@@ -84,8 +84,11 @@ class _Worker:
         self._sent: Callable[[Any], Any] | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from tpu_tune.data.processes import serve; serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+        )
         return self
 
     def __exit__(self, *unused: Any) -> None:

@@ -111,14 +111,21 @@ def split_file(
     if not counts[1]:
         logger.warning(
             "%s is empty: none of the %d rows was drawn; take a larger share, --val-count or --auto",
-            outputs[1], counts[0],
-        )  # fmt: skip
+            outputs[1],
+            counts[0],
+        )
     elif not counts[0]:
         logger.warning("%s is empty: all %d rows were drawn for validation", outputs[0], counts[1])
     return {
-        "rows": sum(counts), "train_rows": counts[0], "val_rows": counts[1], "bad_rows": skipped.count,
-        "seed": options.seed, "train": str(outputs[0]), "val": str(outputs[1]), **found,
-    }  # fmt: skip
+        "rows": sum(counts),
+        "train_rows": counts[0],
+        "val_rows": counts[1],
+        "bad_rows": skipped.count,
+        "seed": options.seed,
+        "train": str(outputs[0]),
+        "val": str(outputs[1]),
+        **found,
+    }
 
 
 def _rows(path: str, options: SplitOptions, skipped: Skipped) -> Iterator[tuple[bytes, str]]:

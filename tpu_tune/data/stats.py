@@ -35,9 +35,12 @@ _PERCENTILES = (50, 90, 95, 99)
 
 
 def describe(
-    path: str | os.PathLike, tokenizer: Any = None, options: Options | None = None, method: str = "full",
+    path: str | os.PathLike,
+    tokenizer: Any = None,
+    options: Options | None = None,
+    method: str = "full",
     skip_bad: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Go through the rows of a file, or of a directory of them, and count.
 
     Args:
@@ -64,9 +67,14 @@ def describe(
     else:
         tokens = _Tokens(tokenizer, Breakage())
         whole = dataclasses.replace(
-            options, format=seen.format, max_length=_WHOLE, skip_bad_rows=True, drop_long=False, source_max_len=0,
+            options,
+            format=seen.format,
+            max_length=_WHOLE,
+            skip_bad_rows=True,
+            drop_long=False,
+            source_max_len=0,
             target_max_len=0,
-        )  # fmt: skip
+        )
         for part in tokenize_batches(make_batches(tokens.look(rows, seen)), tokenizer, whole):
             tokens.add(part)
     if not seen.rows:
@@ -223,9 +231,7 @@ def _distribution(lengths: np.ndarray, max_length: int) -> dict[str, Any]:
     power = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
     counts = np.bincount(power)
     first = int(np.flatnonzero(counts)[0])
-    figures["histogram"] = [
-        [2 ** (p - 1) + 1 if p else 0, 2**p, int(counts[p])] for p in range(first, len(counts))
-    ]  # fmt: skip
+    figures["histogram"] = [[2 ** (p - 1) + 1 if p else 0, 2**p, int(counts[p])] for p in range(first, len(counts))]
     if max_length:
         over = int((lengths > max_length).sum())
         figures |= {"max_length": max_length, "over_max_length": over}

@@ -104,11 +104,15 @@ def _front_matter(facts: Facts) -> str:
             if _finite(value):
                 results.append(
                     EvalResult(
-                        task_type="text-generation", task_name="Text Generation", dataset_type=dataset or where,
+                        task_type="text-generation",
+                        task_name="Text Generation",
+                        dataset_type=dataset or where,
                         dataset_name=where if config.data.eval else f"held-out rows of {where}",
-                        metric_type=kind, metric_name=name, metric_value=round(value, 6),
+                        metric_type=kind,
+                        metric_name=name,
+                        metric_value=round(value, 6),
                     )
-                )  # fmt: skip
+                )
     method = "full-fine-tuning" if config.method == "full" else "qlora" if config.quantize.format != "none" else "lora"
     data = ModelCardData(
         base_model=facts.base.hub_id or None,
@@ -226,9 +230,12 @@ def _evaluation(facts: Facts) -> str:
     lines = ["| step | epoch | eval_loss | perplexity | token accuracy |", "|---|---|---|---|---|"]
     for row in shown:
         cells = [
-            f"{row['step']}", _cell(row.get("epoch"), ".2f"), _cell(row["eval_loss"], ".4f"),
-            _cell(row.get("eval_perplexity"), ".2f"), _cell(row.get("eval_token_accuracy"), ".1%"),
-        ]  # fmt: skip
+            f"{row['step']}",
+            _cell(row.get("epoch"), ".2f"),
+            _cell(row["eval_loss"], ".4f"),
+            _cell(row.get("eval_perplexity"), ".2f"),
+            _cell(row.get("eval_token_accuracy"), ".1%"),
+        ]
         bold = "**" if row is kept else ""
         lines.append("| " + " | ".join(f"{bold}{cell}{bold}" if cell else "" for cell in cells) + " |")
     said = "The weights here are those of the bold row, judged as they were trained." + (

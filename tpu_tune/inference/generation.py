@@ -120,12 +120,22 @@ def generate_ids(
         encoder, starts = _padded(prompts), [[arch.start_token]] * len(prompts)
     check_length(arch, max(map(len, starts)) + sampling.max_new_tokens)
     steps = -(-sampling.max_new_tokens // _ROUND) * _ROUND
-    new = np.asarray(_generate(
-        arch, jnp.dtype(dtype), steps, sampling.top_k, params, *_padded(starts), encoder,
-        jnp.int32(sampling.max_new_tokens),
-        jnp.float32(sampling.temperature), jnp.float32(sampling.top_p), jax.random.key(sampling.seed),
-        jnp.asarray(list(ends) or [-1], jnp.int32),
-    ))  # fmt: skip
+    new = np.asarray(
+        _generate(
+            arch,
+            jnp.dtype(dtype),
+            steps,
+            sampling.top_k,
+            params,
+            *_padded(starts),
+            encoder,
+            jnp.int32(sampling.max_new_tokens),
+            jnp.float32(sampling.temperature),
+            jnp.float32(sampling.top_p),
+            jax.random.key(sampling.seed),
+            jnp.asarray(list(ends) or [-1], jnp.int32),
+        )
+    )
     answers = []
     for row in new[:, : sampling.max_new_tokens]:
         ended = np.flatnonzero(np.isin(row, list(ends)))
@@ -146,9 +156,20 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
-    arch: Architecture, dtype: Any, steps: int, top_k: int, params: dict[str, Any], ids: Int[Array, "B T"],
-    real: Int[Array, "B T"], encoder: tuple[Int[Array, "B M"], Int[Array, "B M"]] | None, limit: Array, temperature: Array, top_p: Array, key: Array, ends: Int[Array, " E"],
-) -> Int[Array, "B steps"]:  # fmt: skip
+    arch: Architecture,
+    dtype: Any,
+    steps: int,
+    top_k: int,
+    params: dict[str, Any],
+    ids: Int[Array, "B T"],
+    real: Int[Array, "B T"],
+    encoder: tuple[Int[Array, "B M"], Int[Array, "B M"]] | None,
+    limit: Array,
+    temperature: Array,
+    top_p: Array,
+    key: Array,
+    ends: Int[Array, " E"],
+) -> Int[Array, "B steps"]:
     model = Decoder(arch, params, Execution(dtype))
     memory = encode(arch, params, Execution(dtype), *encoder) if encoder else None
     batch, width = ids.shape

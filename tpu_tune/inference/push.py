@@ -138,12 +138,20 @@ def prepared(run: str, wish: Wish, metrics: Sequence[Mapping[str, Any]]) -> Iter
     base = base_of(config, run, wish.base_model)
     picture = os.path.join(run, "curves.png")
     facts = Facts(
-        wish.repo, wish.form, config, run, base, metrics, _summary(run),
+        wish.repo,
+        wish.form,
+        config,
+        run,
+        base,
+        metrics,
+        _summary(run),
         license={"license": wish.license} if wish.license else base.license,
-        encoder_decoder=_is_encoder_decoder(result), added_tokens=os.path.isfile(os.path.join(result, RECORD)),
-        has_curves=os.path.isfile(picture), revision=wish.revision,
+        encoder_decoder=_is_encoder_decoder(result),
+        added_tokens=os.path.isfile(os.path.join(result, RECORD)),
+        has_curves=os.path.isfile(picture),
+        revision=wish.revision,
         gguf_file=f"{wish.repo.rpartition('/')[2]}-{wish.gguf_type}.gguf" if wish.form == "gguf" else "",
-    )  # fmt: skip
+    )
     with contextlib.ExitStack() as stack:
         weights: list[File] = []
         figures: dict[str, Any] = {}

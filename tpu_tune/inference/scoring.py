@@ -240,8 +240,13 @@ def _arrays(rows: Sequence[Row], size: int, width: int, encoder_width: int, want
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(
-    arch: Architecture, dtype: Any, chunk: int, params: dict[str, Any], batch: dict[str, Array], tokens: Int[Array, " C"]
-) -> tuple[Float[Array, " B"], Int[Array, " B"], Float[Array, "B C"]]:  # fmt: skip
+    arch: Architecture,
+    dtype: Any,
+    chunk: int,
+    params: dict[str, Any],
+    batch: dict[str, Array],
+    tokens: Int[Array, " C"],
+) -> tuple[Float[Array, " B"], Int[Array, " B"], Float[Array, "B C"]]:
     memory = encode(arch, params, Execution(dtype), batch["encoder"], batch["real"]) if arch.encoder else None
     # Padding stands behind every real token, where nothing that is causal looks.
     model = Decoder(arch, params, Execution(dtype))

@@ -79,9 +79,16 @@ def attention(
 
 
 def _kernel(
-    implementation: str, q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float,
-    cap: float | None, mesh: Mesh | None,
-) -> Array | None:  # fmt: skip
+    implementation: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Places,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    mesh: Mesh | None,
+) -> Array | None:
     """Return causal self-attention by a device's own kernel; None where it cannot do what is asked."""
     segments = places.query_segments
     if implementation == "splash":
@@ -146,9 +153,15 @@ def chosen(implementation: str, queries: int, keys: int) -> str:
 
 
 def reference(
-    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float,
-    cap: float | None = None, bias: Bias | None = None,
-) -> Array:  # fmt: skip
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Places,
+    window: int | None,
+    scale: float,
+    cap: float | None = None,
+    bias: Bias | None = None,
+) -> Array:
     """Attention with all scores at once."""
     batch, length, heads, size = q.shape
     groups = k.shape[2]
@@ -164,9 +177,16 @@ def reference(
 
 
 def rematerialised(
-    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float, bias: Bias,
-    cap: float | None = None, block: int = BLOCK,
-) -> Array:  # fmt: skip
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Places,
+    window: int | None,
+    scale: float,
+    bias: Bias,
+    cap: float | None = None,
+    block: int = BLOCK,
+) -> Array:
     """Attention over blocks of queries, scores recomputed in the backward pass."""
     batch, length, heads, size = q.shape
     short = -length % block

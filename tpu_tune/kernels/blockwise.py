@@ -89,9 +89,16 @@ def blockwise(
 
 
 def in_blocks(
-    q: Array, k: Array, v: Array, places: Places, window: int | None, scale: float, cap: float | None, block: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    places: Places,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    block: int,
     aligned: bool,
-) -> tuple[Blocks, tuple[Array, Array, Array, tuple[Array, ...]]]:  # fmt: skip
+) -> tuple[Blocks, tuple[Array, Array, Array, tuple[Array, ...]]]:
     """Cut attention's arguments into blocks, for `forward` and `backward`.
 
     Returns:
@@ -110,8 +117,11 @@ def in_blocks(
         return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
 
     where = (
-        cut(places.query_index), cut(places.query_segments, -1), cut(places.key_index), cut(places.key_segments, -2),
-    )  # fmt: skip
+        cut(places.query_index),
+        cut(places.query_segments, -1),
+        cut(places.key_index),
+        cut(places.key_segments, -2),
+    )
     q, k, v = cut(q), cut(k), cut(v)
     return Blocks(window, scale, cap, block, q.shape[0], k.shape[0], places.causal, aligned), (q, k, v, where)
 
@@ -190,9 +200,18 @@ def no_gradient(where: tuple[Array, ...]) -> tuple[np.ndarray, ...]:
 
 
 def backward(
-    blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...], g: Array, normaliser: Array, delta: Array,
-    to_q: Array, dtype: Any, offset: Array | int = 0,
-) -> tuple[Array, Array, Array]:  # fmt: skip
+    blocks: Blocks,
+    q: Array,
+    k: Array,
+    v: Array,
+    where: tuple[Array, ...],
+    g: Array,
+    normaliser: Array,
+    delta: Array,
+    to_q: Array,
+    dtype: Any,
+    offset: Array | int = 0,
+) -> tuple[Array, Array, Array]:
     """Return `to_q` (float32) with these keys' part added, and the gradients of k and v in `dtype`.
 
     Args:

@@ -29,9 +29,7 @@ def piece(length: int, chunk: int) -> int:
     return -(-length // even)
 
 
-def over_tokens(
-    function: Callable[[Any, Any], Any], weights: Any, tokens: Any, chunk: int, shards: int = 1
-) -> Any:  # fmt: skip
+def over_tokens(function: Callable[[Any, Any], Any], weights: Any, tokens: Any, chunk: int, shards: int = 1) -> Any:
     """Return function(weights, tokens), computed over chunks of tokens.
 
     Args:

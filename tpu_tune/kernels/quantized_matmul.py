@@ -102,9 +102,13 @@ def quantized_matmul(
       interpret: run on the CPU, for tests.
     """
     one = functools.partial(
-        _on_one_device, decode=decode, group_size=group_size, transposed=transposed, interpret=interpret,
+        _on_one_device,
+        decode=decode,
+        group_size=group_size,
+        transposed=transposed,
+        interpret=interpret,
         operands=jnp.dtype("float32") if product.wide_operands else x.dtype,
-    )  # fmt: skip
+    )
     if product.mesh is None:
         return one(x, codes, scales, scale_max, layer)
     tokens = PartitionSpec(ROWS, SEQUENCE, None)
@@ -115,9 +119,18 @@ def quantized_matmul(
 
 
 def _on_one_device(
-    x: Array, codes: Array, scales: Array, scale_max: Array | None, layer: Array, *, decode: Any, group_size: int,
-    transposed: bool, operands: Any, interpret: bool,
-) -> Array:  # fmt: skip
+    x: Array,
+    codes: Array,
+    scales: Array,
+    scale_max: Array | None,
+    layer: Array,
+    *,
+    decode: Any,
+    group_size: int,
+    transposed: bool,
+    operands: Any,
+    interpret: bool,
+) -> Array:
     shape, width = x.shape, x.shape[-1]
     x = x.reshape(-1, width)
     tokens = min(_TOKENS, -(-x.shape[0] // 16) * 16)
@@ -156,12 +169,15 @@ def _on_one_device(
         body,
         out_shape=jax.ShapeDtypeStruct((x.shape[0], out), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=grid, in_specs=specs, out_specs=out_spec,
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=specs,
+            out_specs=out_spec,
             scratch_shapes=[partial_sums, pltpu.VMEM((scales.shape[1], wide), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
-    )(jnp.reshape(layer, 1).astype(jnp.int32), *operands)  # fmt: skip
+    )(jnp.reshape(layer, 1).astype(jnp.int32), *operands)
     return y[: math.prod(shape[:-1])].reshape(*shape[:-1], out)
 
 

@@ -104,9 +104,18 @@ def _ring_backward(way: _Ring, kept: tuple, g: Array) -> tuple:
     def one(carry: tuple, step: Array) -> tuple[tuple, None]:
         to_q, to_k, to_v, keys, values, place = carry
         to_q, more_k, more_v = backward(
-            way.blocks, q, keys, values, (*where[:2], *place), g, normaliser, delta, to_q, jnp.float32,
+            way.blocks,
+            q,
+            keys,
+            values,
+            (*where[:2], *place),
+            g,
+            normaliser,
+            delta,
+            to_q,
+            jnp.float32,
             way.offset(step),
-        )  # fmt: skip
+        )
         return (to_q, *way.onward((to_k + more_k, to_v + more_v, keys, values, place))), None
 
     zeros = jnp.zeros(k.shape, jnp.float32)

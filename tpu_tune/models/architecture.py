@@ -196,10 +196,13 @@ class Architecture:
             single(names.relative_bias, "embedding", (self.relative.buckets, self.num_heads))
         layered(names.attention_norm, "norm", (width,), norm_bias)
         layered(
-            names.qkv, "linear", (width, q_width + 2 * kv_width), self.qkv_bias,
+            names.qkv,
+            "linear",
+            (width, q_width + 2 * kv_width),
+            self.qkv_bias,
             segments=() if self.fused_heads else (q_width, kv_width, kv_width),
             unit=(q_width + 2 * kv_width) // self.num_kv_heads,
-        )  # fmt: skip
+        )
         layered(names.q, "linear", (width, q_width), self.qkv_bias)
         layered(names.k, "linear", (width, kv_width), self.qkv_bias)
         layered(names.v, "linear", (width, kv_width), self.qkv_bias)

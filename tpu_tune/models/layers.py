@@ -88,9 +88,13 @@ class Past:
 
 
 def layer(
-    arch: Architecture, leaves: Mapping[str, Any], x: Float[Array, "B T D"], kind: Array | int, around: Surroundings,
+    arch: Architecture,
+    leaves: Mapping[str, Any],
+    x: Float[Array, "B T D"],
+    kind: Array | int,
+    around: Surroundings,
     past: Past,
-) -> tuple[Float[Array, "B T D"], Past]:  # fmt: skip
+) -> tuple[Float[Array, "B T D"], Past]:
     """Run one layer.
 
     Attention apart, a layer is functions of each token alone: `_heads` before it, `_sum` and `_fed` behind it. They run
@@ -155,9 +159,12 @@ def _heads(arch: Architecture, weights: Branch, x: Array) -> tuple[Array, Array,
 
 
 def _attend(
-    arch: Architecture, heads: tuple[Array, Array, Array], kind: Array | int, around: Surroundings,
+    arch: Architecture,
+    heads: tuple[Array, Array, Array],
+    kind: Array | int,
+    around: Surroundings,
     past: KeysValues | None,
-) -> tuple[Float[Array, "B T HD"], KeysValues | None]:  # fmt: skip
+) -> tuple[Float[Array, "B T HD"], KeysValues | None]:
     """Turn queries and keys to their positions and attend."""
 
     def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
@@ -171,9 +178,17 @@ def _attend(
             )
             entry = (k, v)
         seen = attention(
-            q, k, v, around.places, window=kind.window, scale=arch.attention_scale, cap=arch.attention_soft_cap,
-            bias=around.bias, implementation=around.implementation, mesh=around.mesh,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            around.places,
+            window=kind.window,
+            scale=arch.attention_scale,
+            cap=arch.attention_soft_cap,
+            bias=around.bias,
+            implementation=around.implementation,
+            mesh=around.mesh,
+        )
         return seen, entry
 
     # The kinds differ in static facts (windows, rotary tables) that attention's kernels need to know; the products

@@ -99,9 +99,14 @@ def _longrope(config: Mapping[str, Any], settings: Mapping[str, Any], dim: int, 
         magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short, long = (tuple(map(float, settings[key])) for key in ("short_factor", "long_factor"))
     return Rope(
-        dim, theta, "longrope", original_length=original, short_factors=short, long_factors=long,
+        dim,
+        theta,
+        "longrope",
+        original_length=original,
+        short_factors=short,
+        long_factors=long,
         magnitude=float(magnitude),
-    )  # fmt: skip
+    )
 
 
 def tables(rope: Rope, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T half"], ...]:

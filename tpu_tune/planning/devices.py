@@ -162,10 +162,16 @@ def _slice(version: str, number: int) -> Device:
     if tpu.chip_config:
         topology["chip_config_name"] = tpu.chip_config
     return Device(
-        name=f"{version}-{number}", kind="tpu", count=number // tpu.unit * tpu.per_chip,
-        capacity=int(tpu.capacity_gib * GIB), capacity_note="what its compiler allows",
-        flops=tpu.tflops * 1e12, bandwidth=tpu.bandwidth_gb * 1e9, topology=topology, device_kind=tpu.device_kind,
-    )  # fmt: skip
+        name=f"{version}-{number}",
+        kind="tpu",
+        count=number // tpu.unit * tpu.per_chip,
+        capacity=int(tpu.capacity_gib * GIB),
+        capacity_note="what its compiler allows",
+        flops=tpu.tflops * 1e12,
+        bandwidth=tpu.bandwidth_gb * 1e9,
+        topology=topology,
+        device_kind=tpu.device_kind,
+    )
 
 
 def _gpu(name: str, count: int) -> Device:
@@ -177,15 +183,22 @@ def _gpu(name: str, count: int) -> Device:
         raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is '{share}'; it must be a number") from None
     said = "as the environment says" if share else "as launch/common.sh sets"
     return Device(
-        name=name if count == 1 else f"{name} x{count}", kind="gpu", count=count,
+        name=name if count == 1 else f"{name} x{count}",
+        kind="gpu",
+        count=count,
         capacity=int(card.memory_gib * GIB * fraction) - GPU_RESERVE,
         capacity_note=f"{fraction:.0%} of {card.memory_gib * GIB / 1e9:.1f} GB, {said}, less {GPU_RESERVE / 1e9:.2f} GB",
-        flops=card.tflops * 1e12, bandwidth=card.bandwidth_gb * 1e9,
+        flops=card.tflops * 1e12,
+        bandwidth=card.bandwidth_gb * 1e9,
         topology={
-            "platform": "cuda", "topology_name": name, "target_config": _target(card), "topology": f"1x1x{count}",
+            "platform": "cuda",
+            "topology_name": name,
+            "target_config": _target(card),
+            "topology": f"1x1x{count}",
         },
-        device_kind=card.device_kind, bfloat16=card.capability >= (8, 0),
-    )  # fmt: skip
+        device_kind=card.device_kind,
+        bfloat16=card.capability >= (8, 0),
+    )
 
 
 def _target(card: _Gpu) -> str:

@@ -65,9 +65,13 @@ def plan(
     arch = architecture(shapes)
     evaluates = evaluate and config.train.eval_strategy != "no" and bool(config.data.eval or config.data.eval_ratio)
     job = {
-        "config": configuration.to_dict(config), "model_config": shapes, "topology": device.topology,
-        "count": device.count, "compile": compile, "evaluate": evaluates,
-    }  # fmt: skip
+        "config": configuration.to_dict(config),
+        "model_config": shapes,
+        "topology": device.topology,
+        "count": device.count,
+        "compile": compile,
+        "evaluate": evaluates,
+    }
     measured = run_job(job, device.kind, timeout)
     return figures(config, device, arch, measured, rows, evaluates)
 

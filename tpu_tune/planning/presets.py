@@ -13,11 +13,20 @@ Config = dict[str, Any]
 
 def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int = 0, **changes: Any) -> Config:
     return {
-        "model_type": "llama", "vocab_size": 32000, "hidden_size": width, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads or heads,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
-        "tie_word_embeddings": False, **changes,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        **changes,
+    }
 
 
 def _llama3(width: int, inner: int, layers: int, heads: int, **changes: Any) -> Config:
@@ -42,35 +51,67 @@ def _qwen(family: str, width: int, inner: int, layers: int, heads: int, kv_heads
 
 def _neox(width: int, inner: int, layers: int, heads: int, vocab: int, **changes: Any) -> Config:
     return {
-        "model_type": "gpt_neox", "vocab_size": vocab, "hidden_size": width, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 2048,
-        "layer_norm_eps": 1e-5, "hidden_act": "gelu", "rotary_pct": 0.25, "rotary_emb_base": 10000,
-        "use_parallel_residual": True, "tie_word_embeddings": False, **changes,
-    }  # fmt: skip
+        "model_type": "gpt_neox",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        **changes,
+    }
 
 
 def _gpt2(width: int, layers: int, heads: int) -> Config:
     return {
-        "model_type": "gpt2", "vocab_size": 50257, "n_embd": width, "n_layer": layers, "n_head": heads,
-        "n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": heads,
+        "n_positions": 1024,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+    }
 
 
 def _opt(width: int, layers: int, heads: int) -> Config:
     return {
-        "model_type": "opt", "vocab_size": 50272, "hidden_size": width, "ffn_dim": 4 * width,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 2048,
-        "word_embed_proj_dim": width, "do_layer_norm_before": True, "activation_function": "relu",
-    }  # fmt: skip
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": width,
+        "ffn_dim": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": width,
+        "do_layer_norm_before": True,
+        "activation_function": "relu",
+    }
 
 
 def _gemma(family: str, width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
     return {
-        "model_type": family, "vocab_size": 256000, "hidden_size": width, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 256,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "model_type": family,
+        "vocab_size": 256000,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
         **changes,
-    }  # fmt: skip
+    }
 
 
 def _gemma3(width: int, inner: int, layers: int, heads: int, kv_heads: int, window: int, **changes: Any) -> Config:
@@ -81,19 +122,38 @@ def _gemma3(width: int, inner: int, layers: int, heads: int, kv_heads: int, wind
 
 def _phi3(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, window: int | None) -> Config:
     return _llama(
-        width, inner, layers, heads, kv_heads, model_type="phi3", vocab_size=vocab, rms_norm_eps=1e-5,
-        max_position_embeddings=4096, original_max_position_embeddings=4096, sliding_window=window,
-    )  # fmt: skip
+        width,
+        inner,
+        layers,
+        heads,
+        kv_heads,
+        model_type="phi3",
+        vocab_size=vocab,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=4096,
+        sliding_window=window,
+    )
 
 
 def _t5(width: int, inner: int, layers: int, heads: int, head_dim: int, gated: bool) -> Config:
     return {
-        "model_type": "t5", "vocab_size": 32128, "d_model": width, "d_ff": inner, "num_layers": layers,
-        "num_decoder_layers": layers, "num_heads": heads, "d_kv": head_dim, "layer_norm_epsilon": 1e-6,
-        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-        "feed_forward_proj": "gated-gelu" if gated else "relu", "tie_word_embeddings": not gated,
-        "decoder_start_token_id": 0, "pad_token_id": 0,
-    }  # fmt: skip
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": width,
+        "d_ff": inner,
+        "num_layers": layers,
+        "num_decoder_layers": layers,
+        "num_heads": heads,
+        "d_kv": head_dim,
+        "layer_norm_epsilon": 1e-6,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "tie_word_embeddings": not gated,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+    }
 
 
 PRESETS: dict[str, Config] = {
@@ -113,11 +173,26 @@ PRESETS: dict[str, Config] = {
     "llama-3.2-1b": _llama3(2048, 8192, 16, 32, head_dim=64, **_llama31(32.0, tie_word_embeddings=True)),
     "llama-3.2-3b": _llama3(3072, 8192, 28, 24, head_dim=128, **_llama31(32.0, tie_word_embeddings=True)),
     "smollm2-135m": _llama(
-        576, 1536, 30, 9, 3, vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0,
+        576,
+        1536,
+        30,
+        9,
+        3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=100000.0,
         tie_word_embeddings=True,
     ),
     "mistral-7b": _llama(
-        4096, 14336, 32, 32, 8, model_type="mistral", max_position_embeddings=32768, rms_norm_eps=1e-5,
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        model_type="mistral",
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
         sliding_window=4096,
     ),
     # Qwen (arXiv:2412.15115, arXiv:2505.09388)
@@ -132,8 +207,16 @@ PRESETS: dict[str, Config] = {
     "redpajama-3b": _neox(2560, 10240, 32, 32, 50432, rotary_pct=1.0, use_parallel_residual=False),
     # GPT-J, GPT-2, OPT (arXiv:2205.01068, table 1)
     "gpt-j-6b": {
-        "model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048,
-        "rotary_dim": 64, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "tie_word_embeddings": False,
+        "model_type": "gptj",
+        "vocab_size": 50400,
+        "n_embd": 4096,
+        "n_layer": 28,
+        "n_head": 16,
+        "n_positions": 2048,
+        "rotary_dim": 64,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": False,
     },
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-xl": _gpt2(1600, 48, 25),
@@ -146,12 +229,26 @@ PRESETS: dict[str, Config] = {
     "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, 512),
     "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, 512),
     "gemma-3-4b-text": _gemma3(
-        2560, 10240, 34, 8, 4, 1024, vocab_size=262208, max_position_embeddings=131072,
+        2560,
+        10240,
+        34,
+        8,
+        4,
+        1024,
+        vocab_size=262208,
+        max_position_embeddings=131072,
         rope_scaling={"rope_type": "linear", "factor": 8.0},
     ),
     # Phi (arXiv:2309.05463, arXiv:2404.14219)
     "phi-2": _llama(
-        2560, 10240, 32, 32, model_type="phi", vocab_size=51200, layer_norm_eps=1e-5, hidden_act="gelu_new",
+        2560,
+        10240,
+        32,
+        32,
+        model_type="phi",
+        vocab_size=51200,
+        layer_norm_eps=1e-5,
+        hidden_act="gelu_new",
         partial_rotary_factor=0.4,
     ),
     "phi-3-mini": _phi3(3072, 8192, 32, 32, 32, 32064, 2047),
@@ -161,4 +258,4 @@ PRESETS: dict[str, Config] = {
     "flan-t5-base": _t5(768, 2048, 12, 12, 64, gated=True),
     "flan-t5-xl": _t5(2048, 5120, 24, 32, 64, gated=True),
     "flan-t5-xxl": _t5(4096, 10240, 24, 64, 64, gated=True),
-}  # fmt: skip
+}

@@ -27,13 +27,20 @@ def environment(kind: str) -> dict[str, str]:
     flags = [flag for flag in flags if "host_platform_device_count" not in flag]
     path = os.pathsep.join(part for part in (kept.get("PYTHONPATH"), _PACKAGES) if part)
     return {
-        **kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **({"XLA_FLAGS": " ".join(flags)} if flags else {}),
+        **kept,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+        **({"XLA_FLAGS": " ".join(flags)} if flags else {}),
         # libtpu: look for no machine, load beside a job that has the chips, write no logs.
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_LOG_DIR": "disabled",
         # The CUDA plugin: load without a driver, and touch no card that is there.
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def run_job(job: Mapping[str, Any], kind: str, timeout: float = TIMEOUT) -> dict[str, Any]:

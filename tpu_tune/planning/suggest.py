@@ -109,9 +109,13 @@ def suggest(
     devices = _enough(smallest[1], device) if smallest else []
     confirmed = _confirm(search, smallest[0], devices) if smallest else ""
     return {
-        "overrides": None, "figures": None, "alternatives": [], "devices": devices, "compiled_device": confirmed,
+        "overrides": None,
+        "figures": None,
+        "alternatives": [],
+        "devices": devices,
+        "compiled_device": confirmed,
         "compiles": max_compiles - search.budget,
-    }  # fmt: skip
+    }
 
 
 def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

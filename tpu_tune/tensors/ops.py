@@ -163,9 +163,16 @@ def _times(x: Array, w: Any, axis: int) -> Array:
         stack = w.stack
         if fits(stack.shape, stack.pack_block, stack.group_size):
             return quantized_matmul(
-                x, stack.codes, stack.scales, stack.scale_max, w.layer, FORMATS[stack.format].decode, stack.group_size,
-                axis == 1, w.product,
-            )  # fmt: skip
+                x,
+                stack.codes,
+                stack.scales,
+                stack.scale_max,
+                w.layer,
+                FORMATS[stack.format].decode,
+                stack.group_size,
+                axis == 1,
+                w.product,
+            )
     return _contract(x, _weight(w, x.dtype), axis)
 
 

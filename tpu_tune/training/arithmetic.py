@@ -55,9 +55,11 @@ def run_length(
       UserError: nothing to train on, a batch of no rows, or no steps.
     """
     for name, value in (
-        ("training rows", rows), ("per_device_train_batch_size", per_device), ("devices", devices),
+        ("training rows", rows),
+        ("per_device_train_batch_size", per_device),
+        ("devices", devices),
         ("gradient_accumulation_steps", accumulation),
-    ):  # fmt: skip
+    ):
         if value < 1:
             raise UserError(f"{name} is {value}; there must be at least one")
     if max_steps <= 0 and not epochs > 0:

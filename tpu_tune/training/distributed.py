@@ -164,9 +164,11 @@ def join(environ: Mapping[str, str] = os.environ) -> Cluster | None:
     where = {}
     if cluster.coordinator:
         where = {
-            "coordinator_address": cluster.coordinator, "num_processes": cluster.num_processes,
-            "process_id": cluster.process_id, "cluster_detection_method": "deactivate",
-        }  # fmt: skip
+            "coordinator_address": cluster.coordinator,
+            "num_processes": cluster.num_processes,
+            "process_id": cluster.process_id,
+            "cluster_detection_method": "deactivate",
+        }
     seconds = barrier_seconds(environ)
     try:
         if cluster.coordinator:

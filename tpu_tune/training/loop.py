@@ -121,9 +121,12 @@ def train(
     )
     say(trainable_line(model))
     batches = Batches(
-        data.train, batch_rows, config.train.gradient_accumulation_steps, config.data.data_seed,
+        data.train,
+        batch_rows,
+        config.train.gradient_accumulation_steps,
+        config.data.data_seed,
         sharding.rows_here(mesh, batch_rows),
-    )  # fmt: skip
+    )
     length = run_length(config, batches)
     total = length.total_steps
     say(_data_line(data))

@@ -112,9 +112,13 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
     config = configuration.from_dict(config)
     canonical_name(config.train.optim)
     make_schedule(
-        config.train.lr_scheduler_type, config.train.learning_rate, max(config.train.max_steps, 1),
-        config.train.warmup_steps, config.train.warmup_ratio, **config.train.lr_scheduler_kwargs,
-    )  # fmt: skip
+        config.train.lr_scheduler_type,
+        config.train.learning_rate,
+        max(config.train.max_steps, 1),
+        config.train.warmup_steps,
+        config.train.warmup_ratio,
+        **config.train.lr_scheduler_kwargs,
+    )
     reporters(config.train.report_to)
     storage_dtype(config)
     if config.model.adapter and config.method != "lora":

@@ -87,9 +87,13 @@ class Problem:
         memory = None
         if arch.encoder:
             memory = encode(
-                arch, params, run, batch["encoder_ids"], batch["encoder_segment_ids"],
+                arch,
+                params,
+                run,
+                batch["encoder_ids"],
+                batch["encoder_segment_ids"],
                 self._noise(key, 1, batch["encoder_segment_ids"]),
-            )  # fmt: skip
+            )
         model = Decoder(arch, params, run)
         noisy = self._noise(key, 2, batch["segment_ids"])
         hidden, _ = model.hidden(

@@ -32,10 +32,14 @@ SAMPLE_TOKENS = 64  # of an answer
 def describe(config: ConfigDict, model: PreparedModel, data: Datasets, batches: Batches) -> dict[str, Any]:
     """Return what a summary says from the start: of the model, of the steps, and the data's counts."""
     return {
-        "model": config.model.path, "family": model.architecture.family, "vocab_size": model.architecture.vocab_size,
-        "trainable_parameters": model.num_trainable, "rows_per_step": batches.batch_rows * batches.accumulation,
-        "steps_per_epoch": batches.steps_per_epoch, "data": data.summary,
-    }  # fmt: skip
+        "model": config.model.path,
+        "family": model.architecture.family,
+        "vocab_size": model.architecture.vocab_size,
+        "trainable_parameters": model.num_trainable,
+        "rows_per_step": batches.batch_rows * batches.accumulation,
+        "steps_per_epoch": batches.steps_per_epoch,
+        "data": data.summary,
+    }
 
 
 def write(output_dir: str, values: Mapping[str, Any]) -> None:

@@ -217,9 +217,10 @@ def token_rows(modules: Sequence[Module], indices: TokenIndices) -> tuple[TokenR
             )
     # A tied head with the same tokens follows its embedding; with others it has rows of its own.
     return tuple(
-        rows for rows in found.values()
+        rows
+        for rows in found.values()
         if not (rows.module.tied_to in found and found[rows.module.tied_to].ids == rows.ids)
-    )  # fmt: skip
+    )
 
 
 def _tied(modules: Sequence[Module], embedding: Module) -> list[str]:

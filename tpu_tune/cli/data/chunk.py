@@ -11,16 +11,23 @@ from tpu_tune.cli.data.tokenize import add_tokenizer
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("chunk", run, "cut long text into rows of at most so many tokens",
-                          "tpu-tune data chunk book.txt --output book.jsonl --tokenizer-path HuggingFaceTB/SmolLM2-135M-Instruct "
-                          "--tokens 2048")  # fmt: skip
+    parser = commands.add(
+        "chunk",
+        run,
+        "cut long text into rows of at most so many tokens",
+        "tpu-tune data chunk book.txt --output book.jsonl --tokenizer-path HuggingFaceTB/SmolLM2-135M-Instruct "
+        "--tokens 2048",
+    )
     parser.add_argument("input", metavar="INPUT", help="a .txt or .md file, or a data file of rows with text")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the .jsonl file to write")
     add_tokenizer(parser)
     parser.add_argument(
-        "--tokens", type=int, default=2048, metavar="N",
+        "--tokens",
+        type=int,
+        default=2048,
+        metavar="N",
         help="most tokens a row (default 2048), a beginning and an end of text among them",
-    )  # fmt: skip
+    )
     parser.add_argument(*spellings("--text-key"), default="text", metavar="KEY", help="the rows' key of the text")
     parser.add_argument(
         *spellings("--skip-bad"), action="store_true", help="leave out and count rows that cannot be used"

@@ -12,9 +12,11 @@ from tpu_tune.errors import UserError
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
     parser = commands.add(
-        "clean", run, "drop or cut noise, duplicates and rows out of bounds; repair and mask texts",
-        'tpu-tune data clean raw.jsonl --output clean.jsonl --refusals --near-duplicates 0.8 --report report.json',
-    )  # fmt: skip
+        "clean",
+        run,
+        "drop or cut noise, duplicates and rows out of bounds; repair and mask texts",
+        "tpu-tune data clean raw.jsonl --output clean.jsonl --refusals --near-duplicates 0.8 --report report.json",
+    )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="JSON Lines files, gzipped or not, in this order")
     parser.add_argument("--output", metavar="FILE", help="JSON Lines file to write; appears when all is done")
     parser.add_argument("--report", metavar="FILE", help="JSON file for every rule's hits, with examples")
@@ -31,39 +33,54 @@ def add(commands: Commands) -> None:
         "  the text of plain rows, the answers of others. By default: the three of the guide.",
     )
     noise.add_argument(
-        "--action", choices=("drop", "truncate"), default="drop",
+        "--action",
+        choices=("drop", "truncate"),
+        default="drop",
         help="leave the row out (default), or cut its text where the sentence with the match begins and drop what "
         "comes after it in a chat; a row without an answer left is dropped",
-    )  # fmt: skip
+    )
     noise.add_argument("--refusals", action="store_true", help="look for a wider list of refusals too")
     noise.add_argument(
-        "--single-words", action="store_true",
+        "--single-words",
+        action="store_true",
         help='look for single words too ("ethical", "OpenAI"...): drops many good rows',
-    )  # fmt: skip
+    )
     noise.add_argument(
-        "--phrases", metavar="FILE", action="append", default=[],
+        "--phrases",
+        metavar="FILE",
+        action="append",
+        default=[],
         help="look for the phrases of a file too, one a line, # for comments; may be given several times",
-    )  # fmt: skip
+    )
     noise.add_argument(
-        "--pattern", metavar="REGEX", action="append", default=[],
+        "--pattern",
+        metavar="REGEX",
+        action="append",
+        default=[],
         help="look for a regular expression too, case counts unless it has (?i); may be given several times",
-    )  # fmt: skip
+    )
     noise.add_argument(
-        "--default-phrases", action=argparse.BooleanOptionalAction, default=True,
+        "--default-phrases",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="look for the guide's phrases (default)",
-    )  # fmt: skip
+    )
     noise.add_argument(
         "--prompts", action="store_true", help="look into prompts and context too; a match there drops the row"
     )
     twice = parser.add_argument_group("duplicates", "The first of its like stays.")
     twice.add_argument(
-        "--exact-duplicates", action=argparse.BooleanOptionalAction, default=True,
+        "--exact-duplicates",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="drop rows with the same roles and texts, white space apart (default)",
-    )  # fmt: skip
+    )
     twice.add_argument(
-        "--near-duplicates", metavar="SIMILARITY", type=float,
+        "--near-duplicates",
+        metavar="SIMILARITY",
+        type=float,
         help="drop rows whose shingles have this Jaccard similarity or more with an earlier row's; 0.8 is usual",
-    )  # fmt: skip
+    )
     twice.add_argument(
         "--shingle", choices=("chars", "words"), default="chars", help="what a shingle is made of (default chars)"
     )
@@ -75,17 +92,22 @@ def add(commands: Commands) -> None:
     bounds.add_argument("--min-words", type=int, default=0, metavar="N", help="drop rows with fewer words")
     bounds.add_argument("--max-words", type=int, metavar="N", help="drop rows with more words")
     bounds.add_argument(
-        "--language", metavar="CODE", action="append", default=[],
+        "--language",
+        metavar="CODE",
+        action="append",
+        default=[],
         help="drop rows in other languages (ISO 639: en, or en,de); rows too short to tell, and code, stay",
-    )  # fmt: skip
+    )
     repairs = parser.add_argument_group("repairs", "Of the texts that the format names; other keys stay as they are.")
     repairs.add_argument("--fix-unicode", action="store_true", help="repair mojibake and broken characters")
     repairs.add_argument("--mask-email", action="store_true", help="write [EMAIL] for e-mail addresses")
     repairs.add_argument("--mask-phone", action="store_true", help="write [PHONE] for phone numbers")
     repairs.add_argument(
-        "--phone-region", default="US", metavar="CODE",
+        "--phone-region",
+        default="US",
+        metavar="CODE",
         help='country whose numbers are known without +, as in GB; "" for none (default US)',
-    )  # fmt: skip
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,20 +14,27 @@ _SHOWN = 20  # clusters in the printed table
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("cluster", run, "group rows by what they say, keep a diverse part of them, draw a map",
-                          "tpu-tune data cluster rows.jsonl --output diverse.jsonl --k 50 --keep 10000 "
-                          "--outliers outliers.jsonl --map map.html")  # fmt: skip
+    parser = commands.add(
+        "cluster",
+        run,
+        "group rows by what they say, keep a diverse part of them, draw a map",
+        "tpu-tune data cluster rows.jsonl --output diverse.jsonl --k 50 --keep 10000 "
+        "--outliers outliers.jsonl --map map.html",
+    )
     parser.add_argument("input", metavar="INPUT", help="a .jsonl file (may end in .gz)")
     parser.add_argument(
-        "--output", required=True,
+        "--output",
+        required=True,
         help="the rows that are kept, in their order, with two keys more: cluster (0 is the largest) and distance (from "
         "its centre)",
-    )  # fmt: skip
+    )
     parser.add_argument("--k", default="auto", help="how many clusters; auto (default) tries some on a sample")
     parser.add_argument(
-        "--model", default="", help="read the rows with this model (Hugging Face id, local directory, or .gguf file); "
+        "--model",
+        default="",
+        help="read the rows with this model (Hugging Face id, local directory, or .gguf file); "
         "default: go by their words",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="", help="of the model (default float32 on a CPU, else bfloat16)"
     )
@@ -41,18 +48,21 @@ def add(commands: Commands) -> None:
     parser.add_argument("--keep", type=int, help="rows to keep in all, shared evenly over the clusters (default: all)")
     parser.add_argument("--keep-per-cluster", type=int, help="most rows to keep of each cluster; outliers never are")
     parser.add_argument(
-        "--select", choices=("balanced", "farthest", "random"), default="balanced",
+        "--select",
+        choices=("balanced", "farthest", "random"),
+        default="balanced",
         help="which: at even steps of distance from the centre (balanced, default), those most different from each other "
         "(farthest), or any",
-    )  # fmt: skip
+    )
     parser.add_argument("--drop-outliers", action="store_true", help="leave outliers out of the output")
     parser.add_argument("--outliers", default="", metavar="FILE", help="list outliers here, each with its reason")
     parser.add_argument("--map", default="", metavar="FILE", help="draw a map, as FILE.html and FILE.png")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument(
-        "--mini-batch", action=argparse.BooleanOptionalAction,
+        "--mini-batch",
+        action=argparse.BooleanOptionalAction,
         help="k-means by mini-batches (default: from 100,000 rows)",
-    )  # fmt: skip
+    )
     parser.add_argument("--batch-size", type=int, default=8192, help="rows of a mini-batch (default 8192)")
     parser.add_argument("--max-iterations", type=int, default=100, help="most passes over the rows (default 100)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is no row or has no text")

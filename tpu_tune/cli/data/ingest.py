@@ -14,36 +14,58 @@ _FORMATS = (
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("ingest", run, "read files, folders, archives or a named dataset into one .jsonl of rows",
-                          "tpu-tune data ingest pages/ posts.csv dump.sql.gz --column body --output rows.jsonl")  # fmt: skip
+    parser = commands.add(
+        "ingest",
+        run,
+        "read files, folders, archives or a named dataset into one .jsonl of rows",
+        "tpu-tune data ingest pages/ posts.csv dump.sql.gz --column body --output rows.jsonl",
+    )
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT",
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
         help="file, folder, pattern, archive (.zip, .tar, .tar.gz ...), compressed file (.gz, .bz2, .xz, .zst), "
         "tfds:NAME[/CONFIG], datasets:NAME[:CONFIG], or OWNER/NAME on the hub",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--output", required=True, metavar="FILE", help=".jsonl or .jsonl.gz to write; replaced if there"
     )
-    parser.add_argument("--format", default="auto", choices=("auto", *_FORMATS), metavar="KIND",
-                        help=f"how to read the files: {', '.join(_FORMATS)}; auto goes by their names")  # fmt: skip
+    parser.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", *_FORMATS),
+        metavar="KIND",
+        help=f"how to read the files: {', '.join(_FORMATS)}; auto goes by their names",
+    )
     picks = parser.add_argument_group("tables and objects")
     picks.add_argument("--column", default="", metavar="NAME", help="the column that becomes text")
     picks.add_argument("--input-column", default="", metavar="NAME", help="the column that becomes input")
     picks.add_argument("--output-column", default="", metavar="NAME", help="the column that becomes output")
-    picks.add_argument("--columns", default="", metavar="NAMES",
-                       help="columns to keep besides: a,b or a=new_name,b")  # fmt: skip
+    picks.add_argument("--columns", default="", metavar="NAMES", help="columns to keep besides: a,b or a=new_name,b")
     picks.add_argument("--table", default="", metavar="NAME", help="the table of a SQLite file or SQL dump")
     picks.add_argument("--split", default="train", metavar="NAME", help="the split of a named dataset (default train)")
     chats = parser.add_argument_group("chat exports")
     chats.add_argument(
         "--assistant", default="", metavar="NAME", help="whose words are the assistant's in a Discord channel"
     )
-    chats.add_argument("--gap-minutes", type=float, default=60.0, metavar="N",
-                       help="a silence that ends a conversation of a channel (default 60)")  # fmt: skip
-    chats.add_argument("--keep-conversations", action="store_true",
-                       help="leave ShareGPT rows as conversations; else they become messages")  # fmt: skip
-    parser.add_argument("--encoding", default="", metavar="NAME",
-                        help="encoding of text; else HTML's is detected, other files are UTF-8 or have a byte order mark")  # fmt: skip
+    chats.add_argument(
+        "--gap-minutes",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="a silence that ends a conversation of a channel (default 60)",
+    )
+    chats.add_argument(
+        "--keep-conversations",
+        action="store_true",
+        help="leave ShareGPT rows as conversations; else they become messages",
+    )
+    parser.add_argument(
+        "--encoding",
+        default="",
+        metavar="NAME",
+        help="encoding of text; else HTML's is detected, other files are UTF-8 or have a byte order mark",
+    )
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes; 0, the default: by size, up to one a core"
     )
@@ -54,8 +76,13 @@ def add(commands: Commands) -> None:
     limits.add_argument(
         "--max-unpacked-gb", type=float, default=20.0, metavar="N", help="what one file may unpack to (default 20)"
     )
-    limits.add_argument("--max-ratio", type=float, default=300.0, metavar="N",
-                        help="how many times its size one may unpack to, past 64 MiB (default 300)")  # fmt: skip
+    limits.add_argument(
+        "--max-ratio",
+        type=float,
+        default=300.0,
+        metavar="N",
+        help="how many times its size one may unpack to, past 64 MiB (default 300)",
+    )
     limits.add_argument("--max-depth", type=int, default=3, metavar="N", help="archives inside archives (default 3)")
 
 

@@ -13,13 +13,22 @@ from tpu_tune.errors import UserError
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("look", run, "show rows as the model will see them: trained tokens in green, the others dim",
-                          "tpu-tune data look chats.jsonl --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct -n 3")  # fmt: skip
+    parser = commands.add(
+        "look",
+        run,
+        "show rows as the model will see them: trained tokens in green, the others dim",
+        "tpu-tune data look chats.jsonl --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct -n 3",
+    )
     parser.add_argument("input", nargs="?", metavar="INPUT", help="a data file, or a directory (default: data.train)")
     parser.add_argument(
-        "-t", "--tokenizer", *spellings("--tokenizer-path"), dest="tokenizer", default="", metavar="PATH",
+        "-t",
+        "--tokenizer",
+        *spellings("--tokenizer-path"),
+        dest="tokenizer",
+        default="",
+        metavar="PATH",
         help="Hugging Face id or directory, .gguf file, or tokenizer.json (default: model.path)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="the run's config file; --config.KEY=VALUE overrides a key, with or without it"
     )
@@ -27,9 +36,11 @@ def add(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides which (default 0)")
     parser.add_argument("--row", type=int, metavar="N", help="the file's Nth row instead")
     parser.add_argument(
-        "--color", choices=("auto", "always", "never"), default="auto",
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
         help="auto: on a terminal; otherwise what is trained on stands in [[ ]]",
-    )  # fmt: skip
+    )
     parser.add_argument(
         *spellings("--no-color"), dest="color", action="store_const", const="never", help="as --color never"
     )
@@ -55,11 +66,16 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         found = [
             {
-                "where": view.where, "tokens": len(view.texts), "trained": int(view.trained.sum()), "cut": view.cut,
-                "notes": view.notes, "texts": view.texts, "mask": view.trained.tolist(),
+                "where": view.where,
+                "tokens": len(view.texts),
+                "trained": int(view.trained.sum()),
+                "cut": view.cut,
+                "notes": view.notes,
+                "texts": view.texts,
+                "mask": view.trained.tolist(),
             }
             for view in views
-        ]  # fmt: skip
+        ]
         print(json.dumps(found, ensure_ascii=False))
         return 0
     in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ

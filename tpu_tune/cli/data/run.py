@@ -11,15 +11,20 @@ from tpu_tune.cli.common import Commands
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("run", run, "run the steps of a recipe; what is done already is not done again",
-                          "tpu-tune data run --config configs/data_pages.py --config.inputs=pages/ --config.clean.near_duplicates=0.8")  # fmt: skip
+    parser = commands.add(
+        "run",
+        run,
+        "run the steps of a recipe; what is done already is not done again",
+        "tpu-tune data run --config configs/data_pages.py --config.inputs=pages/ --config.clean.near_duplicates=0.8",
+    )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="recipe file; --config.KEY=VALUE overrides a key"
     )
     parser.add_argument(
-        "--runner", choices=("local", "beam"),
+        "--runner",
+        choices=("local", "beam"),
         help="who runs ingest, clean and tokenize: this machine, or Apache Beam (default: the recipe's)",
-    )  # fmt: skip
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count what cannot be read and go on")
 
 

@@ -11,16 +11,21 @@ from tpu_tune.cli.common import Commands, spellings
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("split", run, "write train.jsonl and val.jsonl, seeded, line by line",
-                          "tpu-tune data split --input dataset.jsonl --split_ratio 0.99,0.01")  # fmt: skip
+    parser = commands.add(
+        "split",
+        run,
+        "write train.jsonl and val.jsonl, seeded, line by line",
+        "tpu-tune data split --input dataset.jsonl --split_ratio 0.99,0.01",
+    )
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--input", dest="input", metavar="FILE", help="the .jsonl file (or .jsonl.gz) to split")
     given.add_argument("positional", nargs="?", metavar="FILE", help="the same, without --input")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        *spellings("--split-ratio"), metavar="TRAIN,VAL",
+        *spellings("--split-ratio"),
+        metavar="TRAIN,VAL",
         help="each row is for training if a number drawn from [0, TRAIN + VAL) is below TRAIN",
-    )  # fmt: skip
+    )
     size.add_argument(
         *spellings("--val-count"),
         type=int,
@@ -28,15 +33,18 @@ def add(commands: Commands) -> None:
         help="exactly N rows for validation (with --group-key: at least)",
     )
     size.add_argument(
-        "--auto", action="store_true",
+        "--auto",
+        action="store_true",
         help="the guide's rule of thumb, and what is done without any of these three: 0.1%% for validation, 0.01%% from "
         "a million rows on; at least one row",
-    )  # fmt: skip
+    )
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument(
-        *spellings("--group-key"), default="", metavar="KEY",
+        *spellings("--group-key"),
+        default="",
+        metavar="KEY",
         help="rows with the same value of KEY stay together, such as one conversation's; a.b is b inside a",
-    )  # fmt: skip
+    )
     keys.add_argument(
         "--stratify", default="", metavar="KEY", help="the same share of each value of KEY, such as cluster"
     )

@@ -11,13 +11,22 @@ from tpu_tune.cli.data.tokenize import add_format, columns
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("stats", run, "count rows, characters, tokens, duplicates; warn of what will go wrong",
-                          "tpu-tune data stats chats.jsonl --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct")  # fmt: skip
+    parser = commands.add(
+        "stats",
+        run,
+        "count rows, characters, tokens, duplicates; warn of what will go wrong",
+        "tpu-tune data stats chats.jsonl --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
     parser.add_argument("input", metavar="INPUT", help="a data file, or a directory of them")
     parser.add_argument(
-        "-t", "--tokenizer", *spellings("--tokenizer-path"), dest="tokenizer", default="", metavar="PATH",
+        "-t",
+        "--tokenizer",
+        *spellings("--tokenizer-path"),
+        dest="tokenizer",
+        default="",
+        metavar="PATH",
         help="Hugging Face id or directory, .gguf file, or tokenizer.json; without it lengths are in characters",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "-l",
         *spellings("--max-length"),

@@ -10,26 +10,40 @@ from tpu_tune.cli.common import Commands, spellings
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("tokenize", run, "tokenize rows into an Arrow file that trainers read memory-mapped",
-                          "tpu-tune data tokenize --input-file train.jsonl --output-file train.arrow "
-                          "--tokenizer-path HuggingFaceTB/SmolLM2-135M-Instruct --max-length 2048")  # fmt: skip
+    parser = commands.add(
+        "tokenize",
+        run,
+        "tokenize rows into an Arrow file that trainers read memory-mapped",
+        "tpu-tune data tokenize --input-file train.jsonl --output-file train.arrow "
+        "--tokenizer-path HuggingFaceTB/SmolLM2-135M-Instruct --max-length 2048",
+    )
     parser.add_argument(
-        "-i", *spellings("--input-file"), required=True, metavar="FILE",
+        "-i",
+        *spellings("--input-file"),
+        required=True,
+        metavar="FILE",
         help=".jsonl (or .jsonl.gz), .json, .csv, .tsv or .parquet with text, input/output, prompt/generation, alpaca or "
         "chat rows",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "-o", *spellings("--output-file"), required=True, metavar="FILE", help="the .arrow file to write"
     )
     add_tokenizer(parser)
     parser.add_argument(
-        "-l", *spellings("--max-length"), type=int, default=2048, metavar="N",
+        "-l",
+        *spellings("--max-length"),
+        type=int,
+        default=2048,
+        metavar="N",
         help="tokens a row (default 2048): text is cut into blocks of N, pairs and chats that are longer are left out",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        *spellings("--num-eos"), type=int, default=1, metavar="N",
+        *spellings("--num-eos"),
+        type=int,
+        default=1,
+        metavar="N",
         help="ends of text after an answer or a text (default 1; 3 as PygmalionAI's script; chats end as their template)",
-    )  # fmt: skip
+    )
     add_format(parser)
     parser.add_argument(*spellings("--train-on-source"), action="store_true", help="label the prompt too")
     parser.add_argument(
@@ -43,18 +57,24 @@ def add(commands: Commands) -> None:
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Add `--tokenizer-path`."""
     parser.add_argument(
-        "-t", *spellings("--tokenizer-path"), "--tokenizer", dest="tokenizer_path", required=True, metavar="PATH",
+        "-t",
+        *spellings("--tokenizer-path"),
+        "--tokenizer",
+        dest="tokenizer_path",
+        required=True,
+        metavar="PATH",
         help="Hugging Face id or directory, .gguf file, or tokenizer.json",
-    )  # fmt: skip
+    )
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what a row means."""
     parser.add_argument(
-        "--format", default="auto",
+        "--format",
+        default="auto",
         help="auto (by the keys of the first row), text, input-output, prompt-generation, prompt-completion, alpaca, "
         "sharegpt, messages",
-    )  # fmt: skip
+    )
     for key, name in (("text", "text"), ("input", "prompt"), ("output", "answer")):
         parser.add_argument(
             *spellings(f"--{key}-key"), default="", metavar="KEY", help=f"the rows' own key of the {name}"

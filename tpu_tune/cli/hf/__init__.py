@@ -31,9 +31,13 @@ _HONOURED = "WANDB_PROJECT WANDB_NAME WANDB_MODE HF_DATASETS_CACHE HF_HOME HF_HU
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
-    parser = commands.add("hf", run, "run a Hugging Face training script's flags as they are",
-                    "tpu-tune hf accelerate launch ./train.py --model_name_or_path DIR --train_file chats.jsonl "
-                    "--output_dir out --bf16 true --use_lora")  # fmt: skip
+    parser = commands.add(
+        "hf",
+        run,
+        "run a Hugging Face training script's flags as they are",
+        "tpu-tune hf accelerate launch ./train.py --model_name_or_path DIR --train_file chats.jsonl "
+        "--output_dir out --bf16 true --use_lora",
+    )
     parser.description += _ABOUT
     parser.allow_abbrev = False
     parser.usage = "tpu-tune hf [options] [LAUNCHER SCRIPT] --FLAG VALUE ..."

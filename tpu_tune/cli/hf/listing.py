@@ -37,9 +37,12 @@ def lines(asked: Translation, given: Given, others: Sequence[str]) -> Iterator[s
 def as_json(asked: Translation) -> dict[str, Any]:
     """Return the same as JSON."""
     return {
-        "config": changed(asked.config), "notes": asked.notes, "ignored": asked.ignored, "train": asked.train,
+        "config": changed(asked.config),
+        "notes": asked.notes,
+        "ignored": asked.ignored,
+        "train": asked.train,
         "max_memory_bytes": asked.max_memory,
-    }  # fmt: skip
+    }
 
 
 def changed(config: Any) -> dict[str, Any]:

@@ -114,8 +114,11 @@ def limit_rows(flags: Given, config: ConfigDict) -> bool:
         limits = [value or default for value, default in zip(limits, QLORA_LENGTHS, strict=True)]
         data.source_max_len, data.target_max_len = limits
         data.max_length = sum(limits)
-        missing = [f"{name} {value}" for name, value in zip(("source_max_len", "target_max_len"), limits, strict=True)
-                   if name not in flags.values]  # fmt: skip
+        missing = [
+            f"{name} {value}"
+            for name, value in zip(("source_max_len", "target_max_len"), limits, strict=True)
+            if name not in flags.values
+        ]
         if missing:
             flags.note(f"not given, so as qlora.py has it: {', '.join(missing)}")
     if flags.get("max_length"):

@@ -86,9 +86,14 @@ def translate(given: Given, platform: Callable[[], str], environ: Mapping[str, s
     if cap is not None and cap <= 0:
         raise UserError(f"{flags.said('max_memory_MB')} is {cap:g}; it must be positive")
     return Translation(
-        configuration.check(config), flags.notes, ignored, {**given.environ, **variables}, trains,
-        None if cap is None else cap * 1e6, derived,
-    )  # fmt: skip
+        configuration.check(config),
+        flags.notes,
+        ignored,
+        {**given.environ, **variables},
+        trains,
+        None if cap is None else cap * 1e6,
+        derived,
+    )
 
 
 def _plain(flags: Given, config: ConfigDict) -> dict[str, str]:
@@ -162,8 +167,11 @@ def _method(flags: Given, config: ConfigDict) -> None:
     if bits == 16 and "bits" in flags.values and lora:
         flags.note("--bits 16: the base weights are not quantized, so that this is plain LoRA")
     if style and lora and not pygmalion:
-        unset = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                 for name, value in QLORA_TRAINER.items() if name not in flags.values]  # fmt: skip
+        unset = [
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in QLORA_TRAINER.items()
+            if name not in flags.values
+        ]
         if unset:
             flags.note(
                 "flags of the Trainer that are not given have Hugging Face's defaults; qlora.py itself would take "
@@ -193,10 +201,12 @@ def _precision(flags: Given, config: ConfigDict, platform: Callable[[], str]) ->
     if half:
         device = platform()
         config.model.dtype = {"tpu": "bfloat16", "cpu": "float32"}.get(device, "float16")
-        flags.note({
-            "tpu": "--fp16: this is a TPU, which computes in bfloat16; bfloat16 it is",
-            "cpu": "--fp16: a CPU has no fast float16; float32 it is (--bf16 for bfloat16)",
-        }.get(device, "--fp16: float16 with dynamic loss scaling; trained weights stay float32"))  # fmt: skip
+        flags.note(
+            {
+                "tpu": "--fp16: this is a TPU, which computes in bfloat16; bfloat16 it is",
+                "cpu": "--fp16: a CPU has no fast float16; float32 it is (--bf16 for bfloat16)",
+            }.get(device, "--fp16: float16 with dynamic loss scaling; trained weights stay float32")
+        )
     for name in ("fp16_full_eval", "bf16_full_eval"):
         if flags.get(name):
             flags.note(f"{flags.said(name)}: evaluation computes as training does, in {config.model.dtype}")

@@ -45,9 +45,13 @@ Run = Callable[[float, int], tuple[float, dict[str, float]]]  # (learning rate, 
 
 
 def bracket(
-    run: Run, low: float, high: float, steps: int, sizes: tuple[int, ...] = (5, 3, 2),
+    run: Run,
+    low: float,
+    high: float,
+    steps: int,
+    sizes: tuple[int, ...] = (5, 3, 2),
     say: Callable[[Score], None] = lambda score: None,
-) -> tuple[float, list[Score]]:  # fmt: skip
+) -> tuple[float, list[Score]]:
     """Return the best rate, and all runs in the order in which they were made.
 
     Args:

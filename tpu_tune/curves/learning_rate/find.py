@@ -106,9 +106,7 @@ def find_with(
     return Found(_chosen(rate, runs, suggestion if test is not None else None, scored_by), test, runs, scored_by)
 
 
-def short_run(
-    trials: tr.Trials, rate: float, steps: int, untrained: list[float]
-) -> tuple[float, dict[str, float]]:  # fmt: skip
+def short_run(trials: tr.Trials, rate: float, steps: int, untrained: list[float]) -> tuple[float, dict[str, float]]:
     """Train for some steps under the whole schedule with its peak at `rate`.
 
     Returns:
@@ -168,12 +166,15 @@ def figures(found: Found, config: ConfigDict) -> dict[str, Any]:
         "scored_by": found.scored_by,
         "runs": [
             {
-                "round": run.round, "learning_rate": run.learning_rate, "steps": run.steps, "score": _finite(run.score),
+                "round": run.round,
+                "learning_rate": run.learning_rate,
+                "steps": run.steps,
+                "score": _finite(run.score),
                 **{name: _finite(value) for name, value in run.figures.items()},
             }
             for run in found.runs
         ],
-    }  # fmt: skip
+    }
     if found.test is not None:
         arrays = {name: getattr(found.test, name) for name in ("rates", "losses", "untrained", "smoothed")}
         told["range_test"] = {name: [_finite(float(value)) for value in array] for name, array in arrays.items()}

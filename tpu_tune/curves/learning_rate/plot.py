@@ -94,9 +94,13 @@ def _draw_runs(axes: Any, found: Found) -> None:
     for number in sorted({run.round for run in finite}):
         part = sorted((run for run in finite if run.round == number), key=lambda run: run.learning_rate)
         axes.plot(
-            [run.learning_rate for run in part], [run.score for run in part], "o-", color=_POINT, alpha=0.4 + 0.6 * number / finite[-1].round,
+            [run.learning_rate for run in part],
+            [run.score for run in part],
+            "o-",
+            color=_POINT,
+            alpha=0.4 + 0.6 * number / finite[-1].round,
             label=f"{part[0].steps} steps",
-        )  # fmt: skip
+        )
     for run in found.runs:
         if run not in finite:
             axes.plot(run.learning_rate, 0.9, "x", color=_POINT, transform=axes.get_xaxis_transform())

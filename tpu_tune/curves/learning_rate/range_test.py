@@ -145,9 +145,11 @@ def suggest(test: RangeTest) -> Suggestion:
     start, lowest = curve[0], int(np.argmin(curve))
     fall = start - curve[lowest]
     if fall < _NOTHING * abs(start):
-        how = f"the loss did not move up to a rate of {rates[-1]:.1e}" if test.end == "highest rate" else (
-            f"the loss ran away at {rates[-1]:.1e} without having fallen before"
-        )  # fmt: skip
+        how = (
+            f"the loss did not move up to a rate of {rates[-1]:.1e}"
+            if test.end == "highest rate"
+            else (f"the loss ran away at {rates[-1]:.1e} without having fallen before")
+        )
         raise UserError(f"{how}: choose a higher --max, a lower --min or more --steps")
     half = float(rates[np.argmax(curve < start - fall / 2)])
     words = f"the smoothed loss fell from {start:.3g} to {curve[lowest]:.3g} at {rates[lowest]:.1e}"

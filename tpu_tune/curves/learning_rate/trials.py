@@ -72,9 +72,12 @@ def open_trials(config: Mapping[str, Any] | ConfigDict) -> Trials:
     data = open_data(config, mesh)
     model = prepare_model(config, mesh)
     batches = Batches(
-        data.train, batch_rows, config.train.gradient_accumulation_steps, config.data.data_seed,
+        data.train,
+        batch_rows,
+        config.train.gradient_accumulation_steps,
+        config.data.data_seed,
         sharding.rows_here(mesh, batch_rows),
-    )  # fmt: skip
+    )
     return Trials(config, model, prepare_steps(config, model, None), batches, data, total_steps(config, batches))
 
 

@@ -113,8 +113,11 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
             shorter = cut(row, format, part, _sentence_start(part.text, start))
         effect = "dropped" if shorter is None else "cut"
         known = {hit.rule for hit in hits}
-        hits += [Hit(match.rule, effect, snippet(part.text, match.start, match.end)) for match in matches
-                 if effect == "dropped" or match.rule not in known]  # fmt: skip
+        hits += [
+            Hit(match.rule, effect, snippet(part.text, match.start, match.end))
+            for match in matches
+            if effect == "dropped" or match.rule not in known
+        ]
         if shorter is None:
             return None, hits
         row, found = shorter, parts(shorter, format, options.columns)

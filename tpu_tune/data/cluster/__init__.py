@@ -118,20 +118,39 @@ def cluster(input: str, output: str, options: ClusterOptions | None = None) -> d
         if options.drop_outliers or options.keep is not None or options.keep_per_cluster is not None:
             left_out[list(far)] = True
         kept = subset.kept(
-            options.select, data, found.labels, found.distances, k, left_out, options.keep_per_cluster, options.keep,
+            options.select,
+            data,
+            found.labels,
+            found.distances,
+            k,
+            left_out,
+            options.keep_per_cluster,
+            options.keep,
             options.seed,
-        )  # fmt: skip
+        )
         shown = _shown(surveyed.rows, found, k, options)
         texts = _write(input, output, options, found, kept, far, shown, surveyed.rows)
         clusters = _described(found, k, kept, far, shown, texts)
         report = {
-            "input": input, "output": output, "rows": surveyed.rows, "bad_rows": surveyed.skipped.count,
-            "bad_examples": [str(bad) for bad in surveyed.skipped.examples], "k": k,
+            "input": input,
+            "output": output,
+            "rows": surveyed.rows,
+            "bad_rows": surveyed.skipped.count,
+            "bad_examples": [str(bad) for bad in surveyed.skipped.examples],
+            "k": k,
             "tried": {str(number): round(score, 4) for number, score in tried.items()},
-            "features": options.model or "tf-idf", "dimensions": data.shape[1], "inertia": found.inertia,
-            "mini_batch": mini_batch, "iterations": found.iterations, "converged": found.converged, "kept": int(kept.sum()), "outliers": len(far),
-            "clusters": clusters, "hints": _hints(surveyed.rows, found, k, options), "options": asdict(options),
-        }  # fmt: skip
+            "features": options.model or "tf-idf",
+            "dimensions": data.shape[1],
+            "inertia": found.inertia,
+            "mini_batch": mini_batch,
+            "iterations": found.iterations,
+            "converged": found.converged,
+            "kept": int(kept.sum()),
+            "outliers": len(far),
+            "clusters": clusters,
+            "hints": _hints(surveyed.rows, found, k, options),
+            "options": asdict(options),
+        }
         if options.map:
             _draw(input, options, report, data, found, far, shown, texts)
     return report
@@ -208,9 +227,15 @@ def _shown(rows: int, found: Clusters, k: int, options: ClusterOptions) -> dict[
 
 
 def _write(
-    input: str, output: str, options: ClusterOptions, found: Clusters, kept: np.ndarray, far: dict[int, str],
-    shown: dict[str, Any], rows: int,
-) -> dict[int, str]:  # fmt: skip
+    input: str,
+    output: str,
+    options: ClusterOptions,
+    found: Clusters,
+    kept: np.ndarray,
+    far: dict[int, str],
+    shown: dict[str, Any],
+    rows: int,
+) -> dict[int, str]:
     """Write the rows to keep and the outliers; return the texts of the rows that are shown."""
     wanted = set(shown["points"].tolist()).union(*(near.tolist() for near in shown["near"]))
     texts: dict[int, str] = {}
@@ -243,11 +268,15 @@ def _described(
     )
     return [
         {
-            "cluster": number, "rows": rows[number], "kept": keeps[number], "outliers": outlying[number],
-            "words": words[number], "examples": [maps.shorten(texts[row], 240) for row in shown["near"][number].tolist()],
+            "cluster": number,
+            "rows": rows[number],
+            "kept": keeps[number],
+            "outliers": outlying[number],
+            "words": words[number],
+            "examples": [maps.shorten(texts[row], 240) for row in shown["near"][number].tolist()],
         }
         for number in range(k)
-    ]  # fmt: skip
+    ]
 
 
 def _hints(rows: int, found: Clusters, k: int, options: ClusterOptions) -> list[str]:
@@ -263,9 +292,15 @@ def _hints(rows: int, found: Clusters, k: int, options: ClusterOptions) -> list[
 
 
 def _draw(
-    input: str, options: ClusterOptions, report: dict[str, Any], data: np.ndarray, found: Clusters, far: dict[int, str],
-    shown: dict[str, Any], texts: dict[int, str],
-) -> None:  # fmt: skip
+    input: str,
+    options: ClusterOptions,
+    report: dict[str, Any],
+    data: np.ndarray,
+    found: Clusters,
+    far: dict[int, str],
+    shown: dict[str, Any],
+    texts: dict[int, str],
+) -> None:
     chosen = shown["points"]
     points, centers, share = maps.project(np.asarray(data[chosen]), found.centers)
     by = f"the hidden states of {options.model}" if options.model else "their words"

@@ -63,9 +63,12 @@ def tfidf_features(
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     words = TfidfVectorizer(
-        token_pattern=WORD, max_features=_WORDS, min_df=2 if len(sample) >= 1000 else 1, sublinear_tf=True,
+        token_pattern=WORD,
+        max_features=_WORDS,
+        min_df=2 if len(sample) >= 1000 else 1,
+        sublinear_tf=True,
         dtype=np.float32,
-    )  # fmt: skip
+    )
     try:
         words.fit(sample)
     except ValueError:  # its way to say that there is no word

@@ -172,9 +172,14 @@ def _fetched(found: tuple[Array, ...], count: int) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("mesh", "sums"))
 def _pass(
-    block: Float[Array, "lanes chunks rows d"], count: Array, offset: Float[Array, "d"], centers: Float[Array, "k d"],
-    halves: Float[Array, "k"], mesh: Mesh, sums: bool,
-) -> tuple[Array, ...]:  # fmt: skip
+    block: Float[Array, "lanes chunks rows d"],
+    count: Array,
+    offset: Float[Array, "d"],
+    centers: Float[Array, "k d"],
+    halves: Float[Array, "k"],
+    mesh: Mesh,
+    sums: bool,
+) -> tuple[Array, ...]:
     """Find the nearest centre of every row; with `sums` also each centre's sum of rows (less offset) and number."""
     lanes, chunks, rows, _ = block.shape
     numbers = jnp.arange(lanes * chunks * rows, dtype=jnp.int32).reshape(lanes, chunks, rows)

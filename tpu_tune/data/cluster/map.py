@@ -123,9 +123,14 @@ def draw_png(drawn: Map, path: str | os.PathLike) -> None:
     axes.scatter(*drawn.points[~usual].T, s=size * 1.6, c=colors[~usual], marker="x", linewidths=1)
     for cluster in drawn.clusters[:_LABELLED]:
         axes.text(
-            *cluster["center"], str(cluster["cluster"]), color=_INK, fontsize=9, ha="center", va="center",
+            *cluster["center"],
+            str(cluster["cluster"]),
+            color=_INK,
+            fontsize=9,
+            ha="center",
+            va="center",
             bbox={"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": color(cluster["cluster"])},
-        )  # fmt: skip
+        )
     axes.set_title(_plain(drawn.title), loc="left", color=_INK, fontsize=13, fontweight="bold")
     axes.set_xlabel(
         _plain(f"{drawn.summary}\nPCA, {drawn.share:.0%} of the variance; x: outliers"), color=_MUTED, fontsize=9

@@ -18,8 +18,10 @@ from tpu_tune.data.ingest.archives import Budget, _Counted
 from tpu_tune.data.ingest.encodings import too_long
 from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
 
-_DIGITS = {character: value for value, character in enumerate(
-    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}  # fmt: skip
+_DIGITS = {
+    character: value
+    for value, character in enumerate(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
+}
 MAX_DICTIONARY_BYTES = 2**30  # entries stand in any order, so a dictionary is held whole
 
 

@@ -209,8 +209,17 @@ class _Dump:
     def _insert(self) -> Iterator[dict[str, Any]]:
         """INSERT [words] [INTO] table [(columns)] [words] VALUES (..), (..) [words];"""
         token = self.tokens.next()
-        while token[0] == WORD and token[1].upper() in ("LOW_PRIORITY", "DELAYED", "HIGH_PRIORITY", "IGNORE", "OR", "REPLACE",
-                                                       "ROLLBACK", "ABORT", "FAIL"):  # fmt: skip
+        while token[0] == WORD and token[1].upper() in (
+            "LOW_PRIORITY",
+            "DELAYED",
+            "HIGH_PRIORITY",
+            "IGNORE",
+            "OR",
+            "REPLACE",
+            "ROLLBACK",
+            "ABORT",
+            "FAIL",
+        ):
             token = self.tokens.next()
         if not (token[0] == WORD and token[1].upper() == "INTO"):
             self.tokens.give_back(token)

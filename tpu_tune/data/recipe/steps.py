@@ -71,9 +71,12 @@ def _cluster(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, An
     if len(files) != 1:
         raise UserError(f"cluster reads one file and there are {len(files)}; have ingest or clean before it in 'steps'")
     options = options_of(
-        recipe, "cluster", skip_bad=recipe.skip_bad, map=str(folder / "map.html"),
+        recipe,
+        "cluster",
+        skip_bad=recipe.skip_bad,
+        map=str(folder / "map.html"),
         outliers=str(folder / "outliers.jsonl"),
-    )  # fmt: skip
+    )
     report = cluster(files[0], str(folder / ROWS), options)
     left_out = ("input", "output", "options")
     kept = {key: value for key, value in report.items() if key not in left_out}
@@ -105,10 +108,13 @@ def _tokenize(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, A
     asked = options_of(recipe, "tokenize")
     tokenizer = open_tokenizer(asked.tokenizer_path)
     options = Options(
-        format=asked.format, max_length=asked.max_length, columns=dict(asked.columns),
-        chat_template=chat.read_template(tokenizer, asked.chat_template), train_on_source=asked.train_on_source,
+        format=asked.format,
+        max_length=asked.max_length,
+        columns=dict(asked.columns),
+        chat_template=chat.read_template(tokenizer, asked.chat_template),
+        train_on_source=asked.train_on_source,
         num_eos=asked.num_eos,
-    )  # fmt: skip
+    )
     reports, outputs = [], []
     with _engine(recipe, folder) as engine:
         for file in files:

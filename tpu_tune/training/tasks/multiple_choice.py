@@ -132,9 +132,14 @@ def _shuffled(question: Question, draw: random.Random) -> Question:
     order = list(range(len(question.choices)))
     draw.shuffle(order)
     return Question(
-        question.question, question.stem, tuple(question.choices[place] for place in order),
-        order.index(question.answer), question.subject, question.primer, question.row,
-    )  # fmt: skip
+        question.question,
+        question.stem,
+        tuple(question.choices[place] for place in order),
+        order.index(question.answer),
+        question.subject,
+        question.primer,
+        question.row,
+    )
 
 
 def _prediction(question: Question, guess: int, more: dict[str, Any]) -> dict[str, Any]:

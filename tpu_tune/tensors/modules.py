@@ -98,7 +98,7 @@ class Module:
         found = {} if self.tied_to else {self.weight: self.stack + self.shape}
         return found | ({f"{self.path}.bias": self.stack + self.shape[-1:]} if self.bias and not self.tied_to else {})
 
-    def name(self, layer: int | None = None) -> str:
+    def name(self, layer: int | str | None = None) -> str:
         """Return the Hugging Face module name, with the layer index where there is one."""
         if not self.layers:
             return self.path

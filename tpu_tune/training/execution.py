@@ -70,10 +70,10 @@ def execution(
     gathered = {path: sharding.gathered(shardings[path]) for path, spec in specs.items() if spec.stacked}
     hidden = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
-    def gather_stored(leaf: Any, wanted: Any) -> Any:
+    def gather_stored(sharding: Any, leaf: Any) -> Any:
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
-        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, wanted)
+        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, sharding)
         if hasattr(leaf, "view") and plan.implementation != "xla":
             return jax.tree.map(lambda part: part[None], leaf).view(jnp.int32(0), plan)
         return leaf

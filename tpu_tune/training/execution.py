@@ -79,8 +79,6 @@ def execution(
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:
-        return {
-            path: map_base(lambda stored: gather_stored(stored, gathered[path]), leaf) for path, leaf in leaves.items()
-        }
+        return {path: map_base(functools.partial(gather_stored, gathered[path]), leaf) for path, leaf in leaves.items()}
 
     return dataclasses.replace(plain, gather=gather, constrain=lambda x: jax.lax.with_sharding_constraint(x, hidden))

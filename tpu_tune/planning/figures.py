@@ -21,7 +21,7 @@ from tpu_tune.planning.process import TIMEOUT, run_job
 from tpu_tune.planning.rows import guess_rows
 from tpu_tune.training import arithmetic
 from tpu_tune.training.arithmetic import run_length
-from tpu_tune.training.setup import check_settings
+from tpu_tune.training.opening import check_settings
 from tpu_tune.transforms.sharding import mesh_sizes
 
 # The Novice's LLM Training Guide: "multiply the size of the model file by 1.2", and what a 6B or 7B model takes in full.

@@ -282,8 +282,8 @@ def from_main(values: Sequence[int], what: str) -> list[int]:
     return [int(value) for value in multihost_utils.broadcast_one_to_all(np.asarray(values, np.int32))]
 
 
-def whole(leaf: Any) -> Any:
-    """Return an array that this process can read whole; collective where several processes share it."""
+def full_array(leaf: Any) -> Any:
+    """Return an array that this process can read in full; collective where several processes share it."""
     if jax.process_count() == 1:
         return leaf
     return multihost_utils.process_allgather(leaf, tiled=True)

@@ -14,32 +14,45 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import storage
-from tpu_tune.data import Batches, Datasets
+from tpu_tune.data import Datasets
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
 from tpu_tune.training import run_directory
 from tpu_tune.training.execution import compute_dtype
-from tpu_tune.training.setup import PreparedModel
+from tpu_tune.training.opening import Session
+from tpu_tune.training.prepare_model import PreparedModel
 from tpu_tune.training.step import TrainState
 from tpu_tune.transforms import combine
 
 SAMPLE_TOKENS = 64  # of an answer
 
 
-def describe(config: ConfigDict, model: PreparedModel, data: Datasets, batches: Batches) -> dict[str, Any]:
-    """Return what a summary says from the start: of the model, of the steps, and the data's counts."""
+def describe(session: Session) -> dict[str, Any]:
+    """Return what a summary says from the start about the model, the steps and the data."""
+    model, batches = session.model, session.batches
     return {
-        "model": config.model.path,
+        "model": session.config.model.path,
         "family": model.architecture.family,
         "vocab_size": model.architecture.vocab_size,
         "trainable_parameters": model.num_trainable,
         "rows_per_step": batches.batch_rows * batches.accumulation,
         "steps_per_epoch": batches.steps_per_epoch,
-        "data": data.summary,
+        "data": session.data.summary,
+        "parameters": model.num_parameters,
+        "devices": devices(model.mesh),
+        "total_steps": session.length.total_steps,
     }
+
+
+def devices(mesh: Mesh) -> str:
+    """Return a mesh in words: 4 x TPU v4 (fsdp=4)."""
+    kind = mesh.devices.flat[0].device_kind
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
 
 
 def write(output_dir: str, values: Mapping[str, Any]) -> None:
@@ -90,10 +103,10 @@ def write_samples(
 
     Args:
       config: the whole configuration.
-      model: with the frozen weights.
-      trainable: the trained ones.
+      model: the model with its frozen weights.
+      trainable: the trained weights.
       step: updates made so far.
-      data_format: of the training rows.
+      data_format: the format of the training rows, as `data.format` names it.
 
     Raises:
       UserError: prompts that are empty or too long for the model, or a file that cannot be written.

@@ -29,7 +29,7 @@ from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name
 from tpu_tune.training.prepare_model import PreparedModel, lora_settings, prepare_model, storage_dtype
 from tpu_tune.training.schedules import configured_schedule
-from tpu_tune.transforms import QuantizePolicy, find_targets, sharding
+from tpu_tune.transforms import QuantizeConfig, find_targets, quantized_paths, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
     arch = open_architecture(source)
     check_names(source, arch)
     check_length(arch, config.data.max_length)
-    QuantizePolicy.from_config(config.quantize).paths(arch.modules())
+    quantized_paths(arch.modules(), QuantizeConfig(**config.quantize))
     if config.model.adapter:
         check_tokens(source, config.model.adapter)
     if config.method == "lora":

@@ -7,6 +7,7 @@ shapes only, for a plan of devices that are not there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -28,7 +29,18 @@ from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
 from tpu_tune.training.execution import compute_dtype
-from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets, lora, sharding, split, token_rows
+from tpu_tune.transforms import (
+    LoraConfig,
+    QuantizeConfig,
+    Targets,
+    find_targets,
+    lora,
+    quantize_weight,
+    quantized_paths,
+    sharding,
+    split,
+    token_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +110,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     """
     source = open_configured(config.model)
     arch = open_architecture(source)
-    targets, adapters, policy = _methods(config, arch, source.added_tokens.values())
+    targets, adapters, quantization = _methods(config, arch, source.added_tokens.values())
     stacked, units = arch.stacked(), sharding_units(arch)
     shardings: dict[str, Any] = {}
 
@@ -106,9 +118,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
         shardings[path] = sharding.leaf_sharding(path, leaf, mesh, path in stacked, units=units)
         return jax.tree.map(put, leaf, shardings[path])
 
-    params = load_params(
-        source, arch, storage_dtype(config), policy.apply, policy.paths(arch.modules()), place=shard, progress=progress
-    )
+    params = load_params(source, arch, storage_dtype(config), quantization, shard, progress)
     if targets is not None and adapters is None:
         adapters = lora.init(targets, params, jax.random.key(config.seed))
     trainable, frozen = split(params, targets, adapters)
@@ -129,11 +139,12 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
     arch = architecture(model_config)
     # Which tokens are new changes no shape; the last ones stand for them.
     added = range(arch.vocab_size - len(config.model.add_special_tokens), arch.vocab_size)
-    targets, adapters, policy = _methods(config, arch, added)
-    dtype, quantized = storage_dtype(config), policy.paths(arch.modules())
+    targets, adapters, quantization = _methods(config, arch, added)
+    dtype, quantized = storage_dtype(config), quantized_paths(arch.modules(), quantization)
     stacked, units = arch.stacked(), sharding_units(arch)
     base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
-    base = {path: jax.eval_shape(policy.apply, leaf) if path in quantized else leaf for path, leaf in base.items()}
+    quantize = functools.partial(quantize_weight, config=quantization)
+    base = {path: jax.eval_shape(quantize, leaf) if path in quantized else leaf for path, leaf in base.items()}
 
     def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         fresh = adapters
@@ -156,7 +167,7 @@ def abstract_leaf(leaf: Any, leaf_sharding: NamedSharding) -> jax.ShapeDtypeStru
 
 def lora_settings(
     config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]
-) -> tuple[LoraSpec, dict[str, Any] | None]:
+) -> tuple[LoraConfig, dict[str, Any] | None]:
     """Return the LoRA settings and the adapter to start from, None for a fresh one.
 
     Under `model.train_added_tokens` the added tokens are among the trained ones.
@@ -164,7 +175,7 @@ def lora_settings(
     Raises:
       UserError: the adapter trains other tokens.
     """
-    spec, adapters = LoraSpec.from_config(config.lora), None
+    spec, adapters = LoraConfig(**config.lora), None
     if config.model.adapter:
         spec, adapters = peft.read_adapter(config.model.adapter, arch)
         spec = dataclasses.replace(spec, dropout=config.lora.dropout)
@@ -188,7 +199,7 @@ def lora_settings(
 
 def _methods(
     config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]
-) -> tuple[Targets | None, dict[str, Any] | None, QuantizePolicy]:
+) -> tuple[Targets | None, dict[str, Any] | None, QuantizeConfig]:
     """Return what is trained, the adapter to start from, and what is quantized."""
     modules = arch.modules()
     spec, adapters = lora_settings(config, arch, added_tokens)
@@ -198,14 +209,12 @@ def _methods(
             config.model.adapter,
         )
     targets = find_targets(modules, spec, arch.default_targets) if config.method == "lora" else None
-    policy = QuantizePolicy.from_config(config.quantize)
-    if config.quantize.format != "none" and targets is not None:
+    quantization = QuantizeConfig(**config.quantize)
+    if targets is not None and not isinstance(quantization.exclude, str):
         # Modules that are trained in full cannot be quantized.
-        saved = tuple(module.path for module in targets.saved)
-        exclude = (policy.exclude,) if isinstance(policy.exclude, str) else tuple(policy.exclude)
-        if saved and not isinstance(policy.exclude, str):
-            policy = dataclasses.replace(policy, exclude=(*exclude, *[path.rsplit(".")[-1] for path in saved]))
-    return targets, adapters, policy
+        saved = [module.path.rsplit(".")[-1] for module in targets.saved]
+        quantization = dataclasses.replace(quantization, exclude=[*quantization.exclude, *saved])
+    return targets, adapters, quantization
 
 
 def stacked_trainable(targets: Targets | None, stacked: frozenset[str]) -> frozenset[str]:

@@ -135,7 +135,7 @@ def test_losses_follow_torch(tmp_path: pathlib.Path, method: str, case: str, rat
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        assert metrics[step]["num_targets"] == count
+        assert metrics[step]["weight"] == count
         np.testing.assert_allclose([ours[step], metrics[step]["grad_norm"]], [total / count, norm], rtol=1e-4)
 
 

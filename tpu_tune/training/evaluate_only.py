@@ -38,8 +38,9 @@ def evaluate_only(config: Mapping[str, Any] | ConfigDict, say: Callable[[str], N
     result = _result_directory(config)
     evaluated = result if result == config.model.adapter else config.model.path
     say(f"evaluating {evaluated}: {len(rows)} rows of {rows.width} tokens; nothing is trained")
-    metrics = evaluation.evaluate(prepare_evaluation(config, session.model), session.model.trainable, session)
-    say(f"{evaluation.describe(metrics)} over {metrics['eval_num_tokens']:,} target tokens")
+    steps = prepare_evaluation(config, session.model)
+    metrics, unit = evaluation.evaluate(steps, session.model.trainable, session), steps.objective.unit
+    say(f"{evaluation.describe(metrics)} over {metrics[f'eval_num_{unit}']:,} {unit}")
     return {"evaluated": evaluated, **metrics}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from tpu_tune.training import stopping
+from tpu_tune.training.step import STEP_METRICS
 
 
 @dataclasses.dataclass
@@ -104,7 +105,7 @@ class Meter:
             "loss": sum(state.window) / len(state.window),
             "learning_rate": metrics["learning_rate"],
             "grad_norm": metrics["grad_norm"],
-            "token_accuracy": metrics["accuracy"],
+            **{name: value for name, value in metrics.items() if name not in STEP_METRICS},
             "num_tokens": state.num_tokens,
             "tokens_per_second": rate if step > self._first + 1 else None,
         }

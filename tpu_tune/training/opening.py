@@ -26,6 +26,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, check_length
 from tpu_tune.training import arithmetic, distributed
 from tpu_tune.training.loggers import reporters
+from tpu_tune.training.objectives import check_objective
 from tpu_tune.training.optimizers import canonical_name
 from tpu_tune.training.prepare_model import PreparedModel, lora_settings, prepare_model, storage_dtype
 from tpu_tune.training.schedules import configured_schedule
@@ -127,13 +128,14 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
       with_data: whether the data must be there; a plan needs none.
 
     Raises:
-      UserError: an unknown optimizer, schedule (or setting of it) or reporter, data that is not there, or settings
+      UserError: an unknown optimizer, objective, schedule (or setting of it) or reporter, data that is not there, or settings
         that exclude each other.
     """
     config = configuration.from_dict(config)
     canonical_name(config.train.optim)
     configured_schedule(config.train, max(config.train.max_steps, 1))
     reporters(config.train.report_to)
+    check_objective(config.objective.name)
     storage_dtype(config)
     if config.model.adapter and config.method != "lora":
         raise UserError(

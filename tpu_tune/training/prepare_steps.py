@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 
 from tpu_tune.training import offload
 from tpu_tune.training.execution import execution, loss_chunk
+from tpu_tune.training.objectives import OBJECTIVES, Objective, Sums
 from tpu_tune.training.optimizers import loraplus_factor, make_optimizer
 from tpu_tune.training.prepare_model import PreparedModel, abstract_leaf, put, stacked_trainable
 from tpu_tune.training.schedules import configured_schedule
-from tpu_tune.training.step import Problem, TrainState, init_state, make_eval_step, make_train_step
+from tpu_tune.training.step import ModelLoss, TrainState, init_state, make_eval_step, make_train_step
 from tpu_tune.transforms import sharding
 
 
@@ -28,7 +29,8 @@ from tpu_tune.transforms import sharding
 class Evaluation:
     """The functions that evaluating needs; see `Steps`."""
 
-    evaluate: Callable[..., dict[str, jax.Array]]
+    evaluate: Callable[..., Sums]
+    objective: Objective
     put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
 
 
@@ -38,14 +40,16 @@ class Steps:
 
     Attributes:
       train: (state, frozen, batch) -> (state, metrics); the state is donated.
-      evaluate: (trainable, frozen, batch) -> sums.
+      evaluate: (trainable, frozen, batch) -> (sum, weight) of `loss` and of each metric.
+      objective: what is minimized.
       initial_state: a fresh state, sharded; shapes only where the model is.
       start: trainable leaves -> a fresh state, sharded, in buffers of its own.
       put_batch: NumPy batch -> arrays on the mesh; takes the number of leading axes before (rows, tokens).
     """
 
     train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    evaluate: Callable[..., dict[str, jax.Array]]
+    evaluate: Callable[..., Sums]
+    objective: Objective
     initial_state: TrainState
     start: Callable[[Mapping[str, Any]], TrainState]
     put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
@@ -65,19 +69,21 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
     optimizer = make_optimizer(
         config.train, schedule, stacked=stacked.__contains__, factor=_rate_factor(config, model, stacked)
     )
-    problem = _problem(config, model, config.train.per_device_train_batch_size)
+    model_loss = _model_loss(config, model, config.train.per_device_train_batch_size)
     dropout = model.targets is not None and model.targets.spec.dropout > 0
     random = dropout or config.train.neftune_noise_alpha > 0
     key = jax.random.fold_in(jax.random.key(config.seed), 1) if random else None
     start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
     shapes = jax.eval_shape(start, model.trainable)
     shardings = state_shardings(shapes, model)
-    in_parts = None
+    update_in_parts = None
     if config.train.optim_offload:
         waiting = offload.waits(shapes.opt_state, stacked.__contains__)
         shardings = dataclasses.replace(shardings, opt_state=offload.to_host(shardings.opt_state, waiting))
-        in_parts = functools.partial(offload.update_each, homes=shardings.opt_state, stacked=stacked.__contains__)
-    step = make_train_step(problem, optimizer, schedule, config.train.max_grad_norm, key, in_parts)
+        update_in_parts = functools.partial(
+            offload.update_each, homes=shardings.opt_state, stacked=stacked.__contains__
+        )
+    step = make_train_step(model_loss, optimizer, schedule, config.train.max_grad_norm, key, update_in_parts)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.trainable.values())
     start = jax.jit(start, out_shardings=shardings)
     state = jax.tree.map(abstract_leaf, shapes, shardings) if abstract else start(model.trainable)
@@ -85,6 +91,7 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
     return Steps(
         train=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=evaluation.evaluate,
+        objective=evaluation.objective,
         initial_state=state,
         start=start,
         put_batch=evaluation.put_batch,
@@ -93,14 +100,16 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
 
 def prepare_evaluation(config: ConfigDict, model: PreparedModel) -> Evaluation:
     """Build the jitted evaluation alone, without the optimizer and its state."""
-    problem = _problem(config, model, config.train.per_device_eval_batch_size)
-    return Evaluation(jax.jit(make_eval_step(problem)), functools.partial(_put_batch, model.mesh))
+    model_loss = _model_loss(config, model, config.train.per_device_eval_batch_size)
+    put_batch = functools.partial(_put_batch, model.mesh)
+    return Evaluation(jax.jit(make_eval_step(model_loss)), model_loss.objective, put_batch)
 
 
-def _problem(config: ConfigDict, model: PreparedModel, rows: int) -> Problem:
+def _model_loss(config: ConfigDict, model: PreparedModel, rows: int) -> ModelLoss:
     run = execution(config, model.architecture, model.mesh, model.shardings, rows)
     chunk = loss_chunk(config, model.architecture.vocab_size, rows)
-    return Problem(model.architecture, run, model.targets, chunk, config.train.neftune_noise_alpha)
+    objective = OBJECTIVES[config.objective.name](config, chunk)
+    return ModelLoss(model.architecture, run, model.targets, objective, config.train.neftune_noise_alpha)
 
 
 def _rate_factor(config: ConfigDict, model: PreparedModel, stacked: frozenset[str]) -> Callable[[str], float] | None:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune.data import prefetch
 from tpu_tune.training.evaluation import sum_batches
+from tpu_tune.training.objectives import mean
 from tpu_tune.training.opening import Session, open_session
 from tpu_tune.training.optimizers import set_learning_rate
 from tpu_tune.training.prepare_steps import Steps, prepare_steps
@@ -79,7 +80,7 @@ def untrained_losses(trials: Trials, steps: int) -> list[float]:
     """Return the untouched model's loss on the batches of the first `steps` steps (nats a token)."""
     found = []
     for batch in prefetch(trials.session.batches.batch, 0, steps):
-        micros = [{name: array[number] for name, array in batch.items()} for number in range(len(batch["targets"]))]
+        micros = [{name: array[number] for name, array in batch.items()} for number in range(len(batch["input_ids"]))]
         found.append(_mean_loss(trials, trials.session.model.trainable, micros))
     return found
 
@@ -102,5 +103,4 @@ def scheduled(trials: Trials, rate: float, steps: int) -> np.ndarray:
 
 
 def _mean_loss(trials: Trials, trainable: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]]) -> float:
-    sums = sum_batches(trials.steps, trainable, trials.session.model.frozen, batches)
-    return sums["loss"] / max(sums["num_targets"], 1)
+    return mean(*sum_batches(trials.steps, trainable, trials.session.model.frozen, batches)["loss"])

@@ -76,7 +76,7 @@ def configured_schedule(train: ConfigDict, total_steps: int) -> optax.Schedule:
     """Build the schedule that a configuration's `train` section names, over `total_steps` updates.
 
     Raises:
-      UserError: as `make_schedule`.
+      UserError: unknown name, unknown or missing setting.
     """
     return make_schedule(
         train.lr_scheduler_type,

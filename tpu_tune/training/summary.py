@@ -1,4 +1,4 @@
-"""`summary.json` and `samples.jsonl` in the run directory: what a report tells beside the metrics.
+"""`summary.json` and `samples.jsonl` in the run directory: what a report shows besides the metrics.
 
 The summary says what the run is made of (the data's counts, the model's size, the steps) as soon as it starts, and how
 much memory it took when it ends. The samples are the model's greedy answers to `train.sample_prompts` before and after,
@@ -68,10 +68,10 @@ def write(output_dir: str, values: Mapping[str, Any]) -> None:
 def read(output_dir: str) -> dict[str, Any]:
     """Return `summary.json`; {} where there is none that can be read."""
     try:
-        found = json.loads(storage.read_bytes(run_directory.path(output_dir, "summary.json")).decode())
+        values = json.loads(storage.read_bytes(run_directory.path(output_dir, "summary.json")).decode())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def peak_memory() -> dict[str, int | None]:
@@ -86,7 +86,7 @@ def sampler(
 ) -> Callable[[TrainState, int], None]:
     """Return the function of (state, step) that answers `train.sample_prompts`; it does nothing where there are none."""
     if config.train.sample_prompts and jax.process_count() > 1:
-        say("train.sample_prompts: left out, for the model is spread over several processes")
+        say("train.sample_prompts: left out, because the model is spread over several processes")
     elif config.train.sample_prompts:
         data_format = data.summary["train"]["format"]
         return lambda state, step: write_samples(config, model, state.trainable, step, data_format)

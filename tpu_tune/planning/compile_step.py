@@ -51,9 +51,9 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       `compiler` (its name and version; "" where it was not used), `why` (no compiler), `held` (bytes a device: frozen,
       trainable, optimizer, batch; of the shapes), `gradients`, `train` and `evaluate` (arguments, peak, host, fits, and
-      capacity where it does not; of the compiler or of the estimate), `parameters`, `trainable`, `rows` (of a step), `width` and
-      `encoder_width` (tokens a row), `mesh`, `host_state` ("computed": the optimizer's state in host memory is not in the
-      compiled program, but taken off its figures).
+      capacity where it does not; of the compiler or of the estimate), `parameters`, `trainable`, `rows` (of a step),
+      `width` and `encoder_width` (tokens a row), `mesh`, `host_state` ("computed": the optimizer's state in host memory
+      is not in the compiled program, but taken off its figures).
 
     Raises:
       UserError: settings that do not fit the model or the devices.

@@ -112,7 +112,8 @@ def find_cluster(
         return None
     if number is None or not number.strip().isdigit() or int(number) >= len(names):
         raise UserError(
-            f"this TPU slice has {len(names)} hosts, and this one's number is not known ('{number or ''}'); set TPU_WORKER_ID"
+            f"this TPU slice has {len(names)} hosts, and this one's number is not known ('{number or ''}'); "
+            "set TPU_WORKER_ID"
         )
     return Cluster("tpu", f"{names[0]}:{TPU_PORT}", len(names), int(number), names)
 
@@ -128,8 +129,8 @@ def _from_address(environ: Mapping[str, str]) -> Cluster:
         value = environ.get(name, "")
         if not value.isdigit():
             raise UserError(
-                f"JAX_COORDINATOR_ADDRESS is set, and {name} is '{value}'; set JAX_NUM_PROCESSES to the number of hosts "
-                "and JAX_PROCESS_ID to this one's number, from 0"
+                f"JAX_COORDINATOR_ADDRESS is set, and {name} is '{value}'; set JAX_NUM_PROCESSES to the number of "
+                "hosts and JAX_PROCESS_ID to this one's number, from 0"
             )
         numbers.append(int(value))
     if numbers[1] >= numbers[0]:
@@ -183,7 +184,8 @@ def join(environ: Mapping[str, str] = os.environ) -> Cluster | None:
         raise MissingHosts(_missing(error.processes, cluster, seconds, "joining", error.reason)) from error
     except OSError as error:
         raise UserError(
-            f"{cluster.coordinator}: process 0 cannot listen there ({error.strerror or error}); end what uses the port, or choose another"
+            f"{cluster.coordinator}: process 0 cannot listen there ({error.strerror or error}); "
+            "end what uses the port, or choose another"
         ) from error
     except RuntimeError as error:
         raise MissingHosts(f"the hosts could not come together: {_short(error)}") from error
@@ -226,8 +228,8 @@ def _missing(processes: Sequence[int], cluster: Cluster, seconds: int, what: str
         return f"the hosts could not come together ({what}): {reason}"
     who = ", ".join(cluster.name(process) for process in processes[:8]) + (", ..." if len(processes) > 8 else "")
     return (
-        f"{who} of {cluster.num_processes} did not come within {seconds} s ({what}); look at the log there, and start the "
-        "same command on every host within that time (TPU_TUNE_BARRIER_SECONDS)"
+        f"{who} of {cluster.num_processes} did not come within {seconds} s ({what}); look at the log there, and start "
+        "the same command on every host within that time (TPU_TUNE_BARRIER_SECONDS)"
     )
 
 
@@ -308,7 +310,10 @@ def leaving_alone() -> Iterator[None]:
         if isinstance(error, UserError):
             text = str(error)
         elif isinstance(error, RuntimeError) and lost:
-            text = f"another host has gone ({_short(error)[:120]}); its log says why. The same command on every host goes on from the last checkpoint"
+            text = (
+                f"another host has gone ({_short(error)[:120]}); its log says why. The same command on every host goes on "
+                "from the last checkpoint"
+            )
         else:
             traceback.print_exc()
             text = f"process {jax.process_index()} of {jax.process_count()} ends here, and with it the others"

@@ -18,9 +18,9 @@ def evaluate(steps: Steps | Evaluation, trainable: Mapping[str, Any], session: S
     """Return the metrics of one pass over a session's held-out rows.
 
     Returns:
-      `eval_loss` (over all that the objective counts), `eval_perplexity` = exp(eval_loss) where the loss is a likelihood,
-      the objective's own metrics (of cross-entropy `eval_token_accuracy`, the share of first guesses that are right),
-      `eval_num_tokens` (targets; of another objective, what it counts), `eval_runtime` (seconds).
+      `eval_loss` (over all that the objective counts), `eval_perplexity` = exp(eval_loss) where the loss is a
+      likelihood, the objective's own metrics (of cross-entropy `eval_token_accuracy`, the share of first guesses that
+      are right), `eval_num_tokens` (targets; of another objective, what it counts), `eval_runtime` (seconds).
     """
     start, objective = time.monotonic(), steps.objective
     sums = sum_batches(steps, trainable, session.model.frozen, session.eval_batches())

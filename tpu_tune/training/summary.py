@@ -84,7 +84,7 @@ def peak_memory() -> dict[str, int | None]:
 def sampler(
     config: ConfigDict, model: PreparedModel, data: Datasets, say: Callable[[str], None]
 ) -> Callable[[TrainState, int], None]:
-    """Return the function of (state, step) that answers `train.sample_prompts`; it does nothing where there are none."""
+    """Return the function of (state, step) that answers `train.sample_prompts`; without prompts it does nothing."""
     if config.train.sample_prompts and jax.process_count() > 1:
         say("train.sample_prompts: left out, because the model is spread over several processes")
     elif config.train.sample_prompts:

@@ -93,7 +93,7 @@ def held_out_loss(trials: Trials, state: TrainState) -> float | None:
 
 
 def scheduled(trials: Trials, rate: float, steps: int) -> np.ndarray:
-    """Return the learning rates of a run of `steps` steps: the whole schedule with its peak at `rate`, drawn together."""
+    """Return the learning rates of a run of `steps` steps: the schedule with its peak at `rate`, shortened to them."""
     train = trials.session.config.train
     warmup = math.ceil(train.warmup_steps * min(1, steps / trials.total))
     schedule = make_schedule(

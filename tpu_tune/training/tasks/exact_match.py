@@ -2,8 +2,8 @@
 
 The prompt is "Question: ...\\nAnswer:", greedy decoding ends at the model's end token or where a next question begins.
 Where every right answer ends in a number, it is looked for as lm-evaluation-harness's gsm8k (version 3) does:
-`strict-match` after "####", `flexible-extract` the last number there is; the answers are compared without commas, dollar
-signs and a last full stop. Otherwise `exact_match` compares the whole answer, blanks at its ends and case apart.
+`strict-match` after "####", `flexible-extract` the last number there is; the answers are compared without commas,
+dollar signs and a last full stop. Otherwise `exact_match` compares the whole answer, blanks at its ends and case apart.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def score_answers(
       chat: the bare question through the tokenizer's chat template instead, without examples.
 
     Returns:
-      Figures `strict-match` and `flexible-extract`, or `exact_match`, and `questions`; predictions as QLoRA writes them:
-      the row's keys, `prediction_with_input` and `prediction`, here with `correct`.
+      Figures `strict-match` and `flexible-extract`, or `exact_match`, and `questions`; predictions as QLoRA writes
+      them: the row's keys, `prediction_with_input` and `prediction`, here with `correct`.
 
     Raises:
       UserError: too few examples, or examples for a chat.

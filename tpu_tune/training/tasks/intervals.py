@@ -1,10 +1,10 @@
 """A task's figures with their 95% confidence intervals, for one model and for the difference of two.
 
 The interval of a share is Wilson's score interval (Wilson 1927, JASA 22:209; Brown, Cai and DasGupta 2001 recommend it
-for few questions). Everything else is a percentile bootstrap over questions (Efron and Tibshirani 1993, chapter 13). Two
-models that answered the same questions are compared by the paired bootstrap (Koehn 2004, W04-3250): each resample takes
-the same questions of both, so that what makes a question hard for both does not widen the interval. A mean over subjects
-is resampled within each subject. The draws are seeded: the same results give the same intervals.
+for few questions). Everything else is a percentile bootstrap over questions (Efron and Tibshirani 1993, chapter 13).
+Two models that answered the same questions are compared by the paired bootstrap (Koehn 2004, W04-3250): each resample
+takes the same questions of both, so that what makes a question hard for both does not widen the interval. A mean over
+subjects is resampled within each subject. The draws are seeded: the same results give the same intervals.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """MMLU exactly as QLoRA scores it (artidoro/qlora, qlora.py, MMLUEvalCallback; Dettmers et al. 2023, arXiv:2305.14314).
 
-Prompt and answer are tokenized apart: BOS + prompt, cut on the right to `source_max_len`, and answer + EOS. At the place
-before the answer the largest of four logits counts, those of the first tokens of "A", "B", "C", "D" by themselves. The
-accuracy is the mean over subjects of each subject's. The loss is the mean over batches of each batch's mean over both
-answer tokens.
+Prompt and answer are tokenized apart: BOS + prompt, cut on the right to `source_max_len`, and answer + EOS. At the
+place before the answer the largest of four logits counts, those of the first tokens of "A", "B", "C", "D" by
+themselves. The accuracy is the mean over subjects of each subject's. The loss is the mean over batches of each batch's
+mean over both answer tokens.
 
 The files are QLoRA's own (`input`, `output`, `subject`; its five_shot_mmlu_val.json and so on), or MMLU's questions
 (`question`, `choices`, `answer`, `subject`), from which the same prompts are made.

@@ -28,7 +28,8 @@ def score_perplexity(model: Model, config: ConfigDict, limit: int = 0) -> Outcom
 
     Args:
       model: any model; an encoder-decoder is scored on its answers.
-      config: a configuration whose `data` says what to read and how; `data.eval`, or the split of `data.train` that training holds out.
+      config: a configuration whose `data` says what to read and how; `data.eval`, or the split of `data.train` that
+        training holds out.
       limit: only the first so many rows; 0 for all.
 
     Returns:

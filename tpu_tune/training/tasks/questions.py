@@ -1,9 +1,9 @@
 """Multiple-choice questions: the forms that published sets have them in, and the prompts made of them.
 
 Known by their keys: HellaSwag (`ctx`, `endings`, `label`), ARC (`question`, `choices` with `text` and `label`,
-`answerKey`), TruthfulQA (`question`, `mc1_targets`), MMLU (`question`, `choices`, `answer`, `subject`), and any row with a
-question, a list of choices and an answer. Their prompts are lm-evaluation-harness's (0.4): what is scored there is
-scored here.
+`answerKey`), TruthfulQA (`question`, `mc1_targets`), MMLU (`question`, `choices`, `answer`, `subject`), and any row
+with a question, a list of choices and an answer. Their prompts are lm-evaluation-harness's (0.4): what is scored there
+is scored here.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def letter_block(question: Question) -> str:
 
 
 def with_shots(primer: str, shots: Sequence[tuple[str, str]], stem: str) -> str:
-    """Return the context: a primer, solved examples (stem, answer), and the stem to be answered, blank lines between."""
+    """Return the context: a primer, solved examples (stem, answer), and the stem to answer, blank lines between."""
     parts = [primer] if primer else []
     return "\n\n".join([*parts, *(f"{before} {answer}" for before, answer in shots), stem])
 

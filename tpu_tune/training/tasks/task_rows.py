@@ -78,5 +78,6 @@ def _hub_rows(name: str, split: str, subset: str) -> list[dict[str, Any]]:
     except Exception as error:  # network, permission and missing-dataset errors have no common type
         reason = " ".join(str(error).split())[:200] or "no reason given"
         raise UserError(
-            f"{name}: the hub dataset could not be loaded ({type(error).__name__}: {reason}); a file works without a network"
+            f"{name}: the hub dataset could not be loaded ({type(error).__name__}: {reason}); "
+            "a file works without a network"
         ) from error

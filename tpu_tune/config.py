@@ -33,6 +33,7 @@ def default() -> ConfigDict:
             "lora": _lora(),
             "data": _data(),
             "train": _train(),
+            "objective": _objective(),
             "mesh": _mesh(),
         }
     )
@@ -148,6 +149,12 @@ def _train() -> dict[str, Any]:
         "early_stopping_threshold": 0.0,  # improvements up to this do not count for the patience
         "sample_prompts": [],  # the report shows the model's answers to these before and after training
         "report_to": [],  # tensorboard, wandb; metrics.jsonl is always written
+    }
+
+
+def _objective() -> dict[str, Any]:
+    return {
+        "name": "sft",  # what is minimized; sft: the cross-entropy of the target tokens
     }
 
 

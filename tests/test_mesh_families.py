@@ -218,8 +218,8 @@ def test_a_cut_that_would_divide_a_unit_is_not_made():
     specs = arch.leaves() | targets.leaves(arch.leaves())
     for part, shape in (("weight", (1, WIDTH, WIDTH * 3 // 2)), ("lora_B", (1, 6, WIDTH * 3 // 2))):
         leaf, spec = jax.ShapeDtypeStruct(shape, jnp.float32), specs[f"{path}.{part}"]
-        for spec, cut in ((spec, False), (dataclasses.replace(spec, unit=1), True)):
-            found = sharding.leaf_sharding(f"{path}.{part}", leaf, spec, mesh)
+        for unit, cut in ((spec.unit, False), (1, True)):
+            found = sharding.leaf_sharding(f"{path}.{part}", leaf, dataclasses.replace(spec, unit=unit), mesh)
             assert (found.spec[-1] == "tensor") == cut
 
 

@@ -266,7 +266,7 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
 
     def norm(name: str, size: int = width) -> None:
         if name:
-            found.append(Module(name, "norm", (size,), (None,), arch.norm == "layer", decay=False))
+            found.append(Module(name, "norm", (size,), (None,), arch.norm == "layer"))
 
     def linear(name: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool, **facts: Any) -> None:
         if name:

@@ -56,7 +56,7 @@ class Module:
       segments: widths of the matrices that the file has side by side along `out`, in order; () where there is one.
         In the tree they lie in pieces, a `unit` holding the matching piece of each: see `from_torch`.
       unit: columns of `out` that belong together; a mesh cuts between units only.
-      decay: whether weight decay applies to its weight.
+      decay: False where weight decay does not apply to its weight though it is no norm.
       no_adapter: why neither an adapter nor a trained copy can stand on it; "" where one can.
     """
 
@@ -88,7 +88,7 @@ class Module:
     def leaves(self) -> dict[str, LeafSpec]:
         """Return path -> facts of its leaves: the weight, and the bias where there is one."""
         stacked = bool(self.layers)
-        found = {self.weight: LeafSpec(self.axes, stacked, self.unit, self.decay)}
+        found = {self.weight: LeafSpec(self.axes, stacked, self.unit, self.decay and self.kind != "norm")}
         if self.bias:
             found[f"{self.path}.bias"] = LeafSpec((None,), stacked, self.unit, decay=False)
         return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from tpu_tune.config import LoraConfig
 from tpu_tune.tensors import (
     Leaf,
     LeafSpec,
@@ -30,31 +31,8 @@ from tpu_tune.tensors import (
     dense,
     embed,
 )
-from tpu_tune.transforms.select import Pattern
 
 Tree = dict[str, Any]
-TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embedding, or by module
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """What PEFT calls LoraConfig; the fields are the config's `lora.*` keys (see `tpu_tune.config`)."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: Pattern = "all-linear"
-    exclude_modules: Pattern = ()
-    bias: str = "none"
-    modules_to_save: Sequence[str] = ()
-    trainable_token_indices: TokenIndices = ()
-    layers_to_transform: Sequence[int] = ()
-    layers_pattern: str = ""
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: str = "true"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from tpu_tune.config import LoraConfig, TokenIndices
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module
-from tpu_tune.transforms.lora import LoraConfig, Target, Targets, TokenIndices, TokenRows
+from tpu_tune.transforms.lora import Target, Targets, TokenRows
 from tpu_tune.transforms.select import by_pattern, choose, targeted
 
 _NO_SELECTION = "lora.bias=lora_only together with a selection of layers is not implemented; use none or all"

@@ -76,7 +76,7 @@ def test_neftune_is_in_training_only_and_new_in_every_step(tiny: pathlib.Path) -
         config = settings(tiny, train__learning_rate=0.0, train__neftune_noise_alpha=alpha)
         model, steps = helpers.prepare(config, 3)
         sums = steps.evaluate(model.trainable, model.frozen, steps.put_batch(rows, 0))
-        evals[alpha] = float(sums["loss"])
+        evals[alpha] = float(sums["loss"][0])
         _, metrics = helpers.run_steps(model, steps, [helpers.window(rows, 1)] * 3)
         losses[alpha] = [row["loss"] for row in metrics]
     assert evals[0.0] == evals[20.0]

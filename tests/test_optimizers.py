@@ -149,7 +149,7 @@ CONFIGS_OF_DECAY = {
     "OPT": dict(
         vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=8
     ),
-    "T5": dict(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, tie_word_embeddings=False),
+    "T5": dict(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
 }
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from tpu_tune.data.loading import IGNORE
 from tpu_tune.data.sources import open_arrow
-from tpu_tune.data.tokenizing import TokenizedSet
+from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.errors import UserError
 
 METADATA = b"tpu_tune"  # key of the schema's metadata, and of a batch's
@@ -62,7 +62,7 @@ def is_tokenized(source: str) -> bool:
 
 
 def read_about(source: str) -> dict[str, Any]:
-    """What the file says of itself: `max_length`, `tokenizer` (a hash), `format`; empty where another program wrote it."""
+    """The file's own metadata: `max_length`, `tokenizer` (a hash), `format`; empty where another program wrote it."""
     return _about(open_arrow(source)[0].metadata)
 
 
@@ -150,48 +150,43 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
                 raise UserError(f"{source}: its metadata does not fit its rows; tokenize it again")
             rows = found.sources + np.repeat(np.arange(len(per_row)), per_row)
             found.sources += len(per_row)
-            _add(found, source, first, ids, labels, bounds, rows, max_length, formats[-1] == "text")
+            batch_rows = _Batch(source, found.rows - first, ids, labels, bounds)
+            _add(found, batch_rows, rows, max_length, formats[-1] == "text")
     return _finish(found, formats)
 
 
-def _add(
-    found: _Found,
-    source: str,
-    first: int,
-    ids: np.ndarray,
-    labels: np.ndarray,
-    bounds: np.ndarray,
-    rows: np.ndarray,
-    max_length: int,
-    is_text: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Batch:
+    """One record batch.
+
+    Attributes:
+      source: the file.
+      rows_before: how many rows of the file come before it.
+      ids, labels: (values,) of all its rows.
+      bounds: (rows + 1,) where each row begins in them, and the last one ends.
+    """
+
+    source: str
+    rows_before: int
+    ids: np.ndarray
+    labels: np.ndarray
+    bounds: np.ndarray
+
+
+def _add(found: _Found, batch: _Batch, rows: np.ndarray, max_length: int, is_text: bool) -> None:
     """Take in one record batch: cut what is too long, check values, count targets, and leave out what has none."""
+    bounds = batch.bounds
     lengths = np.diff(bounds)
     pieces = np.maximum(1, -(-lengths // max_length)) if is_text else np.ones_like(lengths)
     example = np.repeat(np.arange(len(lengths)), pieces)
-    place = np.arange(len(example)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, ... within an example
-    starts = bounds[:-1][example] + place * max_length
+    piece = np.arange(len(example)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, ... within an example
+    starts = bounds[:-1][example] + piece * max_length
     kept = np.minimum(bounds[1:][example] - starts, max_length)
-    targets = np.zeros(len(starts), np.int64)
-    for begin, end in _pieces(starts, kept):
-        low, high = starts[begin], starts[end - 1] + kept[end - 1]
-        here, marked = ids[low:high], labels[low:high] != IGNORE
-        wrong = (here < 0) | (marked & (labels[low:high] != here))
-        if wrong.any():
-            at = low + int(np.argmax(wrong))
-            row = found.rows - first + int(np.searchsorted(bounds, at, side="right"))
-            raise UserError(
-                f"{source}, row {row}: input_ids {ids[at]} with the label {labels[at]}; a label must be the token's own "
-                "id, or -100 where it is not predicted"
-            )
-        found.largest = max(found.largest, int(here.max(initial=-1)))
-        marked[starts[begin:end][kept[begin:end] > 0] - low] = False  # the first of each example
-        sums = np.concatenate([[0], np.cumsum(marked)])
-        inner = starts[begin:end] - low
-        targets[begin:end] = sums[inner + kept[begin:end]] - sums[inner]
+    targets, largest = _count_targets(batch, starts, kept)
+    found.largest = max(found.largest, largest)
     cut = ~np.bool_(is_text) & (lengths > max_length)
     found.truncated += int(cut.sum())
-    found.eos_lost += int((labels[bounds[1:][cut] - 1] != IGNORE).sum())
+    found.eos_lost += int((batch.labels[bounds[1:][cut] - 1] != IGNORE).sum())
     found.split += int((pieces > 1).sum())
     for reason, of in (("no room for the answer within max_length", cut), ("nothing to predict", ~cut)):
         count = int(((targets == 0) & of[example]).sum())
@@ -199,14 +194,41 @@ def _add(
             found.dropped[reason] = found.dropped.get(reason, 0) + count
     good = targets > 0
     found.column.append(np.full(good.sum(), len(found.ids), np.int32))
-    found.ids.append(ids)
-    found.labels.append(labels)
+    found.ids.append(batch.ids)
+    found.labels.append(batch.labels)
     for name, array in (("starts", starts), ("lengths", kept), ("targets", targets), ("source_rows", rows[example])):
         getattr(found, name).append(array[good])
     found.rows += len(lengths)
 
 
-def _pieces(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+def _count_targets(batch: _Batch, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the tokens to be predicted of each example, and the largest token id.
+
+    Raises:
+      UserError: a token id is negative, or a label is another token's.
+    """
+    targets, largest = np.zeros(len(starts), np.int64), -1
+    for begin, end in _runs(starts, lengths):
+        low, high = starts[begin], starts[end - 1] + lengths[end - 1]
+        ids, labels = batch.ids[low:high], batch.labels[low:high]
+        marked = labels != IGNORE
+        wrong = (ids < 0) | (marked & (labels != ids))
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            row = batch.rows_before + int(np.searchsorted(batch.bounds, low + at, side="right"))
+            raise UserError(
+                f"{batch.source}, row {row}: input_ids {ids[at]} with the label {labels[at]}; a label must be the "
+                "token's own id, or -100 where it is not predicted"
+            )
+        largest = max(largest, int(ids.max(initial=-1)))
+        marked[starts[begin:end][lengths[begin:end] > 0] - low] = False  # the first of each example
+        sums = np.concatenate([[0], np.cumsum(marked)])
+        inner = starts[begin:end] - low
+        targets[begin:end] = sums[inner + lengths[begin:end]] - sums[inner]
+    return targets, largest
+
+
+def _runs(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
     """Cut examples, in order, into runs of about `_PIECE` values."""
     ends = starts + lengths
     begin = 0
@@ -221,7 +243,7 @@ def _finish(found: _Found, formats: list[str]) -> TokenizedSet:
         return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
 
     offsets = np.concatenate([[0], np.cumsum(join(found.lengths, np.int64))]).astype(np.int64)
-    place = (join(found.column, np.int32), join(found.starts, np.int64), offsets)
+    positions = (join(found.column, np.int32), join(found.starts, np.int64), offsets)
     targets = join(found.targets, np.int64)
     name = formats[0] if len(set(formats)) == 1 else ""
     summary = {
@@ -240,8 +262,8 @@ def _finish(found: _Found, formats: list[str]) -> TokenizedSet:
         "format": f"tokenized {name}".rstrip(),
     }
     return TokenizedSet(
-        Values(found.ids, *place, masks=False),
-        Values(found.labels, *place, masks=True),
+        Values(found.ids, *positions, masks=False),
+        Values(found.labels, *positions, masks=True),
         offsets,
         join(found.source_rows, np.int64),
         summary,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data.packing import Packing
-from tpu_tune.data.tokenizing import TokenizedSet
+from tpu_tune.data.tokenized_set import TokenizedSet
 
 IGNORE = -100  # a target that counts for nothing, as in torch and Hugging Face
 

@@ -1,6 +1,6 @@
 """Rows as the model will see them: which tokens are trained on, which are only read, and what was cut off.
 
-The rows go through the very code and options of a run (`tokenizing`, `options_of`), so that a wrong template, a mask
+The rows go through the very code and options of a run (`tokenizing`, `options_from_config`), so that a wrong template, a mask
 over the wrong words or a lost end of text is seen before it is trained on.
 """
 
@@ -21,7 +21,9 @@ from tpu_tune.data import arrow
 from tpu_tune.data.formats import detect
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
-from tpu_tune.data.tokenizing import Options, TokenizedSet, tokenize_rows
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.tokenizing import tokenize_rows
 from tpu_tune.errors import UserError
 
 _WHOLE = 2**40  # a max_length that cuts nothing
@@ -52,13 +54,13 @@ class View:
 
 
 def look(
-    path: str, tokenizer: Any, options: Options, count: int = 3, seed: int = 0, row: int | None = None
+    path: str, tokenizer: Any, options: TokenizeOptions, count: int = 3, seed: int = 0, row: int | None = None
 ) -> list[View]:
     """Draw some rows, in their order, and see them as a run would.
 
     Args:
       path: a data file, tokenized or not, or a directory, of which the training files are read.
-      options: as `options_of` has them; `format` may be `auto`.
+      options: as `options_from_config` returns them; `format` may be `auto`.
       count: rows to draw.
       seed: decides which.
       row: this one instead, from 1.
@@ -106,7 +108,7 @@ def _draw(items: Iterable[Any], path: str, count: int, seed: int, row: int | Non
     return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
-def _row_views(place: str, row: dict[str, Any], tokenizer: Any, options: Options) -> list[View]:
+def _row_views(place: str, row: dict[str, Any], tokenizer: Any, options: TokenizeOptions) -> list[View]:
     data = tokenize_rows([row], tokenizer, options, [place])
     if data.summary["bad_rows"]:
         return [View(place, [], np.zeros(0, bool), np.zeros(0, bool), notes=[data.summary["bad_examples"][0]])]

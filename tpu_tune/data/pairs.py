@@ -12,7 +12,7 @@ import numpy as np
 
 from tpu_tune.data.loading import IGNORE
 from tpu_tune.data.packing import one_per_row
-from tpu_tune.data.tokenizing import TokenizedSet
+from tpu_tune.data.tokenized_set import TokenizedSet
 
 
 @dataclass(frozen=True)

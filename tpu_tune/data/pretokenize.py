@@ -25,7 +25,9 @@ from tpu_tune.data import arrow, cache
 from tpu_tune.data.formats import detect
 from tpu_tune.data.processes import Engine
 from tpu_tune.data.streams import JSON_LINES, Skipped, aside, progress, read_any
-from tpu_tune.data.tokenizing import Options, TokenizedSet, tokenize_rows
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.tokenizing import tokenize_rows
 from tpu_tune.data.workers import Batch, num_processes, tokenize_batch, tokenize_batches
 from tpu_tune.errors import UserError
 
@@ -42,7 +44,7 @@ def tokenize_file(
     path: str | os.PathLike,
     output: str | os.PathLike,
     tokenizer: Any,
-    options: Options,
+    options: TokenizeOptions,
     num_workers: int = 0,
     skip_bad: bool = False,
     engine: Engine | None = None,
@@ -112,7 +114,7 @@ def tokenize_file(
     }
 
 
-def _format(path: str, rows: Iterable[Row], options: Options) -> str:
+def _format(path: str, rows: Iterable[Row], options: TokenizeOptions) -> str:
     _, first = next(iter(rows), ("", None))
     if first is None:
         raise UserError(f"{path}: no rows")
@@ -173,7 +175,7 @@ def _size(count: int) -> str:
     return f"{count / unit:.2f} {name}"
 
 
-def _predict(path: str, rows: list[Row] | None, tokenizer: Any, options: Options) -> tuple[int, int]:
+def _predict(path: str, rows: list[Row] | None, tokenizer: Any, options: TokenizeOptions) -> tuple[int, int]:
     """Estimate the output's bytes, and the number of rows, from rows of all parts of the input."""
     if rows is None:
         sample, factor = _sample_lines(path)

@@ -23,7 +23,7 @@ from tpu_tune.data.formats import Chat, Pair, RowError, Sample, convert, detect
 from tpu_tune.data.pretokenize import Row, make_batches
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
-from tpu_tune.data.tokenizing import Options
+from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.workers import tokenize_batches
 from tpu_tune.errors import UserError
 
@@ -37,7 +37,7 @@ _PERCENTILES = (50, 90, 95, 99)
 def describe(
     path: str | os.PathLike,
     tokenizer: Any = None,
-    options: Options | None = None,
+    options: TokenizeOptions | None = None,
     method: str = "full",
     skip_bad: bool = False,
 ) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def describe(
     Raises:
       UserError: a file that cannot be read, a bad row, or no rows.
     """
-    options = options or Options(format="auto", max_length=2048)
+    options = options or TokenizeOptions(format="auto", max_length=2048)
     files, skipped = _files(os.fspath(path)), Skipped(skip_bad)
     seen = _Seen(_format(files, options), options, skipped)
     found: dict[str, Any] = {"files": files, "format": seen.format or "unknown"}
@@ -93,7 +93,7 @@ def describe(
 class _Seen:
     """What can be said of rows without a tokenizer."""
 
-    def __init__(self, format: str, options: Options, skipped: Skipped):
+    def __init__(self, format: str, options: TokenizeOptions, skipped: Skipped):
         self.format, self.columns, self.skipped = format, options.columns, skipped
         self.rows = self.characters = self.bytes = self.empty_answers = 0
         self.keys: Counter[str] = Counter()
@@ -189,7 +189,7 @@ def _rows(files: Sequence[str], skipped: Skipped) -> Iterator[Row]:
         yield from read_any(file, skipped)
 
 
-def _format(files: list[str], options: Options) -> str:
+def _format(files: list[str], options: TokenizeOptions) -> str:
     """The format of the first row, or "" where its keys are not known."""
     _, first = next(_rows(files, Skipped(allowed=True)), ("", None))
     if first is None:

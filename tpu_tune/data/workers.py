@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tpu_tune.data.processes import in_order
-from tpu_tune.data.tokenizing import Options, TokenizedSet, merge, tokenize_rows
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet, merge
+from tpu_tune.data.tokenizing import tokenize_rows
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ Batch = tuple[Sequence[Mapping[str, Any]], str | Sequence[str], int]  # `rows`, 
 def tokenize_parallel(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Any,
-    options: Options,
+    options: TokenizeOptions,
     where: str = "row",
     first: int = 0,
     num_workers: int = 0,
@@ -58,7 +60,7 @@ def num_processes(rows: int, num_workers: int = 0) -> int:
 
 
 def tokenize_batches(
-    batches: Iterable[Batch], tokenizer: Any, options: Options, processes: int = 1
+    batches: Iterable[Batch], tokenizer: Any, options: TokenizeOptions, processes: int = 1
 ) -> Iterator[TokenizedSet]:
     """Tokenize batches as they come, a few ahead, and yield their sets in order.
 
@@ -89,7 +91,7 @@ def tokenize_batches(
             yield waiting.popleft().result()
 
 
-def tokenize_batch(batch: Batch, tokenizer: Any, options: Options) -> TokenizedSet:
+def tokenize_batch(batch: Batch, tokenizer: Any, options: TokenizeOptions) -> TokenizedSet:
     """Do what `tokenize_rows` does, as a function of one batch."""
     rows, where, first = batch
     return tokenize_rows(rows, tokenizer, options, where, first)

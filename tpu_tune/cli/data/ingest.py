@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
     import codecs
 
-    from tpu_tune.data.ingest import Options, ingest
+    from tpu_tune.data.ingest import IngestOptions, ingest
     from tpu_tune.errors import UserError
 
     if options.encoding:
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     for word in filter(None, (word.strip() for word in options.columns.split(","))):
         old, _, new = word.partition("=")
         columns.append((old, new or old))
-    asked = Options(
+    asked = IngestOptions(
         format=options.format,
         column=options.column,
         input_column=options.input_column,

@@ -56,13 +56,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("-n and --row must be at least 1")
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.checkpoints.vocabulary import add_tokens
-    from tpu_tune.data import options_of
     from tpu_tune.data.look import look, show
+    from tpu_tune.data.tokenize_options import options_from_config
 
     tokenizer = open_tokenizer(model)
     add_tokens(tokenizer, list(config.model.add_special_tokens))
-    wish = options_of(config.data, tokenizer, _is_encoder_decoder(model))
-    views = look(os.path.expanduser(path), tokenizer, wish, options.count, options.seed, options.row)
+    wanted = options_from_config(config.data, tokenizer, _is_encoder_decoder(model))
+    views = look(os.path.expanduser(path), tokenizer, wanted, options.count, options.seed, options.row)
     if options.json:
         found = [
             {

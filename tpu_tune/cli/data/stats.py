@@ -48,10 +48,10 @@ def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.data import chat, stats
-    from tpu_tune.data.tokenizing import Options
+    from tpu_tune.data.tokenize_options import TokenizeOptions
 
     tokenizer = open_tokenizer(options.tokenizer) if options.tokenizer else None
-    wish = Options(
+    wish = TokenizeOptions(
         format=options.format,
         max_length=options.max_length,
         columns=columns(options),

@@ -98,14 +98,14 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.data import chat
     from tpu_tune.data.pretokenize import tokenize_file
-    from tpu_tune.data.tokenizing import Options
+    from tpu_tune.data.tokenize_options import TokenizeOptions
     from tpu_tune.errors import UserError
 
     for name, least in (("max_length", 2), ("num_eos", 0), ("workers", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}")
     tokenizer = open_tokenizer(options.tokenizer_path)
-    wish = Options(
+    wish = TokenizeOptions(
         format=options.format,
         max_length=options.max_length,
         columns=columns(options),

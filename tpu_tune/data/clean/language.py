@@ -11,7 +11,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from tpu_tune.data.clean.libraries import library
+from tpu_tune.data.extra import extra_library
 from tpu_tune.errors import UserError
 
 MIN_LETTER_BYTES = 20
@@ -22,7 +22,7 @@ MAX_CHARS = 2000  # read of a text; more tells no more
 
 @functools.cache
 def _identifier() -> Any:
-    langid = library("py3langid.langid", "py3langid", "--language")
+    langid = extra_library("py3langid.langid", "py3langid", "--language")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 

@@ -15,12 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import regex
-
 from tpu_tune.data.clean import language, repair
-from tpu_tune.data.clean.options import Options, check
+from tpu_tune.data.clean.clean_options import CleanOptions, check
 from tpu_tune.data.clean.phrases import Phrase, compile_lists
 from tpu_tune.data.clean.texts import Part, cut, format_of, parts, replace, visible
+from tpu_tune.data.extra import extra_library
 from tpu_tune.data.formats import RowError
 from tpu_tune.errors import UserError
 
@@ -47,9 +46,9 @@ class Hit:
 
 @dataclass(frozen=True)
 class Rules:
-    """Options, checked and compiled. Pickles."""
+    """CleanOptions, checked and compiled. Pickles."""
 
-    options: Options
+    options: CleanOptions
     phrases: tuple[Phrase, ...]
     patterns: tuple[Any, ...]
 
@@ -57,7 +56,7 @@ class Rules:
 Cleaner = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any] | None, list[Hit]]]
 
 
-def row_cleaner(options: Options) -> Cleaner:
+def row_cleaner(options: CleanOptions) -> Cleaner:
     """Compile the rules.
 
     Returns:
@@ -78,6 +77,7 @@ def row_cleaner(options: Options) -> Cleaner:
 
 
 def _compile_pattern(text: str) -> Any:
+    regex = extra_library("regex", "regex", "--pattern")
     try:
         pattern = regex.compile(text)
     except regex.error as error:
@@ -127,7 +127,7 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
     return row, hits
 
 
-def _edits(options: Options) -> list[tuple[str, Callable[[str], str]]]:
+def _edits(options: CleanOptions) -> list[tuple[str, Callable[[str], str]]]:
     edits = []
     if options.fix_unicode:
         edits.append(("unicode repaired", repair.fix_unicode))
@@ -176,7 +176,7 @@ def _sentence_start(text: str, position: int) -> int:
     return start
 
 
-def _out_of_bounds(row: Mapping[str, Any], found: list[Part], options: Options) -> str:
+def _out_of_bounds(row: Mapping[str, Any], found: list[Part], options: CleanOptions) -> str:
     bounded = options.min_chars or options.min_words or not (options.max_chars is options.max_words is None)
     if not (bounded or options.languages):
         return ""

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from tpu_tune.data import streams
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.encodings import too_long
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 RATIO_FREE_BYTES = 64 * 2**20  # what unpacks to less is no bomb, however small it was
 HEADER_BYTES = 64 * 2**20  # of a tar archive between two files
@@ -60,7 +61,7 @@ class Budget:
     Attributes:
       name: the file.
       size: its own bytes.
-      limit, ratio: of `Options`.
+      limit, ratio: of `IngestOptions`.
       used: bytes unpacked so far.
     """
 
@@ -71,7 +72,7 @@ class Budget:
     used: int = 0
 
     @classmethod
-    def of(cls, blob: Blob, options: Options) -> Budget:
+    def of(cls, blob: Blob, options: IngestOptions) -> Budget:
         """The budget of a file, by its size on the disk (a member of an archive has its archive's budget already)."""
         size = os.path.getsize(blob.path) if blob.path else 2**62
         return cls(blob.name, size, options.max_unpacked_bytes, options.max_ratio)
@@ -161,7 +162,7 @@ def _peeled(name: str) -> tuple[str, list[str]]:
 
 
 def unpacked(
-    blob: Blob, options: Options, tally: Tally, budget: Budget | None = None, depth: int = 1
+    blob: Blob, options: IngestOptions, tally: Tally, budget: Budget | None = None, depth: int = 1
 ) -> Iterator[Blob]:
     """Yield the plain files inside a file, archives in archives included; the file itself where it is not packed.
 

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tpu_tune.data.ingest.options import Options, Tally
+from tpu_tune.data.ingest.blobs import Tally
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 from tpu_tune.errors import UserError
 
@@ -28,7 +29,7 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
-def read(source: str, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(source: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of one split; `source` is `name:split:row`.
 
     Raises:

@@ -15,8 +15,9 @@ from typing import Any
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.archives import Budget, _Counted
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.encodings import too_long
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 _DIGITS = {
     character: value
@@ -30,7 +31,7 @@ def index_of(path: str) -> str:
     return path.removesuffix(".dz").removesuffix(".dict") + ".index"
 
 
-def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield a row for each entry, in the order of the index; `source` is `file:line of the index`.
 
     An entry that has several headwords gives a row for each. The first line of an entry repeats the headword and is left
@@ -76,7 +77,7 @@ def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]
                 tally.empty += 1
 
 
-def _entries(blob: Blob, options: Options) -> bytes:
+def _entries(blob: Blob, options: IngestOptions) -> bytes:
     with open(blob.path, "rb") as raw:
         packed = blob.path.endswith(".dz")
         file = _Counted(gzip.GzipFile(fileobj=raw) if packed else raw, Budget.of(blob, options))

@@ -14,14 +14,15 @@ from lxml import etree
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.archives import Budget, checked_member, read_member, seekable
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.encodings import TextLines, decode, misfit, too_long
 from tpu_tune.data.ingest.html import xhtml_text
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 PIECE_CHARACTERS = 8 * 2**20  # a text that is too long for a row is cut into pieces of about this
 
 
-def read_text(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_text(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield a text as one row, its line ends as `\\n`; one that is too long for a row is cut at empty lines."""
     with blob.open() as file:
         content = file.read(streams.MAX_ROW_BYTES + 1)
@@ -37,7 +38,7 @@ def read_text(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, 
             yield from _pieces(blob, _Joined(content, file), options, tally)
 
 
-def _pieces(blob: Blob, file: _Joined, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def _pieces(blob: Blob, file: _Joined, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Cut a text after an empty line, or after any line where none comes for as long again."""
     held: list[str] = []
     size, first = 0, 1
@@ -71,7 +72,7 @@ class _Joined:
         self._rest.close()
 
 
-def read_epub(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_epub(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield a book's chapters in reading order (its spine), a row each; its tables of contents are left out."""
     with blob.open() as file, seekable(file) as book:
         try:

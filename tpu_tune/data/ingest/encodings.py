@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from tpu_tune.data import streams
-from tpu_tune.data.ingest.options import BadSource, Blob
+from tpu_tune.data.ingest.blobs import BadSource, Blob
 
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte that does not fit
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),

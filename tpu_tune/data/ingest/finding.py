@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tpu_tune.data.ingest import catalog, dictd
-from tpu_tune.data.ingest.options import suffix_of
+from tpu_tune.data.ingest.blobs import suffix_of
 from tpu_tune.data.ingest.reading import is_readable, kind_of
 from tpu_tune.errors import UserError
 

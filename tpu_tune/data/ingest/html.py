@@ -14,8 +14,9 @@ from typing import Any
 
 from lxml import etree
 
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.encodings import decode_markup, read_document
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 _DROPPED = frozenset(
     "script style template nav noscript iframe object embed applet svg canvas audio video select datalist textarea".split()
@@ -305,7 +306,7 @@ def _parse(parser: Any, markup: bytes) -> str:
         raise BadSource(f"cannot be read as HTML ({error})") from error
 
 
-def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the page as one row with `text`."""
     text = html_text(read_document(blob), options.encoding)
     if text:

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import streams
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally
 from tpu_tune.data.ingest.chats import discord_rows, is_discord
 from tpu_tune.data.ingest.encodings import buffered, decoded, misfit, too_long
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\n\r"
 
 
-def read_json_lines(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_json_lines(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with one JSON object a line."""
     with blob.open() as file:
         lines = streams.json_rows(enumerate(streams.cut_lines(buffered(file)), start=1), blob.name, tally.skipped)
@@ -24,7 +25,7 @@ def read_json_lines(blob: Blob, options: Options, tally: Tally) -> Iterator[dict
         yield from picked(rows, options, tally, blob.name)
 
 
-def read_json(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_json(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON file.
 
     That is an array of objects, an object that holds one under `data`, objects one after the other, or a Discord channel

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpu_tune.data.formats import FORMATS, RowError, convert
-from tpu_tune.data.ingest.options import Options, Tally, row_of
+from tpu_tune.data.ingest.blobs import Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.errors import UserError
 
 # Further keys that belong to a format, and travel with it.
@@ -18,7 +19,7 @@ MAX_DEPTH = 100  # of lists and objects in a row
 Pick = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 
 
-def picker(columns: Sequence[str], options: Options, where: str) -> Pick:
+def picker(columns: Sequence[str], options: IngestOptions, where: str) -> Pick:
     """Return the function that turns one row of these columns into what it gives (without `source`).
 
     The columns are those that `options` names; else those of a known format, or the only one there is. The function
@@ -53,7 +54,7 @@ def picker(columns: Sequence[str], options: Options, where: str) -> Pick:
 
 def picked(
     rows: Iterable[tuple[str, Mapping[str, Any]]],
-    options: Options,
+    options: IngestOptions,
     tally: Tally,
     name: str,
     columns: Sequence[str] = (),
@@ -103,7 +104,7 @@ def _named(
     return found
 
 
-def _known(row: Mapping[str, Any], format: str, options: Options) -> dict[str, Any] | None:
+def _known(row: Mapping[str, Any], format: str, options: IngestOptions) -> dict[str, Any] | None:
     """A row of a format that the trainer knows, as it is; chats become `messages`."""
     kept = {new: plain(row.get(old), old) for old, new in options.columns}
     if format in ("messages", "sharegpt") and not (format == "sharegpt" and options.keep_conversations):

@@ -9,11 +9,12 @@ from typing import Any
 from tpu_tune.data.formats import RowError
 from tpu_tune.data.ingest import catalog
 from tpu_tune.data.ingest.archives import DAMAGED, Bomb, damage, inner_name, unpacked
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.streams import Skipped
 from tpu_tune.errors import UserError
 
-Reader = Callable[[Blob, Options, Tally], Iterator[dict[str, Any]]]
+Reader = Callable[[Blob, IngestOptions, Tally], Iterator[dict[str, Any]]]
 
 # Kind -> suffixes; `--format` names a kind where the suffix does not say it.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -78,7 +79,9 @@ def _reader(kind: str) -> Reader:
     return read
 
 
-def read_source(path: str, options: Options = Options(), tally: Tally | None = None) -> Iterator[dict[str, Any]]:  # noqa: B008
+def read_source(
+    path: str, options: IngestOptions = IngestOptions(), tally: Tally | None = None
+) -> Iterator[dict[str, Any]]:  # noqa: B008
     """Yield the rows of one source: a file, an archive, or a dataset's name.
 
     It takes and gives nothing but plain values, so that any process can be given a source to read; what is read depends
@@ -118,7 +121,7 @@ def read_source(path: str, options: Options = Options(), tally: Tally | None = N
         tally.skipped.add(path, damage(error))
 
 
-def _rows(blob: Blob, kind: str, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def _rows(blob: Blob, kind: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     try:
         yield from _reader(kind)(blob, options, tally)
     except Bomb:

@@ -13,8 +13,9 @@ from typing import Any
 import sqlparse
 
 from tpu_tune.data.formats import RowError
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.encodings import decoded, misfit
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picker
 from tpu_tune.data.ingest.sql_tokens import END, SIGN, WORD, Tokens, copied
 from tpu_tune.data.ingest.sql_values import read_name, read_row
@@ -59,7 +60,7 @@ def _plain_name(name: str) -> str:
     return name[1:-1].replace(name[0] * 2, name[0]) if name[:1] in ('"', "`") else name
 
 
-def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of one table of a dump; `source` is `file!table:row`, rows numbered as they come.
 
     Raises:
@@ -78,7 +79,7 @@ def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]
 class _Dump:
     """One dump being read."""
 
-    def __init__(self, name: str, tokens: Tokens, options: Options, tally: Tally):
+    def __init__(self, name: str, tokens: Tokens, options: IngestOptions, tally: Tally):
         self.name, self.tokens, self.options, self.tally = name, tokens, options, tally
         self.tables: dict[str, list[str]] = {}  # all that were named so far, with their columns
         self.wanted = options.table.rpartition(".")[2]

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import streams
+from tpu_tune.data.ingest.blobs import BadSource
 from tpu_tune.data.ingest.encodings import too_long
-from tpu_tune.data.ingest.options import BadSource
 
 DIALECTS = ("standard", "mysql", "postgres")
 STRING, NAME, WORD, NUMBER, SIGN, END = "string", "name", "word", "number", "sign", "end"

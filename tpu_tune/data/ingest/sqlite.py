@@ -11,13 +11,14 @@ from typing import Any
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.archives import on_disk
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally
 from tpu_tune.data.ingest.encodings import misfit
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 from tpu_tune.errors import UserError
 
 
-def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of one table, in the order in which they are stored; `source` is `file!table:row`.
 
     Raises:

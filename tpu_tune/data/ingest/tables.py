@@ -13,8 +13,9 @@ from typing import Any
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.archives import inner_name, seekable
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.encodings import TextLines, misfit, too_long
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 
 BATCH_ROWS = 256
@@ -43,7 +44,7 @@ class _Lines:
         return line
 
 
-def read_csv(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_csv(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield a table's rows; every cell is text, just as it stands there.
 
     The first line names the columns. `source` has the line on which the row begins.
@@ -138,7 +139,7 @@ def _unique(header: list[str]) -> list[str]:
     return found
 
 
-def read_parquet(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_parquet(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file; only the columns that are picked are read."""
     import pyarrow
     import pyarrow.parquet
@@ -154,7 +155,7 @@ def read_parquet(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[st
             raise BadSource(f"cannot be read as Parquet ({_first_line(error)})") from error
 
 
-def _wanted(columns: list[str], options: Options) -> list[str] | None:
+def _wanted(columns: list[str], options: IngestOptions) -> list[str] | None:
     """The columns to read, or None for all: a picker of known keys may need any."""
     named = [options.column, options.input_column, options.output_column]
     if not any(named):
@@ -162,7 +163,7 @@ def _wanted(columns: list[str], options: Options) -> list[str] | None:
     return [name for name in columns if name in named or name in dict(options.columns)]
 
 
-def read_arrow(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_arrow(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of an Arrow IPC file or stream, or of a Feather file of either version."""
     import pyarrow
 

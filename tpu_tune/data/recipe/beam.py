@@ -121,12 +121,12 @@ def clean(
     Raises:
       UserError: as there, or Apache Beam is missing.
     """
-    from tpu_tune.data.clean import Duplicates, Hit, Report
+    from tpu_tune.data.clean import CleanReport, Duplicates, Hit
     from tpu_tune.data.clean.duplicates import near_text
     from tpu_tune.data.clean.rules import snippet
     from tpu_tune.data.streams import Skipped, writing
 
-    report, skipped = Report(), Skipped(skip_bad)
+    report, skipped = CleanReport(), Skipped(skip_bad)
     near = Duplicates(dataclasses.replace(options, exact_duplicates=False), Path(output).parent)
     with (
         tempfile.TemporaryDirectory(prefix=".beam-", dir=Path(output).absolute().parent) as folder,

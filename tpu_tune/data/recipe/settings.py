@@ -19,12 +19,12 @@ from ml_collections import ConfigDict
 
 from tpu_tune.config import flatten, from_file
 from tpu_tune.data import clean, cluster, ingest
-from tpu_tune.data.recipe.options import SplitStep, TokenizeStep
+from tpu_tune.data.recipe.step_options import SplitStep, TokenizeStep
 from tpu_tune.errors import UserError
 
 STEPS: dict[str, type] = {  # name -> its options, in the order in which steps can follow each other
-    "ingest": ingest.Options,
-    "clean": clean.Options,
+    "ingest": ingest.IngestOptions,
+    "clean": clean.CleanOptions,
     "cluster": cluster.ClusterOptions,
     "split": SplitStep,
     "tokenize": TokenizeStep,

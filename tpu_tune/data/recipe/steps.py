@@ -103,11 +103,11 @@ def _tokenize(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, A
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.data import chat
     from tpu_tune.data.pretokenize import tokenize_file
-    from tpu_tune.data.tokenizing import Options
+    from tpu_tune.data.tokenize_options import TokenizeOptions
 
     asked = options_of(recipe, "tokenize")
     tokenizer = open_tokenizer(asked.tokenizer_path)
-    options = Options(
+    options = TokenizeOptions(
         format=asked.format,
         max_length=asked.max_length,
         columns=dict(asked.columns),

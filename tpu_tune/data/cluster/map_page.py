@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.data.cluster.map import Map, color
+from tpu_tune.data.cluster.cluster_map import Map, color
 
 _SIDE, _MARGIN = 1000.0, 24.0  # of the picture, in its own units
 

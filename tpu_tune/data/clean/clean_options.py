@@ -14,7 +14,7 @@ SHINGLES = ("chars", "words")
 
 
 @dataclass(frozen=True)
-class Options:
+class CleanOptions:
     """The rules of a cleaning. The defaults drop rows with the guide's phrases, and exact duplicates.
 
     Attributes:
@@ -66,7 +66,7 @@ class Options:
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
-def check(options: Options) -> None:
+def check(options: CleanOptions) -> None:
     """Say what cannot be meant; what needs a library to check is checked where the rule is compiled.
 
     Raises:

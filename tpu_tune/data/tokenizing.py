@@ -76,7 +76,7 @@ def tokenize_rows(
         if not tokenizer.is_fast:
             raise UserError("chats and response markers need a fast tokenizer (tokenizer.json), for its offsets")
 
-    def place(index: int) -> str:
+    def where_is(index: int) -> str:
         return f"{where} {index + 1}" if isinstance(where, str) else where[index - first]
 
     marks = _read_marks(tokenizer)
@@ -88,10 +88,10 @@ def tokenize_rows(
             try:
                 sample = convert(row, options.format, options.columns)
                 if options.encoder_decoder and not isinstance(sample, Pair):
-                    raise UserError(_no_pair(sample, place(index)))
+                    raise UserError(_no_pair(sample, where_is(index)))
                 samples.append((index, _prepare(sample, tokenizer, options)))
             except RowError as error:
-                bad.append(BadRow(place(index), str(error)))
+                bad.append(BadRow(where_is(index), str(error)))
                 if not options.skip_bad_rows:
                     raise UserError(f"{bad[-1]}; fix it or set data.skip_bad_rows=True") from error
         for index, ids, mask in _encode(samples, tokenizer, marks, options, counts, dropped):
@@ -192,9 +192,9 @@ def _length(sample: Any, pieces: list) -> int:
 
 
 def _no_pair(sample: Sample, where: str) -> str:
-    found = "plain text" if isinstance(sample, Text) else "a chat"
+    kind = "plain text" if isinstance(sample, Text) else "a chat"
     return (
-        f"{where}: this is {found}, and an encoder-decoder learns from rows with an input and an output; "
+        f"{where}: this is {kind}, and an encoder-decoder learns from rows with an input and an output; "
         "use input/output, prompt/completion or alpaca rows"
     )
 
@@ -257,11 +257,11 @@ def _text_examples(
 def _pair_examples(
     source: np.ndarray, target: np.ndarray, marks: _Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    whole = len(source) + len(target)
+    uncut = len(source) + len(target)
     source = source[: options.source_max_len or None]
     room = max(0, options.max_length - len(source))
     kept = target[: min(options.target_max_len or room, room)]
-    counts["truncated"] += len(source) + len(kept) < whole
+    counts["truncated"] += len(source) + len(kept) < uncut
     counts["eos_lost"] += len(kept) < len(target) and marks.eos_id is not None
     ids = np.concatenate([source, kept])[: options.max_length]
     mask = np.ones(len(ids), bool)
@@ -278,13 +278,13 @@ def _two_sides(
     def cut(ids: np.ndarray, limit: int) -> np.ndarray:
         return np.append(ids[: min(limit or options.max_length, options.max_length) - len(end)], end)
 
-    read, said = cut(source, options.source_max_len), cut(target, options.target_max_len)
-    if not len(read):
+    prompt, answer = cut(source, options.source_max_len), cut(target, options.target_max_len)
+    if not len(prompt):
         return []
-    lost = len(said) < len(target) + len(end)
-    counts["truncated"] += lost or len(read) < len(source) + len(end)
+    lost = len(answer) < len(target) + len(end)
+    counts["truncated"] += lost or len(prompt) < len(source) + len(end)
     counts["eos_lost"] += lost  # not EOS itself, but what stood before it
-    return [_example(np.append(read, said), np.arange(len(read) + len(said)) >= len(read))]
+    return [_example(np.append(prompt, answer), np.arange(len(prompt) + len(answer)) >= len(prompt))]
 
 
 def _chat_examples(

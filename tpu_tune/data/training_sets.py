@@ -140,12 +140,13 @@ def _check_tokenized(sources: list[str], tokenized: list[str], name: str, tokeni
     others = [source for source in sources if source not in tokenized]
     if others:
         raise UserError(
-            f"{name}: holds tokenized rows ({tokenized[0]}) and others ({others[0]}), perhaps the same ones twice; name one file"
+            f"{name}: holds tokenized rows ({tokenized[0]}) and others ({others[0]}), perhaps the same ones twice; "
+            "name one file"
         )
-    mine = cache.tokenizer_hash(tokenizer)
+    own = cache.tokenizer_hash(tokenizer)
     for source in tokenized:
-        theirs = arrow.read_about(source).get("tokenizer", mine)
-        if theirs != mine:
+        stored = arrow.read_about(source).get("tokenizer", own)
+        if stored != own:
             logger.warning(
                 "%s was tokenized with another tokenizer than this model's, or another version of it", source
             )
@@ -154,21 +155,21 @@ def _check_tokenized(sources: list[str], tokenized: list[str], name: str, tokeni
 def _tokenize_sources(
     sources: list[str], read: dict[str, tuple], options: TokenizeOptions, tokenizer: Any, num_workers: int
 ) -> TokenizedSet:
-    parts, bad, first = [], [], 0
+    sets, bad, first = [], [], 0
     format = ""
     for source in sources:
-        rows, bad_here = read.get(source) or read_rows(source, skip_bad_rows=options.skip_bad_rows)
+        rows, bad_in_source = read.get(source) or read_rows(source, skip_bad_rows=options.skip_bad_rows)
         if not format:
             try:
                 format = detect(rows[0], options.format, options.columns)
             except UserError as error:
                 raise UserError(f"{source}: {error}") from error
         options = dataclasses.replace(options, format=format)
-        part = tokenize_parallel(rows, tokenizer, options, f"{source}, row", num_workers=num_workers)
-        parts.append(dataclasses.replace(part, source_rows=part.source_rows + first))
-        bad += bad_here
+        one = tokenize_parallel(rows, tokenizer, options, f"{source}, row", num_workers=num_workers)
+        sets.append(dataclasses.replace(one, source_rows=one.source_rows + first))
+        bad += bad_in_source
         first += len(rows)
-    result = merge(parts)
+    result = merge(sets)
     summary = result.summary
     summary["format"] = format
     summary["rows"] += len(bad)

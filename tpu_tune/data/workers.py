@@ -2,7 +2,7 @@
 
 Threads are enough where the tokenizer's own code, which runs without Python's lock, does nearly all the work: texts and
 pairs through a fast tokenizer. Chats are rendered in Python, and slow tokenizers are Python: those need processes
-(`processes`). One costs a few seconds to start, so small sets are tokenized here.
+(`processes`). A process takes a few seconds to start, so small sets are tokenized in this one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def tokenize_parallel(
 
 
 def num_processes(rows: int, num_workers: int = 0) -> int:
-    """How many processes to tokenize so many rows in; see `tokenize_parallel`. One means this one."""
+    """How many processes to tokenize this many rows in; see `tokenize_parallel`. 1 means this process."""
     return min(num_workers, rows) if num_workers else min(os.cpu_count() or 1, rows // MIN_ROWS)
 
 
@@ -66,7 +66,7 @@ def tokenize_batches(
 
     Args:
       batches: read only as far as there is room for; each is what `tokenize_rows` takes.
-      processes: one tokenizes here, in threads.
+      processes: 1 tokenizes in this process, in threads.
 
     Raises:
       UserError: as `tokenize_rows`, of the first batch in order.
@@ -99,7 +99,7 @@ def tokenize_batch(batch: Batch, tokenizer: Any, options: TokenizeOptions) -> To
 
 @contextlib.contextmanager
 def _without_inner_threads() -> Iterator[None]:
-    """Keep the tokenizer from sharing out each batch: here, batches are shared out, which costs no waiting."""
+    """Turn the tokenizer's own threads off: batches are shared out over ours, which leaves none waiting."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

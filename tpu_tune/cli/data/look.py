@@ -61,10 +61,10 @@ def run(options: argparse.Namespace) -> int:
 
     tokenizer = open_tokenizer(model)
     add_tokens(tokenizer, list(config.model.add_special_tokens))
-    wanted = options_from_config(config.data, tokenizer, _is_encoder_decoder(model))
-    views = look(os.path.expanduser(path), tokenizer, wanted, options.count, options.seed, options.row)
+    rules = options_from_config(config.data, tokenizer, _is_encoder_decoder(model))
+    views = look(os.path.expanduser(path), tokenizer, rules, options.count, options.seed, options.row)
     if options.json:
-        found = [
+        shown = [
             {
                 "where": view.where,
                 "tokens": len(view.texts),
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             }
             for view in views
         ]
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(shown, ensure_ascii=False))
         return 0
     in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     color = options.color == "always" or (options.color == "auto" and in_color)

@@ -51,12 +51,12 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.data.tokenize_options import TokenizeOptions
 
     tokenizer = open_tokenizer(options.tokenizer) if options.tokenizer else None
-    wish = TokenizeOptions(
+    rules = TokenizeOptions(
         format=options.format,
         max_length=options.max_length,
         columns=columns(options),
         chat_template=chat.read_template(tokenizer, options.chat_template),
     )
-    found = stats.describe(options.input, tokenizer, wish, options.method, options.skip_bad)
-    print(json.dumps(found, ensure_ascii=False) if options.json else stats.table(found))
+    figures = stats.describe(options.input, tokenizer, rules, options.method, options.skip_bad)
+    print(json.dumps(figures, ensure_ascii=False) if options.json else stats.table(figures))
     return 0

@@ -22,8 +22,8 @@ def add(commands: Commands) -> None:
         *spellings("--input-file"),
         required=True,
         metavar="FILE",
-        help=".jsonl (or .jsonl.gz), .json, .csv, .tsv or .parquet with text, input/output, prompt/generation, alpaca or "
-        "chat rows",
+        help=".jsonl (or .jsonl.gz), .json, .csv, .tsv or .parquet with text, input/output, prompt/generation, alpaca "
+        "or chat rows",
     )
     parser.add_argument(
         "-o", *spellings("--output-file"), required=True, metavar="FILE", help="the .arrow file to write"
@@ -42,7 +42,8 @@ def add(commands: Commands) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="ends of text after an answer or a text (default 1; 3 as PygmalionAI's script; chats end as their template)",
+        help="ends of text after an answer or a text (default 1; 3 as PygmalionAI's script; chats end as their "
+        "template)",
     )
     add_format(parser)
     parser.add_argument(*spellings("--train-on-source"), action="store_true", help="label the prompt too")
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}")
     tokenizer = open_tokenizer(options.tokenizer_path)
-    wish = TokenizeOptions(
+    rules = TokenizeOptions(
         format=options.format,
         max_length=options.max_length,
         columns=columns(options),
@@ -113,18 +114,18 @@ def run(options: argparse.Namespace) -> int:
         train_on_source=options.train_on_source,
         num_eos=options.num_eos,
     )
-    found = tokenize_file(options.input_file, options.output_file, tokenizer, wish, options.workers, options.skip_bad)
+    report = tokenize_file(options.input_file, options.output_file, tokenizer, rules, options.workers, options.skip_bad)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return 0
     print(
-        f"{found['output']}: {found['examples']:,} examples ({found['format']}) of {found['rows']:,} rows, "
-        f"{found['tokens']:,} tokens, {found['target_tokens']:,} of them targets; {found['bytes'] / 1e6:,.2f} MB"
+        f"{report['output']}: {report['examples']:,} examples ({report['format']}) of {report['rows']:,} rows, "
+        f"{report['tokens']:,} tokens, {report['target_tokens']:,} of them targets; {report['bytes'] / 1e6:,.2f} MB"
     )
-    if found["split"]:
-        print(f"{found['split']:,} texts cut into blocks of {found['max_length']} tokens")
-    for reason, count in found["dropped"].items():
+    if report["split"]:
+        print(f"{report['split']:,} texts cut into blocks of {report['max_length']} tokens")
+    for reason, count in report["dropped"].items():
         print(f"{count:,} rows left out: {reason}")
-    if found["bad_rows"]:
-        print(f"{found['bad_rows']:,} bad rows left out, first {found['bad_examples'][0]}")
+    if report["bad_rows"]:
+        print(f"{report['bad_rows']:,} bad rows left out, first {report['bad_examples'][0]}")
     return 0

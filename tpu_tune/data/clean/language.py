@@ -46,7 +46,7 @@ def other_language(text: str, languages: Sequence[str]) -> str:
         return ""
     ranked = _identifier().rank(text)
     best, probability = ranked[0]
-    wanted = sum(share for language, share in ranked if language in languages)
+    share = sum(share for language, share in ranked if language in languages)
     # "zxx" is what the model calls text without any language.
-    told = best != "zxx" and probability >= MIN_PROBABILITY and wanted < MAX_WANTED
-    return best if told and best not in languages else ""
+    is_certain = best != "zxx" and probability >= MIN_PROBABILITY and share < MAX_WANTED
+    return best if is_certain and best not in languages else ""

@@ -1,10 +1,10 @@
 """From a folder of anything to rows: the first step of preparing data.
 
 `ingest` writes one JSON Lines file from files, folders, patterns, archives and names of datasets. `find_sources` lists
-what is to be read and `read_source` reads one of them into rows, a plain function of a path and `IngestOptions`, so that a
-process pool or another engine can be given a file each. Readers are one module a kind: `html`, `documents` (text,
+what to read; `read_source` reads one source into rows and is a plain function of a path and `IngestOptions`, so that a
+process pool or another engine can read a file each. Readers are one module a kind: `html`, `documents` (text,
 Markdown, EPUB), `tables` (CSV, Parquet, Arrow), `jsons`, `chats`, `sql`, `sqlite`, `dictd`, `catalog` (named datasets).
-Nothing that is read is executed, and nothing but temporary copies is written beside the output.
+Nothing that is read is executed, and only temporary copies are written beside the output.
 """
 
 from tpu_tune.data.ingest.blobs import Tally

@@ -1,7 +1,8 @@
-"""Compressed files and archives, read as streams: nothing is unpacked to the disk that can be read on its way.
+"""Compressed files and archives, read as streams: nothing is unpacked to the disk that can be read as it is unpacked.
 
 A path that climbs out of its archive, a link, a device, an encrypted member, an archive that unpacks to more than it
-may: each is a bad source of its own, named as `archive!member`. What a member is called is only ever said, never opened.
+may: each is a bad source of its own, named as `archive!member`. Members' names appear in messages only; no path is made
+of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
@@ -30,9 +31,8 @@ from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 RATIO_FREE_BYTES = 64 * 2**20  # what unpacks to less is no bomb, however small it was
 HEADER_BYTES = 64 * 2**20  # of a tar archive between two files
-SPOOL_BYTES = (
-    16 * 2**20
-)  # a member that must be read back and forth is held in memory up to this, then in a temporary file
+# A member that must be read back and forth is held in memory up to this size, above it in a temporary file.
+SPOOL_BYTES = 16 * 2**20
 # What the decompressors raise at data that is damaged or cut short.
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, OSError)
 _ARCHIVES = (".zip", ".tar")
@@ -96,7 +96,7 @@ class Bomb(BadSource):
     """An archive unpacks to more than it may; nothing more of it is read."""
 
 
-class _Counted:
+class CountedStream:
     """A stream whose bytes draw on a budget.
 
     Attributes:
@@ -110,7 +110,7 @@ class _Counted:
         self.allowed = 2**62
 
     def read(self, size: int = -1) -> bytes:
-        """So many bytes, fewer only at the end; the budget is asked on the way, before all of them are held."""
+        """Read `size` bytes, fewer only at the end; the budget is checked before all of them are held."""
         pieces: list[bytes] = []
         while size:
             piece = self._file.read(2**20 if size < 0 else min(size, 2**20))
@@ -129,17 +129,11 @@ class _Counted:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> _Counted:
+    def __enter__(self) -> CountedStream:
         return self
 
-    def __exit__(self, *unused: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def is_packed(name: str) -> bool:
-    """Whether a name says archive or compressed file."""
-    suffix = suffix_of(name)
-    return suffix in _ARCHIVES or suffix in _COMPRESSED or suffix in _SHORT
 
 
 def inner_name(name: str) -> str:
@@ -166,7 +160,7 @@ def unpacked(
 ) -> Iterator[Blob]:
     """Yield the plain files inside a file, archives in archives included; the file itself where it is not packed.
 
-    Each is to be read before the next is asked for.
+    Read each before asking for the next.
 
     Raises:
       BadSource, or one of `DAMAGED`: the file is damaged, or unpacks to more than it may.
@@ -193,7 +187,7 @@ def unpacked(
 
 
 def _opened(blob: Blob, opener: Callable[[IO[bytes]], IO[bytes]], budget: Budget) -> Callable[[], IO[bytes]]:
-    return lambda: _Counted(opener(blob.open()), budget)
+    return lambda: CountedStream(opener(blob.open()), budget)
 
 
 def damage(error: BaseException) -> str:
@@ -219,13 +213,13 @@ def _zip_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
             except BadSource as error:
                 tally.skipped.add(name, str(error))
                 continue
-            yield Blob(name, lambda entry=entry: _Counted(archive.open(entry), budget))
+            yield Blob(name, lambda entry=entry: CountedStream(archive.open(entry), budget))
 
 
 def _tar_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
     with blob.open() as file:
         # A compressed archive's bytes are counted as they are unpacked; those of a plain one are what the disk holds.
-        stream = file if isinstance(file, _Counted) else _Counted(file, Budget(blob.name, 2**62, 2**62, 1.0))
+        stream = file if isinstance(file, CountedStream) else CountedStream(file, Budget(blob.name, 2**62, 2**62, 1.0))
         stream.allowed = HEADER_BYTES
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for entry in archive:
@@ -253,7 +247,7 @@ def _tar_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
 
 def _tar_file(archive: tarfile.TarFile, entry: tarfile.TarInfo, budget: Budget | None) -> IO[bytes]:
     file = archive.extractfile(entry)
-    return _Counted(file, budget) if budget else file
+    return CountedStream(file, budget) if budget else file
 
 
 def checked_member(name: str) -> None:

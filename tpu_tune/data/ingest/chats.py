@@ -1,8 +1,8 @@
 """Chat exports to `messages` rows: a Discord channel, as DiscordChatExporter writes it in JSON.
 
-(ShareGPT's `conversations` are rows as they are; `picking` turns them into `messages`.) A channel has no turns. What one
-author writes in a row is one turn, a long silence ends a conversation, and one author is the assistant: who is named, or
-the channel's only bot, or, between two people, who answers.
+(ShareGPT's `conversations` are rows as they are; `picking` turns them into `messages`.) A channel has no turns. An
+author's consecutive messages are one turn, a long silence ends a conversation, and one author is the assistant: the one
+named by `assistant`, or the channel's only bot, or, of two people, the one who answers.
 """
 
 from __future__ import annotations

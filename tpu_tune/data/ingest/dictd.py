@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import streams
-from tpu_tune.data.ingest.archives import Budget, _Counted
+from tpu_tune.data.ingest.archives import Budget, CountedStream
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.encodings import too_long
 from tpu_tune.data.ingest.ingest_options import IngestOptions
@@ -34,8 +34,8 @@ def index_of(path: str) -> str:
 def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield a row for each entry, in the order of the index; `source` is `file:line of the index`.
 
-    An entry that has several headwords gives a row for each. The first line of an entry repeats the headword and is left
-    out; entries about the dictionary itself (`00-database-...`) too.
+    An entry that has several headwords gives a row for each. The first line of an entry repeats the headword and is
+    left out; entries about the dictionary itself (`00-database-...`) too.
 
     Raises:
       BadSource: the index is missing, or the dictionary is too large.
@@ -61,7 +61,7 @@ def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str,
                 word, entry = fields[0].decode("utf-8"), entries[start : start + length].decode("utf-8")
             except (IndexError, KeyError):
                 tally.skipped.add(
-                    where, "not an entry of an index: a word, its place and its length, with tabs between"
+                    where, "not an entry of an index: a word, its offset and its length, with tabs between"
                 )
                 continue
             except UnicodeDecodeError:
@@ -80,7 +80,7 @@ def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str,
 def _entries(blob: Blob, options: IngestOptions) -> bytes:
     with open(blob.path, "rb") as raw:
         packed = blob.path.endswith(".dz")
-        file = _Counted(gzip.GzipFile(fileobj=raw) if packed else raw, Budget.of(blob, options))
+        file = CountedStream(gzip.GzipFile(fileobj=raw) if packed else raw, Budget.of(blob, options))
         pieces, size = [], 0
         while piece := file.read(2**20):
             pieces.append(piece)

@@ -1,9 +1,9 @@
 """HTML to text: what a reader of the page sees, block by block.
 
-lxml's parser, the one that Beautiful Soup drives with `features="lxml"`, is read as a stream of events, so that no soup
-has to be built: the same text, several times as fast. Beautiful Soup's detector finds the encoding that a page declares.
-Scripts, styles, templates, navigation and all of the head but the title are dropped. Paragraphs and headings are set
-apart by an empty line, list items and table rows stand in a line each (cells between ` | `), `pre` is kept as it is.
+lxml's parser, the one behind Beautiful Soup's `features="lxml"`, is read as a stream of events: the same text, several
+times as fast as building a tree. Beautiful Soup's detector finds the encoding that a page declares. Scripts, styles,
+templates, navigation and all of the head but the title are dropped. Paragraphs and headings are set apart by an empty
+line, list items and table rows have a line each (cells are joined by ` | `), `pre` is kept as it is.
 """
 
 from __future__ import annotations
@@ -19,71 +19,20 @@ from tpu_tune.data.ingest.encodings import decode_markup, read_document
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 _DROPPED = frozenset(
-    "script style template nav noscript iframe object embed applet svg canvas audio video select datalist textarea".split()
+    "script style template nav noscript iframe object embed applet svg canvas audio video select datalist "
+    "textarea".split()
 )
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-# Element -> line breaks around it: two leave an empty line. What is not here runs on in its line.
-_BREAKS = {
-    **dict.fromkeys(
-        (
-            "title",
-            "p",
-            *_HEADINGS,
-            "pre",
-            "blockquote",
-            "ul",
-            "ol",
-            "dl",
-            "menu",
-            "dir",
-            "table",
-            "figure",
-            "hr",
-            "form",
-            "section",
-            "article",
-            "aside",
-            "header",
-            "footer",
-            "main",
-            "body",
-            "fieldset",
-            "address",
-            "details",
-            "center",
-            "listing",
-            "xmp",
-        ),
-        2,
-    ),
-    **dict.fromkeys(
-        (
-            "div",
-            "li",
-            "dt",
-            "dd",
-            "caption",
-            "figcaption",
-            "legend",
-            "summary",
-            "br",
-            "tr",
-            "td",
-            "th",
-            "thead",
-            "tbody",
-            "tfoot",
-            "option",
-            "html",
-            "head",
-            "dialog",
-            "hgroup",
-            "frameset",
-            "noframes",
-        ),
-        1,
-    ),
-}
+# Line breaks around a block element: 2 leave an empty line. Elements in neither list run on in their line.
+_APART = (
+    "title p pre blockquote ul ol dl menu dir table figure hr form section article aside header footer main body "
+    "fieldset address details center listing xmp"
+)
+_OWN_LINE = (
+    "div li dt dd caption figcaption legend summary br tr td th thead tbody tfoot option html head dialog hgroup "
+    "frameset noframes"
+)
+_BREAKS = {**dict.fromkeys((*_APART.split(), *_HEADINGS), 2), **dict.fromkeys(_OWN_LINE.split(), 1)}
 _LISTS = frozenset(("ul", "ol", "menu", "dir"))
 _VERBATIM = frozenset(("pre", "listing", "xmp"))
 _STRUCTURE = frozenset(("table", *_HEADINGS, *_VERBATIM, "blockquote"))  # in a cell: the table arranges a page
@@ -257,7 +206,8 @@ def html_text(content: bytes, encoding: str = "") -> str:
     """Return the text of a page, broken or not.
 
     Args:
-      encoding: its encoding; "" takes its byte order mark, the one it declares, UTF-8, or what charset-normalizer finds.
+      encoding: its encoding; "" takes that of its byte order mark, the one it declares, UTF-8, or what
+        charset-normalizer finds.
 
     Raises:
       BadSource: the bytes are not text in any of these.

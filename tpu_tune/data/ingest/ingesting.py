@@ -88,7 +88,7 @@ def ingest(
         if engine is None and (processes := _processes(found.sources, workers)) > 1:
             engine = functools.partial(in_order, processes=processes)
         if engine is None:
-            _here(found.sources, options, writer, tally, report.formats)
+            _in_this_process(found.sources, options, writer, tally, report.formats)
         else:
             _by_engine(found.sources, output, options, engine, writer, tally, report.formats)
         report.rows, report.empty = writer.count, tally.empty
@@ -105,7 +105,9 @@ def _processes(sources: list[str], workers: int) -> int:
     return min(os.cpu_count() or 1, len(sources), size // MIN_BYTES)
 
 
-def _here(sources: list[str], options: IngestOptions, writer: Writer, tally: Tally, formats: Counter) -> None:
+def _in_this_process(
+    sources: list[str], options: IngestOptions, writer: Writer, tally: Tally, formats: Counter
+) -> None:
     for source in progress(sources, "ingest", unit="files"):
         for row in read_source(source, options, tally):
             writer.write(row)
@@ -126,12 +128,12 @@ def _by_engine(
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ingest-", dir=Path(output).absolute().parent))
         tasks = ((source, options, os.path.join(folder, str(number))) for number, source in enumerate(sources))
         parts = stack.enter_context(contextlib.closing(engine(read_to_file, tasks)))
-        for part, count, found, seen in progress(parts, "ingest", len(sources), unit="files"):
+        for part, count, found, formats_read in progress(parts, "ingest", len(sources), unit="files"):
             with open(part, "rb") as file:
                 writer.copy(file, count)
             os.unlink(part)
             tally.add(found)
-            formats.update(seen)
+            formats.update(formats_read)
 
 
 def read_to_file(task: tuple[str, IngestOptions, str]) -> tuple[str, int, Tally, Counter]:

@@ -28,8 +28,8 @@ def read_json_lines(blob: Blob, options: IngestOptions, tally: Tally) -> Iterato
 def read_json(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON file.
 
-    That is an array of objects, an object that holds one under `data`, objects one after the other, or a Discord channel
-    as DiscordChatExporter writes it. `source` has the number of the element.
+    It holds an array of objects, an object with such an array under `data`, objects one after the other, or a Discord
+    channel as DiscordChatExporter writes it. `source` has the number of the element.
     """
     with blob.open() as file:
         scanner = _Scanner(decoded(file, options.encoding))
@@ -37,7 +37,7 @@ def read_json(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict
             raise BadSource("is empty")
         header: dict[str, Any] = {}
         rows = _elements(blob.name, scanner, header, tally)
-        # A chat export is known once its head is read: what comes first is no row but its place.
+        # Reading the first element fills `header`, which says whether this is a chat export.
         first = next(rows, None)
         if first is None:
             return
@@ -155,16 +155,16 @@ class _Scanner:
             if not self._more():
                 return ""
 
-    def take(self, wanted: str) -> str:
+    def take(self, characters: str) -> str:
         """Read over one of the characters `wanted`.
 
         Raises:
           BadSource: something else stands there.
         """
         found = self.peek()
-        if not found or found not in wanted:
-            here = f"'{found}'" if found else "the end of the file"
-            raise BadSource(f"not valid JSON (line {self.line()}: {here} where '{wanted[0]}' should be)")
+        if not found or found not in characters:
+            shown = f"'{found}'" if found else "the end of the file"
+            raise BadSource(f"not valid JSON (line {self.line()}: {shown} where '{characters[0]}' should be)")
         self._at += 1
         return found
 

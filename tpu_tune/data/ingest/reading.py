@@ -80,8 +80,8 @@ def _reader(kind: str) -> Reader:
 
 
 def read_source(
-    path: str, options: IngestOptions = IngestOptions(), tally: Tally | None = None
-) -> Iterator[dict[str, Any]]:  # noqa: B008
+    path: str, options: IngestOptions | None = None, tally: Tally | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of one source: a file, an archive, or a dataset's name.
 
     It takes and gives nothing but plain values, so that any process can be given a source to read; what is read depends
@@ -98,6 +98,7 @@ def read_source(
     Raises:
       UserError: something cannot be read and that is not allowed, or a column or table is missing.
     """
+    options = options or IngestOptions()
     tally = Tally(Skipped(options.skip_bad)) if tally is None else tally
     if catalog.is_named(path):
         yield from catalog.read(path, options, tally)

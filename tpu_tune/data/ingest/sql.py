@@ -1,8 +1,8 @@
 """Rows of SQL dumps: INSERT and COPY, as mysqldump, pg_dump and sqlite3's `.dump` write them; nothing is executed.
 
-A dump is read once, as a stream. Columns are named by the INSERT or COPY itself, or by the CREATE TABLE before it, which
-sqlparse reads. Values are literals; of functions, those that sqlite3 writes for line breaks are understood (`replace`,
-`char`, `unistr`), and `CAST`; a row with any other is a bad row.
+A dump is read once, as a stream. Columns are named by the INSERT or COPY itself, or by the CREATE TABLE before it,
+which sqlparse reads. Values are literals; of functions, those that sqlite3 writes for line breaks are understood
+(`replace`, `char`, `unistr`), and `CAST`; a row with any other is a bad row.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Dump:
             pass
 
     def _begins(self, token: tuple[str, Any]) -> bool:
-        """Whether another statement begins with this word, which is then given again: SQL Server writes no semicolons."""
+        """Whether this word begins another statement; it is then put back. SQL Server writes no semicolons."""
         begins = self.tokens.batches and token[0] == WORD and token[1].upper() in ("GO", "INSERT")
         if begins:
             self.tokens.give_back(token)
@@ -157,7 +157,7 @@ class _Dump:
         return names
 
     def _take(self, table: str, columns: list[str]) -> list[str] | None:
-        """The columns of the statement under way, None where its rows are not asked for."""
+        """The columns of the current statement, None where its rows are not of the table asked for."""
         known = self.tables.setdefault(table, columns)
         if not known:
             self.tables[table] = known = columns
@@ -187,7 +187,7 @@ class _Dump:
     def _row(self, columns: list[str], values: list[Any], reason: str) -> Iterator[dict[str, Any]]:
         self.count += 1
         where = f"{self.name}!{self.chosen}:{self.count}"
-        if not columns:  # no CREATE TABLE said them
+        if not columns:  # no CREATE TABLE names them
             columns = [f"column{number}" for number in range(1, len(values) + 1)]
             self._pick = self._pick or picker(columns, self.options, f"{self.name}!{self.chosen}")
         if reason or len(values) != len(columns):

@@ -58,21 +58,21 @@ def _tables(connection: sqlite3.Connection) -> dict[str, list[str]]:
     return {name: [row[1] for row in connection.execute(f"PRAGMA table_info({_quoted(name)})")] for name in names}
 
 
-def choose(where: str, tables: dict[str, list[str]], wanted: str) -> str:
+def choose(where: str, tables: dict[str, list[str]], table: str) -> str:
     """The table that is asked for, or the only one.
 
     Raises:
       UserError: it is missing, or there are several and none is named; lists them with their columns.
     """
-    if wanted in tables:
-        return wanted
-    if len(tables) == 1 and not wanted:
+    if table in tables:
+        return table
+    if len(tables) == 1 and not table:
         return next(iter(tables))
     listed = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in list(tables.items())[:20])
     if len(tables) > 20:
         listed += f"; and {len(tables) - 20} more"
-    if wanted:
-        raise UserError(f"{where}: there is no table '{wanted}'; there is: {listed or 'none'}")
+    if table:
+        raise UserError(f"{where}: there is no table '{table}'; there is: {listed or 'none'}")
     if not tables:
         raise BadSource("holds no table")
     raise UserError(f"{where}: which table? give --table NAME; there is: {listed}")

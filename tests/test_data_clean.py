@@ -247,7 +247,7 @@ def test_options_that_cannot_be_meant(options, message):
 def test_a_missing_library_is_named(monkeypatch):
     from tpu_tune.data.clean import language, repair
 
-    for module in ("ftfy", "phonenumbers", "py3langid.langid", "regex", "rensa"):
+    for module in ("ftfy", "phonenumbers", "py3langid.langid", "rensa"):
         monkeypatch.setitem(sys.modules, module, None)
     language._identifier.cache_clear()
     repair._phonenumbers.cache_clear()
@@ -255,7 +255,6 @@ def test_a_missing_library_is_named(monkeypatch):
         ({"fix_unicode": True}, "ftfy"),
         ({"mask_phone": True}, "phonenumbers"),
         ({"languages": ("en",)}, "py3langid"),
-        ({"patterns": ("a+",)}, "regex"),
     ):
         with pytest.raises(UserError, match=rf"needs {package}, .*pip install 'tpu_tune\[data\]'"):
             row_cleaner(CleanOptions(**asked))

@@ -599,7 +599,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
 
 
 def test_jax_is_not_imported():
-    code = "import sys, tpu_tune.data.ingest.reading as r; [r._reader(k) for k in r.KINDS]; print('jax' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, tpu_tune.data.ingest.reading as r; [r.reader_of(k) for k in r.KINDS]; print('jax' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["False", "False"], done.stderr
 

@@ -242,8 +242,8 @@ def _warnings(figures: dict[str, Any], method: str, max_length: int) -> list[str
     warnings = []
     if method == "full" and figures["bytes"] < LEAST_BYTES:
         warnings.append(
-            f"{_bytes(figures['bytes'])} of text: for a full fine-tune have at least 100 MiB, as a rule of thumb (a LoRA "
-            "needs less: --method lora)"
+            f"{_bytes(figures['bytes'])} of text: for a full fine-tune have at least 100 MiB, as a rule of thumb "
+            "(a LoRA needs less: --method lora)"
         )
     if figures["duplicates"]:
         warnings.append(
@@ -269,7 +269,7 @@ def table(figures: dict[str, Any]) -> str:
     lines = [
         f"rows          {figures['rows']:,} ({figures['format']})"
         + f", {figures['bad_rows']:,} bad ones" * bool(figures["bad_rows"]),
-        f"keys          {', '.join(f'{key} ({count:,})' for key, count in found['keys'].items())}",
+        f"keys          {', '.join(f'{key} ({count:,})' for key, count in figures['keys'].items())}",
         f"text          {figures['characters']:,} characters, {_bytes(figures['bytes'])}",
         f"duplicates    {figures['duplicates']:,} rows; empty answers {figures['empty_answers']:,}",
     ]

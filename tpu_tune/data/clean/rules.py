@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
 from tpu_tune.data.clean import language, repair
 from tpu_tune.data.clean.clean_options import CleanOptions, check
 from tpu_tune.data.clean.phrases import Phrase, compile_lists
 from tpu_tune.data.clean.texts import Part, cut, format_of, parts, replace, visible
-from tpu_tune.data.extra import extra_library
 from tpu_tune.data.formats import RowError
 from tpu_tune.errors import UserError
 
@@ -77,7 +78,6 @@ def row_cleaner(options: CleanOptions) -> Cleaner:
 
 
 def _compile_pattern(text: str) -> Any:
-    regex = extra_library("regex", "regex", "--pattern")
     try:
         pattern = regex.compile(text)
     except regex.error as error:

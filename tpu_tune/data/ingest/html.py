@@ -8,14 +8,17 @@ line, list items and table rows have a line each (cells are joined by ` | `), `p
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from bs4.dammit import EncodingDetector
+from charset_normalizer import from_bytes
 from lxml import etree
 
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
-from tpu_tune.data.ingest.encodings import decode_markup, read_document
+from tpu_tune.data.ingest.encodings import byte_order_mark, decode, does_not_fit, read_document
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 _DROPPED = frozenset(
@@ -202,6 +205,36 @@ def _is_navigation(tag: str, attributes: Any) -> bool:
     return attributes.get("role") == "navigation" or (tag == "a" and attributes.get("class") == "headerlink")
 
 
+def _decode_markup(content: bytes, encoding: str = "") -> str:
+    """Decode a page: by `encoding`, its byte order mark, what it declares, UTF-8, or what charset-normalizer finds.
+
+    Raises:
+      BadSource: it does not fit what it declares, or nothing is found.
+    """
+    if encoding or byte_order_mark(content)[0]:
+        return decode(content, encoding)
+    declared = EncodingDetector.find_declared_encoding(content, is_html=True)
+    if declared:
+        try:
+            name = codecs.lookup(declared).name
+        except LookupError:
+            name = ""
+        if name in ("iso8859-1", "ascii"):  # as every browser reads them; HTML's standard says so
+            name = "cp1252"
+        if name and not name.startswith(("utf-16", "utf-32")):  # else the declaration could not have been read
+            try:
+                return content.decode(name)
+            except UnicodeDecodeError as error:
+                raise BadSource(f"{does_not_fit(content, error, name)}, which it declares") from error
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = from_bytes(content).best()
+        if found is None:
+            raise BadSource(f"{does_not_fit(content, error, 'utf-8')}, and no other encoding fits") from error
+        return str(found)
+
+
 def html_text(content: bytes, encoding: str = "") -> str:
     """Return the text of a page, broken or not.
 
@@ -212,7 +245,7 @@ def html_text(content: bytes, encoding: str = "") -> str:
     Raises:
       BadSource: the bytes are not text in any of these.
     """
-    markup = decode_markup(content, encoding).encode("utf-8", "surrogatepass")
+    markup = _decode_markup(content, encoding).encode("utf-8", "surrogatepass")
     return _parse(_html_parser(), markup)
 
 
@@ -225,7 +258,7 @@ def xhtml_text(content: bytes) -> str:
 
     Entities that the page itself declares are left out, so that none can grow without bound.
     """
-    text = decode_markup(content)
+    text = _decode_markup(content)
     named = re.sub(r"&(?!(?:amp|lt|gt|quot|apos);)[A-Za-z][A-Za-z0-9]*;", _entity, text)
     markup = _PROLOGUE.sub("", named, count=1).encode("utf-8", "surrogatepass")
     parser = etree.XMLParser(

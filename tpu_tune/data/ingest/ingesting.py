@@ -17,7 +17,7 @@ from tpu_tune.data.ingest.blobs import Tally
 from tpu_tune.data.ingest.catalog import is_named
 from tpu_tune.data.ingest.finding import find_sources
 from tpu_tune.data.ingest.ingest_options import IngestOptions
-from tpu_tune.data.ingest.reading import KINDS, read_source
+from tpu_tune.data.ingest.reading import KINDS, kind_of, read_source, reader_of
 from tpu_tune.data.processes import Engine, in_order
 from tpu_tune.data.streams import Skipped, Writer, progress, writing
 from tpu_tune.errors import UserError
@@ -80,6 +80,8 @@ def ingest(
     if options.format != "auto" and options.format not in KINDS:
         raise UserError(f"--format {options.format} is unknown; known: auto, {', '.join(KINDS)}")
     found = find_sources(inputs, options.format, output)
+    for kind in sorted({options.format} - {"auto"} or {kind_of(source) for source in found.sources} - {""}):
+        reader_of(kind)  # a library that is not installed is missed before anything is read
     report = IngestReport(
         sources=len(found.sources), skipped=Skipped(options.skip_bad), passed_over=Counter(found.passed_over)
     )

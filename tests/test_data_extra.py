@@ -71,6 +71,7 @@ def test_every_other_command_works_without(model, tmp_path):
     done = without_extra(
         ["inspect", model],
         train,
+        ["plan", "--config", "run.py", f"--config.model.path={model}", "--device", "v5e-1", "--no-compile"],
         ["curves", "run"],
         [
             "generate",

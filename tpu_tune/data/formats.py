@@ -1,4 +1,4 @@
-"""What a row means: the known row formats, their detection, and their conversion to text, a pair or a chat.
+"""Row formats: their detection, and the conversion of a row to text, a pair or a chat.
 
 A format is recognised by its keys. `data.format` names one outright, and `data.columns` renames a file's own keys
 first (`{"question": "input", "answer": "output"}`).

@@ -25,7 +25,7 @@ from tpu_tune.errors import UserError
 # processes, or `recipe.beam.run_in_order`.
 Engine = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
-AHEAD = 4  # tasks under way or done for each process, before the first of them has been taken
+AHEAD = 4  # tasks for each process that are running or whose result has not been taken yet
 
 
 def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], processes: int) -> Iterator[Any]:

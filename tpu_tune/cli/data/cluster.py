@@ -74,9 +74,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.k != "auto" and not options.k.isdecimal():
         raise UserError(f"--k is '{options.k}'; give a number, or auto")
-    wanted = {name: getattr(options, name) for name in ClusterOptions.__dataclass_fields__}
-    wanted["k"] = options.k if options.k == "auto" else int(options.k)
-    report = cluster(options.input, options.output, ClusterOptions(**wanted))
+    cluster_options = {name: getattr(options, name) for name in ClusterOptions.__dataclass_fields__}
+    cluster_options["k"] = options.k if options.k == "auto" else int(options.k)
+    report = cluster(options.input, options.output, ClusterOptions(**cluster_options))
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return 0

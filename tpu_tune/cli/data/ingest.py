@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     for word in filter(None, (word.strip() for word in options.columns.split(","))):
         old, _, new = word.partition("=")
         columns.append((old, new or old))
-    rules = IngestOptions(
+    ingest_options = IngestOptions(
         format=options.format,
         column=options.column,
         input_column=options.input_column,
@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
         max_ratio=options.max_ratio,
         max_depth=options.max_depth,
     )
-    report = ingest(options.inputs, options.output, rules, options.workers).as_dict()
+    report = ingest(options.inputs, options.output, ingest_options, options.workers).as_dict()
     if options.json:
         print(json.dumps({"output": options.output, **report}, indent=2, ensure_ascii=False))
         return 0

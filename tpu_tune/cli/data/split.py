@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.data.split import SplitOptions, parse_ratio, split_file
 
     share = None if options.split_ratio is None else parse_ratio(options.split_ratio)
-    rules = SplitOptions(share, options.val_count, options.group_key, options.stratify, options.seed)
-    report = split_file(options.input or options.positional, options.output_dir, rules, options.skip_bad)
+    split_options = SplitOptions(share, options.val_count, options.group_key, options.stratify, options.seed)
+    report = split_file(options.input or options.positional, options.output_dir, split_options, options.skip_bad)
     if options.json:
         print(json.dumps(report))
         return 0

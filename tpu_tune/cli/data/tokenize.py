@@ -55,16 +55,17 @@ def add(commands: Commands) -> None:
     )
 
 
-def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    """Add `--tokenizer-path`."""
+def add_tokenizer(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
+    """Add `--tokenizer-path`; `otherwise` says what happens without it, else it is required."""
     parser.add_argument(
         "-t",
         *spellings("--tokenizer-path"),
         "--tokenizer",
         dest="tokenizer_path",
-        required=True,
+        default="",
+        required=not otherwise,
         metavar="PATH",
-        help="Hugging Face id or directory, .gguf file, or tokenizer.json",
+        help="Hugging Face id or directory, .gguf file, or tokenizer.json" + otherwise,
     )
 
 
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}")
     tokenizer = open_tokenizer(options.tokenizer_path)
-    rules = TokenizeOptions(
+    tokenize_options = TokenizeOptions(
         format=options.format,
         max_length=options.max_length,
         columns=columns(options),
@@ -114,7 +115,9 @@ def run(options: argparse.Namespace) -> int:
         train_on_source=options.train_on_source,
         num_eos=options.num_eos,
     )
-    report = tokenize_file(options.input_file, options.output_file, tokenizer, rules, options.workers, options.skip_bad)
+    report = tokenize_file(
+        options.input_file, options.output_file, tokenizer, tokenize_options, options.workers, options.skip_bad
+    )
     if options.json:
         print(json.dumps(report))
         return 0

@@ -1,4 +1,4 @@
-"""Rows that were there before: the same text again, or nearly the same.
+"""Duplicate rows: the same text as an earlier row's, or nearly the same.
 
 Exact: 16 bytes of a hash of the row's roles, texts and tools (white space apart, Unicode in NFC) are remembered a row.
 
@@ -96,10 +96,10 @@ def shingles(text: str, unit: str, size: int) -> set[str]:
 
 
 class Duplicates:
-    """Tells of each row, in turn, whether it was there before.
+    """Says of each row, in turn, whether an equal or similar one came before it.
 
     Args:
-      options: of the cleaning.
+      options: the rules of the cleaning.
       scratch: directory for the file of texts; None for the system's own. Only near duplicates need it.
 
     Raises:

@@ -1,8 +1,9 @@
-"""Which language a text is in, where that can be told.
+"""Which language a text is in, where that can be determined.
 
-py3langid (a small model inside the package, 140 languages) gives probabilities. A text counts as told where it has at
-least 20 bytes of letters (20 Latin ones, 7 Chinese), its likeliest language has at least half of the probability, and
-the languages asked for have less than a tenth together: short answers, code, numbers and names are kept.
+py3langid (a small model inside the package, 140 languages) gives probabilities. A text counts as being in another
+language where it has at least 20 bytes of letters (20 Latin ones, 7 Chinese), its likeliest language has at least half
+of the probability, and the allowed languages have less than a tenth together: short answers, code, numbers and names
+are kept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tpu_tune.errors import UserError
 
 MIN_LETTER_BYTES = 20
 MIN_PROBABILITY = 0.5  # of the likeliest
-MAX_WANTED = 0.1  # of the languages asked for, together
+MAX_ALLOWED = 0.1  # of the allowed languages, together
 MAX_CHARS = 2000  # read of a text; more tells no more
 
 
@@ -39,7 +40,7 @@ def check_languages(languages: Sequence[str]) -> None:
 
 
 def other_language(text: str, languages: Sequence[str]) -> str:
-    """The ISO 639 code of the text's language where it can be told and is none of `languages`, else ""."""
+    """The ISO 639 code of the text's language where it can be determined and is none of `languages`, else ""."""
     text = text[:MAX_CHARS]
     letters = sum(len(character.encode("utf-8", "replace")) for character in text if character.isalpha())
     if letters < MIN_LETTER_BYTES:
@@ -48,5 +49,5 @@ def other_language(text: str, languages: Sequence[str]) -> str:
     best, probability = ranked[0]
     share = sum(share for language, share in ranked if language in languages)
     # "zxx" is what the model calls text without any language.
-    is_certain = best != "zxx" and probability >= MIN_PROBABILITY and share < MAX_WANTED
+    is_certain = best != "zxx" and probability >= MIN_PROBABILITY and share < MAX_ALLOWED
     return best if is_certain and best not in languages else ""

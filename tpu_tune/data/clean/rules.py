@@ -3,8 +3,8 @@
 `row_cleaner(options)` compiles them into a function from a row to (the row or None, the rules that it met). It pickles,
 so that any engine may run it in any process; finding duplicates (`duplicates`) is a pass of its own behind it.
 
-The rules come in this order: unicode repair, masks (so that no report shows what they hide), phrases and patterns,
-bounds, language. What drops a row ends its way.
+The rules are applied in this order: unicode repair, masks (so that no report shows what they hide), phrases, patterns,
+bounds, language. A row that one of them drops is not looked at by the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the readers of `tpu_tune.data.ingest` are given and give: blobs to read, rows, and a tally of what is no row."""
+"""What the readers of `tpu_tune.data.ingest` read and return: blobs, rows, and a tally of what gives no row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tpu_tune.data.streams import Skipped
 
 @dataclass
 class Tally:
-    """What is not in the rows.
+    """Counts of what gave no row.
 
     Attributes:
       skipped: what could not be read.
@@ -38,9 +38,9 @@ class Blob:
     """One file to read: on the disk, or inside an archive.
 
     Attributes:
-      name: what `source` says: `path`, or `archive.zip!inner/path`.
-      open: gives its bytes, unpacked; to be called once.
-      path: where it is, if it is a plain file on the disk.
+      name: what a row's `source` says: `path`, or `archive.zip!inner/path`.
+      open: returns its bytes as a stream, unpacked; call it once.
+      path: its path, if it is a plain file on the disk; else empty.
     """
 
     name: str
@@ -53,7 +53,7 @@ class BadSource(ValueError):
 
 
 def row_of(source: str, **values: Any) -> dict[str, Any]:
-    """A row, with what it comes from last."""
+    """A row, with its source as the last key."""
     return {**values, "source": source}
 
 

@@ -56,14 +56,14 @@ def _tfds_rows(name: str, source: str, split: str) -> Iterator[Mapping[str, Any]
             rows = builder.as_data_source(split=split)
             number = len(rows)
     except Exception as error:  # no network, no such dataset, a package it wants: these have no common type
-        raise _not_had(source, error) from error
+        raise _unavailable(source, error) from error
     if split not in splits:
         raise _no_split(source, split, splits)
     for index in range(number):
         try:
             row = rows[index]
         except Exception as error:
-            raise _not_had(source, error) from error
+            raise _unavailable(source, error) from error
         yield row
 
 
@@ -76,20 +76,20 @@ def _hub_rows(name: str, source: str, split: str) -> Iterator[Mapping[str, Any]]
         splits = list(found)
         rows = iter(found[split]) if split in splits else iter(())
     except Exception as error:  # as above
-        raise _not_had(source, error) from error
+        raise _unavailable(source, error) from error
     if split not in splits:
         raise _no_split(source, split, splits)
     while True:
         try:
             row = next(rows, None)
         except Exception as error:
-            raise _not_had(source, error) from error
+            raise _unavailable(source, error) from error
         if row is None:
             return
         yield row
 
 
-def _not_had(source: str, error: Exception) -> UserError:
+def _unavailable(source: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200] or "no reason given"
     return UserError(f"{source}: the dataset cannot be had ({type(error).__name__}: {reason})")
 

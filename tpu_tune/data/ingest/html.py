@@ -45,7 +45,7 @@ _BLANK_ENDS = " \t\n\f\r"
 
 
 class _Row:
-    """A table row under way: what stood before it, and its finished cells, each a list of blocks."""
+    """An unfinished table row: the blocks before it, and its finished cells, each a list of blocks."""
 
     __slots__ = ("before", "breaks", "cells", "in_cell", "plain")
 
@@ -61,7 +61,7 @@ class _Page:
 
     def __init__(self) -> None:
         self.blocks: list[tuple[int, str]] = []  # (line breaks before it, text)
-        self.words: list[str] = []  # of the block under way
+        self.words: list[str] = []  # of the current block
         self.breaks = 0  # line breaks owed to the next block
         self.dropped = 0  # how deep inside something that is dropped
         self.verbatim = 0  # how deep inside `pre`
@@ -148,7 +148,7 @@ class _Page:
         return any(word.strip(_BLANK_ENDS) for word in self.words)
 
     def _flush(self, breaks: int) -> None:
-        """End the block under way; `breaks` line breaks are owed after it, or all the same if it is empty."""
+        """End the current block; `breaks` line breaks are owed after it, also where it is empty."""
         if self.words:
             self._add(_SPACES.sub(" ", "".join(self.words)).strip(" "))
             self.words = []

@@ -130,7 +130,7 @@ def _object(scanner: _Scanner, header: dict[str, Any]) -> Iterator[Any]:
 
 
 class _Scanner:
-    """JSON values from a stream of text; holds no more than the one under way."""
+    """JSON values from a stream of text; holds no more than the current one."""
 
     def __init__(self, file: Any):
         self._file = file

@@ -50,7 +50,7 @@ def kind_of(name: str, format: str = "auto") -> str:
 
 
 def is_readable(name: str, format: str = "auto") -> bool:
-    """Whether there is something to read in a file of a folder, by its name: of a known kind, or an archive."""
+    """Whether a file of a folder is to be read, by its name: it is of a known kind, or an archive."""
     return bool(kind_of(name, format)) or suffix_of(inner_name(name)) in (".zip", ".tar")
 
 
@@ -91,8 +91,8 @@ def read_source(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one source: a file, an archive, or a dataset's name.
 
-    It takes and gives nothing but plain values, so that any process can be given a source to read; what is read depends
-    on these two alone.
+    Arguments and rows are plain values, so that a source can be read in any process; the rows depend on `path` and
+    `options` alone.
 
     Args:
       path: as `find_sources` gives it.

@@ -30,7 +30,7 @@ class Stage:
 
     Attributes:
       name: of the step, e.g. `clean`.
-      parameters: what it was asked for; JSON can hold it.
+      parameters: the step's options; JSON can hold them.
       run: called with the files it starts from and an empty folder to write to; returns its report, which JSON can
         hold, with the list of the files' names that the next stage reads under `outputs`.
     """
@@ -67,7 +67,7 @@ def run_stages(
         again. What is no local path counts by its name.
       folder: the recipe's folder, made where it is not there.
       version: changes when stages would give something else from the same inputs.
-      then: called after each stage.
+      then: called with each finished stage.
 
     Raises:
       UserError: the folder cannot be written, or a stage fails; finished stages stay.
@@ -83,7 +83,7 @@ def run_stages(
             logger.info("%s: %s", stage_folder.name, _count(files))
             done = _run(stage, files, stage_folder, key)
         else:
-            logger.info("%s: as it was left", stage_folder.name)
+            logger.info("%s: unchanged, not run again", stage_folder.name)
         finished.append(done)
         if then is not None:
             then(done)

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from tpu_tune.cli.common import Commands
+from tpu_tune.cli.data.arguments import same_names
 from tpu_tune.errors import UserError
 
 
@@ -25,7 +26,10 @@ def add(commands: Commands) -> None:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--format", default="auto", help="of the rows; default: told from the keys of each row")
     rows.add_argument(
-        "--columns", metavar="JSON", help="the rows' keys -> the format's, as '{\"question\": \"input\"}'"
+        "--columns",
+        dest="rows_columns",
+        metavar="JSON",
+        help="the rows' keys -> the format's, as '{\"question\": \"input\"}'",
     )
     _add_noise(parser)
     _add_duplicates(parser)
@@ -54,6 +58,7 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     )
     noise.add_argument(
         "--phrases",
+        dest="phrase_files",
         metavar="FILE",
         action="append",
         default=[],
@@ -140,27 +145,12 @@ def run(options: argparse.Namespace) -> int:
         if asked
     ]
     rules = CleanOptions(
+        **same_names(CleanOptions, options),
         lists=tuple(lists),
-        phrases=tuple(phrase for file in options.phrases for phrase in read_phrases(file)),
+        phrases=tuple(phrase for file in options.phrase_files for phrase in read_phrases(file)),
         patterns=tuple(options.pattern),
-        action=options.action,
-        prompts=options.prompts,
-        exact_duplicates=options.exact_duplicates,
-        near_duplicates=options.near_duplicates,
-        shingle=options.shingle,
-        shingle_size=options.shingle_size,
-        seed=options.seed,
-        min_chars=options.min_chars,
-        max_chars=options.max_chars,
-        min_words=options.min_words,
-        max_words=options.max_words,
         languages=tuple(code for codes in options.language for code in codes.split(",") if code),
-        fix_unicode=options.fix_unicode,
-        mask_email=options.mask_email,
-        mask_phone=options.mask_phone,
-        phone_region=options.phone_region,
-        format=options.format,
-        columns=_columns(options.columns),
+        columns=_columns(options.rows_columns),
     )
     figures = clean(
         options.inputs,

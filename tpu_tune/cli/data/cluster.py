@@ -7,6 +7,7 @@ import json
 import sys
 
 from tpu_tune.cli.common import DTYPES, Commands
+from tpu_tune.cli.data.arguments import same_names
 from tpu_tune.errors import UserError
 
 _SHOWN = 20  # clusters in the printed table
@@ -74,9 +75,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.k != "auto" and not options.k.isdecimal():
         raise UserError(f"--k is '{options.k}'; give a number, or auto")
-    cluster_options = {name: getattr(options, name) for name in ClusterOptions.__dataclass_fields__}
-    cluster_options["k"] = options.k if options.k == "auto" else int(options.k)
-    report = cluster(options.input, options.output, ClusterOptions(**cluster_options))
+    k = options.k if options.k == "auto" else int(options.k)
+    cluster_options = ClusterOptions(**{**same_names(ClusterOptions, options), "k": k})
+    report = cluster(options.input, options.output, cluster_options)
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return 0

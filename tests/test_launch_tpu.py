@@ -336,7 +336,7 @@ def test_gpu_installs_for_the_driver_and_trains_with_nearly_all_memory(world, gp
         done = gpu(world, gpus, *TRAIN[1:], WANDB_API_KEY=SECRET)
         assert done.returncode == 0, done.stderr
     installed = (world.folder / "uv").read_text()
-    assert installed.count("\n") == 1 and f"[{build}]" in installed
+    assert installed.count("\n") == 1 and f"[{build},data]" in installed
     first, second = world.trained()
     assert first == second and first["words"] == ["train", "--json", *TRAIN[1:]]
     assert first["given"] == {"WANDB_API_KEY": SECRET, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "TPU_TUNE_JAX": build}

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
-from tpu_tune.models.architecture import Architecture
+from tpu_tune.models.architecture import Architecture, LayerKind
 from tpu_tune.models.groups import LayerGroup
 from tpu_tune.models.layers import Layer, LayerContext, Past
 from tpu_tune.tensors import Module, outside_scan
@@ -87,15 +87,14 @@ def run_layers(
     Returns:
       New hidden states, and what the cache is to hold.
     """
-    modules = [module for module in arch.modules() if module.layers_path == arch.names.layers]
-    stacks = [
-        _Stack(module, path, leaf)
-        for module in modules
-        for path, leaf in leaves.items()
-        if path.rpartition(".")[0] == module.path
-    ]
+    modules = {module.path: module for module in arch.modules() if module.layers_path == arch.names.layers}
     written = []
     for group in arch.groups:
+        stacks = [
+            _stack(modules[path.rpartition(".")[0]], path, leaf, group, execution)
+            for path, leaf in leaves.items()
+            if any(layer in group.layers for layer in modules[path.rpartition(".")[0]].layers)
+        ]
         x, new = _run_group(arch, execution, group, stacks, x, context, past)
         written.append(new)
     if past is None:
@@ -105,31 +104,45 @@ def run_layers(
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """A stacked leaf, and where a group's layers lie in it."""
+    """A stacked leaf as one group's scan reads it.
 
-    module: Module
+    Attributes:
+      path: in the tree.
+      name: the path relative to its layer.
+      positions: which layers of the group's pattern have the leaf.
+      first: index in the stack of the group's first layer that has it.
+      scanned: arrays for the scan's inputs, (repeats, ...), or (repeats, positions, ...) where a pattern has several
+        layers.
+      layer: function (one layer's part of `scanned`, index in the stack) -> the layer's leaf.
+    """
+
     path: str
-    leaf: Any
+    name: str
+    positions: tuple[int, ...]
+    first: int
+    scanned: Any
+    layer: Callable[[Any, Array], Any]
 
-    @property
-    def name(self) -> str:
-        """Path of the leaf relative to its layer."""
-        return self.path[len(self.module.layers_path) :].partition(".")[2]
+    def at(self, position: int, repeat: Array, part: Any, is_pattern: bool) -> Any:
+        """Return the leaf of the layer at a position of the pattern, given one repeat's part of `scanned`."""
+        rank = self.positions.index(position)
+        part = jax.tree.map(lambda array: array[rank], part) if is_pattern else part
+        return self.layer(part, self.first + repeat * len(self.positions) + rank)
 
-    def positions(self, group: LayerGroup) -> list[int]:
-        """Return which layers of a group's pattern have the leaf."""
-        return [position for position in range(group.period) if group.first + position in self.module.layers]
 
-    def start(self, group: LayerGroup) -> int:
-        """Return the index in the stack of the group's first layer that has the leaf."""
-        return self.module.layers.index(group.first + self.positions(group)[0])
+def _stack(module: Module, path: str, leaf: Any, group: LayerGroup, execution: Execution) -> _Stack:
+    positions = tuple(position for position in range(group.period) if group.first + position in module.layers)
+    first, count = module.layers.index(group.first + positions[0]), group.repeats * len(positions)
+    # On more devices `gather` takes the layer that the scan cuts out.
+    whole, layer = outside_scan(leaf, execution.plan) if execution.mesh is None else (leaf, lambda part, index: part)
 
-    def cut(self, group: LayerGroup, array: Array) -> Array:
-        """Return a group's part of a stacked array: (repeats, ...), or (repeats, layers a repeat, ...) of a pattern."""
-        count = len(self.positions(group))
-        if group.repeats * count < array.shape[0]:
-            array = jax.lax.slice_in_dim(array, self.start(group), self.start(group) + group.repeats * count)
-        return array if group.period == 1 else array.reshape(group.repeats, count, *array.shape[1:])
+    def of_group(array: Array) -> Array:
+        if count < array.shape[0]:
+            array = jax.lax.slice_in_dim(array, first, first + count)
+        return array if group.period == 1 else array.reshape(group.repeats, len(positions), *array.shape[1:])
+
+    name = path[len(module.layers_path) :].partition(".")[2]
+    return _Stack(path, name, positions, first, jax.tree.map(of_group, whole), layer)
 
 
 def _run_group(
@@ -141,16 +154,12 @@ def _run_group(
     context: LayerContext,
     past: Past | None,
 ) -> tuple[Array, Past]:
-    """Scan over the repeats of a group's pattern; a pattern of several layers runs them one after the other."""
-    stacks = [stack for stack in stacks if stack.positions(group)]
-    split = {stack.path: _outside_scan(stack.leaf, execution) for stack in stacks}
-    parts = {
-        stack.path: jax.tree.map(lambda array, stack=stack: stack.cut(group, array), split[stack.path][0])
-        for stack in stacks
-    }
+    """Scan over the repeats of a group's pattern; the layers of a pattern run one after the other."""
+    is_pattern = group.period > 1
 
-    def layer_at(position: int) -> Callable[[Array, tuple], tuple[Array, Past]]:
-        kinds = _kinds_at(arch, group, position)
+    def layer_at(position: int, kinds: tuple[LayerKind, ...]) -> Callable[[Array, tuple], tuple[Array, Past]]:
+        own = [stack for stack in stacks if position in stack.positions]
+        names = {stack.path: stack.name for stack in own}
 
         def run_layer(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
             repeat, parts, kind, past = scanned
@@ -158,54 +167,35 @@ def _run_group(
                 # XLA's GPU compiler would like the backward loop's inputs transposed, and keep them all both ways.
                 x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
             x = checkpoint_name(x, _LAYER_INPUT)
-            leaves, names = {}, {}
-            for stack in stacks:
-                positions = stack.positions(group)
-                if position in positions:
-                    rank = positions.index(position)
-                    part = parts[stack.path]
-                    part = part if group.period == 1 else jax.tree.map(lambda array, rank=rank: array[rank], part)
-                    index = stack.start(group) + repeat * len(positions) + rank
-                    leaves[stack.path], names[stack.path] = split[stack.path][1](part, index), stack.name
+            leaves = {stack.path: stack.at(position, repeat, parts[stack.path], is_pattern) for stack in own}
             inside = {names[path]: leaf for path, leaf in execution.gather(leaves).items()}
             x, past = Layer(arch, kinds, kind, inside, context)(x, past)
             return execution.constrain(x), Past() if context.start is None else past
 
-        remat = execution.remat
-        return run_layer if remat == "none" else jax.checkpoint(run_layer, policy=REMAT_POLICIES[remat])
+        if execution.remat == "none":
+            return run_layer
+        return jax.checkpoint(run_layer, policy=REMAT_POLICIES[execution.remat])
 
-    layers = [layer_at(position) for position in range(group.period)]
-    numbers = [
-        [
-            _kinds_at(arch, group, position).index(arch.layer_kinds[layer])
-            for layer in group.layers[position :: group.period]
-        ]
-        for position in range(group.period)
-    ]
-    kinds = jnp.asarray(np.array(numbers, np.int32).T)  # (repeats, period)
+    layer_kinds = [arch.layer_kinds[layer] for layer in group.layers]
+    kinds = [tuple(dict.fromkeys(layer_kinds[position :: group.period])) for position in range(group.period)]
+    numbers = [kinds[index % group.period].index(kind) for index, kind in enumerate(layer_kinds)]
+    layers = [layer_at(position, kinds[position]) for position in range(group.period)]
 
     def run_pattern(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
-        repeat, parts, kinds, past = scanned
+        repeat, parts, numbers, past = scanned
         written = []
         for position, run_layer in enumerate(layers):
             own_past = jax.tree.map(lambda array, position=position: array[position], past)
-            x, new = run_layer(x, (repeat, parts, kinds[position], own_past))
+            x, new = run_layer(x, (repeat, parts, numbers[position], own_past))
             written.append(new)
         return x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *written)
 
-    own = Past() if past is None else jax.tree.map(lambda array: array[group.first : group.layers.stop], past)
-    if group.period == 1:
-        return jax.lax.scan(layers[0], x, (jnp.arange(group.repeats), parts, kinds[:, 0], own))
-    own = jax.tree.map(lambda array: array.reshape(group.repeats, group.period, *array.shape[1:]), own)
-    x, written = jax.lax.scan(run_pattern, x, (jnp.arange(group.repeats), parts, kinds, own))
-    return x, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), written)
+    def by_repeat(array: Array) -> Array:
+        return array.reshape(group.repeats, group.period, *array.shape[1:]) if is_pattern else array
 
-
-def _kinds_at(arch: Architecture, group: LayerGroup, position: int) -> tuple[Any, ...]:
-    """Return the kinds of layers at a position of a group's pattern: they have the same leaves."""
-    return tuple(dict.fromkeys(arch.layer_kinds[layer] for layer in group.layers[position :: group.period]))
-
-
-def _outside_scan(leaf: Any, execution: Execution) -> tuple[Any, Callable[[Any, Array], Any]]:
-    # On more devices `gather` takes the layer that the scan cuts out.
-    return outside_scan(leaf, execution.plan) if execution.mesh is None else (leaf, lambda part, _: part)
+    of_group = Past() if past is None else jax.tree.map(lambda array: array[group.first : group.layers.stop], past)
+    parts = {stack.path: stack.scanned for stack in stacks}
+    numbers, of_group = jax.tree.map(by_repeat, (jnp.asarray(np.array(numbers, np.int32)), of_group))
+    scanned = (jnp.arange(group.repeats), parts, numbers, of_group)
+    x, written = jax.lax.scan(run_pattern if is_pattern else layers[0], x, scanned)
+    return x, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]) if is_pattern else array, written)

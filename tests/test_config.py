@@ -4,12 +4,21 @@ import json
 import math
 import pathlib
 import re
+import subprocess
+import sys
+import typing
 
+import numpy as np
 import pytest
 
+import tpu_tune
 from tpu_tune import config as configuration
+from tpu_tune.data.formats import FORMATS as ROW_FORMATS
 from tpu_tune.data.recipe import settings as recipe_settings
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.attention import IMPLEMENTATIONS
+from tpu_tune.models.decoder import REMAT_POLICIES
+from tpu_tune.tensors import FORMATS
 
 # Others build on these names: config files, launch scripts and recorded runs.
 CONTRACT = {
@@ -45,6 +54,19 @@ def test_every_key_is_explained():
     assert set(configuration.SCHEMA.keys) == set(dict(configuration.flatten(configuration.default())))
     for name, key in configuration.SCHEMA.keys.items():
         assert key.meaning, name
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("model.attention", IMPLEMENTATIONS),
+        ("model.remat", ("none", *REMAT_POLICIES)),
+        ("quantize.format", ("none", *FORMATS)),
+        ("data.format", ("auto", *ROW_FORMATS)),
+    ],
+)
+def test_choices_are_what_there_is(name, there):
+    assert set(typing.get_args(configuration.SCHEMA.keys[name].type)) == set(there)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +120,8 @@ def test_no_whole_number_is_larger_than_a_computer_s(name, value):
         ("seed", "-1", -1),
         ("mesh.fsdp", "4", 4),
         ("output_dir", "123", "123"),
+        ("lora.alpha", np.float32(2), 2.0),
+        ("seed", np.int64(3), 3),
     ],
 )
 def test_text_becomes_the_type_of_its_key(key, text, value):
@@ -156,8 +180,10 @@ def test_what_is_no_key(key):
         ("lora.rank_pattern", '{"q_proj": "big"}', "numbers"),
         ("lora.target_modules", '["q_proj"', "is not JSON"),
         ("data.columns", "{question: input}", "is not JSON"),
-        ("lora.modules_to_save", "[" * 50_000, "is not JSON (nested too deep)"),
+        ("lora.modules_to_save", "[" * 50_000, "is nested too deep"),
+        ("train.lr_scheduler_kwargs", '{"a": ' + "[" * 600 + "]" * 600 + "}", "is nested too deep"),
         ("train.learning_rate", 10**400, "type float"),
+        ("seed", np.float64("nan"), "type int"),
         ("lora.trainable_token_indices", {"lm_head": 3.5}, "its entries must be lists"),
     ],
 )
@@ -304,3 +330,10 @@ def test_a_config_file_may_say_only_what_differs(tmp_path):
     file.write_text("def get_config():\n    return {'seed': 3, 'lora': {'target_modules': ('q_proj',)}}")
     config = configuration.from_file(str(file))
     assert config.seed == 3 and config.lora.target_modules == ["q_proj"] and config.lora.rank == 8
+
+
+def test_the_package_is_typed_and_waits_with_jax():
+    assert (pathlib.Path(tpu_tune.__file__).parent / "py.typed").exists()
+    returns = {name: getattr(tpu_tune, name).__annotations__["return"] for name in ("load", "train", "plan")}
+    assert returns == {"load": "Model", "train": "Run", "plan": "dict[str, Any]"}
+    subprocess.run([sys.executable, "-c", "import sys, tpu_tune; assert 'jax' not in sys.modules"], check=True)

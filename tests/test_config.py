@@ -288,11 +288,13 @@ def test_the_configs_that_come_with_it_load(file):
         ("def get_config():\n    return {'lora': 3}", "lora"),
         ("def get_config():\n    return None", "get_config"),
         (
-            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n    c.train.learning_rat = 1\n    return c",
+            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n"
+            "    c.train.learning_rat = 1\n    return c",
             "did you mean 'train.learning_rate'",
         ),
         (
-            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n    c.train.max_steps = 'ten'\n    return c",
+            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n"
+            "    c.train.max_steps = 'ten'\n    return c",
             "train.max_steps",
         ),
     ],
@@ -314,7 +316,8 @@ def test_a_config_file_may_use_either_type(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from tpu_tune.config import default\ndef get_config():\n    c = default()\n"
-        "    c.lora.target_modules = ['q_proj']\n    c.lora.exclude_modules = '.*k_proj'\n    c.lora.alpha = 32\n    return c\n"
+        "    c.lora.target_modules = ['q_proj']\n    c.lora.exclude_modules = '.*k_proj'\n"
+        "    c.lora.alpha = 32\n    return c\n"
     )
     config = configuration.from_file(file)
     assert (config.lora.target_modules, config.lora.exclude_modules, config.lora.alpha) == (

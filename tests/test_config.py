@@ -245,6 +245,26 @@ def test_settings_that_exclude_each_other(values, says):
         configuration.from_dict(values)
 
 
+@pytest.mark.parametrize("schema", [configuration.SCHEMA, recipe_settings.SCHEMA], ids=lambda schema: schema.noun)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "x", "1", "-1", "1e999", "nan", "NaN", "[NaN]", "true", "none", "[", "{", "[1]", "[[1]]", '["a"]',
+        '{"a":1}', "a,b", "\x00", "1_0", "٣", "[" * 5000, f"[{'9' * 5000}]", 0, -1, 3.5, math.nan, math.inf, 10**400, 1j, True,
+        None, [], [1], ["a"], [None], {}, {"a": 1}, {"a": {"b": [1]}}, {1: 2}, (1, 2), b"x", object(),
+    ],
+    ids=lambda value: repr(value)[:20].partition(" object")[0],
+)  # fmt: skip
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(schema, value):
+    for name in schema.keys:
+        config = schema.default()
+        try:
+            schema.assign(config, name, value)
+            schema.check(config)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
 def test_a_value_set_past_assign_is_checked_too():
     config = configuration.default()
     config.train.max_steps = "ten"

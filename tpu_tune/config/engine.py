@@ -61,7 +61,7 @@ class Bounds:
         most = self.whole if isinstance(number, int) and self.at_most == math.inf else self.at_most
         if number == self.also or (self.at_least <= number <= most and self.above < number < self.below):
             return ""
-        parts = [] if math.isfinite(number) else ["finite"]
+        parts = ["finite"] if isinstance(number, float) and not math.isfinite(number) else []
         if self.above > -math.inf:
             parts.append("positive" if self.above == 0 else f"above {self.above:g}")
         if self.at_least > -math.inf:
@@ -288,8 +288,8 @@ def _read(said: str, kinds: Mapping[type, Any], text: str) -> Any:
         if stripped.startswith(("[", "{")):
             try:
                 return json.loads(stripped)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{said}: {stripped!r} is not JSON ({error.msg})") from None
+            except ValueError as error:
+                raise UserError(f"{said}: {stripped!r} is not JSON ({error})") from None
         if list not in kinds:
             return text
         if str not in kinds or ("," in stripped and not set(stripped) & set("*+?()|^$\\")):

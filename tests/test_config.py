@@ -4,12 +4,21 @@ import json
 import math
 import pathlib
 import re
+import subprocess
+import sys
+import typing
 
+import numpy as np
 import pytest
 
+import tpu_tune
 from tpu_tune import config as configuration
+from tpu_tune.data.formats import FORMATS as ROW_FORMATS
 from tpu_tune.data.recipe import settings as recipe_settings
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.attention import IMPLEMENTATIONS
+from tpu_tune.models.decoder import REMAT_POLICIES
+from tpu_tune.tensors import FORMATS
 
 # Others build on these names: config files, launch scripts and recorded runs.
 CONTRACT = {
@@ -46,6 +55,19 @@ def test_every_key_is_explained():
     assert set(configuration.SCHEMA.keys) == set(dict(configuration.flatten(configuration.default())))
     for name, key in configuration.SCHEMA.keys.items():
         assert key.meaning, name
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("model.attention", IMPLEMENTATIONS),
+        ("model.remat", ("none", *REMAT_POLICIES)),
+        ("quantize.format", ("none", *FORMATS)),
+        ("data.format", ("auto", *ROW_FORMATS)),
+    ],
+)
+def test_choices_are_what_there_is(name, there):
+    assert set(typing.get_args(configuration.SCHEMA.keys[name].type)) == set(there)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +121,8 @@ def test_no_whole_number_is_larger_than_a_computer_s(name, value):
         ("seed", "-1", -1),
         ("mesh.fsdp", "4", 4),
         ("output_dir", "123", "123"),
+        ("lora.alpha", np.float32(2), 2.0),
+        ("seed", np.int64(3), 3),
     ],
 )
 def test_text_becomes_the_type_of_its_key(key, text, value):
@@ -157,8 +181,10 @@ def test_what_is_no_key(key):
         ("lora.rank_pattern", '{"q_proj": "big"}', "numbers"),
         ("lora.target_modules", '["q_proj"', "is not JSON"),
         ("data.columns", "{question: input}", "is not JSON"),
-        ("lora.modules_to_save", "[" * 50_000, "is not JSON (nested too deep)"),
+        ("lora.modules_to_save", "[" * 50_000, "is nested too deep"),
+        ("train.lr_scheduler_kwargs", '{"a": ' + "[" * 600 + "]" * 600 + "}", "is nested too deep"),
         ("train.learning_rate", 10**400, "type float"),
+        ("seed", np.float64("nan"), "type int"),
         ("lora.trainable_token_indices", {"lm_head": 3.5}, "its entries must be lists"),
     ],
 )
@@ -219,6 +245,26 @@ def test_settings_that_exclude_each_other(values, says):
         configuration.from_dict(values)
 
 
+@pytest.mark.parametrize("schema", [configuration.SCHEMA, recipe_settings.SCHEMA], ids=lambda schema: schema.noun)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "", "x", "1", "-1", "1e999", "nan", "NaN", "[NaN]", "true", "none", "[", "{", "[1]", "[[1]]", '["a"]',
+        '{"a":1}', "a,b", "\x00", "1_0", "٣", "[" * 5000, f"[{'9' * 5000}]", 0, -1, 3.5, math.nan, math.inf, 10**400, 1j,
+        True, None, [], [1], ["a"], [None], {}, {"a": 1}, {"a": {"b": [1]}}, {1: 2}, (1, 2), b"x", object(),
+    ],
+    ids=lambda value: repr(value)[:20].partition(" object")[0],
+)  # fmt: skip
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(schema, value):
+    for name in schema.keys:
+        config = schema.default()
+        try:
+            schema.assign(config, name, value)
+            schema.check(config)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
 def test_a_value_set_past_assign_is_checked_too():
     config = configuration.default()
     config.train.max_steps = "ten"
@@ -262,11 +308,13 @@ def test_the_configs_that_come_with_it_load(file):
         ("def get_config():\n    return {'lora': 3}", "lora"),
         ("def get_config():\n    return None", "get_config"),
         (
-            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n    c.train.learning_rat = 1\n    return c",
+            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n"
+            "    c.train.learning_rat = 1\n    return c",
             "did you mean 'train.learning_rate'",
         ),
         (
-            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n    c.train.max_steps = 'ten'\n    return c",
+            "from tpu_tune.config import default\ndef get_config():\n    c = default()\n"
+            "    c.train.max_steps = 'ten'\n    return c",
             "train.max_steps",
         ),
     ],
@@ -288,7 +336,8 @@ def test_a_config_file_may_use_either_type(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from tpu_tune.config import default\ndef get_config():\n    c = default()\n"
-        "    c.lora.target_modules = ['q_proj']\n    c.lora.exclude_modules = '.*k_proj'\n    c.lora.alpha = 32\n    return c\n"
+        "    c.lora.target_modules = ['q_proj']\n    c.lora.exclude_modules = '.*k_proj'\n"
+        "    c.lora.alpha = 32\n    return c\n"
     )
     config = configuration.from_file(file)
     assert (config.lora.target_modules, config.lora.exclude_modules, config.lora.alpha) == (
@@ -304,3 +353,10 @@ def test_a_config_file_may_say_only_what_differs(tmp_path):
     file.write_text("def get_config():\n    return {'seed': 3, 'lora': {'target_modules': ('q_proj',)}}")
     config = configuration.from_file(str(file))
     assert config.seed == 3 and config.lora.target_modules == ["q_proj"] and config.lora.rank == 8
+
+
+def test_the_package_is_typed_and_waits_with_jax():
+    assert (pathlib.Path(tpu_tune.__file__).parent / "py.typed").exists()
+    returns = {name: getattr(tpu_tune, name).__annotations__["return"] for name in ("load", "train", "plan")}
+    assert returns == {"load": "Model", "train": "Run", "plan": "dict[str, Any]"}
+    subprocess.run([sys.executable, "-c", "import sys, tpu_tune; assert 'jax' not in sys.modules"], check=True)

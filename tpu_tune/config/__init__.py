@@ -8,12 +8,13 @@ what keys ask of each other.
 
 from tpu_tune.config.engine import config_get, to_dict
 from tpu_tune.config.rules import SCHEMA, assign, check, default, flatten, from_dict, from_file
-from tpu_tune.config.sections import Config, LoraConfig, QuantizeConfig, TokenIndices
+from tpu_tune.config.sections import Config, LoraConfig, Pattern, QuantizeConfig, TokenIndices
 
 __all__ = [
     "SCHEMA",
     "Config",
     "LoraConfig",
+    "Pattern",
     "QuantizeConfig",
     "TokenIndices",
     "assign",

@@ -8,6 +8,7 @@ Unknown keys and wrong values are errors of one line that names the key, or the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -25,6 +26,17 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
+
+# What a value's type is called, and values of it among the entries of a list or dict.
+_WORDS = {
+    str: ("str", "text"),
+    int: ("int", "whole numbers"),
+    float: ("float", "numbers"),
+    bool: ("bool", "true or false"),
+    list: ("list", "lists"),
+    dict: ("dict", "dicts"),
+    type(None): ("none", "none"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Bounds:
         most = self.whole if isinstance(number, int) and self.at_most == math.inf else self.at_most
         if number == self.also or (self.at_least <= number <= most and self.above < number < self.below):
             return ""
-        parts = [] if math.isfinite(number) else ["finite"]
+        parts = ["finite"] if isinstance(number, float) and not math.isfinite(number) else []
         if self.above > -math.inf:
             parts.append("positive" if self.above == 0 else f"above {self.above:g}")
         if self.at_least > -math.inf:
@@ -171,8 +183,11 @@ class Schema:
         if name not in self.keys:
             raise UserError(f"unknown {self.noun} key '{name}'" + self._nearest(name))
         room, _, last = name.rpartition(".")
-        section = config[room] if room else config
-        section[last] = _convert(f"{self.noun} key '{name}'", self.keys[name].type, value)
+        try:
+            value = _convert(f"{self.noun} key '{name}'", self.keys[name].type, value)
+        except RecursionError:
+            raise UserError(f"{self.noun} key '{name}' is nested too deep") from None
+        (config[room] if room else config)[last] = value
 
     def check(self, config: ConfigDict) -> ConfigDict:
         """Hold every key against its type, choices and bounds, and keys against each other; return the configuration.
@@ -243,26 +258,27 @@ def _convert(said: str, hint: Any, value: Any, entry: bool = False) -> Any:
     """Give a value the type of an annotation, reading text as the command line writes it."""
     kinds = _kinds(hint)
     if Any in kinds:
-        return _plain(_json(value, value) if isinstance(value, str) else value)
+        with contextlib.suppress(ValueError):
+            return json.loads(value) if isinstance(value, str) else _plain(value)
+        return value
     if isinstance(value, str):
         value = _read(said, kinds, value)
     value = _plain(value)
     if isinstance(value, bool):
         if kinds.get(str, str) is not str and bool not in kinds:  # "true" among the choices
             value = str(value).lower()
-    elif isinstance(value, numbers.Real) and int in kinds and value == value // 1:
-        value = int(value)
-    elif isinstance(value, numbers.Real) and float in kinds and abs(value) <= 1e308 or isinstance(value, float):
-        value = float(value)
+    elif isinstance(value, numbers.Real):  # NumPy's scalars too
+        whole = int in kinds and value == value // 1
+        with contextlib.suppress(OverflowError):  # a whole number that no float holds stays one, and is refused
+            value = int(value) if whole else float(value) if float in kinds or isinstance(value, float) else value
     if type(value) not in kinds:
-        names = [{type(None): "none"}.get(kind, kind.__name__) for kind in kinds]
-        words = {"str": "text", "int": "whole numbers", "float": "numbers", "list": "lists", "bool": "true or false"}
-        if entry:
-            raise UserError(f"{said} holds {value!r}; its entries must be {' or '.join(words[name] for name in names)}")
-        raise UserError(f"{said} is {value!r}; it must be of type {' or '.join(names)}")
+        place = "holds {!r}; its entries must be" if entry else "is {!r}; it must be of type"
+        raise UserError(f"{said} {place.format(value)} {' or '.join(_WORDS[kind][entry] for kind in kinds)}")
     if isinstance(value, dict):
         return {name: _convert(said, _item(kinds[dict]), item, True) for name, item in value.items()}
-    return [_convert(said, _item(kinds[list]), item, True) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_convert(said, _item(kinds[list]), item, True) for item in value]
+    return value
 
 
 def _read(said: str, kinds: Mapping[type, Any], text: str) -> Any:
@@ -272,9 +288,8 @@ def _read(said: str, kinds: Mapping[type, Any], text: str) -> Any:
         if stripped.startswith(("[", "{")):
             try:
                 return json.loads(stripped)
-            except (ValueError, RecursionError) as error:
-                why = getattr(error, "msg", "nested too deep")
-                raise UserError(f"{said}: {stripped[:1000]!r} is not JSON ({why})") from None
+            except ValueError as error:
+                raise UserError(f"{said}: {stripped!r} is not JSON ({error})") from None
         if list not in kinds:
             return text
         if str not in kinds or ("," in stripped and not set(stripped) & set("*+?()|^$\\")):
@@ -286,19 +301,10 @@ def _read(said: str, kinds: Mapping[type, Any], text: str) -> Any:
     if stripped.lower() in words:
         return words[stripped.lower()]
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             if kind in kinds:
                 return kind(stripped)
-        except ValueError:
-            pass
     return text
-
-
-def _json(text: str, otherwise: Any) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return otherwise
 
 
 def _check(said: str, hint: Any, bounds: Bounds, value: Any, must: str = "is {}; it must be") -> None:

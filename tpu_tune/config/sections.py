@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from tpu_tune.config.engine import key
 
-Names = str | Sequence[str]  # module names or ends of names; or one text: a regular expression, or "all-linear"
+Pattern = str | Sequence[str]  # a list of names or ends of names, a regular expression, or "all-linear"
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embedding, or by module
-Float = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "reference", "blockwise", "splash", "cudnn", "pallas"]
-Rows = Literal[
+RowFormat = Literal[
     "auto", "text", "input-output", "prompt-generation", "prompt-completion", "alpaca", "sharegpt", "messages"
 ]
-When = Literal["no", "steps", "epoch"]
+Strategy = Literal["no", "steps", "epoch"]
 SEED = {"at_least": -1, "at_most": 2**32 - 1}
 
 
@@ -28,8 +28,8 @@ class Model:
     """The model to start from, and how it computes."""
 
     path: str = key("", "Hugging Face id, a local directory, or a .gguf file")
-    dtype: Float = key("bfloat16", "of activations; float16 brings dynamic loss scaling")
-    param_dtype: Literal["auto", Float] = key("auto", "of base weights: float32 under full, else model.dtype")
+    dtype: Dtype = key("bfloat16", "of activations; float16 brings dynamic loss scaling")
+    param_dtype: Literal["auto", Dtype] = key("auto", "of base weights: float32 under full, else model.dtype")
     attention: Attention = key("auto", "splash: TPU v4 and later; cudnn, pallas: GPUs of compute capability 8.0")
     # xla dequantizes whole matrices, pieces parts of them, pallas (TPUs) inside the matmul.
     quantized_matmul: Literal["auto", "xla", "pieces", "pallas"] = key("auto", "how quantized weights are multiplied")
@@ -48,8 +48,8 @@ class QuantizeConfig:
     format: Literal["none", "int8", "int4", "nf4"] = key("none", "number format of the weights")
     group_size: int = key(64, "rows of the input dimension that share one scale", above=0)
     double_quant: bool = key(True, "store the scales themselves in 8 bits (nf4 and int4)")
-    include: Names = key(["all-linear"], "names to quantize, matched like lora.target_modules")
-    exclude: Names = key([], "names to leave alone; head and embeddings are only taken when included by name")
+    include: Pattern = key(["all-linear"], "names to quantize, matched like lora.target_modules")
+    exclude: Pattern = key([], "names to leave alone; head and embeddings are only taken when included by name")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class LoraConfig:
     rank: int = key(8, "PEFT's r", above=0)
     alpha: float = key(16.0, "PEFT's lora_alpha; the update is scaled by alpha / rank", at_least=0)
     dropout: float = key(0.0, "on the adapter's input only", at_least=0, below=1)
-    target_modules: Names = key("all-linear", 'names or ends of names, a regex, "all-linear", or "": PEFT\'s default')
-    exclude_modules: Names = key([], "list or regex, taken out of target_modules")
+    target_modules: Pattern = key("all-linear", 'names or ends of names, a regex, "all-linear", or "": PEFT\'s default')
+    exclude_modules: Pattern = key([], "list or regex, taken out of target_modules")
     bias: Literal["none", "all", "lora_only"] = key("none", "which biases are trained")
     modules_to_save: Sequence[str] = key([], "modules trained in full and saved with the adapter")
     trainable_token_indices: TokenIndices = key([], "token ids, or {module: ids}, whose rows are trained", at_least=0)
@@ -81,7 +81,7 @@ class Data:
     train: str = key("", "file, directory or hub id of the rows")
     eval: str = key("", "the same; empty: a seeded split of data.train that is never trained on")
     eval_ratio: float = key(0.05, "share of the rows taken for that split; 0: no evaluation", at_least=0, below=1)
-    format: Rows = key("auto", "of the rows; auto goes by the keys of the first")
+    format: RowFormat = key("auto", "of the rows; auto goes by the keys of the first")
     columns: Mapping[str, str] = key({}, 'the file\'s key -> the format\'s key, e.g. {"question": "input"}')
     chat_template: str = key("", "Jinja text or file; empty: the tokenizer's own")
     response_markers: Sequence[str] = key([], "text rows: loss only after one of these, up to an instruction marker")
@@ -132,9 +132,9 @@ class Train:
     max_nonfinite_steps: int = key(10, "end after so many updates in a row with a non-finite loss or gradient", above=0)
     logging_steps: int = key(10, "updates between rows of metrics.jsonl", above=0)
     logging_first_step: bool = key(True, "a row for the first update too")
-    eval_strategy: When = key("steps", "when to evaluate")
+    eval_strategy: Strategy = key("steps", "when to evaluate")
     eval_steps: int = key(100, "updates between evaluations", above=0)
-    save_strategy: When = key("steps", "when to save a checkpoint")
+    save_strategy: Strategy = key("steps", "when to save a checkpoint")
     save_steps: int = key(100, "updates between checkpoints", above=0)
     save_total_limit: int = key(2, "checkpoints to keep; 0: all", at_least=0)
     load_best_model_at_end: bool = key(False, "end with the weights of the smallest eval_loss, saved at once")

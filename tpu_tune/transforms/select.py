@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from tpu_tune.config import Pattern
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module
 
-Pattern = str | Sequence[str]  # a list of names or suffixes, a regular expression, or "all-linear"
 ALL_LINEAR = "all-linear"
 
 

@@ -58,9 +58,9 @@ def _hold(recipe: ConfigDict) -> None:
         raise UserError("recipe key 'tokenize.tokenizer_path' is empty; give the model's directory, id or .gguf file")
 
 
-_SCHEMA = Schema("recipe", Recipe, _hold, hidden=("skip_bad", "outliers", "map"))  # which the recipe itself gives
-default, read = _SCHEMA.default, _SCHEMA.from_file
-from_dict, assign = _SCHEMA.from_dict, _SCHEMA.assign
+SCHEMA = Schema("recipe", Recipe, _hold, hidden=("skip_bad", "outliers", "map"))  # which the recipe itself gives
+default, read = SCHEMA.default, SCHEMA.from_file
+from_dict, assign = SCHEMA.from_dict, SCHEMA.assign
 
 
 def options_of(recipe: ConfigDict, step: str, **given: Any) -> Any:

@@ -18,9 +18,9 @@ import numpy as np
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import storage
-from tpu_tune.curves import chart
+from tpu_tune.curves import svg_chart
 from tpu_tune.curves.diagnosis import Diagnosis
-from tpu_tune.curves.overlay import colors
+from tpu_tune.curves.plot_style import run_colors
 from tpu_tune.curves.runs import CurveRun
 from tpu_tune.curves.series import QUANTITIES, series
 from tpu_tune.errors import UserError
@@ -57,7 +57,7 @@ def page(runs: Sequence[CurveRun], diagnoses: Sequence[Diagnosis], x: str = "ste
     """Return the report as HTML; arguments as `write_report`."""
     drawn = []
     for quantity in QUANTITIES:
-        found = chart.draw(runs, quantity, x, beta, len(drawn))
+        found = svg_chart.draw(runs, quantity, x, beta, len(drawn))
         if found is not None:
             drawn.append((quantity.name, found))
     title = ", ".join(run.name for run in runs)
@@ -114,7 +114,7 @@ def _key(runs: Sequence[CurveRun]) -> str:
     names = [
         (side if len(runs) == 1 else f"{run.name}", color)
         for place, run in enumerate(runs)
-        for side, color in zip(("train", "eval"), colors(place, len(runs)), strict=True)
+        for side, color in zip(("train", "eval"), run_colors(place, len(runs)), strict=True)
     ]
     if len(runs) > 1:
         names = names[::2]

@@ -112,7 +112,7 @@ def held_out_loss(trials: Trials, state: TrainState) -> float | None:
 
 
 def scheduled(trials: Trials, rate: float, steps: int) -> np.ndarray:
-    """Return the learning rates of a run of `steps` steps: the whole schedule with its peak at `rate`, drawn together."""
+    """Return the learning rates of a run of `steps` steps: the whole schedule, compressed, with its peak at `rate`."""
     train = trials.config.train
     warmup = math.ceil(train.warmup_steps * min(1, steps / trials.total))
     schedule = make_schedule(

@@ -1,8 +1,8 @@
-"""Short runs of a configuration's own model, data and step at many learning rates, one after the other.
+"""Short runs at many learning rates, one after another, with the model, the data and the step of a configuration.
 
 The model is read once and the step compiled once: the rate is a value in the optimizer's state
 (`training.optimizers.set_learning_rate`), and every run begins with the same weights, a fresh optimizer, the same rows
-in the same order and the same dropout. Nothing is written: `output_dir` is neither made nor looked at.
+in the same order and the same dropout. Nothing is written, and `output_dir` is not touched.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ EVAL_BATCHES = 32  # at most, after a short run
 
 @dataclasses.dataclass(frozen=True)
 class Trials:
-    """What every trial run shares.
+    """What all trial runs share.
 
     Attributes:
-      config: the run's, as resolved.
-      model: with the weights that every trial begins with.
-      steps: the run's own, but for the learning rate.
-      batches: the run's.
-      data: the run's; `data.eval` is None where nothing is held out.
-      total: steps of the run itself.
+      config: the resolved configuration.
+      model: the model, with the weights that every trial begins with.
+      steps: the compiled steps of training and evaluation.
+      batches: the training batches.
+      data: the data; `data.eval` is None if there are no evaluation rows.
+      total: number of steps of the full run.
     """
 
     config: ConfigDict
@@ -82,9 +82,9 @@ def open_trials(config: Mapping[str, Any] | ConfigDict) -> Trials:
 
 
 def train(trials: Trials, rates: Sequence[float]) -> Iterator[tuple[float, TrainState]]:
-    """Train from the start, a step for each of `rates`; yield each step's loss (nats a token) and the state after it.
+    """Train from the start, a step for each of `rates`; yield each step's loss (nats per token) and the state after it.
 
-    The state is good until the next one is asked for.
+    A state is valid until the next step, which reuses its memory.
     """
     state = trials.steps.start(trials.model.trainable)
     for rate, batch in zip(rates, prefetch(trials.batches.batch, 0, len(rates)), strict=True):
@@ -94,16 +94,16 @@ def train(trials: Trials, rates: Sequence[float]) -> Iterator[tuple[float, Train
 
 
 def untrained_losses(trials: Trials, steps: int) -> list[float]:
-    """Return the untouched model's loss on the batches of the first `steps` steps (nats a token)."""
-    found = []
+    """Return the untrained model's loss on the batches of the first `steps` steps (nats per token)."""
+    losses = []
     for batch in prefetch(trials.batches.batch, 0, steps):
-        micros = [{name: array[number] for name, array in batch.items()} for number in range(len(batch["targets"]))]
-        found.append(_mean_loss(trials, trials.model.trainable, micros))
-    return found
+        micro_batches = [{name: array[i] for name, array in batch.items()} for i in range(len(batch["targets"]))]
+        losses.append(_mean_loss(trials, trials.model.trainable, micro_batches))
+    return losses
 
 
 def held_out_loss(trials: Trials, state: TrainState) -> float | None:
-    """Return the loss on the run's evaluation rows (nats a token), `EVAL_BATCHES` at most; None where it has none."""
+    """Return the loss on at most `EVAL_BATCHES` batches of evaluation rows (nats per token); None without such rows."""
     if trials.data.eval is None:
         return None
     _, rows = micro_batch_rows(trials.config, trials.model.mesh)

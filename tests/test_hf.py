@@ -715,12 +715,12 @@ def test_a_cap_on_memory(run, tmp_path, capsys, monkeypatch, counted_here):
     cap = ["--max_memory_MB", f"{0.6 * needs / 1e6}"]
     assert main([*flags, *cap]) == 1 and len(started) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(r"takes more than [\d.]+ MB of a device; by an estimate it does not with --config\.", said)
+    assert re.search(r"takes more than [\d.]+ MB of a device; by an estimate it fits with --config\.", said)
     suggested = re.findall(r"--config\.\S+", said)
     assert main([*flags, *suggested, *cap]) == 0 and main([*flags, *cap, "--no-check"]) == 0 and len(started) == 3
     monkeypatch.setattr(planning, "suggest", lambda *_, **__: {"overrides": None})
     assert main([*flags, *cap]) == 1
-    assert "nothing that was tried takes less" in capsys.readouterr().err
+    assert "no settings that were tried take less" in capsys.readouterr().err
 
 
 def test_a_cap_where_there_is_a_device(monkeypatch):

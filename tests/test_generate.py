@@ -16,7 +16,6 @@ from tpu_tune.inference import Sampling, generate_ids
 from tpu_tune.inference.generation import choose, end_tokens
 
 
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return tpu_tune.load(str(write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")))

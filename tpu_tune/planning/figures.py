@@ -21,11 +21,10 @@ from tpu_tune.planning.model_config import model_config
 from tpu_tune.planning.row_estimate import estimate_rows
 from tpu_tune.training import arithmetic
 from tpu_tune.training.arithmetic import run_length
-from tpu_tune.training.setup import check_settings
+from tpu_tune.training.opening import check_settings
 from tpu_tune.transforms.sharding import mesh_sizes
 
-# The Novice's LLM Training Guide: "multiply the size of the model file by 1.2", and full fine-tuning of 6B to 7B
-# models.
+# The Novice's LLM Training Guide: "multiply the size of the model file by 1.2"; full training of a 6B or 7B model.
 INFERENCE_FACTOR = 1.2
 GUIDE_FULL_GB = (160, 192)
 FULL_BYTES, FULL_16_BIT_BYTES = 16, 12  # float32 weight, gradient, two moments; the same with a 16-bit weight, gradient

@@ -95,7 +95,7 @@ def find_with(trials: tr.Trials, options: FinderOptions, say: Say = lambda line:
         test = range_test((loss for loss, _ in tr.train(trials, rates)), rates, untrained)
         tested = suggest(test)
         say(f"range test: {test.end} at {test.rates[-1]:.1e} (step {len(test.rates)}); {tested.reason}")
-    scored_by = "train_loss" if trials.data.eval is None else "eval_loss"
+    scored_by = "train_loss" if trials.session.data.eval is None else "eval_loss"
 
     def run(rate: float, length: int) -> tuple[float, dict[str, float]]:
         return short_run(trials, rate, length, untrained)
@@ -128,9 +128,9 @@ def short_run(trials: tr.Trials, rate: float, steps: int, untrained: list[float]
     late = len(losses) // 2
     share = sum(losses[late:]) / sum(untrained[late : len(losses)])
     figures = {"train_loss": share * float(np.mean(untrained))}
-    if trials.data.eval is not None and not diverged:
+    if trials.session.data.eval is not None and not diverged:
         figures["eval_loss"] = tr.held_out_loss(trials, state)
-    score = figures.get("eval_loss", math.inf if trials.data.eval is not None else figures["train_loss"])
+    score = figures.get("eval_loss", math.inf if trials.session.data.eval is not None else figures["train_loss"])
     return math.inf if diverged or not math.isfinite(score) else score, figures
 
 

@@ -93,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     from PIL import Image
 
-    from tpu_tune.curves.plot import plot_curves
+    from tpu_tune.curves.run_plot import plot_curves
     from tpu_tune.curves.runs import read_run
 
     images, goldens = options.output / "docs" / "images", options.output / "tests" / "goldens" / "curves"

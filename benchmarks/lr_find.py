@@ -82,7 +82,7 @@ def found(trials: Any) -> dict[str, Any]:
     from tpu_tune.curves.learning_rate.plot import draw
 
     begun = time.monotonic()
-    result = find.find_with(trials, say=lambda line: print(line, file=sys.stderr, flush=True))
+    result = find.find_with(trials, find.FinderOptions(), lambda line: print(line, file=sys.stderr, flush=True))
     draw(result, "lr.png", "quickstart")
     return {"rate": result.suggestion.rate, "seconds": time.monotonic() - begun, "reason": result.suggestion.reason}
 

@@ -4,7 +4,8 @@
     tpu-tune train --config configs/quickstart.py           # the training alone, once the inputs are there
 
 Expected, in six minutes on two cores: eval_loss 1.85 at step 18, 1.73 at 36, 1.71 at the end (53), and the answers turn
-from a help desk's to ChatterBot's short ones. The same run on another seed: --config.seed=1 --config.output_dir=output/quickstart-1
+from a help desk's to ChatterBot's short ones. The same run with another seed:
+--config.seed=1 --config.output_dir=output/quickstart-1
 """
 
 import os

@@ -4,8 +4,8 @@
     tpu-tune train --config my_run.py
     tpu-tune generate --model google/flan-t5-base --adapter output/my-t5/adapter --greedy --prompt "summarize: ..."
 
-Expected: with google/flan-t5-base, trainable params: 1,769,472 || all params: 249,347,328 || trainable%: 0.7096, and two
-bytes for each of these in device memory, beside the activations of one micro-batch. `tpu-tune export output/my-t5
+Expected: with google/flan-t5-base, trainable params: 1,769,472 || all params: 249,347,328 || trainable%: 0.7096, and
+two bytes for each of these in device memory, beside the activations of one micro-batch. `tpu-tune export output/my-t5
 --merge --output DIR` gives a model that transformers loads. The model's own dropout (`dropout_rate`) is not applied,
 only lora.dropout. Every key and its default stands in tpu_tune/config.py.
 """

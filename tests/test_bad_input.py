@@ -414,4 +414,4 @@ def test_a_device_that_is_full(place, capsys, monkeypatch):
 
     monkeypatch.setattr(tpu_tune.training.opening, "prepare_model", full)
     line = refusal(capsys, "train", "--config", place / "config.py")
-    assert "memory does not suffice" in line and "train.per_device_train_batch_size" in line
+    assert "the device ran out of memory" in line and "train.per_device_train_batch_size" in line

@@ -65,14 +65,14 @@ def test_help_shows_an_example(capsys, words):
 
 
 def test_the_examples_of_the_help_are_accepted(capsys):
-    from tpu_tune import cli
+    from tpu_tune.cli.program import make_parser
 
     for command in COMMANDS:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         example = capsys.readouterr().out.rstrip().rsplit("\n", 1)[-1].split()
         words = [word for word in example[1:] if not word.startswith("--config.")]
-        cli._parser().parse_args(" ".join(words).replace('"', "").replace("What is AI?", "hi").split())
+        make_parser().parse_args(" ".join(words).replace('"', "").replace("What is AI?", "hi").split())
 
 
 def test_as_a_module_and_its_version():

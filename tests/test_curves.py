@@ -8,11 +8,11 @@ import pytest
 from helpers_training import make_config, train_process, write_rows, write_tiny_llama
 
 from tpu_tune.cli import main
-from tpu_tune.curves.overlay import plot_runs
-from tpu_tune.curves.plot import plot_curves, smooth
+from tpu_tune.curves.comparison_plot import plot_runs
+from tpu_tune.curves.run_plot import plot_curves, smooth
 from tpu_tune.curves.runs import read_run, read_runs
 from tpu_tune.curves.series import QUANTITIES, ema, panel, series
-from tpu_tune.curves.text import sparkline
+from tpu_tune.curves.terminal import sparkline
 from tpu_tune.errors import UserError
 
 
@@ -218,8 +218,8 @@ def test_training_says_how_it_goes_and_leaves_a_report_with_answers(tmp_path):
 
 
 def test_nothing_about_curves_ends_a_run(tmp_path, caplog):
-    from tpu_tune.curves import watch
+    from tpu_tune.curves import callbacks
 
-    look = watch.watch(str(tmp_path / "no" / "directory"))
-    assert look([{"step": "one", "loss": [3]}]) or caplog.records  # neither a place to draw in nor rows to judge
-    assert watch.conclude(str(tmp_path)) == [] and "no report was written" in caplog.text
+    on_evaluate = callbacks.on_evaluate(str(tmp_path / "no" / "directory"))
+    assert on_evaluate([{"step": "one", "loss": [3]}]) or caplog.records  # neither a place to draw in nor rows to judge
+    assert callbacks.on_train_end(str(tmp_path)) == [] and "no report was written" in caplog.text

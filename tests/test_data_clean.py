@@ -498,9 +498,9 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
 
 
 def test_help_has_an_example_that_parses(capsys):
-    from tpu_tune import cli
+    from tpu_tune.cli.program import make_parser
 
     with pytest.raises(SystemExit):
         main(["data", "clean", "--help"])
     example = capsys.readouterr().out.rstrip().rsplit("\n", 1)[-1].split()
-    assert cli._parser().parse_args(example[1:]).near_duplicates == 0.8
+    assert make_parser().parse_args(example[1:]).near_duplicates == 0.8

@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
-from tpu_tune import cli
 from tpu_tune.cli import data, main
+from tpu_tune.cli.program import make_parser
 
 NAMES = [module.__name__.rpartition(".")[2] for module in data.COMMANDS]
 
@@ -19,7 +19,7 @@ def test_help_shows_an_example_that_parses(capsys, name):
     example = shlex.split(text.partition("example:\n")[2])
     assert example[:3] == ["tpu-tune", "data", name]
     words = [word for word in example[1:] if not word.startswith("--config.")]
-    assert cli._parser().parse_args(words).command == f"data {name}"
+    assert make_parser().parse_args(words).command == f"data {name}"
 
 
 def test_the_help_of_data_lists_them(capsys):

@@ -292,9 +292,9 @@ def test_the_command(source, folder, capsys):
     with pytest.raises(SystemExit):
         main(["data", "cluster", "--help"])
     example = capsys.readouterr().out.rstrip().rsplit("\n", 1)[-1].split()
-    from tpu_tune import cli
+    from tpu_tune.cli.program import make_parser
 
-    assert cli._parser().parse_args(example[1:]).command == "data cluster"
+    assert make_parser().parse_args(example[1:]).command == "data cluster"
 
 
 @pytest.mark.slow  # SmolLM2 reads 60 rows: half a minute on two cores

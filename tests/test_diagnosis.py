@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tpu_tune.curves.diagnosis import diagnose
-from tpu_tune.curves.statistics import block_medians, mann_kendall, noise_level, theil_sen
+from tpu_tune.curves.statistics import block_medians, mann_kendall, noise_level
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "curves"
 REAL = {
@@ -264,9 +264,8 @@ def test_any_rows_have_a_verdict_that_no_order_and_no_time_scale_changes(points,
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-20, 20), min_size=3, max_size=40))
-def test_slope_and_trend_are_scipy_s(values):
+def test_the_trend_has_the_sign_of_kendall_s_tau(values):
     x, y = np.arange(len(values), dtype=float) ** 1.5, np.array(values, float)
-    assert theil_sen(x, y) == pytest.approx(stats.theilslopes(y, x).slope)
     tau = stats.kendalltau(x, y)
     assert np.sign(mann_kendall(y)) in (0, np.sign(np.nan_to_num(tau.statistic)))
 

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tpu_tune.cli import _parser, main
+from tpu_tune.cli import main
+from tpu_tune.cli.program import make_parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -80,7 +81,7 @@ def test_every_command_is_one(page: str, command: str) -> None:
     else:
         assert words[0] == "tpu-tune"
         plain = [word for word in words[1:] if not word.startswith("--config.")]
-        _, unknown = _parser().parse_known_args(plain)
+        _, unknown = make_parser().parse_known_args(plain)
         assert plain[0] == "hf" or not unknown  # hf's parser takes the script's flags as they come
 
 

@@ -15,8 +15,6 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference import Sampling, generate_ids
 from tpu_tune.inference.generation import choose, end_tokens
 
-PROMPTS = ["a", "a longer prompt than that", "", "in between"]
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

@@ -24,8 +24,7 @@ import tpu_tune
 from tpu_tune import config as configuration
 from tpu_tune import planning
 from tpu_tune.cli import main
-from tpu_tune.cli.hf import rows as hf_rows
-from tpu_tune.cli.hf import script, words
+from tpu_tune.cli.hf import bash_script, command_line, data_flags
 from tpu_tune.cli.hf.flags import ALIASES, FLAGS, QLORA
 from tpu_tune.cli.hf.translate import translate
 from tpu_tune.errors import UserError
@@ -69,7 +68,7 @@ def wandb(monkeypatch):
 
 
 def translated(*flags, platform="cpu", environ=None):
-    return translate(words.parse([*MODEL, *map(str, flags)]), lambda: platform, environ or {})
+    return translate(command_line.parse([*MODEL, *map(str, flags)]), lambda: platform, environ or {})
 
 
 def config_of(*flags, **more):
@@ -110,7 +109,7 @@ def test_the_full_script(tiny, tmp_path, wandb, capsys):
     out = capsys.readouterr().out
     # 200 rows, 1 row x 8 devices x 8: the guide's --gradient_accumulation_steps
     assert "200 rows, batch 64 (1 row x 8 devices x 8 accumulation): 4 steps an epoch, 4 steps in 1 epoch" in out
-    assert "--fp16: a CPU has no fast float16; float32 it is" in out and "--ddp_find_unused_parameters: " in out
+    assert "--fp16: a CPU has no fast float16; using float32" in out and "--ddp_find_unused_parameters: " in out
     assert wandb[0]["project"] == "project-name"
     steps = [row for row in metric_rows(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
@@ -171,9 +170,9 @@ def test_one_parser_takes_all_three(tmp_path):
     paths = {name: "x" for name in ("MODEL_NAME", "TRAIN_DATASET", "EVAL_DATASET", "OUTPUT_DIR")}
     sizes = dict.fromkeys(("BSZ", "TRAIN_BSZ", "EVAL_BSZ"), 2)
     for listing in (guide_scripts.FULL, guide_scripts.LORA, guide_scripts.QLORA):
-        found = script.read_script(str(script_file(tmp_path, listing, **paths, **sizes)))[0]
+        found = bash_script.read_script(str(script_file(tmp_path, listing, **paths, **sizes)))[0]
         flags = re.findall(r"--([\w-]+)", listing)
-        assert len(words.parse(found).values) == len(flags) == len(set(flags))
+        assert len(command_line.parse(found).values) == len(flags) == len(set(flags))
 
 
 @pytest.mark.slow  # six minutes on two cores
@@ -240,21 +239,26 @@ def test_the_scripts_train_smollm2(name, smollm2_gguf, chatterbot_dir, tmp_path)
     ],
 )
 def test_switches(flags):
-    assert words.parse(flags).values == {"fp16": True}
+    assert command_line.parse(flags).values == {"fp16": True}
 
 
 @pytest.mark.parametrize("flags", [["--fp16", "False"], ["--fp16=no"], ["--no_fp16"], ["--no-fp16"], ["--fp16", "0"]])
 def test_switches_off(flags):
-    assert words.parse(flags).values == {"fp16": False}
+    assert command_line.parse(flags).values == {"fp16": False}
 
 
 def test_spellings():
-    dashed = words.parse(["--dataset-format", "input-output", "--learning-rate=1.0e-5", "--max-memory-mb", "9"])
+    dashed = command_line.parse(["--dataset-format", "input-output", "--learning-rate=1.0e-5", "--max-memory-mb", "9"])
     assert dashed.values == {"dataset_format": "input-output", "learning_rate": 1e-5, "max_memory_MB": 9}
-    assert words.parse(["--evaluation_strategy", "steps"]).values == words.parse(["--eval_strategy=steps"]).values
-    assert words.parse(["--source_max_length", "7"]).values == words.parse(["--source_max_len", "7"]).values
-    assert words.parse(["--seed", "-1", "--data_seed", "None", "--fp16", "none"]).values == {"seed": -1}
-    lists = words.parse(["--report_to", "wandb", "tensorboard", "--lora_modules", "q_proj,v_proj", "--do_train"])
+    assert (
+        command_line.parse(["--evaluation_strategy", "steps"]).values
+        == command_line.parse(["--eval_strategy=steps"]).values
+    )
+    assert (
+        command_line.parse(["--source_max_length", "7"]).values == command_line.parse(["--source_max_len", "7"]).values
+    )
+    assert command_line.parse(["--seed", "-1", "--data_seed", "None", "--fp16", "none"]).values == {"seed": -1}
+    lists = command_line.parse(["--report_to", "wandb", "tensorboard", "--lora_modules", "q_proj,v_proj", "--do_train"])
     assert lists.values["report_to"] == ["wandb", "tensorboard"]
     assert lists.values["lora_target_modules"] == ["q_proj", "v_proj"]
 
@@ -270,14 +274,14 @@ def test_spellings():
         (["--seed", "nan"], "whole number"),
         (["--bf16", "maybe"], "--bf16 is 'maybe'; it must be true or false"),
         (["--output_dir"], "--output_dir needs a value"),
-        (["--seed", "1", "stray"], "'stray' stands where a flag was expected, behind --seed"),
+        (["--seed", "1", "stray"], "'stray' is not a flag, but one was expected, after --seed"),
         (["--lr_scheduler_kwargs", "{min"], "which is not JSON"),
         (["--lr_scheduler_kwargs", "[1]"], "must be a JSON object"),
     ],
 )
 def test_mistakes_are_named(flags, says):
     with pytest.raises(UserError, match=says):
-        words.parse(flags)
+        command_line.parse(flags)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +299,11 @@ def test_mistakes_are_named(flags, says):
     ],
 )
 def test_a_launcher_is_taken_off(before):
-    found = words.parse(["WANDB_PROJECT=a b", *before.replace("'", "").split(), "--seed", "3"])
+    found = command_line.parse(["WANDB_PROJECT=a b", *before.replace("'", "").split(), "--seed", "3"])
     assert found.values == {"seed": 3} and found.environ == {"WANDB_PROJECT": "a b"}
     assert found.launcher == before.replace("'", "")
     with pytest.raises(UserError, match="unknown flag --sead"):
-        words.parse([*before.replace("'", "").split(), "--sead", "3", "--seed", "3"])
+        command_line.parse([*before.replace("'", "").split(), "--sead", "3", "--seed", "3"])
 
 
 def test_every_argument_of_the_trainer_is_known():
@@ -433,11 +437,11 @@ def test_keys(flags, keys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not there"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not supported"),
         (["--metric_for_best_model", "accuracy"], "can only be eval_loss"),
         (["--greater_is_better", "true"], "better the smaller"),
         (["--max_train_samples", "10"], "make a shorter file"),
-        (["--eval_steps", "0.1", "--eval_strategy", "steps"], "a share of the run is not there"),
+        (["--eval_steps", "0.1", "--eval_strategy", "steps"], "a share of the run is not supported"),
         (["--eval_strategy", "sometimes"], "it must be no, steps or epoch"),
         (["--save_strategy", "best"], "--load_best_model_at_end"),
         (["--fp16", "--bf16"], "exclude each other"),
@@ -505,7 +509,7 @@ def test_a_token_is_not_repeated(capsys):
             ["--bf16", "true", "--fp16_full_eval"],
             "gpu",
             "bfloat16",
-            "evaluation computes as training does, in bfloat16",
+            "evaluation has the same dtype as training, bfloat16",
         ),
         ([], "tpu", "float32", ""),
         (["--fp16", "none"], "tpu", "float32", ""),
@@ -576,9 +580,9 @@ def test_rows_fit_the_file_and_the_model(tmp_path):
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=1)
     config = config_of("--train_file", file)
-    assert hf_rows.fit_rows(config) and config.data.max_length == 320
+    assert data_flags.fit_max_length(config) and config.data.max_length == 320
     config = configuration.from_dict({"model": {"path": "opt-125m"}, "data": {"max_length": 5000}})
-    assert "no more positions" in hf_rows.fit_rows(config)[0] and config.data.max_length == 2048
+    assert "no more positions" in data_flags.fit_max_length(config)[0] and config.data.max_length == 2048
 
 
 def test_held_out_rows(tmp_path):
@@ -588,7 +592,7 @@ def test_held_out_rows(tmp_path):
     assert config_of("--dataset", file, "--do_train", "--do_eval", "--eval_dataset_size", "8").data.eval_ratio == 0.2
     assert config_of("--train_file", file, "--eval_strategy", "epoch").data.eval_ratio == 0.05
     assert config_of("--dataset", "a/b", "--do_train", "--do_eval", "--eval_dataset_size", "0.3").data.eval_ratio == 0.3
-    for size, says in ((40, "some must be left"), (0, "makes no sense")):
+    for size, says in ((40, "some must be left"), (0, "must be between 0 and 1")):
         with pytest.raises(UserError, match=says):
             config_of("--dataset", file, "--do_train", "--do_eval", "--eval_dataset_size", size)
     with pytest.raises(UserError, match="not known beforehand"):
@@ -709,26 +713,29 @@ def test_a_cap_on_memory(run, tmp_path, capsys, monkeypatch, counted_here):
     flags = [word.replace(str(run[1]), str(tmp_path / "new")) for word in run[0]]
     flags += ["--bits", "16", "--max_length", "256", "--per_device_train_batch_size", "8"]
     assert main([*flags, "--max_memory_MB", "48000"]) == 0
-    device = planning.device_within(48e9)
+    device = planning.local_device_within(48e9)
     needs = planning.plan(started[0], device, None, False)["peak_bytes_per_device"]
     cap = ["--max_memory_MB", f"{0.6 * needs / 1e6}"]
     assert main([*flags, *cap]) == 1 and len(started) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(r"takes more than [\d.]+ MB of a device; by an estimate it does not with --config\.", said)
+    assert re.search(r"takes more than [\d.]+ MB of a device; by an estimate it fits with --config\.", said)
     suggested = re.findall(r"--config\.\S+", said)
     assert main([*flags, *suggested, *cap]) == 0 and main([*flags, *cap, "--no-check"]) == 0 and len(started) == 3
     monkeypatch.setattr(planning, "suggest", lambda *_, **__: {"overrides": None})
     assert main([*flags, *cap]) == 1
-    assert "nothing that was tried takes less" in capsys.readouterr().err
+    assert "no settings that were tried take less" in capsys.readouterr().err
 
 
 def test_a_cap_where_there_is_a_device(monkeypatch):
-    from tpu_tune.planning import here
+    from tpu_tune.planning import local_devices
 
     chip = planning.find_device("v5e-1")
-    monkeypatch.setattr(here, "device_here", lambda: chip)
-    assert planning.device_within(20e9) == chip
-    assert planning.device_within(8e9).capacity == 8e9 and planning.device_within(8e9).topology == chip.topology
+    monkeypatch.setattr(local_devices, "local_device", lambda: chip)
+    assert planning.local_device_within(20e9) == chip
+    assert (
+        planning.local_device_within(8e9).capacity == 8e9
+        and planning.local_device_within(8e9).topology == chip.topology
+    )
 
 
 def test_the_configuration_is_printed_and_written(tmp_path, capsys):
@@ -796,7 +803,7 @@ def test_the_help_has_an_example_that_parses(capsys):
     shown = capsys.readouterr().out
     assert end.value.code == 0 and "Hugging Face's defaults, also where qlora.py has others" in shown
     example = shown.split("example:\n  tpu-tune hf ")[1].split()
-    assert translate(words.parse(example), lambda: "cpu", {}).config.method == "lora"
+    assert translate(command_line.parse(example), lambda: "cpu", {}).config.method == "lora"
 
 
 # --- bash scripts
@@ -827,7 +834,7 @@ def test_scripts_are_read_as_bash_reads_them(text, tmp_path):
         ["bash", "-c", show + text], env={**environ, "PATH": os.environ["PATH"]}, capture_output=True, text=True
     )
     theirs = done.stdout.split("\0")[:-1]
-    ours, _, _ = script.read_script(str(file), environ)
+    ours, _, _ = bash_script.read_script(str(file), environ)
     assert ours == [word.removeprefix("y\n") for word in theirs] and len(ours) > 4
 
 
@@ -838,15 +845,15 @@ def test_scripts_are_read_as_bash_reads_them(text, tmp_path):
         ("X=`date`\npython t.py --output_dir $X", "script.sh:1: a command substitution"),
         ("\npython t.py --output_dir $NOWHERE", r"script.sh:2: \$NOWHERE is not set; write NOWHERE="),
         ("python t.py --output_dir 'x", "a quote is not closed"),
-        ("python t.py --output_dir x | tee log", "'\\|' is for a shell"),
-        ("echo hello", "holds no command with --model_name_or_path"),
-        ("python t.py --output_dir a\npython t.py --output_dir b", "holds 2 training commands"),
+        ("python t.py --output_dir x | tee log", "'\\|' needs a shell"),
+        ("echo hello", "has no command with --model_name_or_path"),
+        ("python t.py --output_dir a\npython t.py --output_dir b", "has 2 training commands"),
     ],
 )
 def test_scripts_that_would_have_to_be_run(text, says, tmp_path):
     (tmp_path / "script.sh").write_text(text)
     with pytest.raises(UserError, match=says):
-        script.read_script(str(tmp_path / "script.sh"), {})
+        bash_script.read_script(str(tmp_path / "script.sh"), {})
 
 
 # --- the arithmetic

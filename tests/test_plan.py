@@ -17,17 +17,18 @@ from helpers_training import write_rows, write_tiny_llama
 import tpu_tune
 from tpu_tune import config as configuration
 from tpu_tune import planning
-from tpu_tune.cli import main, train
+from tpu_tune.cli import main
+from tpu_tune.cli.memory_check import check_memory
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.blockwise import BLOCK
 from tpu_tune.models import architecture
-from tpu_tune.planning import compile_step, process
+from tpu_tune.planning import compile_process, compile_step
 from tpu_tune.planning.figures import figures, rules_of_thumb
 from tpu_tune.planning.flops import step_work
 from tpu_tune.planning.presets import PRESETS
 from tpu_tune.planning.scratch import score_bytes
 from tpu_tune.planning.suggest import _next_guess as next_guess
-from tpu_tune.planning.suggest import suggest, words
+from tpu_tune.planning.suggest import suggest
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
 GB = 1e9
@@ -100,7 +101,7 @@ def bytes_are_counted_here(monkeypatch):
     module = importlib.import_module("tpu_tune.planning.figures")
 
     def run_job(job, kind, timeout=600.0):
-        return process.run_job(job, kind, timeout) if job["compile"] else compile_step.measure(job)
+        return compile_process.run_job(job, kind, timeout) if job["compile"] else compile_step.measure(job)
 
     monkeypatch.setattr(module, "run_job", run_job)
 
@@ -163,7 +164,7 @@ def test_devices_by_what_jax_calls_them():
     }  # fmt: skip
     assert {key: planning.device_of(*key).name for key in named} == named
     assert planning.device_of("NVIDIA GeForce GTX 680", 1) is None and planning.device_of("TPU v5 lite", 3) is None
-    assert planning.device_here() is None  # the tests run on CPU devices
+    assert planning.local_device() is None  # the tests run on CPU devices
 
 
 def test_presets_have_the_published_numbers_of_parameters():
@@ -454,7 +455,7 @@ def test_a_compiler_that_dies_leaves_the_byte_count(monkeypatch):
             return subprocess.CompletedProcess(words, -9, "", "")
         return real(words, input=input, **options)
 
-    monkeypatch.setattr(process.subprocess, "run", run)
+    monkeypatch.setattr(compile_process.subprocess, "run", run)
     found = planning.plan(settings("smollm2-135m"), "v5e-1")
     assert "killed by signal 9" in found["compiler"] and found["breakdown"]["frozen"] > 0
 
@@ -554,7 +555,10 @@ def test_the_next_number_of_rows_lies_where_a_line_meets_the_capacity():
 
 
 def test_overrides_read_as_the_command_line_takes_them():
-    assert words({"model.remat": "full", "mesh.fsdp": 8}) == "--config.model.remat=full --config.mesh.fsdp=8"
+    assert (
+        planning.override_flags({"model.remat": "full", "mesh.fsdp": 8})
+        == "--config.model.remat=full --config.mesh.fsdp=8"
+    )
 
 
 def train_words(tmp_path):
@@ -581,7 +585,7 @@ def _config_file(directory, model, rows):
 
 def test_training_that_does_not_fit_stops_with_the_table(tmp_path, monkeypatch, straight_line, capsys):
     straight_line(100 * GB, 1 * GB)
-    monkeypatch.setattr(planning, "device_here", lambda: planning.find_device("v5e-1"))
+    monkeypatch.setattr(planning, "local_device", lambda: planning.find_device("v5e-1"))
     assert main(train_words(tmp_path)) == 1
     said = capsys.readouterr().err
     assert "DOES NOT FIT" in said and "frozen weights" in said and "Traceback" not in said
@@ -596,21 +600,21 @@ def test_training_asks_nobody(tmp_path, monkeypatch, where):
 
     monkeypatch.setattr(planning, "plan", plan)
     if where != "on a CPU":
-        monkeypatch.setattr(planning, "device_here", lambda: planning.find_device("v5e-1"))
+        monkeypatch.setattr(planning, "local_device", lambda: planning.find_device("v5e-1"))
         (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    train._check_memory(settings("llama-7b", output_dir=str(tmp_path)))
+    check_memory(settings("llama-7b", output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no room for a process"), UserError("no such model")])
 def test_a_check_that_fails_does_not_stop_training(tmp_path, monkeypatch, caplog, error):
-    monkeypatch.setattr(planning, "device_here", lambda: planning.find_device("v5e-1"))
+    monkeypatch.setattr(planning, "local_device", lambda: planning.find_device("v5e-1"))
 
     def plan(*_):
         raise error
 
     monkeypatch.setattr(planning, "plan", plan)
     with caplog.at_level("INFO", "tpu_tune"):
-        train._check_memory(settings("llama-7b", output_dir=str(tmp_path)))
+        check_memory(settings("llama-7b", output_dir=str(tmp_path)))
     # A user's mistake is left to training, which names it better.
     assert ("could not be checked beforehand" in caplog.text) == (not isinstance(error, UserError))
 

@@ -13,9 +13,9 @@ import pytest
 from markupsafe import escape
 
 from tpu_tune import config as configuration
-from tpu_tune.curves.chart import thin
 from tpu_tune.curves.report import page, write_report
 from tpu_tune.curves.runs import read_run
+from tpu_tune.curves.svg_chart import thin
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\"> & 'x'"
 FLAGS = (

@@ -8,7 +8,6 @@ from tpu_tune.models import architecture
 from tpu_tune.transforms import LoraConfig, find_targets
 from tpu_tune.transforms.select import by_pattern, matches, targeted
 
-LAYERED = r".*layers\.\d+\..*"
 RULES = [
     ("llama", {"target_modules": ["q_proj", "v_proj"]}),
     ("llama", {"target_modules": ["self_attn.q_proj"]}),

@@ -21,7 +21,7 @@ import pytest
 
 from tpu_tune import UserError
 from tpu_tune.checkpoints import huggingface_write, storage
-from tpu_tune.curves.plot import plot_curves
+from tpu_tune.curves.run_plot import plot_curves
 from tpu_tune.data.sources import read_rows, resolve
 from tpu_tune.training import loggers, run_directory
 

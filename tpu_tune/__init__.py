@@ -63,13 +63,13 @@ def train(config: ConfigDict | Mapping[str, Any]) -> Run:
     import jax
 
     from tpu_tune.config import from_dict
-    from tpu_tune.curves.watch import conclude, watch
+    from tpu_tune.curves.callbacks import on_evaluate, on_train_end
     from tpu_tune.training.loop import PRINT
     from tpu_tune.training.loop import train as train_loop
 
     config = from_dict(config)
-    run = train_loop(config, on_eval=watch(config.output_dir))
+    run = train_loop(config, on_eval=on_evaluate(config.output_dir))
     if run.status != "already finished" and jax.process_index() == 0:
-        for line in conclude(config.output_dir):
+        for line in on_train_end(config.output_dir):
             PRINT(line)
     return run

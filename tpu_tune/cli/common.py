@@ -1,8 +1,10 @@
-"""What the commands share: how one is added to the parser, and how its configuration is read."""
+"""What the commands share: adding one to the parser, reading its configuration, and where its output goes."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,8 @@ class Commands:
     """The commands of one parser; those of `data` are a `Commands` of their own.
 
     Attributes:
-      subparsers: argparse's own.
-      prefix: what stands before the commands' names on the command line, "" or "data ".
+      subparsers: argparse's subparsers.
+      prefix: what precedes the commands' names on the command line, "" or "data ".
     """
 
     subparsers: Any
@@ -27,11 +29,11 @@ class Commands:
     def add(
         self, name: str, run: Callable[[argparse.Namespace], int], help: str, example: str
     ) -> argparse.ArgumentParser:
-        """Add a command; every command has an example in its help and prints JSON when asked to.
+        """Add a command; every command has an example in its help and the option --json.
 
         Args:
-          run: what it does; returns the exit status.
-          help: one line, in small letters, without a full stop.
+          run: runs the command; returns the exit status.
+          help: one line in lower case without a full stop.
           example: a command line that the parser accepts.
         """
         added = self.subparsers.add_parser(
@@ -42,18 +44,43 @@ class Commands:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run, overrides=[], command=self.prefix + name)
-        added.add_argument("--json", action="store_true", help="print figures as JSON")
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
         return added
 
 
 def spellings(option: str) -> list[str]:
-    """An option as it is written here, `--split-ratio`, and as the guide writes it, `--split_ratio`."""
+    """Return an option as we spell it, `--split-ratio`, and as the guide spells it, `--split_ratio`."""
     return [option, "--" + option[2:].replace("-", "_")]
 
 
+def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Add `--config FILE` to a command; `read_config` reads it."""
+    parser.add_argument(
+        "--config", required=required, metavar="FILE", help="config file; --config.KEY=VALUE overrides a key"
+    )
+
+
 def read_config(options: argparse.Namespace) -> Any:
-    """The configuration of `--config FILE` with the `--config.KEY=VALUE` laid over it."""
+    """Return the configuration of `--config FILE`, or the default one, with each `--config.KEY=VALUE` applied."""
     config = configuration.from_file(options.config) if options.config else configuration.default()
     for key, value in options.overrides:
         configuration.assign(config, key, value)
     return configuration.check(config)
+
+
+def say(line: str) -> None:
+    """Print a line about the progress to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def stdout_for_json(as_json: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which, with --json, everything printed goes to standard error: stdout holds JSON alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def join_hosts() -> None:
+    """Connect to the other hosts of a pod, if there are any; must come before anything asks jax for its devices."""
+    from tpu_tune.training import distributed
+
+    with distributed.leaving_alone():
+        distributed.join()

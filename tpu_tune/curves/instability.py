@@ -1,7 +1,6 @@
-"""Whether a training loss is unstable: no numbers, divergence, swings, a blow-up, repeated jumps.
+"""Rules for an unstable training loss: not finite, divergence, swings, a blow-up, repeated spikes, skipped updates.
 
-Each of these looks at the loss alone and says what it saw; a single jump or a few left-out updates are remarks, since an
-odd batch or float16's first steps make those.
+A single spike or a few skipped updates are remarks only: an odd batch, or float16's first steps, cause those.
 """
 
 from __future__ import annotations
@@ -10,66 +9,67 @@ import math
 
 import numpy as np
 
-from tpu_tune.curves.losses import MIN_TRAIN, Found, Losses
+from tpu_tune.curves.losses import MIN_TRAIN, Finding, Losses
 from tpu_tune.curves.statistics import running
 
-SPIKE_NOISE, SPIKE_LEVEL = 8.0, 0.5  # a spike stands above its surroundings by 8 noise levels and by half of them
-_LOWER = "lower train.learning_rate to a third or a tenth (tpu-tune lr-find looks for a good one)"
-_CALM = "warm up longer (train.warmup_ratio=0.1) and keep train.max_grad_norm=1.0"
-_PRECISE = "set model.dtype=float32 once, to see whether it is the precision"
+SPIKE_NOISE, SPIKE_LEVEL = 8.0, 0.5  # a spike exceeds the running median by 8 noise levels and by half of the median
+_LOWER_RATE = "lower train.learning_rate to a third or a tenth (tpu-tune lr-find looks for a good one)"
+_STABILIZE = "use a longer warmup (train.warmup_ratio=0.1) and keep train.max_grad_norm=1.0"
+_FLOAT32 = "try model.dtype=float32 once, to see whether the precision is the cause"
 
 
-def unstable(seen: Losses, saved: list[int], vocab: int | None) -> Found:
-    """Return the verdict, or None; `vocab` is not looked at."""
-    found = _not_finite(seen)
-    if found is not None or len(seen.train) < MIN_TRAIN:
-        return found
-    for look in (_diverged, _swings, _blown_up, _spikes, _left_out):
-        found = look(seen, saved)
-        if found is not None:
-            return found
+def unstable(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> Finding | None:
+    """Return what makes the training loss unstable, or None; `vocab_size` is not used."""
+    finding = _not_finite(losses)
+    if finding is not None or len(losses.train) < MIN_TRAIN:
+        return finding
+    for rule in (_diverged, _swings, _blown_up, _spikes, _skipped_updates):
+        finding = rule(losses, saved_steps)
+        if finding is not None:
+            return finding
     return None
 
 
-def _not_finite(seen: Losses) -> Found:
-    bad, bad_eval, all_rows = seen.not_finite, seen.eval_not_finite, len(seen.not_finite) + len(seen.train)
+def _not_finite(losses: Losses) -> Finding | None:
+    bad, bad_eval = losses.not_finite, losses.eval_not_finite
+    count = len(bad) + len(losses.train)
     if bad:
-        seen.numbers["not_finite_rows"] = len(bad)
-    if bad_eval or len(bad) >= max(2, 0.01 * all_rows) or (bad and bad[-1] >= seen.last_step):
-        what = f"{len(bad)} of {all_rows} training losses" if bad else f"{len(bad_eval)} evaluation losses"
-        evidence = [f"{what} are not finite numbers, first at step {(bad or bad_eval)[0]}"]
-        return "unstable", "not finite", evidence, [_LOWER, _CALM, _PRECISE]
-    if seen.skipped:
-        seen.remarks.append(f"{seen.skipped} updates were left out, for their gradients were not finite")
+        losses.numbers["not_finite_rows"] = len(bad)
+    if bad_eval or len(bad) >= max(2, 0.01 * count) or (bad and bad[-1] >= losses.last_step):
+        which = f"{len(bad)} of {count} training losses" if bad else f"{len(bad_eval)} evaluation losses"
+        evidence = [f"{which} are not finite numbers, first at step {(bad or bad_eval)[0]}"]
+        return Finding("unstable", "not finite", evidence, [_LOWER_RATE, _STABILIZE, _FLOAT32])
+    if losses.skipped:
+        losses.remarks.append(f"{losses.skipped} updates were left out because their gradients were not finite")
     if bad:
-        seen.remarks.append(f"the training loss was no finite number at step {bad[0]}; it has gone on since")
+        losses.remarks.append(f"the training loss was no finite number at step {bad[0]}, and finite again after it")
     return None
 
 
-def _diverged(seen: Losses, saved: list[int]) -> Found:
-    """The end against the lowest stretch of the same length."""
-    train, window = seen.train, max(3, len(seen.train) // 10)
+def _diverged(losses: Losses, saved_steps: list[int]) -> Finding | None:
+    """The end is far above the lowest stretch of the same length."""
+    train, window = losses.train, max(3, len(losses.train) // 10)
     half = window // 2
     levels = running(np.median, train.values, half)
-    place = half + int(np.argmin(levels[half : len(levels) - half]))  # whole windows only
-    floor, end = float(levels[place]), train.end()
+    index = half + int(np.argmin(levels[half : len(levels) - half]))  # full windows only
+    floor, end = float(levels[index]), train.end()
     rise = end - floor
-    if rise <= max(6 * _median_error(seen, window), 0.25 * (seen.start - floor), 0.1 * abs(floor)):
+    if rise <= max(6 * _median_error(losses, window), 0.25 * (losses.start - floor), 0.1 * abs(floor)):
         return None
-    if len(train) - place < 3:
+    if len(train) - index < 3:
         return None
-    step = int(train.steps[place])
-    seen.numbers |= {"floor": floor, "floor_step": step}
-    above = ", above where it began" if end > seen.start else ""
-    before = max((number for number in saved if number <= step), default=None)
-    back = [f"checkpoint {before} is from before it rose"] if before is not None else []
+    step = int(train.steps[index])
+    losses.numbers |= {"floor": floor, "floor_step": step}
+    above = ", above its start" if end > losses.start else ""
+    before = max((saved for saved in saved_steps if saved <= step), default=None)
+    go_back = [f"checkpoint {before} is from before it rose"] if before is not None else []
     evidence = [f"train loss rose from {floor:.4g} at step {step} to {end:.4g}{above}"]
-    return "unstable", "diverged", evidence, [_LOWER, _CALM, *back]
+    return Finding("unstable", "diverged", evidence, [_LOWER_RATE, _STABILIZE, *go_back])
 
 
-def _swings(seen: Losses, saved: list[int]) -> Found:
-    """A stretch that rose and came back: five points at least, which two isolated jumps do not lift."""
-    train = seen.train
+def _swings(losses: Losses, saved_steps: list[int]) -> Finding | None:
+    """A stretch rose and fell again: at least five points, whose median two isolated spikes do not lift."""
+    train = losses.train
     if len(train) < 15:
         return None
     half = max(2, len(train) // 20)
@@ -77,64 +77,64 @@ def _swings(seen: Losses, saved: list[int]) -> Found:
     lowest = np.minimum.accumulate(levels)
     top = int(np.argmax(levels - lowest))
     rise, low = float(levels[top] - lowest[top]), float(lowest[top])
-    if rise <= max(8 * _median_error(seen, 2 * half + 1), 0.3 * (seen.start - low), 0.15 * abs(low)):
+    if rise <= max(8 * _median_error(losses, 2 * half + 1), 0.3 * (losses.start - low), 0.15 * abs(low)):
         return None
     step = int(train.steps[half + top])
     evidence = [
         f"train loss rose from {low:.4g} to {levels[top]:.4g} around step {step}, and ended at {train.end():.4g}"
     ]
-    return "unstable", "swings", evidence, [_LOWER, _CALM]
+    return Finding("unstable", "swings", evidence, [_LOWER_RATE, _STABILIZE])
 
 
-def _blown_up(seen: Losses, saved: list[int]) -> Found:
-    """Three losses in a row above where it began, or one by an order of magnitude."""
-    train = seen.train
-    over = train.values > max(1.25 * seen.start, seen.start + 8 * _noise(seen))
-    over[: 3 + len(train) // 50] = False  # the start itself is no blow-up
-    if not (over[:-2] & over[1:-1] & over[2:]).any() and train.values.max() <= 10 * abs(seen.start):
+def _blown_up(losses: Losses, saved_steps: list[int]) -> Finding | None:
+    """Three losses in a row are above the start, or one is ten times as high."""
+    train = losses.train
+    above = train.values > max(1.25 * losses.start, losses.start + 8 * _noise(losses))
+    above[: 3 + len(train) // 50] = False  # the start itself is no blow-up
+    if not (above[:-2] & above[1:-1] & above[2:]).any() and train.values.max() <= 10 * abs(losses.start):
         return None
-    place = int(np.argmax(train.values))
+    top = int(np.argmax(train.values))
     evidence = [
-        f"train loss rose to {train.values[place]:.4g} at step {int(train.steps[place])}, from {seen.start:.4g} at the start, "
-        f"and ended at {train.end():.4g}"
+        f"train loss rose to {train.values[top]:.4g} at step {int(train.steps[top])}, from {losses.start:.4g} at the "
+        f"start, and ended at {train.end():.4g}"
     ]
-    return "unstable", "blown up", evidence, [_LOWER, _CALM]
+    return Finding("unstable", "blown up", evidence, [_LOWER_RATE, _STABILIZE])
 
 
-def _spikes(seen: Losses, saved: list[int]) -> Found:
-    """Three jumps, or in a long run one in 200 points; or two, if they take up a twelfth of it."""
-    train = seen.train
-    middle = running(np.median, train.values, int(np.clip(len(train) // 20, 4, 20)))
-    above = train.values - middle
-    high = above > np.maximum(SPIKE_NOISE * seen.noise, SPIKE_LEVEL * np.abs(middle))
+def _spikes(losses: Losses, saved_steps: list[int]) -> Finding | None:
+    """Three spikes, or in a long run one in 200 points; or two that make up more than a twelfth of the points."""
+    train = losses.train
+    usual = running(np.median, train.values, int(np.clip(len(train) // 20, 4, 20)))
+    above = train.values - usual
+    high = above > np.maximum(SPIKE_NOISE * losses.noise, SPIKE_LEVEL * np.abs(usual))
     starts = np.flatnonzero(high & ~np.concatenate([[False], high[:-1]]))
-    seen.numbers["spikes"] = len(starts)
-    steps = [str(int(train.steps[place])) for place in starts]
+    losses.numbers["spikes"] = len(starts)
+    steps = [str(int(train.steps[start])) for start in starts]
     if len(starts) >= max(3, len(train) // 200) or (len(starts) > 1 and high.sum() > max(3, 0.08 * len(train))):
         worst = int(np.argmax(np.where(high, above, -np.inf)))
-        where = ", ".join(steps[:6]) + (", ..." if len(steps) > 6 else "")
+        listed = ", ".join(steps[:6]) + (", ..." if len(steps) > 6 else "")
         evidence = [
-            f"train loss jumped {len(starts)} times (steps {where}), to {train.values[worst]:.4g} at its highest where "
-            f"{middle[worst]:.4g} was usual"
+            f"train loss jumped {len(starts)} times (steps {listed}); the highest jump reached "
+            f"{train.values[worst]:.4g}, from a usual {usual[worst]:.4g}"
         ]
-        rows = "look at the rows of those steps: broken or very long ones make such jumps too"
-        return "unstable", "spikes", evidence, [_LOWER, _CALM, rows]
+        rows = "look at the rows of those steps: broken or very long ones cause such jumps too"
+        return Finding("unstable", "spikes", evidence, [_LOWER_RATE, _STABILIZE, rows])
     if steps:
-        seen.remarks.append(f"a jump of the training loss at step {' and '.join(steps)}, from which it came back")
+        losses.remarks.append(f"the training loss jumped at step {' and '.join(steps)}, and recovered")
     return None
 
 
-def _left_out(seen: Losses, saved: list[int]) -> Found:
-    if seen.skipped < max(20, 0.05 * seen.last_step):
+def _skipped_updates(losses: Losses, saved_steps: list[int]) -> Finding | None:
+    if losses.skipped < max(20, 0.05 * losses.last_step):
         return None
-    evidence = [f"{seen.skipped} of {seen.last_step} updates were left out, for their gradients were not finite"]
-    return "unstable", "not finite", evidence, [_LOWER, _CALM, _PRECISE]
+    evidence = [f"{losses.skipped} of {losses.last_step} updates were left out because their gradients were not finite"]
+    return Finding("unstable", "not finite", evidence, [_LOWER_RATE, _STABILIZE, _FLOAT32])
 
 
-def _noise(seen: Losses) -> float:
-    return 0.0 if math.isnan(seen.noise) else seen.noise
+def _noise(losses: Losses) -> float:
+    return 0.0 if math.isnan(losses.noise) else losses.noise
 
 
-def _median_error(seen: Losses, count: int) -> float:
-    """Standard error of the median of `count` normal values."""
-    return 1.25 * _noise(seen) / math.sqrt(count)
+def _median_error(losses: Losses, count: int) -> float:
+    """Return the standard error of the median of `count` normal values."""
+    return 1.25 * _noise(losses) / math.sqrt(count)

@@ -17,9 +17,9 @@ import numpy as np
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import storage
-from tpu_tune.curves import chart
+from tpu_tune.curves import svg_chart
 from tpu_tune.curves.diagnosis import Diagnosis
-from tpu_tune.curves.overlay import colors
+from tpu_tune.curves.plot_style import run_colors
 from tpu_tune.curves.runs import CurveRun
 from tpu_tune.curves.series import QUANTITIES, series
 from tpu_tune.data.html_report import render
@@ -54,9 +54,9 @@ def write_report(
 
 def page(runs: Sequence[CurveRun], diagnoses: Sequence[Diagnosis], x: str = "steps", beta: float = 0.9) -> str:
     """Return the report as HTML; arguments as `write_report`."""
-    charts: list[tuple[str, chart.Chart]] = []
+    charts: list[tuple[str, svg_chart.Chart]] = []
     for quantity in QUANTITIES:
-        drawn = chart.draw(runs, quantity, x, beta, len(charts))
+        drawn = svg_chart.draw(runs, quantity, x, beta, len(charts))
         if drawn is not None:
             charts.append((quantity.name, drawn))
     return render(
@@ -75,8 +75,8 @@ def page(runs: Sequence[CurveRun], diagnoses: Sequence[Diagnosis], x: str = "ste
 def _colors(runs: Sequence[CurveRun]) -> list[tuple[str, str]]:
     """What each colour stands for: (name, colour)."""
     if len(runs) == 1:
-        return list(zip(("train", "eval"), colors(0, 1), strict=True))
-    return [(run.name, colors(number, len(runs))[0]) for number, run in enumerate(runs)]
+        return list(zip(("train", "eval"), run_colors(0, 1), strict=True))
+    return [(run.name, run_colors(number, len(runs))[0]) for number, run in enumerate(runs)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From metrics rows to the numbers of one curve: which quantity, over steps, tokens or epochs, smoothed or as logged."""
+"""From metrics rows to the numbers of one curve: a quantity over steps, tokens or epochs, smoothed or as logged."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from tpu_tune.errors import UserError
 
-AXES = {"steps": "step", "tokens": "tokens", "epochs": "epoch"}  # --x -> what stands under the axis
-FEW = 30  # points; fewer are shown as they are, with markers
+AXES = {"steps": "step", "tokens": "tokens", "epochs": "epoch"}  # --x -> the axis' label
+FEW = 30  # a curve with fewer points is drawn as it is, with markers
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Quantity:
     """One panel of a plot.
 
     Attributes:
-      name: as a reader calls it.
-      train, eval: keys of metrics rows, "" where there is none.
-      exponential: the panel shows exp of the row's value (perplexity, of training rows).
-      noisy: whether its training curve is worth smoothing.
+      name: title of the panel.
+      train, eval: keys in the metrics rows; "" if there is none.
+      exponential: whether the panel shows exp of the row's value (perplexity from the loss).
+      noisy: whether its training curve needs smoothing.
     """
 
     name: str
@@ -46,20 +46,20 @@ QUANTITIES = (
 def series(metrics: Sequence[Mapping[str, Any]], key: str, x: str = "steps") -> tuple[np.ndarray, np.ndarray]:
     """Return x and values of the rows that have a finite `key`, in order of the steps (two float64 arrays).
 
-    A step that is there twice, because a run was restarted, has its last value.
+    A step that occurs twice, because a run was restarted, has its last value.
 
     Args:
       metrics: rows of metrics.jsonl, in any order.
-      key: of the values.
-      x: steps, tokens (read by training up to that step; rows without a count lie between those with one) or epochs.
+      key: the values' key in the rows.
+      x: steps, tokens (trained on up to that step, interpolated for rows without a count) or epochs.
 
     Raises:
-      UserError: the rows say nothing of tokens or epochs.
+      UserError: the rows have no tokens or epochs.
     """
     pairs = {
         row["step"]: row[key]
         for row in metrics
-        if _number(row.get(key)) and _number(row.get("step")) and math.isfinite(row[key])
+        if _is_number(row.get(key)) and _is_number(row.get("step")) and math.isfinite(row[key])
     }
     steps = np.array(sorted(pairs), float)
     values = np.array([pairs[step] for step in sorted(pairs)], float)
@@ -71,36 +71,36 @@ def panel(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return x and values of one side (`train` or `eval`) of a quantity; empty where the rows have none."""
     key = getattr(quantity, side)
-    at, values = series(metrics, key, x) if key else (np.zeros(0), np.zeros(0))
-    return at, np.exp(np.minimum(values, 700.0)) if quantity.exponential else values
+    positions, values = series(metrics, key, x) if key else (np.zeros(0), np.zeros(0))
+    return positions, np.exp(np.minimum(values, 700.0)) if quantity.exponential else values
 
 
-def ema(values: np.ndarray, beta: float) -> np.ndarray:
-    """Exponential moving average with bias correction: the weights beta^age sum to one from the first point on.
+def ema(values: Sequence[float], beta: float) -> np.ndarray:
+    """Return the exponential moving average with Adam's bias correction (Kingma and Ba 2015, section 3).
 
     Equal to pandas' `ewm(alpha=1 - beta, adjust=True).mean()`; the first value is the first point itself.
 
     Args:
-      values: (n,) finite.
-      beta: in [0, 1); 0 leaves the values as they are.
+      values: (n,)
+      beta: weight of the past, in [0, 1); 0 leaves the values as they are.
     """
     smoothed, mean, weight = np.empty(len(values)), 0.0, 0.0
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         mean = beta * mean + (1 - beta) * value
         weight = beta * weight + (1 - beta)
-        smoothed[place] = mean / weight
+        smoothed[index] = mean / weight
     return smoothed
 
 
 def _positions(metrics: Sequence[Mapping[str, Any]], steps: np.ndarray, x: str) -> np.ndarray:
     key = {"tokens": "num_tokens", "epochs": "epoch"}[x]
-    known = {row["step"]: row[key] for row in metrics if _number(row.get(key)) and _number(row.get("step"))}
+    known = {row["step"]: row[key] for row in metrics if _is_number(row.get(key)) and _is_number(row.get("step"))}
     if not known and len(steps):
         raise UserError(f"the metrics have no '{key}', so nothing can be drawn over {x}; use --x steps")
     known.setdefault(0, 0.0)
-    at = np.array(sorted(known), float)
-    return np.interp(steps, at, np.array([known[step] for step in sorted(known)], float))
+    known_steps = sorted(known)
+    return np.interp(steps, known_steps, [known[step] for step in known_steps])
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

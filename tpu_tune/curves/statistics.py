@@ -1,7 +1,7 @@
-"""The statistics that the diagnosis stands on, in NumPy: all of them take a few wild points without changing much.
+"""Robust statistics for the diagnosis: a few outliers hardly change them, and none assumes a distribution.
 
-Nothing here assumes a distribution: slopes are medians of pairwise slopes, trends are counts of pairs that rise or
-fall, and the noise is read off differences, which a smooth curve under it hardly touches.
+The trend test counts pairs that rise or fall, and the noise level is estimated from differences between neighbours,
+which the smooth curve below the noise hardly affects. Slopes are `scipy.stats.theilslopes`.
 """
 
 from __future__ import annotations
@@ -13,34 +13,28 @@ import numpy as np
 
 
 def running(function: Callable[[np.ndarray], float], values: np.ndarray, half: int) -> np.ndarray:
-    """Apply `function` to centred windows of 2 `half` + 1 points, which shrink evenly towards both ends."""
+    """Apply `function` to centred windows of 2 `half` + 1 points; at both ends the window shrinks symmetrically."""
     reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
     return np.array([function(values[i - r : i + r + 1]) for i, r in enumerate(reach)], float)
 
 
 def noise_level(values: np.ndarray) -> float:
-    """Return the standard deviation of the noise on a falling or U-shaped curve; nan below five points.
+    """Return the standard deviation of the noise on a falling or U-shaped curve; nan for fewer than five points.
 
-    Second differences of independent noise have sqrt(6) times its deviation. Those of a convex curve are positive, so
-    that it is read off the negative ones: their 20% quantile, 0.8416 deviations below 0. A spike makes one of them large.
+    Second differences of independent noise have sqrt(6) times its standard deviation. The second differences of a
+    convex curve are positive, so the estimate uses the negative side: the 20% quantile lies 0.8416 deviations below 0.
+    A spike makes only one second difference very negative.
     """
     if len(values) < 5:
         return math.nan
     return float(max(0.0, -np.quantile(np.diff(values, 2), 0.2)) / 0.8416 / math.sqrt(6))
 
 
-def theil_sen(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the median of the slopes of all pairs of points (Theil 1950, Sen 1968); nan below two."""
-    i, j = np.triu_indices(len(x), 1)
-    apart = x[j] - x[i]
-    kept = apart != 0
-    return float(np.median((y[j] - y[i])[kept] / apart[kept])) if kept.any() else math.nan
-
-
 def mann_kendall(y: np.ndarray) -> float:
-    """Return the Z of the Mann-Kendall trend test: below 0 falling, above 0 rising, normal without a trend.
+    """Return Z of the Mann-Kendall trend test (Mann 1945, Kendall 1975), corrected for ties and for continuity.
 
-    With the correction for ties and for continuity (Mann 1945, Kendall 1975); 0 below three points.
+    Z is below 0 for a falling series, above 0 for a rising one, and standard normal without a trend; 0 for fewer than
+    three points.
     """
     n = len(y)
     if n < 3:
@@ -52,9 +46,9 @@ def mann_kendall(y: np.ndarray) -> float:
     return float((score - np.sign(score)) / math.sqrt(variance)) if variance > 0 else 0.0
 
 
-def block_medians(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most `most` points: medians of runs of neighbours of even length. Keeps pairwise statistics cheap."""
-    if len(x) <= most:
+def block_medians(x: np.ndarray, y: np.ndarray, max_points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a series to at most `max_points` medians of equal blocks, so that pairwise statistics stay cheap."""
+    if len(x) <= max_points:
         return x, y
-    parts = np.array_split(np.arange(len(x)), most)
-    return np.array([np.median(x[part]) for part in parts]), np.array([np.median(y[part]) for part in parts])
+    blocks = np.array_split(np.arange(len(x)), max_points)
+    return np.array([np.median(x[block]) for block in blocks]), np.array([np.median(y[block]) for block in blocks])

@@ -1,12 +1,13 @@
-"""The catalogue of devices: what a plan may be made for, and what the compilers need to know of each.
+"""The catalogue of devices that a plan can be made for, with the properties that the compilers need.
 
-TPU slices are named as Google Cloud names them (v2, v3, v4 and v5p count TensorCores, v5e and v6e chips), GPUs by card.
-Capacity is what a program may use. Of a TPU it is what its own compiler says when a program is too large. Of a GPU it
-is the card's memory as CUDA reports it, times the share that `launch/common.sh` sets, less a reserve.
+TPU slices are named as in Google Cloud (v2, v3, v4 and v5p count TensorCores, v5e and v6e chips), GPUs by card.
+Capacity is the memory that a program may use. For a TPU it is the size that its compiler names when a program is too
+large. For a GPU it is the card's memory as CUDA reports it, times the share that `launch/common.sh` sets, minus a
+reserve.
 
-Sources: cloud.google.com/tpu/docs (system architecture of each version) and NVIDIA's data sheets for the peaks (dense,
-bfloat16 with float32 sums; float16 on a T4) and bandwidths; libtpu 0.0.42 for a TPU's capacity; what torch prints as a
-card's total capacity, the least found, for a GPU's.
+Sources: cloud.google.com/tpu/docs (system architecture of each version) and NVIDIA's data sheets for peaks (dense,
+bfloat16 with float32 sums; float16 on a T4) and bandwidths; libtpu 0.0.42 for a TPU's capacity; for a GPU's capacity
+the smallest total that torch reports.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import re
 from tpu_tune.errors import UserError
 
 GIB = 2**30
-GPU_FRACTION = 0.92  # of a card's memory, set by launch/common.sh; jax by itself takes 0.75
-GPU_RESERVE = 256 * 2**20  # cuBLAS workspace, the next batch and what lies between blocks; an estimate, not measured
+GPU_FRACTION = 0.92  # share of a GPU's memory, set by launch/common.sh; jax's own default is 0.75
+GPU_RESERVE = 256 * 2**20  # cuBLAS workspace, the next batch and fragmentation; an estimate, not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +29,16 @@ class Device:
     """One kind of machine to plan for.
 
     Attributes:
-      name: in the catalogue, `x4` behind it where there are several cards.
+      name: name in the catalogue, with `x4` added for four GPUs.
       kind: tpu | gpu.
-      count: devices as JAX counts them (a v2 or v3 chip is two).
+      count: number of devices as JAX counts them (a v2 or v3 chip is two).
       capacity: bytes that a program may use on each device.
-      capacity_note: where that comes from.
+      capacity_note: source of the capacity, for the reader of a plan.
       flops: peak of one device, FLOP/s.
-      bandwidth: of one device's memory, bytes/s.
-      topology: keywords of `jax.experimental.topologies.get_topology_desc`.
-      device_kind: as JAX names it; of a GPU, the card's name.
-      bfloat16: whether it multiplies bfloat16; an older GPU turns it into float32.
+      bandwidth: memory bandwidth of one device, bytes/s.
+      topology: arguments of `jax.experimental.topologies.get_topology_desc`.
+      device_kind: JAX's name of the device; of a GPU, the card's name.
+      bfloat16: whether it multiplies bfloat16 natively; older GPUs convert it to float32.
     """
 
     name: str
@@ -55,12 +56,12 @@ class Device:
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
     device_kind: str
-    capacity_gib: float  # of a device
-    tflops: float  # of a device
-    bandwidth_gb: float  # of a device
-    per_chip: int  # devices
-    unit: int  # what the name counts, a chip
-    shapes: dict[int, str]  # the name's number -> topology
+    capacity_gib: float  # per device
+    tflops: float  # per device
+    bandwidth_gb: float  # per device
+    per_chip: int  # devices per chip
+    unit: int  # what the number in a slice's name counts, per chip
+    shapes: dict[int, str]  # the number in a slice's name -> topology
     chip_config: str = ""
 
 
@@ -102,14 +103,14 @@ _GPUS = {
     "rtx6000ada-48g": _Gpu("NVIDIA RTX 6000 Ada Generation", 47.38, 364, 960, (8, 9), 142, 2.51, 96),
 }
 
-# What `plan` offers and `--suggest` goes through, from small to large; other slices of the same TPUs are taken too.
+# Devices that `plan` lists and `--suggest` tries, from small to large; other slices of the same TPUs are accepted too.
 NAMES = (
     "v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v5e-64", "v6e-1", "v6e-8", "v5p-8", "t4", "l4", "rtx3090",
     "rtx4080", "rtx4090", "a100-40g", "a100-80g", "h100", "h200", "rtx6000ada-48g",
 )  # fmt: skip
 _TPU_NAME = re.compile(r"(v\d[ep]?)-(\d+)")
-# Of one streaming multiprocessor, by compute capability: float32 units, threads, shared memory, and what of it one
-# block may take (CUDA C Programming Guide, table of technical specifications).
+# By compute capability, of one streaming multiprocessor: float32 units, threads, shared memory, and the shared memory
+# that one block may use (CUDA C Programming Guide, table of technical specifications).
 _SM = {
     (7, 5): (64, 1024, 65536, 65536),
     (8, 0): (64, 2048, 167936, 166912),
@@ -120,10 +121,10 @@ _SM = {
 
 
 def find_device(text: str) -> Device:
-    """Return the device that `NAME` or `NAME xN` (also written `NAMExN`) names.
+    """Return the device with a name, `NAME` or for several GPUs `NAME xN` (also `NAMExN`).
 
     Raises:
-      UserError: no such device (the nearest names are listed), or a number that it does not come in.
+      UserError: no such device (the message lists the nearest names), or a TPU slice of a size that does not exist.
     """
     name, count = " ".join(text.lower().split()), 1
     several = re.fullmatch(r"(.+?) ?[x*] ?(\d+)", name)
@@ -137,12 +138,12 @@ def find_device(text: str) -> Device:
     if tpu is None or tpu[1] not in _TPUS:
         raise _unknown(name)
     if count != 1:
-        raise UserError(f"device '{text}': TPUs come in slices; name a larger one, such as {_larger(tpu[1])}")
+        raise UserError(f"device '{text}': TPUs come in slices; name a larger slice, such as {_larger(tpu[1])}")
     return _slice(tpu[1], int(tpu[2]))
 
 
 def device_of(kind: str, count: int) -> Device | None:
-    """Return the device that JAX calls `kind`, `count` of them; None where the catalogue has none."""
+    """Return the catalogue's entry for `count` devices that JAX names `kind`, or None."""
     for version, tpu in _TPUS.items():
         number = count // tpu.per_chip * tpu.unit
         if tpu.device_kind == kind and number in tpu.shapes:
@@ -166,7 +167,7 @@ def _slice(version: str, number: int) -> Device:
         kind="tpu",
         count=number // tpu.unit * tpu.per_chip,
         capacity=int(tpu.capacity_gib * GIB),
-        capacity_note="what its compiler allows",
+        capacity_note="the compiler's limit",
         flops=tpu.tflops * 1e12,
         bandwidth=tpu.bandwidth_gb * 1e9,
         topology=topology,
@@ -181,13 +182,15 @@ def _gpu(name: str, count: int) -> Device:
         fraction = float(share) if share else GPU_FRACTION
     except ValueError:
         raise UserError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is '{share}'; it must be a number") from None
-    said = "as the environment says" if share else "as launch/common.sh sets"
+    source = "set in the environment" if share else "as launch/common.sh sets it"
     return Device(
         name=name if count == 1 else f"{name} x{count}",
         kind="gpu",
         count=count,
         capacity=int(card.memory_gib * GIB * fraction) - GPU_RESERVE,
-        capacity_note=f"{fraction:.0%} of {card.memory_gib * GIB / 1e9:.1f} GB, {said}, less {GPU_RESERVE / 1e9:.2f} GB",
+        capacity_note=(
+            f"{fraction:.0%} of {card.memory_gib * GIB / 1e9:.1f} GB, {source}, minus {GPU_RESERVE / 1e9:.2f} GB"
+        ),
         flops=card.tflops * 1e12,
         bandwidth=card.bandwidth_gb * 1e9,
         topology={
@@ -202,7 +205,7 @@ def _gpu(name: str, count: int) -> Device:
 
 
 def _target(card: _Gpu) -> str:
-    """Return XLA's GpuTargetConfigProto of a card, as text."""
+    """Return XLA's GpuTargetConfigProto of a GPU, as text."""
     units, threads, shared, per_block = _SM[card.capability]
     return f"""gpu_device_info {{
   cuda_compute_capability {{ major: {card.capability[0]} minor: {card.capability[1]} }}

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
+from tpu_tune.planning.compile_process import TIMEOUT, run_job
 from tpu_tune.planning.devices import Device, find_device
 from tpu_tune.planning.flops import ROOFLINE_SHARE, roofline_seconds, step_work
-from tpu_tune.planning.model import model_config
-from tpu_tune.planning.process import TIMEOUT, run_job
-from tpu_tune.planning.rows import guess_rows
+from tpu_tune.planning.model_config import model_config
+from tpu_tune.planning.row_estimate import estimate_rows
 from tpu_tune.training import arithmetic
 from tpu_tune.training.arithmetic import run_length
 from tpu_tune.training.opening import check_settings
@@ -102,8 +102,8 @@ def figures(
         notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']})")
     if measured.get("host_state"):
         notes.append(
-            "the optimizer's state in host memory is taken off the compiler's figure, and one leaf of it left for what "
-            "is under way: this compiler knows no host memory for arguments"
+            "the compiler's figure includes the optimizer's state, which is in host memory; it was subtracted, except "
+            "for the one array that is on the device at a time"
         )
     if not config.data.packing or arch.encoder:
         notes.append("rows are as wide as the longest example; here as wide as data.max_length allows")
@@ -215,7 +215,7 @@ def _run(
     """Return steps and hours, as far as the number of rows is known."""
     given, batch = rows is not None, measured["rows"]
     if rows is None:
-        rows = guess_rows(config, one_each=encoder or not config.data.packing)
+        rows = estimate_rows(config, packed=config.data.packing and not encoder)
     train, length, total = config.train, None, None
     if train.max_steps > 0:
         total = train.max_steps

@@ -1,7 +1,7 @@
 """Published models by name, so that a job can be planned before anything is downloaded.
 
-Each entry is what matters of the model's own config.json on the Hugging Face hub; a preset's name may stand as
-`model.path` of a plan. The parameter counts that follow from them are held against the published ones in the tests.
+Each entry has the keys of the model's config.json on the Hugging Face hub that matter here; a preset's name is a valid
+`model.path` for a plan. The tests compare the resulting parameter counts with the published ones.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a step needs beside all that is held between steps, estimated from shapes, for where no compiler says it.
+"""Scratch memory of a step, estimated from shapes, for devices whose compiler is not installed.
 
-A sum of the large arrays that live at one time, each counted by hand: what remat keeps of every layer, one layer's own
-arrays with their gradients, the attention's scores, one chunk of logits. It is meant to be within a third of what the
-compilers say (one row of 2,048 tokens in nf4, in November 2026: LLaMA-7B 1.27 GB here, 1.34 by CUDA's for an RTX 3090;
-33B 2.91 here, 2.72 there).
+Scratch is the memory that a step needs in addition to everything that is kept between steps. The estimate adds up the
+large arrays that exist at the same time: what remat keeps of every layer, the arrays of one layer with their gradients,
+attention scores, one chunk of logits. It aims to be within a third of the compilers' figures (one row of 2,048 tokens
+in nf4, in November 2026: LLaMA-7B 1.27 GB here, 1.34 by CUDA's compiler for an RTX 3090; 33B 2.91 and 2.72).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _FLOAT32 = 4
 
 
 def score_bytes(arch: Architecture, rows: int, queries: int, keys: int, implementation: str, copies: int) -> int:
-    """Return the bytes of attention scores (float32) that exist at one time, in one layer.
+    """Return the bytes of attention scores (float32) that exist at the same time in one layer.
 
     Args:
-      arch: of the model.
-      rows: sequences on the device.
-      queries, keys: tokens of each that meet.
-      implementation: reference holds all scores; any other those of a block of queries and one of keys.
-      copies: of the scores that live at one time: scores and weights, and in training their gradient.
+      arch: the model's architecture.
+      rows: sequences per device.
+      queries, keys: tokens per sequence.
+      implementation: "reference" holds all scores, any other those of one block of queries and one of keys.
+      copies: arrays of that size at the same time: scores and weights, and in training their gradient.
     """
     if implementation != "reference":
         queries, keys = min(queries, BLOCK), min(keys, BLOCK)
@@ -39,15 +39,15 @@ def score_bytes(arch: Architecture, rows: int, queries: int, keys: int, implemen
 def scratch_bytes(
     arch: Architecture, config: ConfigDict, rows: int, width: int, mesh: Mapping[str, int], training: bool
 ) -> int:
-    """Return the estimated scratch of one device, in bytes; gradients of weights and unpacked weights not among it.
+    """Return the estimated scratch of one device, in bytes, without gradients of weights and dequantized weights.
 
     Args:
-      arch: of the model.
+      arch: the model's architecture.
       config: the whole configuration.
-      rows: sequences on the device, of one micro-batch.
-      width: tokens of a sequence, the longer side of an encoder-decoder.
-      mesh: sizes of its axes.
-      training: whether a backward pass follows.
+      rows: sequences per device in one micro-batch.
+      width: tokens per sequence, of an encoder-decoder those of the longer side.
+      mesh: size of each mesh axis.
+      training: whether there is a backward pass.
     """
     size = 4 if config.model.dtype == "float32" else 2
     tokens = rows * math.ceil(width / mesh["sequence"])
@@ -55,12 +55,12 @@ def scratch_bytes(
     hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     gated = any(kind.names.gate or kind.names.gate_up for kind in arch.kinds)
     inner = arch.intermediate_size * (2 if gated else 1)
-    projected = 2 * hidden + (q + 2 * kv + inner) // tensor  # what a layer's linear modules give, a token
+    projected = 2 * hidden + (q + 2 * kv + inner) // tensor  # outputs of a layer's linear modules, per token
     layers = arch.num_layers + (arch.encoder.num_layers if arch.encoder else 0)
     used = chosen(config.model.attention, width, width)
     scores = score_bytes(arch, rows, math.ceil(width / mesh["sequence"]), width, used, 3 if training else 2) // tensor
     chunk = min(rows * token_chunk(config, rows, mesh["sequence"]) or tokens, tokens)
-    # What a chunk of tokens needs at one time, and what attention takes and gives of all.
+    # Everything for one chunk of tokens, and attention's inputs and outputs for the others.
     work = chunk * size * (projected + arch.intermediate_size // tensor + 2 * hidden)
     work += (tokens - chunk) * size * (2 * (q + kv) // tensor + hidden)
     chunk = min(loss_chunk(config, arch.vocab_size, rows), width) * rows
@@ -68,6 +68,6 @@ def scratch_bytes(
     if not training:
         return max(work + scores, logits) + tokens * hidden * size * 2
     kept = {"full": hidden, "offload": 0, "dots": hidden + projected}.get(config.model.remat)
-    if kept is None:  # everything that the backward pass reads, scores among it
+    if kept is None:  # everything that the backward pass reads, including scores
         return layers * (tokens * size * (2 * projected + 4 * hidden) + scores * 2 // 3) + max(work, logits)
     return layers * tokens * kept * size + max(2 * work + scores, logits) + tokens * hidden * size * 2

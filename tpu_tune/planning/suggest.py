@@ -1,9 +1,10 @@
-"""`plan --suggest`: the largest batch that fits, and the config overrides that say so; or the device that would do.
+"""`plan --suggest`: find the largest batch that fits, as config overrides; or else the devices that are large enough.
 
-The search goes from what costs nothing to what costs most: the configuration's own mesh and quantization, other
-meshes, fewer bits, at last fewer tokens at one time. Whatever the bytes alone rule out is not compiled. At the first that fits with one row a device,
-two measured batches give a line whose end is tried, then remat that repeats less. A compile of a large model takes
-minutes, so their number is bounded.
+The search begins with the settings that change least: the configuration's own mesh and quantization, then other meshes,
+fewer bits, and at last fewer tokens at one time. Settings whose counted bytes are too large already are not compiled.
+From the first settings that fit with one row per device, the number of rows is raised: two measured batches give a
+line, and where it meets the capacity is tried next. At last, settings that recompute less are tried. Compiling a large
+model takes minutes, so the number of compilations is limited.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from tpu_tune.config import default
 from tpu_tune.errors import UserError
 from tpu_tune.planning.devices import NAMES, Device, find_device
 from tpu_tune.planning.figures import plan
+from tpu_tune.planning.plan_text import override_flags
 
 MAX_COMPILES = 8
-_BITS = ("none", "int8", "nf4")  # each about half of the one before
-_MOST_ROWS = 1024
-_MARGIN = 0.97
-_CHUNK = 512  # tokens: what is held of them in a layer is small beside its weights
-_CONFIRMED = 2  # devices that are asked whether they would do
+_FORMATS = ("none", "int8", "nf4")  # each takes about half the bytes of the one before
+_MAX_ROWS = 1024
+_MARGIN = 0.97  # share of the capacity to aim for after a batch was too large
+_CHUNK = 512  # tokens, whose activations in one layer are small compared with its weights
+_MAX_CONFIRMED = 2  # larger devices for which the compiler is asked
 
 Overrides = dict[str, Any]
 Say = Callable[[str], None]
@@ -33,7 +35,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass
 class _Search:
-    """Plans of one configuration on one device, with overrides; counts what was compiled."""
+    """Plans of one configuration on one device, with overrides; `budget` is the number of compilations left."""
 
     config: ConfigDict
     device: Device
@@ -43,21 +45,21 @@ class _Search:
     say: Say
 
     def try_out(self, overrides: Overrides, compile: bool | None = None) -> dict[str, Any] | None:
-        """Return a plan's figures; None where the overrides do not fit the model or the mesh, or nothing may be compiled."""
+        """Return a plan's figures; None if the overrides do not fit model or mesh, or no compilation is left."""
         compile = self.compile if compile is None else compile
         if compile and self.budget <= 0:
             return None
         try:
-            # Evaluation with as many rows needs less than training, so that it need not be compiled.
+            # Evaluation with as many rows needs less memory than training, so it is not compiled.
             figures = plan(with_overrides(self.config, overrides), self.device, None, compile, evaluate=False)
         except UserError as error:
-            self.say(f"  {words(overrides)}: {error}")
+            self.say(f"  {override_flags(overrides)}: {error}")
             return None
         if compile:
             self.budget -= 1
             peak = figures["peak_bytes_per_device"]
             self.say(
-                f"  {words(overrides)}: {'fits' if figures['fits'] else 'does not fit'}"
+                f"  {override_flags(overrides)}: {'fits' if figures['fits'] else 'does not fit'}"
                 + (f", {peak / 1e9:.2f} GB" if peak else "")
             )
         return figures
@@ -75,38 +77,38 @@ def suggest(
 
     Args:
       config: the whole configuration.
-      device: of the catalogue.
-      rows: training rows, where they are known.
-      compile: False goes by the byte count.
-      max_compiles: how often the compiler may run.
-      say: receives a line for each try.
+      device: a name of the catalogue, or its entry.
+      rows: number of training rows, if it is known.
+      compile: False decides by counted bytes alone.
+      max_compiles: most compilations that may be made.
+      say: called with a line for each try.
 
     Returns:
-      `overrides` (config key -> value; None where nothing fits), `figures` (of that configuration, or None),
-      `alternatives` (the same with remat that repeats less: `overrides` and `figures`), `devices` (where nothing fits:
-      names of those that would do by an estimate, the smallest first), `compiled_device` (the first of them that the
-      compiler confirms, or ""), `compiles` (how many were used).
+      `overrides` (config key -> value; None if nothing fits), `figures` (of that configuration, or None),
+      `alternatives` (settings that recompute less, each with `overrides` and `figures`), `devices` (if nothing fits:
+      names of devices that are large enough by an estimate, the smallest first), `compiled_device` (the first of them
+      that the compiler confirms, or ""), `compiles` (compilations made).
     """
     device = find_device(device) if isinstance(device, str) else device
     search = _Search(config, device, rows, compile, max_compiles, say)
     smallest: tuple[Overrides, dict[str, Any]] | None = None
     for choice in _choices(config, device):
         remat = config.model.remat if config.model.remat == "offload" else "full"
-        one = {**choice, "model.remat": remat, **_rows(config, 1)}
-        counted = search.try_out(one, compile=False)
+        one_row = {**choice, "model.remat": remat, **_rows_per_device(config, 1)}
+        counted = search.try_out(one_row, compile=False)
         if counted is None:
             continue
-        smallest = _smaller(smallest, (one, counted))
-        if _held(counted) > counted["capacity_bytes_per_device"]:
+        smallest = _smaller(smallest, (one_row, counted))
+        if _persistent_bytes(counted) > counted["capacity_bytes_per_device"]:
             continue
-        figures = search.try_out(one)
+        figures = search.try_out(one_row)
         if figures is None:
             continue
-        smallest = _smaller(smallest, (one, figures))
+        smallest = _smaller(smallest, (one_row, figures))
         if figures["fits"]:
-            found = _grow(search, one, figures)
-            return {**found, "devices": [], "compiled_device": "", "compiles": max_compiles - search.budget}
-    devices = _enough(smallest[1], device) if smallest else []
+            largest = _raise_rows(search, one_row, figures)
+            return {**largest, "devices": [], "compiled_device": "", "compiles": max_compiles - search.budget}
+    devices = _large_enough(smallest[1], device) if smallest else []
     confirmed = _confirm(search, smallest[0], devices) if smallest else ""
     return {
         "overrides": None,
@@ -126,28 +128,23 @@ def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDi
     return configuration.check(changed)
 
 
-def words(overrides: Mapping[str, Any]) -> str:
-    """Return overrides as the command line takes them."""
-    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
-
-
 def _choices(config: ConfigDict, device: Device) -> Iterator[Overrides]:
-    """Yield quantization and mesh, in the order of preference; last the smallest with a layer's work cut into chunks."""
+    """Yield overrides of quantization and mesh in order of preference; last, the smallest also in chunks of tokens."""
     formats = [config.quantize.format]
     if config.method == "lora":
-        place = _BITS.index("nf4" if config.quantize.format == "int4" else config.quantize.format)
-        formats += _BITS[place + 1 :]
-    for name in formats:
-        bits = {} if name == config.quantize.format else {"quantize.format": name}
+        own = _FORMATS.index("nf4" if config.quantize.format == "int4" else config.quantize.format)
+        formats += _FORMATS[own + 1 :]
+    for format in formats:
+        quantize = {} if format == config.quantize.format else {"quantize.format": format}
         for mesh in _meshes(config, device.count):
-            yield {**bits, **mesh}
+            yield {**quantize, **mesh}
     if not config.model.token_chunk_size and config.data.max_length > _CHUNK:
         for mesh in _meshes(config, device.count):
-            yield {**bits, **mesh, "model.token_chunk_size": _CHUNK}
+            yield {**quantize, **mesh, "model.token_chunk_size": _CHUNK}
 
 
 def _meshes(config: ConfigDict, count: int) -> Iterator[Overrides]:
-    """Yield meshes: the configuration's, weights over all devices, then a row's tokens over two, four, ... of them."""
+    """Yield overrides of the mesh: none, weights sharded over all devices, then tokens over two, four, ... of them."""
     yield {}
     if count == 1:
         return
@@ -161,140 +158,142 @@ def _meshes(config: ConfigDict, count: int) -> Iterator[Overrides]:
         sequence *= 2
 
 
-def _grow(search: _Search, one: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
-    """Raise the rows a device as far as they fit, then look for remat that repeats less."""
-    tried = {1: figures}
-    best, limit = 1, _MOST_ROWS
+def _raise_rows(search: _Search, one_row: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
+    """Raise the rows per device as far as they fit, then look for settings that recompute less."""
+    tried = {1: figures}  # rows per device -> figures
+    best, limit = 1, _MAX_ROWS
     if search.rows:
         shards = figures["mesh"]["data"] * figures["mesh"]["fsdp"]
         limit = max(1, search.rows // shards)
     guess = 2
     while best < guess <= limit and guess not in tried:
-        found = search.try_out({**one, **_rows(search.config, guess)})
-        if found is None:
+        attempt = search.try_out({**one_row, **_rows_per_device(search.config, guess)})
+        if attempt is None:
             break
-        tried[guess] = found
-        best = max(number for number, each in tried.items() if each["fits"])
+        tried[guess] = attempt
+        best = max(rows for rows, result in tried.items() if result["fits"])
         guess = _next_guess(tried, limit)
-    chosen = {**one, **_rows(search.config, best)}
+    chosen = {**one_row, **_rows_per_device(search.config, best)}
     return {
-        "overrides": _final(search.config, chosen),
+        "overrides": _changes(search.config, chosen),
         "figures": _with_run(search, chosen, tried[best]),
-        "alternatives": _less_remat(search, one, tried, best),
+        "alternatives": _less_recomputation(search, one_row, tried, best),
     }
 
 
-def _less_remat(search: _Search, one: Overrides, tried: Mapping[int, Any], best: int) -> list[dict[str, Any]]:
-    """Return overrides with remat that repeats less, at as many rows as the byte counts let expect; at most one."""
-    numbers = sorted(number for number, found in tried.items() if found["fits"])[-2:]
-    peaks = [tried[number]["peak_bytes_per_device"] for number in numbers]
-    slope = max(1.0, (peaks[-1] - peaks[0]) / max(1, numbers[-1] - numbers[0]))
+def _less_recomputation(
+    search: _Search, one_row: Overrides, tried: Mapping[int, Any], best: int
+) -> list[dict[str, Any]]:
+    """Return at most one alternative that recomputes less, with as many rows as counted bytes make likely to fit."""
+    fitting = sorted(rows for rows, result in tried.items() if result["fits"])[-2:]
+    peaks = [tried[rows]["peak_bytes_per_device"] for rows in fitting]
+    bytes_per_row = max(1.0, (peaks[-1] - peaks[0]) / max(1, fitting[-1] - fitting[0]))
+    fixed_bytes = peaks[-1] - bytes_per_row * fitting[-1]
     capacity = tried[best]["capacity_bytes_per_device"]
-    full = search.try_out(one, compile=False)
+    full = search.try_out(one_row, compile=False)
     for remat in ("none", "dots"):
-        freer = {**one, "model.remat": remat}
-        counted = search.try_out(freer, compile=False)
+        settings = {**one_row, "model.remat": remat}
+        counted = search.try_out(settings, compile=False)
         if full is None or counted is None:
             continue
         factor = max(1.0, counted["breakdown"]["scratch"] / max(1, full["breakdown"]["scratch"]))
-        fixed = peaks[-1] - slope * numbers[-1]
-        rows = min(best, int((capacity - fixed) / (slope * factor)))
+        rows = min(best, int((capacity - fixed_bytes) / (bytes_per_row * factor)))
         while rows >= 1:
-            chosen = {**freer, **_rows(search.config, rows)}
-            found = search.try_out(chosen)
-            if found is None:
+            chosen = {**settings, **_rows_per_device(search.config, rows)}
+            figures = search.try_out(chosen)
+            if figures is None:
                 return []
-            if found["fits"]:
-                return [{"overrides": _final(search.config, chosen), "figures": _with_run(search, chosen, found)}]
+            if figures["fits"]:
+                return [{"overrides": _changes(search.config, chosen), "figures": _with_run(search, chosen, figures)}]
             rows //= 2
     return []
 
 
 def _next_guess(tried: Mapping[int, Mapping[str, Any]], limit: int) -> int:
-    """Return the next number of rows to try: where a line through two that were measured meets the capacity.
+    """Return the next number of rows to try: where a line through two measured batches meets the capacity.
 
     The two are the largest that fits and the smallest that does not, or the two largest that fit.
     """
-    fitting = sorted(number for number, found in tried.items() if found["fits"])
-    failing = sorted(number for number, found in tried.items() if not found["fits"])
-    best, ceiling = fitting[-1], min([limit, *[number - 1 for number in failing]])
+    fitting = sorted(rows for rows, figures in tried.items() if figures["fits"])
+    failing = sorted(rows for rows, figures in tried.items() if not figures["fits"])
+    best, ceiling = fitting[-1], min([limit, *[rows - 1 for rows in failing]])
     if failing and tried[failing[0]]["peak_bytes_per_device"]:
         other = failing[0]
-    elif failing:  # the compiler did not say how much it lacks
+    elif failing:  # the compiler did not report by how much it was too large
         return (best + ceiling + 1) // 2
     elif len(fitting) > 1:
         other = fitting[-2]
     else:
         return min(2 * best, ceiling)
-    a, b = (tried[number]["peak_bytes_per_device"] for number in (best, other))
-    slope = max(1.0, (b - a) / (other - best))
-    # Once a guess was too hopeful the next keeps clear of the edge: a compile costs more than a row.
+    best_peak, other_peak = (tried[rows]["peak_bytes_per_device"] for rows in (best, other))
+    bytes_per_row = max(1.0, (other_peak - best_peak) / (other - best))
+    # After a guess was too large, the next keeps a distance from the capacity: a compilation costs more than a row.
     aim = tried[best]["capacity_bytes_per_device"] * (_MARGIN if failing else 1.0)
-    return min(best + max(0, int((aim - a) // slope)), ceiling)
+    return min(best + max(0, int((aim - best_peak) // bytes_per_row)), ceiling)
 
 
-def _rows(config: ConfigDict, number: int) -> Overrides:
-    """Return overrides for so many rows a device, and the accumulation that keeps the rows of a step as far as it can."""
-    before = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+def _rows_per_device(config: ConfigDict, rows: int) -> Overrides:
+    """Return overrides for `rows` rows per device, with accumulation so that a step has as many rows as before."""
+    rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     return {
-        "train.per_device_train_batch_size": number,
-        "train.gradient_accumulation_steps": max(1, before // number),
+        "train.per_device_train_batch_size": rows,
+        "train.gradient_accumulation_steps": max(1, rows_per_step // rows),
     }
 
 
-def _final(config: ConfigDict, overrides: Overrides) -> Overrides:
-    """Return overrides without what the config says already, and with evaluation at no more rows than training."""
-    number = overrides["train.per_device_train_batch_size"]
-    changed = {**overrides, "train.per_device_eval_batch_size": min(config.train.per_device_eval_batch_size, number)}
+def _changes(config: ConfigDict, overrides: Overrides) -> Overrides:
+    """Return the overrides that differ from the config, with no more rows for evaluation than for training."""
+    rows = overrides["train.per_device_train_batch_size"]
+    changed = {**overrides, "train.per_device_eval_batch_size": min(config.train.per_device_eval_batch_size, rows)}
     return {key: value for key, value in changed.items() if configuration.config_get(config, key) != value}
 
 
 def _with_run(search: _Search, overrides: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
-    """Return figures with the run's length for the rows that there are; the tries know of none."""
+    """Return figures with the run's length for the known number of rows, which the tries leave out."""
     try:
         config = with_overrides(search.config, overrides)
         counted = plan(config, search.device, search.rows, compile=False, evaluate=False)
-    except UserError as error:  # more rows a step than there are
+    except UserError as error:  # a step has more rows than the data
         return {**figures, "notes": [*figures["notes"], str(error)]}
     return {**figures, "run": counted["run"]}
 
 
-def _held(figures: Mapping[str, Any]) -> int:
+def _persistent_bytes(figures: Mapping[str, Any]) -> int:
+    """Return the bytes of everything that a device keeps between steps."""
     return sum(size for name, size in figures["breakdown"].items() if name not in ("scratch", "gradients"))
 
 
 def _smaller(
-    one: tuple[Overrides, dict[str, Any]] | None, other: tuple[Overrides, dict[str, Any]]
+    first: tuple[Overrides, dict[str, Any]] | None, second: tuple[Overrides, dict[str, Any]]
 ) -> tuple[Overrides, dict[str, Any]]:
-    """Return the plan with the least need; one with a known peak goes before one without."""
-    if one is None or one[1]["peak_bytes_per_device"] is None:
-        return other
-    peak = other[1]["peak_bytes_per_device"]
-    return other if peak is not None and peak < one[1]["peak_bytes_per_device"] else one
+    """Return the plan that needs less memory, or the one whose peak is known."""
+    if first is None or first[1]["peak_bytes_per_device"] is None:
+        return second
+    peak = second[1]["peak_bytes_per_device"]
+    return second if peak is not None and peak < first[1]["peak_bytes_per_device"] else first
 
 
 def _confirm(search: _Search, overrides: Overrides, devices: list[str]) -> str:
-    """Return the first device for which the compiler says that the smallest plan fits; "" where it is not asked."""
-    for name in devices[:_CONFIRMED]:
+    """Return the first device on which the smallest plan fits according to the compiler, or ""."""
+    for name in devices[:_MAX_CONFIRMED]:
         mesh = {f"mesh.{axis}": size for axis, size in default().mesh.items()}
-        other = dataclasses.replace(search, device=find_device(name))
+        on_device = dataclasses.replace(search, device=find_device(name))
         search.say(f"on {name}:")
-        found = other.try_out({**overrides, **mesh})
-        search.budget = other.budget
-        if found is not None and found["fits"] and not found["compiler"].startswith("none"):
+        figures = on_device.try_out({**overrides, **mesh})
+        search.budget = on_device.budget
+        if figures is not None and figures["fits"] and not figures["compiler"].startswith("none"):
             return name
     return ""
 
 
-def _enough(figures: Mapping[str, Any], device: Device) -> list[str]:
-    """Return the devices that would hold the smallest plan found, the smallest machines first; an estimate."""
-    parts = figures["breakdown"]
-    count = device.count
-    shared = count * sum(parts[name] for name in ("frozen", "trainable", "gradients", "optimizer", "padding"))
-    apart = parts["batch"] + parts["scratch"]
+def _large_enough(figures: Mapping[str, Any], device: Device) -> list[str]:
+    """Return the devices that hold the smallest plan by an estimate, those with the least total memory first."""
+    sizes = figures["breakdown"]
+    sharded = device.count * sum(sizes[name] for name in ("frozen", "trainable", "gradients", "optimizer", "padding"))
+    on_each = sizes["batch"] + sizes["scratch"]
     fitting = []
     for name in NAMES:
         other = find_device(name)
-        if shared / other.count + apart <= other.capacity:
+        if sharded / other.count + on_each <= other.capacity:
             fitting.append((other.capacity * other.count, name))
     return [name for _, name in sorted(fitting)]

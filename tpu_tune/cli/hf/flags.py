@@ -1,12 +1,12 @@
-"""The flags that `tpu-tune hf` takes, in one table: what each of them becomes.
+"""The flags that `tpu-tune hf` takes, and what becomes of each, in one table.
 
-They are those of Hugging Face's TrainingArguments and of its `run_clm.py`, of `qlora.py`, of the PygmalionAI training
-code, and TRL's names for the same things. A flag is one of four:
+They are the flags of Hugging Face's TrainingArguments and its `run_clm.py`, of `qlora.py`, of the PygmalionAI training
+code, and TRL's names for the same settings. There are four actions:
 
-- `key`: its value goes into that config key as it is (a key that this version has not: only the neutral value);
-- `used`: a function of `translate` reads it, because it goes together with others;
-- `ignored`: accepted, and one line says why it means nothing here;
-- `refused`: an error that says what to do, unless its value asks for nothing.
+- `key`: the value is assigned to a config key (if this version lacks the key, only the neutral value is accepted);
+- `used`: a function of `translate` or `data_flags` reads the flag, because it depends on others;
+- `ignored`: the flag is accepted, and one line explains why it has no effect;
+- `refused`: an error that says what to do instead, unless the value is neutral.
 
 A new flag is one line.
 """
@@ -19,14 +19,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """What becomes of a flag.
+    """One flag.
 
     Attributes:
-      kind: how its value is read: str | int | float | bool (alone it means true) | list (words or commas) | dict (JSON).
-      key: config key that takes the value.
-      why: of `ignored` and `refused`, in words that follow the flag's name.
-      neutral: values that ask for nothing; the only ones that a refused flag may have.
+      kind: type of its value: str | int | float | bool (true if alone) | list (words or commas) | dict (JSON).
       action: key | used | ignored | refused.
+      key: the config key that takes the value.
+      why: reason for `ignored` and `refused`, as the end of a sentence that begins with the flag.
+      neutral: values that change nothing, the only ones that a refused flag may have.
     """
 
     kind: type
@@ -37,23 +37,24 @@ class Flag:
 
 
 def key(kind: type, name: str) -> Flag:
-    """The value goes into a config key."""
+    """Return a flag whose value is assigned to a config key."""
     return Flag(kind, "key", key=name, neutral=(None, 0, "", False))
 
 
 def used(kind: type) -> Flag:
-    """`translate` reads it."""
+    """Return a flag that `translate` reads."""
     return Flag(kind, "used")
 
 
 def refused(kind: type, why: str, *neutral: Any) -> Flag:
-    """An error, unless the value is neutral."""
+    """Return a flag that is an error unless its value is neutral."""
     return Flag(kind, "refused", why=why, neutral=(None, *neutral))
 
 
-# Other spellings; the guide itself writes --source_max_length in its text and --source_max_len in its script.
+# Other names; the guide itself writes --source_max_length in its text and --source_max_len in its script.
 ALIASES = {
-    "evaluation_strategy": "eval_strategy", "source_max_length": "source_max_len", "target_max_length": "target_max_len",
+    "evaluation_strategy": "eval_strategy", "source_max_length": "source_max_len",
+    "target_max_length": "target_max_len",
     "lora_r": "lora_rank", "r": "lora_rank", "lora_modules": "lora_target_modules",
     "target_modules": "lora_target_modules", "lora_bias": "bias", "lora_modules_to_save": "modules_to_save",
     "use_peft": "use_lora", "per_gpu_train_batch_size": "per_device_train_batch_size",
@@ -64,16 +65,16 @@ ALIASES = {
     "use_flash_attention_2": "use_xformers", "use_flash_attn": "use_xformers",
 }  # fmt: skip
 
-# What only qlora.py has: where one is given, the script is one of its.
+# Flags that only qlora.py has: if one is given, the script is qlora.py.
 QLORA = frozenset(
     "bits quant_type double_quant full_finetune adam8bit dataset_format source_max_len target_max_len train_on_source "
     "do_mmlu_eval mmlu_split mmlu_dataset max_memory_MB eval_dataset_size".split()
 )
-# qlora.py's defaults of these, and the training code's of LoRA's own (with --use_lora).
+# Defaults of LoRA's flags: qlora.py's, and those of the PygmalionAI training code (with --use_lora).
 QLORA_DEFAULTS = {"bits": 4, "lora_rank": 64, "lora_alpha": 16.0, "lora_dropout": 0.0}
 LORA_DEFAULTS = {"bits": 16, "lora_rank": 4, "lora_alpha": 32.0, "lora_dropout": 0.05}
 QLORA_LENGTHS = (1024, 256)  # source_max_len, target_max_len
-QLORA_TRAINER = {  # what it changes of the Trainer's own, and we do not
+QLORA_TRAINER = {  # defaults of the Trainer that qlora.py changes, and we do not
     "max_steps": 10000, "learning_rate": 0.0002, "lr_scheduler_type": "constant", "warmup_ratio": 0.03,
     "max_grad_norm": 0.3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
 }  # fmt: skip
@@ -89,7 +90,8 @@ _USED = {
     "run_name": str, "cache_dir": str, "use_cpu": bool, "bf16": bool, "fp16": bool, "bf16_full_eval": bool,
     "fp16_full_eval": bool, "gradient_checkpointing": bool, "use_lora": bool, "full_finetune": bool, "bits": int,
     "load_in_4bit": bool, "load_in_8bit": bool, "quant_type": str, "double_quant": bool, "lora_rank": int,
-    "lora_alpha": float, "lora_dropout": float, "lora_target_modules": list, "max_memory_MB": float, "do_mmlu_eval": bool,
+    "lora_alpha": float, "lora_dropout": float, "lora_target_modules": list, "max_memory_MB": float,
+    "do_mmlu_eval": bool,
     "resume_from_checkpoint": str, "tokenizer_name": str,
 }  # fmt: skip
 
@@ -122,100 +124,110 @@ _KEYS = {
     "chat_template_path": (str, "data.chat_template"),
 }
 
-# Reason -> flags; a kind other than str stands behind the colon.
+# Reason -> flags, each with its type after a colon unless it is str.
 _IGNORED = {
-    "gradients are averaged inside the compiled step, and there is no DistributedDataParallel to set (the guide is "
-    "mistaken: it does not switch that off in torch either)": "ddp_find_unused_parameters:bool",
-    "there is no DistributedDataParallel to set; jax finds the devices and averages inside the compiled step": (
-        "ddp_bucket_cap_mb:int ddp_broadcast_buffers:bool ddp_static_graph:bool ddp_backend ddp_timeout:int local_rank:int "
-        "accelerator_config parallelism_config tpu_num_cores:int tpu_metrics_debug:bool xpu_backend "
+    "the compiled step averages gradients, without DistributedDataParallel (the guide is mistaken: in torch too the "
+    "flag does not switch the averaging off)": "ddp_find_unused_parameters:bool",
+    "jax finds the devices, and the compiled step averages gradients, without DistributedDataParallel": (
+        "ddp_bucket_cap_mb:int ddp_broadcast_buffers:bool ddp_static_graph:bool ddp_backend ddp_timeout:int "
+        "local_rank:int accelerator_config parallelism_config tpu_num_cores:int tpu_metrics_debug:bool xpu_backend "
         "nproc_per_node:int mp_parameters sharded_ddp"
     ),
-    "weights are read once, tensor by tensor, straight to their devices: no process has to wait for another": (
+    "weights are read tensor by tensor, directly to their devices, so no process has to wait for another": (
         "model_load_delay_per_rank:int low_cpu_mem_usage:bool"
     ),
     "weights, gradients and optimizer state are sharded over all devices without it (mesh.fsdp=-1); "
     "--config.train.optim_offload=True keeps the optimizer's state in host memory": (
         "deepspeed fsdp:list fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params:int"
     ),
-    "attention that never holds all scores is taken for long rows anyway (model.attention=auto)": (
+    "for long rows memory-efficient attention is the default (model.attention=auto)": (
         "use_xformers:bool attn_implementation"
     ),
     "every step is compiled by XLA": (
         "torch_compile:bool torch_compile_backend torch_compile_mode jit_mode_eval:bool use_ipex:bool torchdynamo"
     ),
-    "the loss never holds all logits anyway": "use_liger_kernel:bool liger_kernel_config:dict",
-    "how matrices multiply follows from model.dtype": "tf32:bool half_precision_backend fp16_opt_level fp16_backend",
-    "layers are recomputed by model.remat, which has one way": "gradient_checkpointing_kwargs:dict activation_checkpointing_kwargs:dict",
-    "rows are as wide as the longest whatever their order, so that sorting them would save nothing": (
+    "the loss never holds all logits in memory": "use_liger_kernel:bool liger_kernel_config:dict",
+    "model.dtype decides the precision of matrix products": (
+        "tf32:bool half_precision_backend fp16_opt_level fp16_backend"
+    ),
+    "model.remat recomputes layers, and needs no further settings": (
+        "gradient_checkpointing_kwargs:dict activation_checkpointing_kwargs:dict"
+    ),
+    "all rows are padded to the same length, so sorting them would save nothing": (
         "group_by_length:bool length_column_name sortish_sampler:bool"
     ),
-    "batches are made by a thread of their own, and their order is that of the seed": (
+    "a background thread makes the batches, and the seed decides their order": (
         "dataloader_pin_memory:bool dataloader_persistent_workers:bool dataloader_prefetch_factor:int "
         "dataloader_multiprocessing_context dataloader_in_order:bool ignore_data_skip:bool"
     ),
-    "the last batch of an epoch is trained on with the rows that it has": "dataloader_drop_last:bool",
+    "the last batch of an epoch is used even if it is smaller": "dataloader_drop_last:bool",
     "only the columns of the data's format are read": "remove_unused_columns:bool label_names:list",
-    "every process sees the whole dataset, and rows are tokenized once and kept": (
+    "every process reads the whole dataset, and tokenized rows are cached": (
         "overwrite_cache:bool keep_linebreaks:bool streaming:bool split_batches:bool dispatch_batches:bool"
     ),
-    "training does not push; `tpu-tune push` does, or `huggingface-cli upload` of the result": (
+    "training uploads nothing; use tpu-tune push afterwards": (
         "push_to_hub:bool hub_token hub_private_repo:bool hub_model_id hub_strategy hub_always_push:bool hub_revision "
         "push_to_hub_model_id push_to_hub_organization push_to_hub_token"
     ),
-    "the token is taken from the environment (HF_TOKEN), and never stored": "use_auth_token:bool token",
-    "no code of a model's repository is run": "trust_remote_code:bool",
-    "TensorBoard's files are in OUTPUT_DIR/tensorboard": "logging_dir",
-    "nothing is deleted: the same settings go on with the run in output_dir, others need another directory": (
+    "the token is read from the environment (HF_TOKEN) and never stored": "use_auth_token:bool token",
+    "code from a model's repository is never run": "trust_remote_code:bool",
+    "TensorBoard's files are always in OUTPUT_DIR/tensorboard": "logging_dir",
+    "nothing is overwritten: the same settings continue the run in output_dir, other settings need another directory": (
         "overwrite_output_dir:bool"
     ),
-    "the end of a run, metrics.jsonl and config.json say it": (
+    "metrics.jsonl, config.json and the lines that training prints have this information": (
         "log_level log_level_replica log_on_each_node:bool disable_tqdm:bool logging_nan_inf_filter:bool "
         "include_num_input_tokens_seen include_tokens_per_second:bool skip_memory_metrics:bool debug:list project "
         "trackio_space_id trackio_bucket_id trackio_static_space_id enable_profiler:bool"
     ),
-    "evaluation sums loss and hits on the devices, and keeps no predictions": (
-        "prediction_loss_only:bool eval_accumulation_steps:int include_inputs_for_metrics:bool include_for_metrics:list "
-        "eval_do_concat_batches:bool eval_use_gather_object:bool batch_eval_metrics:bool"
+    "evaluation computes loss and accuracy on the devices, and keeps no predictions": (
+        "prediction_loss_only:bool eval_accumulation_steps:int include_inputs_for_metrics:bool "
+        "include_for_metrics:list eval_do_concat_batches:bool eval_use_gather_object:bool batch_eval_metrics:bool"
     ),
-    "for the loss before training, run once with --do_eval alone and an empty output_dir": "eval_on_start:bool",
-    "a checkpoint holds the trained leaves and the optimizer, written by one process": (
+    "for the loss before training, run once with --do_eval but without --do_train, in an empty output_dir": (
+        "eval_on_start:bool"
+    ),
+    "a checkpoint always holds the trained weights and the optimizer's state": (
         "save_only_model:bool save_on_each_node:bool save_safetensors:bool enable_jit_checkpoint:bool "
         "restore_callback_states_from_checkpoint:bool"
     ),
-    "losses are averaged over the target tokens of all devices anyway": "average_tokens_across_devices:bool",
-    "`tpu-tune plan --suggest` looks for the largest batch": "auto_find_batch_size:bool",
-    "one machine gives the same numbers for the same seed anyway": "full_determinism:bool",
-    "nothing is generated while training; afterwards: tpu-tune generate": (
-        "do_predict:bool predict_with_generate:bool generation_max_length:int generation_num_beams:int generation_config "
-        "max_new_tokens:int min_new_tokens:int do_sample:bool num_beams:int num_beam_groups:int penalty_alpha:float "
-        "use_cache:bool temperature:float top_k:int top_p:float typical_p:float diversity_penalty:float "
-        "repetition_penalty:float length_penalty:float no_repeat_ngram_size:int"
+    "losses are always averaged over the target tokens of all devices": "average_tokens_across_devices:bool",
+    "use tpu-tune plan --suggest to find the largest batch": "auto_find_batch_size:bool",
+    "on the same machine, the same seed always gives the same results": "full_determinism:bool",
+    "training generates no text; use tpu-tune generate afterwards": (
+        "do_predict:bool predict_with_generate:bool generation_max_length:int generation_num_beams:int "
+        "generation_config max_new_tokens:int min_new_tokens:int do_sample:bool num_beams:int num_beam_groups:int "
+        "penalty_alpha:float use_cache:bool temperature:float top_k:int top_p:float typical_p:float "
+        "diversity_penalty:float repetition_penalty:float length_penalty:float no_repeat_ngram_size:int"
     ),
-    "MMLU is not run while training": "mmlu_split mmlu_dataset max_mmlu_samples:int mmlu_source_max_len:int",
-    "the tokenizer is the model's own fast one": "use_fast_tokenizer:bool use_fast:bool",
-    "weights are stored as model.param_dtype says, and computed with as --bf16 or --fp16 say": "torch_dtype dtype",
-    "LoRA of a language model is all there is": "lora_task_type task_type",
-    "device memory is not given back between steps": "torch_empty_cache_steps:int",
+    "training does not run MMLU; use tpu-tune eval --task mmlu afterwards": (
+        "mmlu_split mmlu_dataset max_mmlu_samples:int mmlu_source_max_len:int"
+    ),
+    "the model's fast tokenizer is always used": "use_fast_tokenizer:bool use_fast:bool",
+    "model.param_dtype decides the dtype of stored weights, --bf16 and --fp16 that of computation": "torch_dtype dtype",
+    "the task is always causal language modelling": "lora_task_type task_type",
+    "jax has no such cache of device memory": "torch_empty_cache_steps:int",
 }
 
-_SHORTER = "is not there; make a shorter file (head -n)"
+_SHORTER = "is not supported; make a shorter file (head -n)"
 _REFUSED = {
-    "label_smoothing_factor": refused(float, "is not there: the loss is plain cross-entropy; leave it out", 0.0),
-    "greater_is_better": refused(bool, "goes with eval_loss, which is better the smaller it is", False),
+    "label_smoothing_factor": refused(float, "is not supported: the loss is plain cross-entropy; leave it out", 0.0),
+    "greater_is_better": refused(
+        bool, "must be false: the metric is eval_loss, which is better the smaller it is", False
+    ),
     "metric_for_best_model": refused(str, "can only be eval_loss", "loss", "eval_loss"),
     "max_train_samples": refused(int, _SHORTER),
     "max_eval_samples": refused(int, _SHORTER),
-    "eval_delay": refused(float, "is not there; evaluation begins with the first eval_steps", 0.0),
-    "optim_args": refused(str, "is not there; adam_beta1, adam_beta2 and adam_epsilon are", ""),
-    "optim_target_modules": refused(list, "is of GaLore and APOLLO, which are not there", []),
+    "eval_delay": refused(float, "is not supported; the first evaluation comes after eval_steps steps", 0.0),
+    "optim_args": refused(str, "is not supported; use --adam_beta1, --adam_beta2 and --adam_epsilon", ""),
+    "optim_target_modules": refused(list, "belongs to GaLore and APOLLO, which are not supported", []),
     "train_sampling_strategy": refused(str, "can only be random", "random", "group_by_length"),
-    "model_revision": refused(str, "is not there; fetch that revision and give its directory", "main"),
-    "config_name": refused(str, "is not there; the configuration is the model's own", ""),
-    "model_type": refused(str, "is not there: a model is not trained from nothing", ""),
-    "config_overrides": refused(str, "is not there; the configuration is the model's own", ""),
-    "dataset_config_name": refused(str, "is not there; give the files", "", "default"),
-    "uft": refused(bool, "is not needed: rows with `text` are trained on whole", False),
+    "model_revision": refused(str, "is not supported; download that revision and give its directory", "main"),
+    "config_name": refused(str, "is not supported; the configuration is always the model's own", ""),
+    "model_type": refused(str, "is not supported: models are not trained from scratch", ""),
+    "config_overrides": refused(str, "is not supported; the configuration is always the model's own", ""),
+    "dataset_config_name": refused(str, "is not supported; give the files", "", "default"),
+    "uft": refused(bool, "is not needed: rows with `text` are always trained on in full", False),
 }
 
 FLAGS: dict[str, Flag] = {

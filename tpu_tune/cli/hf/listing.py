@@ -1,4 +1,4 @@
-"""What `tpu-tune hf` prints and writes of a translation."""
+"""The output of `tpu-tune hf`: a translation as text, as JSON and as a config file, and the list of all flags."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tpu_tune import config as configuration
+from tpu_tune.cli.hf.command_line import ScriptFlags
 from tpu_tune.cli.hf.flags import ALIASES, FLAGS
 from tpu_tune.cli.hf.translate import Translation
-from tpu_tune.cli.hf.words import Given
 from tpu_tune.errors import UserError
 
 
-def lines(asked: Translation, given: Given, others: Sequence[str]) -> Iterator[str]:
-    """Yield what is said before a run begins: configuration, notes, and what means nothing here."""
-    if given.launcher:
-        yield f"not needed: {given.launcher} (one command trains on every device that jax finds)"
-    for command in others:
+def lines(translation: Translation, flags: ScriptFlags, other_commands: Sequence[str]) -> Iterator[str]:
+    """Yield the lines that are printed before a run: the configuration, notes, and the flags without effect."""
+    if flags.launcher:
+        yield f"not needed: {flags.launcher} (one command trains on every device that jax finds)"
+    for command in other_commands:
         yield f"not run: {command}"
-    yield f"{len(given.values)} flags make this configuration (what differs from the defaults):"
-    for key, value in changed(asked.config).items():
+    yield f"{len(flags.values)} flags make this configuration (what differs from the defaults):"
+    for key, value in changed(translation.config).items():
         yield "  " + shlex.quote(f"--config.{key}={value if isinstance(value, str) else json.dumps(value)}")
-    if asked.notes:
-        yield "to know:"
-    for note in asked.notes:
+    if translation.notes:
+        yield "notes:"
+    for note in translation.notes:
         yield f"  {note}"
-    if asked.ignored:
-        yield "accepted, and without meaning here:"
-    for name, why in asked.ignored.items():
+    if translation.ignored:
+        yield "accepted, but without effect:"
+    for name, why in translation.ignored.items():
         yield f"  {name}: {why}"
 
 
-def as_json(asked: Translation) -> dict[str, Any]:
-    """Return the same as JSON."""
+def as_json(translation: Translation) -> dict[str, Any]:
+    """Return a translation as plain values for JSON."""
     return {
-        "config": changed(asked.config),
-        "notes": asked.notes,
-        "ignored": asked.ignored,
-        "train": asked.train,
-        "max_memory_bytes": asked.max_memory,
+        "config": changed(translation.config),
+        "notes": translation.notes,
+        "ignored": translation.ignored,
+        "train": translation.train,
+        "max_memory_bytes": translation.max_memory,
     }
 
 
 def changed(config: Any) -> dict[str, Any]:
-    """Return the dotted keys that differ from the defaults."""
-    before = dict(configuration.flatten(configuration.default()))
-    return {key: value for key, value in configuration.flatten(config) if value != before[key]}
+    """Return the dotted keys that differ from the defaults, with their values."""
+    default = dict(configuration.flatten(configuration.default()))
+    return {key: value for key, value in configuration.flatten(config) if value != default[key]}
 
 
 def write_config(config: Any, path: str) -> None:
@@ -70,11 +70,12 @@ def write_config(config: Any, path: str) -> None:
 
 
 def all_flags() -> Iterator[str]:
-    """Yield every flag and what becomes of it."""
-    words = {"used": "translated with others", "key": "", "ignored": "no meaning here: ", "refused": "error: "}
+    """Yield every flag and what it is translated to."""
+    actions = {"used": "translated together with others", "ignored": "no effect: ", "refused": "error: "}
     for name in sorted(FLAGS, key=str.lower):
         flag = FLAGS[name]
-        other = [alias for alias, own in ALIASES.items() if own == name]
-        about = flag.key or words[flag.action] + flag.why
-        yield f"--{name}" + (f" (also {', '.join('--' + alias for alias in other)})" if other else "")
-        yield textwrap.fill(about, 116, initial_indent="    ", subsequent_indent="    ")
+        aliases = [f"--{alias}" for alias, original in ALIASES.items() if original == name]
+        yield f"--{name}" + (f" (also {', '.join(aliases)})" if aliases else "")
+        yield textwrap.fill(
+            flag.key or actions[flag.action] + flag.why, 116, initial_indent="    ", subsequent_indent="    "
+        )

@@ -1,9 +1,9 @@
-"""The guide's own procedure: short runs at several rates, and the best neighbourhood narrowed down.
+"""The guide's own procedure: short runs at several rates, repeated closer and closer around the best one.
 
-Every run begins with the same weights and sees the same data. A round keeps about half as many rates as the one before
-and trains twice as long (successive halving, Jamieson and Talwalkar 2016), and because rates are ordered, what it keeps
-is the best one's neighbourhood, drawn half as far apart: 5 rates, then 3, then the better 2. While the best of the
-first round is its lowest or highest rate, the round goes on in that direction.
+Every run begins with the same weights and sees the same data. Each round has about half as many rates as the one before
+and trains twice as long (successive halving, Jamieson and Talwalkar 2016). Because rates are ordered, a round does not
+keep the best rates themselves but the best one's neighbourhood, with rates half as far apart: 5 rates, then 3, then the
+better 2. If the best rate of the first round is its lowest or highest, the round is extended in that direction.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from tpu_tune.curves.learning_rate.range_test import check_range
 from tpu_tune.errors import UserError
 
-TIE = 0.01  # of a score: of rates closer than that the lowest is best, for short runs flatter high rates a little
-_FURTHER = 3  # rates that the first round may go on by
-_FEWEST = 4  # steps of a run
+TIE = 0.01  # share of a score: within it the lowest rate counts as best, because short runs favour high rates a little
+_MAX_EXTENSIONS = 3  # rates by which the first round may be extended
+_MIN_STEPS = 4  # of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Score:
     """How one short run ended.
 
     Attributes:
-      round: 1, 2, ...
-      learning_rate: the run's (its schedule's peak).
-      steps: how long it was.
-      score: what is compared, lower is better; infinite where the run ran away.
-      figures: what else is known of the run, for tables.
+      round: number of the round, from 1.
+      learning_rate: peak of the run's schedule.
+      steps: length of the run.
+      score: the loss by which runs are compared, lower is better; infinite if the run diverged.
+      figures: further figures of the run, for tables.
     """
 
     round: int
@@ -55,50 +55,50 @@ def bracket(
     """Return the best rate, and all runs in the order in which they were made.
 
     Args:
-      run: trains from the start with a rate for some steps.
+      run: trains from the start at a rate for a number of steps.
       low: lowest rate of the first round.
       high: highest rate of the first round.
-      steps: of a run in the last round; a round before has half of it.
-      sizes: rates of each round.
-      say: told of each run.
+      steps: length of a run in the last round; each round before has half of that.
+      sizes: number of rates in each round.
+      say: called with each finished run.
 
     Raises:
-      UserError: not 0 < low < high, too few steps, or every run ran away.
+      UserError: not 0 < low < high, too few steps, or every run diverged.
     """
     lengths = check_bracket(low, high, steps, sizes)
     scores: list[Score] = []
 
-    def take(number: int, rate: float) -> Score:
-        score, figures = run(rate, lengths[number - 1])
-        scores.append(Score(number, rate, lengths[number - 1], score if math.isfinite(score) else math.inf, figures))
+    def train_at(rate: float, round: int) -> Score:
+        score, figures = run(rate, lengths[round - 1])
+        scores.append(Score(round, rate, lengths[round - 1], score if math.isfinite(score) else math.inf, figures))
         say(scores[-1])
         return scores[-1]
 
     factor = (high / low) ** (1 / (sizes[0] - 1))
-    found = [take(1, float(rate)) for rate in np.geomspace(low, high, sizes[0])]
-    for _ in range(_FURTHER):
-        best = best_of(found)
-        if best is found[0]:
-            found.insert(0, take(1, best.learning_rate / factor))
-        elif best is found[-1]:
-            found.append(take(1, best.learning_rate * factor))
+    latest = [train_at(float(rate), 1) for rate in np.geomspace(low, high, sizes[0])]
+    for _ in range(_MAX_EXTENSIONS):
+        best = best_of(latest)
+        if best is latest[0]:
+            latest.insert(0, train_at(best.learning_rate / factor, 1))
+        elif best is latest[-1]:
+            latest.append(train_at(best.learning_rate * factor, 1))
         else:
             break
-    for number, size in enumerate(sizes[1:], start=2):
-        if not math.isfinite(best_of(found).score):
+    for round, size in enumerate(sizes[1:], start=2):
+        best = best_of(latest)
+        if not math.isfinite(best.score):
             break
         if size == 2:
-            middle = found.index(best_of(found))
-            beside = [score for score in found[max(0, middle - 1) : middle + 2] if score is not found[middle]]
-            rates = sorted([found[middle].learning_rate, best_of(beside).learning_rate])
+            index = latest.index(best)
+            neighbours = [score for score in latest[max(0, index - 1) : index + 2] if score is not best]
+            rates = sorted([best.learning_rate, best_of(neighbours).learning_rate])
         else:
             factor **= 0.5
-            centre = best_of(found).learning_rate
-            rates = [centre * factor**place for place in np.arange(size) - (size - 1) / 2]
-        found = [take(number, float(rate)) for rate in rates]
-    best = best_of(found)
+            rates = [best.learning_rate * factor**offset for offset in np.arange(size) - (size - 1) / 2]
+        latest = [train_at(float(rate), round) for rate in rates]
+    best = best_of(latest)
     if not math.isfinite(best.score):
-        raise UserError(f"the loss ran away at every rate from {low:.1e} to {high:.1e}: give a lower bracket")
+        raise UserError(f"the loss diverged at every rate from {low:.1e} to {high:.1e}: give a lower bracket")
     return best.learning_rate, scores
 
 
@@ -110,10 +110,10 @@ def check_bracket(low: float, high: float, steps: int, sizes: tuple[int, ...]) -
     """
     check_range(low, high, "--bracket LOW", "HIGH")
     lengths = [steps >> rounds for rounds in reversed(range(len(sizes)))]
-    if lengths[0] < _FEWEST:
+    if lengths[0] < _MIN_STEPS:
         raise UserError(
-            f"--steps {steps}: runs of the first of {len(sizes)} rounds would have {lengths[0]}; "
-            f"{_FEWEST << len(sizes) - 1} are needed"
+            f"--steps {steps}: each of {len(sizes)} rounds has half the steps of the next, so the first would have "
+            f"{lengths[0]}; give at least {_MIN_STEPS << len(sizes) - 1}"
         )
     return lengths
 

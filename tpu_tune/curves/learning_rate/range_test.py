@@ -1,16 +1,17 @@
-"""The learning-rate range test: one run whose rate climbs by the same factor every step, and what its losses say.
+"""The learning-rate range test: one run whose rate grows by the same factor every step, and what it suggests.
 
 The test is that of Smith (2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3), with an
-exponential ramp, a smoothed loss with bias correction and an end at divergence as fastai does it. Two things differ.
+exponential ramp, a smoothed loss with bias correction and an end at divergence, as in fastai. Two things differ.
 
-Batches differ more from each other than any rate changes them (on the quickstart's chats by 40% of the loss), so every
-loss is set against what the untouched model has on the same batch, and the ratio of the two smoothed series is looked at.
+The losses of batches differ more from each other than any rate changes them (on the quickstart's chats by 40% of the
+loss). So each loss is compared with the untrained model's loss on the same batch: the curve is the ratio of the two
+smoothed series.
 
-The suggestion is a tenth of the *edge*, the rate from which on the smoothed loss has lost half of what it had gained.
-The steepest point comes too early (there the model has only begun to learn) and a tenth of the minimum depends on how
-long the flat bottom is; the edge is sharp, because a loss that runs away does so within a few steps, and training at
-one rate all along, which adds up what the ramp passes through, goes wrong from about a third of it. A small model may
-only fall back to guessing and show no edge: then it is the rate at which half of the fall was made.
+The suggestion is a tenth of the *edge*, the rate at which the smoothed loss has risen again by half of its fall. The
+steepest point would be too early (there the model has only begun to learn), and a tenth of the minimum would depend on
+the length of the flat bottom. The edge is sharp, because a loss diverges within a few steps; and training at a constant
+rate, which adds up what the ramp only passes through, fails from about a third of the edge on. A small model may only
+fall back to guessing and show no edge: then the suggestion is the rate at which half of the fall was reached.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tpu_tune.curves.series import ema
 from tpu_tune.errors import UserError
 
-FEWEST_STEPS = 10
+MIN_STEPS = 10
 DIVERGED = 4.0  # times the best smoothed loss
-MEMORY = 0.8  # of the running mean, a step, in a test of 60 steps: it reaches over half a power of ten of seven
-_BELOW_EDGE = 10.0  # the suggestion
-_HIGHEST = 3.0  # below the edge: where runs begin to go wrong
-_NOTHING = 0.01  # of the loss: a smaller fall is none
+BETA = 0.8  # of the running mean in a test of 60 steps: it averages over about half a decade of the seven decades
+_BELOW_EDGE = 10.0  # the suggestion is the edge divided by this
+_FAILS_BELOW_EDGE = 3.0  # runs begin to fail at the edge divided by this
+_MIN_FALL = 0.01  # share of the loss: a smaller fall does not count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,9 @@ class RangeTest:
     Attributes:
       rates: learning rate of each step's update.
       losses: of each step's batch, before its update (nats a token); the last may be not finite.
-      untrained: the untouched model's losses on the same batches.
+      untrained: the untrained model's losses on the same batches.
       smoothed: the loss of an average batch: ratio of the two running means times the mean of `untrained`.
-      end: "highest rate", "diverged" or "not finite".
+      end: why the test ended: "highest rate", "diverged" or "not finite".
     """
 
     rates: np.ndarray
@@ -52,13 +54,13 @@ class RangeTest:
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
-    """A learning rate, the range that looks good, and why.
+    """A learning rate to train with, and the range that looks good.
 
     Attributes:
-      rate: to train with.
-      low: below it, runs look too slow.
-      high: above it, too fast.
-      reason: in plain words, with the numbers.
+      rate: the suggested learning rate.
+      low: rate below which training looks too slow.
+      high: rate above which training looks too fast.
+      reason: why, in a sentence with the numbers.
     """
 
     rate: float
@@ -74,8 +76,8 @@ def ramp(low: float, high: float, steps: int) -> np.ndarray:
       UserError: not 0 < low < high, or too few steps.
     """
     check_range(low, high, "--min", "--max")
-    if steps < FEWEST_STEPS:
-        raise UserError(f"--steps {steps}: a range test needs {FEWEST_STEPS} steps at least, and 60 are better")
+    if steps < MIN_STEPS:
+        raise UserError(f"--steps {steps}: a range test needs {MIN_STEPS} steps at least; 60 are better")
     return np.geomspace(low, high, steps)
 
 
@@ -87,83 +89,73 @@ def check_range(low: float, high: float, low_name: str, high_name: str) -> None:
         raise UserError(f"{low_name} {low:g}, {high_name} {high:g}: the second must be the larger one")
 
 
-def smooth(series: Sequence[float], memory: float) -> np.ndarray:
-    """Return the running mean that keeps `memory` of itself at every step, its bias towards zero taken out.
+def divergence(losses: Sequence[float], untrained: Sequence[float], beta: float) -> str:
+    """Return why a run should stop, or "".
 
-    The correction is Adam's (Kingma and Ba 2015, section 3): after t steps divide by 1 - memory^t.
+    "not finite" if the last loss is not; "diverged" if the smoothed loss is `DIVERGED` times its minimum.
     """
-    mean, means = 0.0, []
-    for step, value in enumerate(series, start=1):
-        mean = memory * mean + (1 - memory) * value
-        means.append(mean / (1 - memory**step))
-    return np.array(means, float)
-
-
-def ran_away(losses: Sequence[float], untrained: Sequence[float], memory: float) -> str:
-    """Return "not finite" or "diverged" where the last loss is, or the smoothed one is `DIVERGED` times its best; else ""."""
     if not math.isfinite(losses[-1]):
         return "not finite"
-    curve = relative(losses, untrained, memory)
+    curve = relative(losses, untrained, beta)
     return "diverged" if curve[-1] > DIVERGED * curve.min() else ""
 
 
-def relative(losses: Sequence[float], untrained: Sequence[float], memory: float) -> np.ndarray:
-    """Return the smoothed losses as a share of what the untouched model's, smoothed alike, are on the same batches."""
-    return smooth(losses, memory) / smooth(untrained[: len(losses)], memory)
+def relative(losses: Sequence[float], untrained: Sequence[float], beta: float) -> np.ndarray:
+    """Return the smoothed losses as a share of the untrained model's smoothed losses on the same batches."""
+    return ema(losses, beta) / ema(untrained[: len(losses)], beta)
 
 
 def range_test(losses: Iterable[float], rates: Sequence[float], untrained: Sequence[float]) -> RangeTest:
-    """Take losses until they end or run away.
+    """Read losses until they end or diverge.
 
     Args:
-      losses: of a run from the start with a step for each rate; nothing is taken from it past the end of the test.
+      losses: training losses of a run from the start, a step for each rate; none is read after the end of the test.
       rates: from `ramp`.
-      untrained: the untouched model's loss on each step's batch (all the same where batches are).
+      untrained: the untrained model's loss on each step's batch.
     """
-    memory, taken, end = MEMORY ** (60 / len(rates)), [], ""
+    beta, read, end = BETA ** (60 / len(rates)), [], ""
     for loss in losses:
-        taken.append(loss)
-        end = ran_away(taken, untrained, memory)
+        read.append(loss)
+        end = divergence(read, untrained, beta)
         if end:
             break
-    count, untrained = len(taken), np.asarray(untrained, float)
-    smoothed = relative(taken, untrained, memory) * untrained.mean()
+    count, untrained = len(read), np.asarray(untrained, float)
+    smoothed = relative(read, untrained, beta) * untrained.mean()
     return RangeTest(
-        np.asarray(rates, float)[:count], np.array(taken, float), untrained[:count], smoothed, end or "highest rate"
+        np.asarray(rates, float)[:count], np.array(read, float), untrained[:count], smoothed, end or "highest rate"
     )
 
 
 def suggest(test: RangeTest) -> Suggestion:
-    """Return the learning rate that a test speaks for.
+    """Return the learning rate that a test suggests.
 
     Raises:
-      UserError: it diverged before it had begun, or the loss did not move.
+      UserError: the loss diverged at once, or did not fall.
     """
     rates, curve = test.rates, np.where(np.isfinite(test.smoothed), test.smoothed, np.inf)
     if len(rates) < 4:
-        raise UserError(f"the loss ran away at once, at {rates[-1]:.1e}: choose a lower --min than {rates[0]:g}")
+        raise UserError(f"the loss diverged at once, at a rate of {rates[-1]:.1e}: set --min below {rates[0]:g}")
     start, lowest = curve[0], int(np.argmin(curve))
     fall = start - curve[lowest]
-    if fall < _NOTHING * abs(start):
-        how = (
-            f"the loss did not move up to a rate of {rates[-1]:.1e}"
-            if test.end == "highest rate"
-            else (f"the loss ran away at {rates[-1]:.1e} without having fallen before")
-        )
-        raise UserError(f"{how}: choose a higher --max, a lower --min or more --steps")
+    if fall < _MIN_FALL * abs(start):
+        problem = f"did not fall up to a rate of {rates[-1]:.1e}"
+        if test.end != "highest rate":
+            problem = f"diverged at a rate of {rates[-1]:.1e} and had not fallen before"
+        raise UserError(f"the loss {problem}: set a higher --max, a lower --min or more --steps")
     half = float(rates[np.argmax(curve < start - fall / 2)])
-    words = f"the smoothed loss fell from {start:.3g} to {curve[lowest]:.3g} at {rates[lowest]:.1e}"
+    fell = f"the smoothed loss fell from {start:.3g} to {curve[lowest]:.3g} at {rates[lowest]:.1e}"
     edge = int(np.flatnonzero(curve <= curve[lowest] + fall / 2)[-1]) + 1
     if edge == len(rates):
         reason = (
-            f"{words} and did not run away up to the highest rate tried, {rates[-1]:.1e}; {half:.1e} is where half of the fall "
-            "was made"
+            f"{fell} and did not diverge up to the highest rate tried, {rates[-1]:.1e}; half of the fall was reached "
+            f"at {half:.1e}"
         )
-        return Suggestion(half, half / _HIGHEST, max(float(rates[lowest]), half * _HIGHEST), reason)
+        good = half / _FAILS_BELOW_EDGE, max(float(rates[lowest]), half * _FAILS_BELOW_EDGE)
+        return Suggestion(half, *good, reason)
     last = float(rates[edge])
-    rate = max(last / _BELOW_EDGE, min(half, last / _HIGHEST))
+    rate = max(last / _BELOW_EDGE, min(half, last / _FAILS_BELOW_EDGE))
     share = "a tenth" if rate == last / _BELOW_EDGE else f"1/{last / rate:.1f}"
-    reason = f"{words} and had lost half of that again at {last:.1e}; {share} of this edge keeps clear of it"
+    reason = f"{fell} and had risen again by half of that at {last:.1e}; {share} of this rate is a safe distance"
     if half <= rate:
-        reason += f" and is past {half:.1e}, where half of the fall was made"
-    return Suggestion(rate, min(half, rate / 2), max(last / _HIGHEST, rate * 1.5), reason)
+        reason += f", and above {half:.1e}, where half of the fall was reached"
+    return Suggestion(rate, min(half, rate / 2), max(last / _FAILS_BELOW_EDGE, rate * 1.5), reason)

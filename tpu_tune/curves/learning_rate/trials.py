@@ -1,8 +1,8 @@
-"""Short runs of a configuration's own model, data and step at many learning rates, one after the other.
+"""Short runs at many learning rates, one after another, with the model, the data and the step of a configuration.
 
 The model is read once and the step compiled once: the rate is a value in the optimizer's state
 (`training.optimizers.set_learning_rate`), and every run begins with the same weights, a fresh optimizer, the same rows
-in the same order and the same dropout. Nothing is written: `output_dir` is neither made nor looked at.
+in the same order and the same dropout. Nothing is written, and `output_dir` is not touched.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ EVAL_BATCHES = 32  # at most, after a short run
 
 @dataclasses.dataclass(frozen=True)
 class Trials:
-    """What every trial run shares.
+    """What all trial runs share.
 
     Attributes:
-      session: the run's configuration, data and model; every trial begins with its weights.
-      steps: the run's own jitted functions, but for the learning rate.
+      session: the run's configuration, data and model, whose weights every trial begins with.
+      steps: the compiled steps of training and evaluation.
     """
 
     session: Session
@@ -44,7 +44,7 @@ class Trials:
 
     @property
     def total(self) -> int:
-        """Steps of the run itself."""
+        """Number of steps of the full run."""
         return self.session.length.total_steps
 
 
@@ -65,9 +65,9 @@ def _draw_seeds(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
 
 
 def train(trials: Trials, rates: Sequence[float]) -> Iterator[tuple[float, TrainState]]:
-    """Train from the start, a step for each of `rates`; yield each step's loss (nats a token) and the state after it.
+    """Train from the start, a step for each of `rates`; yield each step's loss (nats per token) and the state after it.
 
-    The state is good until the next one is asked for.
+    A state is valid until the next step, which reuses its memory.
     """
     state = trials.steps.start(trials.session.model.trainable)
     for rate, batch in zip(rates, prefetch(trials.session.batches.batch, 0, len(rates)), strict=True):
@@ -77,23 +77,23 @@ def train(trials: Trials, rates: Sequence[float]) -> Iterator[tuple[float, Train
 
 
 def untrained_losses(trials: Trials, steps: int) -> list[float]:
-    """Return the untouched model's loss on the batches of the first `steps` steps (nats a token)."""
-    found = []
+    """Return the untrained model's loss on the batches of the first `steps` steps (nats per token)."""
+    losses = []
     for batch in prefetch(trials.session.batches.batch, 0, steps):
-        micros = [{name: array[number] for name, array in batch.items()} for number in range(len(batch["input_ids"]))]
-        found.append(_mean_loss(trials, trials.session.model.trainable, micros))
-    return found
+        micro_batches = [{name: array[i] for name, array in batch.items()} for i in range(len(batch["input_ids"]))]
+        losses.append(_mean_loss(trials, trials.session.model.trainable, micro_batches))
+    return losses
 
 
 def held_out_loss(trials: Trials, state: TrainState) -> float | None:
-    """Return the loss on the run's evaluation rows (nats a token), `EVAL_BATCHES` at most; None where it has none."""
+    """Return the loss on at most `EVAL_BATCHES` batches of evaluation rows (nats per token); None without such rows."""
     if trials.session.data.eval is None:
         return None
     return _mean_loss(trials, state.trainable, itertools.islice(trials.session.eval_batches(), EVAL_BATCHES))
 
 
 def scheduled(trials: Trials, rate: float, steps: int) -> np.ndarray:
-    """Return the learning rates of a run of `steps` steps: the schedule with its peak at `rate`, shortened to them."""
+    """Return the learning rates of a run of `steps` steps: the whole schedule, compressed, with its peak at `rate`."""
     train = trials.session.config.train
     warmup = math.ceil(train.warmup_steps * min(1, steps / trials.total))
     schedule = make_schedule(

@@ -1,4 +1,4 @@
-"""What a plan knows of a model: the content of its config.json, from wherever `model.path` points; no weight is read."""
+"""The config.json of a model that a plan is made for, from wherever `model.path` points; no weights are read."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from tpu_tune.planning.presets import PRESETS
 
 
 def model_config(config: ConfigDict) -> dict[str, Any]:
-    """Return a Hugging Face config.json's content for `config.model`, grown by `model.add_special_tokens`.
+    """Return the content of the Hugging Face config.json for `config.model`, with `model.add_special_tokens` counted.
 
     `model.path` is a directory with a config.json (weights or not), a .gguf file (its header is read), a preset's name,
-    or a hub id, of which the config.json alone is fetched. Every added token is counted as new, for which of them the
-    tokenizer has already is not known without it.
+    or a hub id (only the config.json is downloaded). Every added token counts as new, because only the tokenizer knows
+    which of them it has already.
 
     Raises:
-      UserError: there is no such model, its family is not known, or the rows are longer than it has positions for.
+      UserError: there is no such model, its family is not supported, or rows are longer than its number of positions.
     """
     path = config.model.path
-    found = _read(path)
+    content = _read(path)
     added = len(config.model.add_special_tokens)
     if added:
-        text = found.get("text_config")
-        rows = found.get("vocab_size", (text or {}).get("vocab_size", 0)) + added
-        found = {**found, "vocab_size": rows}
-        if isinstance(text, Mapping):
-            found["text_config"] = {**text, "vocab_size": rows}
+        text_config = content.get("text_config")
+        vocab_size = content.get("vocab_size", (text_config or {}).get("vocab_size", 0)) + added
+        content = {**content, "vocab_size": vocab_size}
+        if isinstance(text_config, Mapping):
+            content["text_config"] = {**text_config, "vocab_size": vocab_size}
     try:
-        check_length(architecture(found), config.data.max_length)
+        check_length(architecture(content), config.data.max_length)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return found
+    return content
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _read(path: str) -> dict[str, Any]:
         return dict(PRESETS[path])
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         return _from_hub(path)
-    raise UserError(f"{path}: there is no such file or directory, and no preset of that name: {', '.join(PRESETS)}")
+    raise UserError(f"{path}: there is no such file or directory, and it is none of the presets {', '.join(PRESETS)}")
 
 
 def _from_hub(name: str) -> dict[str, Any]:
@@ -64,9 +64,9 @@ def _from_hub(name: str) -> dict[str, Any]:
 
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json")
-    except Exception as error:  # the client's many errors mean one thing to the user
+    except Exception as error:  # the client raises many types, all of which mean the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name}: not a local directory, and the Hugging Face hub did not give its config.json ({reason})"
+            f"{name}: there is no such directory, and its config.json cannot be downloaded from the hub ({reason})"
         ) from error
     return read_config(os.path.dirname(file))

@@ -1,4 +1,4 @@
-"""The rows of a script's run: where they are, what they are, how long they may be, and which of them are held out."""
+"""Flags about the training data: where it is, its format, the length of rows, and the rows held out for evaluation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 
 from ml_collections import ConfigDict
 
+from tpu_tune.cli.hf.command_line import ScriptFlags
 from tpu_tune.cli.hf.flags import QLORA, QLORA_LENGTHS
-from tpu_tune.cli.hf.words import Given
 from tpu_tune.errors import UserError
 
 FORMATS = {  # qlora.py's --dataset_format -> (data.format, data.columns)
@@ -19,7 +19,7 @@ FORMATS = {  # qlora.py's --dataset_format -> (data.format, data.columns)
     "hh-rlhf": ("text", {"chosen": "text"}),
     "oasst1": ("text", {}),
 }
-DATASETS = {  # qlora.py's names of datasets -> (hub id, format)
+DATASETS = {  # qlora.py's names of datasets -> (hub id, --dataset_format)
     "alpaca": ("tatsu-lab/alpaca", "alpaca"),
     "alpaca-clean": ("yahma/alpaca-cleaned", "alpaca"),
     "hh-rlhf": ("Anthropic/hh-rlhf", "hh-rlhf"),
@@ -28,20 +28,21 @@ DATASETS = {  # qlora.py's names of datasets -> (hub id, format)
 }
 
 
-def place_rows(flags: Given, config: ConfigDict, evaluates: bool) -> None:
-    """Where the rows are, what they are, and which of them are held out."""
-    data, named = config.data, [name for name in ("train_file", "dataset") if flags.get(name)]
-    if len(named) > 1:
+def set_data(flags: ScriptFlags, config: ConfigDict, evaluates: bool) -> None:
+    """Set where the rows are, their format, and which of them are held out for evaluation."""
+    data, sources = config.data, [name for name in ("train_file", "dataset") if flags.get(name)]
+    if len(sources) > 1:
         raise UserError("--train_file and --dataset exclude each other")
-    form = flags.get("dataset_format")
-    if named:
-        data.train = flags.get(named[0])
+    format = flags.get("dataset_format")
+    if sources:
+        data.train = flags.get(sources[0])
         if data.train in DATASETS and not os.path.exists(data.train):
-            data.train, form = DATASETS[data.train][0], form or DATASETS[data.train][1]
-    if form is not None:
-        if form not in FORMATS:
-            raise UserError(f"{flags.said('dataset_format')} is '{form}'; it must be one of {', '.join(FORMATS)}")
-        data.format, columns = FORMATS[form]
+            data.train, default_format = DATASETS[data.train]
+            format = format or default_format
+    if format is not None:
+        if format not in FORMATS:
+            raise UserError(f"{flags.spelled('dataset_format')} is '{format}'; it must be one of {', '.join(FORMATS)}")
+        data.format, columns = FORMATS[format]
         data.columns = dict(columns)
     data.train_on_source = flags.get("train_on_source", False)
     workers = flags.get("preprocessing_num_workers", flags.get("dataloader_num_workers", 0))
@@ -51,8 +52,8 @@ def place_rows(flags: Given, config: ConfigDict, evaluates: bool) -> None:
         config.model.add_special_tokens = tokens
         if config.method == "lora":
             flags.note(
-                f"{flags.said('add_special_tokens')}: under LoRA new rows are not trained unless embed_tokens is a target; "
-                "--config.model.train_added_tokens=True trains these rows alone"
+                f"{flags.spelled('add_special_tokens')}: with LoRA, embeddings of new tokens are not trained unless "
+                "embed_tokens is a target; --config.model.train_added_tokens=True trains these embeddings alone"
             )
     if not evaluates:
         data.eval_ratio = 0.0  # every row is trained on
@@ -60,39 +61,38 @@ def place_rows(flags: Given, config: ConfigDict, evaluates: bool) -> None:
     if flags.get("eval_file"):
         data.eval = flags.get("eval_file")
         return
-    _held_out(flags, config)
+    _set_eval_ratio(flags, config)
 
 
-def _held_out(flags: Given, config: ConfigDict) -> None:
-    """The share of the rows that is held out where no file for evaluation is given."""
+def _set_eval_ratio(flags: ScriptFlags, config: ConfigDict) -> None:
+    """Set the share of the rows to hold out if no file for evaluation is given."""
     percent, count = flags.get("validation_split_percentage"), flags.get("eval_dataset_size")
     if percent is not None:
         config.data.eval_ratio = percent / 100
     elif count is not None:
-        rows = None if count < 1 else _count(config.data.train)
+        rows = None if count < 1 else _count_rows(config.data.train)
         if rows is not None and count >= rows:
             raise UserError(
-                f"{flags.said('eval_dataset_size')} is {count:g} of {rows} rows; some must be left to train on"
+                f"{flags.spelled('eval_dataset_size')} is {count:g} of {rows} rows; some must be left to train on"
             )
         if count >= 1 and rows is None:
             raise UserError(
-                f"{flags.said('eval_dataset_size')} {count:g}: how many rows there are is not known beforehand; give a share, "
-                "such as 0.05, or --eval_file"
+                f"{flags.spelled('eval_dataset_size')} {count:g}: the number of rows is not known beforehand; give a "
+                "share, such as 0.05, or --eval_file"
             )
         config.data.eval_ratio = count if rows is None else count / rows
     elif flags.get("dataset"):
         config.data.eval_ratio = 0.1
     if not 0 < config.data.eval_ratio < 1:
-        raise UserError(
-            f"a share of {config.data.eval_ratio:g} of the rows for evaluation makes no sense; it must lie between 0 and 1"
-        )
+        raise UserError(f"the share of rows for evaluation is {config.data.eval_ratio:g}; it must be between 0 and 1")
     flags.note(
-        f"evaluation: the file that a directory has for it, else {config.data.eval_ratio:.3g} of the rows, never trained on"
+        "evaluation: on the evaluation file of the data's directory if it has one, else on "
+        f"{config.data.eval_ratio:.3g} of the rows, which are not trained on"
     )
 
 
-def _count(path: str) -> int | None:
-    """Return the rows of local files, None of a hub dataset."""
+def _count_rows(path: str) -> int | None:
+    """Return the number of rows in local files; None for a hub dataset."""
     from tpu_tune.data.sources import is_hub, read_rows, resolve
 
     if not os.path.exists(os.path.expanduser(path)):
@@ -101,15 +101,15 @@ def _count(path: str) -> int | None:
     return None if any(map(is_hub, sources)) else sum(len(read_rows(source)[0]) for source in sources)
 
 
-def limit_rows(flags: Given, config: ConfigDict) -> bool:
-    """Set how long a row may be; return whether that was worked out."""
+def set_lengths(flags: ScriptFlags, config: ConfigDict) -> bool:
+    """Set how long a row may be; return whether data.max_length was derived, not given."""
     data = config.data
     limits = [flags.get("source_max_len"), flags.get("target_max_len")]
     for name, value in zip(
         ("source_max_len", "target_max_len", "max_length"), [*limits, flags.get("max_length")], strict=True
     ):
         if value is not None and value < 1:
-            raise UserError(f"{flags.said(name)} is {value}; there must be at least one")
+            raise UserError(f"{flags.spelled(name)} is {value}; there must be at least one")
     if any(limits) or set(flags.values) & QLORA:
         limits = [value or default for value, default in zip(limits, QLORA_LENGTHS, strict=True)]
         data.source_max_len, data.target_max_len = limits
@@ -120,41 +120,41 @@ def limit_rows(flags: Given, config: ConfigDict) -> bool:
             if name not in flags.values
         ]
         if missing:
-            flags.note(f"not given, so as qlora.py has it: {', '.join(missing)}")
+            flags.note(f"not given, so qlora.py's defaults: {', '.join(missing)}")
     if flags.get("max_length"):
         data.max_length = flags.get("max_length")
     return not flags.get("max_length")
 
 
-def fit_rows(config: ConfigDict) -> list[str]:
-    """Fit a worked-out `data.max_length` to tokenized files and to the model; return what is to be said.
+def fit_max_length(config: ConfigDict) -> list[str]:
+    """Fit a derived `data.max_length` to tokenized files and to the model; return notes for the user.
 
-    The rows of .arrow files are as long as they are. Only learned positions end somewhere. What cannot be read here is
-    left to training, which names it better.
+    Rows of .arrow files keep their length, and only models with learned position embeddings limit it. A file or a model
+    that cannot be read is no error here: training reports it with more context.
     """
     from tpu_tune.models import architecture
-    from tpu_tune.planning.model import model_config
+    from tpu_tune.planning.model_config import model_config
 
-    said, data = [], config.data
+    notes, data = [], config.data
     tokenized = [path for path in (data.train, data.eval) if path.lower().endswith(".arrow")]
     longest = [_longest(path) for path in tokenized]
     if longest and None not in longest:
         data.max_length = -(-max(longest) // 64) * 64
-        said.append(f"the longest row of {' and '.join(tokenized)} has {max(longest):,} tokens: nothing is cut")
+        notes.append(f"the longest row of {' and '.join(tokenized)} has {max(longest):,} tokens, so no row is cut")
     probe = copy.deepcopy(config)
     probe.data.max_length = 1
     try:
         arch = architecture(model_config(probe))
     except UserError:
-        return said
+        return notes
     if arch.names.positions and data.max_length > arch.max_positions:
         data.max_length = arch.max_positions
-        said.append(f"rows are at most {arch.max_positions:,} tokens, for the model has no more positions")
-    return said
+        notes.append(f"rows are at most {arch.max_positions:,} tokens, because the model has no more positions")
+    return notes
 
 
 def _longest(path: str) -> int | None:
-    """Return the tokens of the longest row of an Arrow IPC file; None where it cannot be read."""
+    """Return the number of tokens of the longest row of an Arrow IPC file; None if it cannot be read."""
     import pyarrow
     import pyarrow.compute
 

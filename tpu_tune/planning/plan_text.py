@@ -1,4 +1,4 @@
-"""A plan's figures as text: one table for people."""
+"""A plan's figures as text: the table, the verdict and the suggestions that `tpu-tune plan` prints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(figures: Mapping[str, Any]) -> str:
         f"trainable params: {model['trainable']:,} || all params: {model['parameters']:,} || "
         f"trainable%: {100 * model['trainable'] / model['parameters']:.4f}",
         "",
-        f"{'bytes a device':<24}{'GB':>10}",
+        f"{'bytes per device':<24}{'GB':>10}",
     ]
     for name, size in figures["breakdown"].items():
         if name != "padding" or size >= 5e6:
@@ -50,33 +50,38 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def advice(found: Mapping[str, Any], device: Device) -> str:
-    """Return what `tpu-tune plan --suggest` prints of `suggest`'s findings."""
-    if found["overrides"] is None:
-        head = f"nothing that was tried fits {device.name} ({found['compiles']} compiles)"
-        if not found["devices"]:
-            return f"{head}; by an estimate no device of the catalogue would do either; shorten data.max_length"
-        confirmed = f"; the compiler confirms {found['compiled_device']}" if found["compiled_device"] else ""
-        return f"{head}; by an estimate these would do, the smallest first: {', '.join(found['devices'])}{confirmed}"
-    figures = found["figures"]
+def advice(suggestion: Mapping[str, Any], device: Device) -> str:
+    """Return what `tpu-tune plan --suggest` prints of the result of `suggest`."""
+    if suggestion["overrides"] is None:
+        head = f"no settings that were tried fit {device.name} ({suggestion['compiles']} compilations)"
+        if not suggestion["devices"]:
+            return f"{head}; by an estimate no device of the catalogue is large enough either; lower data.max_length"
+        confirmed = f"; the compiler confirms {suggestion['compiled_device']}" if suggestion["compiled_device"] else ""
+        devices = ", ".join(suggestion["devices"])
+        return f"{head}; by an estimate these devices are large enough, the smallest first: {devices}{confirmed}"
+    figures = suggestion["figures"]
     lines = [
         table(figures),
         "",
-        f"the largest batch found ({found['compiles']} compiles): {_rows(figures)}",
-        f"  {_words(found['overrides']) or 'the configuration as it is'}",
+        f"largest batch that fits ({suggestion['compiles']} compilations): {_batch(figures)}",
+        f"  {override_flags(suggestion['overrides']) or 'the configuration as it is'}",
     ]
-    for other in found["alternatives"]:
-        lines += [f"repeating less in the backward pass: {_rows(other['figures'])}", f"  {_words(other['overrides'])}"]
+    for other in suggestion["alternatives"]:
+        lines += [
+            f"faster, with less recomputation in the backward pass: {_batch(other['figures'])}",
+            f"  {override_flags(other['overrides'])}",
+        ]
     return "\n".join(lines)
 
 
-def _rows(figures: Mapping[str, Any]) -> str:
+def override_flags(overrides: Mapping[str, Any]) -> str:
+    """Return config overrides as the command line takes them: `--config.KEY=VALUE ...`."""
+    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
+
+
+def _batch(figures: Mapping[str, Any]) -> str:
     rows = figures["step"]["micro_batch_rows"]
     return f"{rows:,} rows at a time on {figures['num_devices']} device{'s' if figures['num_devices'] > 1 else ''}"
-
-
-def _words(overrides: Mapping[str, Any]) -> str:
-    return " ".join(f"--config.{key}={value}" for key, value in overrides.items())
 
 
 def verdict(figures: Mapping[str, Any]) -> str:
@@ -87,37 +92,38 @@ def verdict(figures: Mapping[str, Any]) -> str:
     if figures["fits"]:
         return f"fits: {_gb(peak)} of {_gb(capacity)} GB, {100 * peak / capacity:.0f}%"
     if peak <= capacity:
-        return f"DOES NOT FIT: training would, with {_gb(peak)} of {_gb(capacity)} GB; evaluation does not"
-    return f"DOES NOT FIT: {_gb(peak)} GB needed, {_gb(capacity)} GB there"
+        return f"DOES NOT FIT: training would, with {_gb(peak)} of {_gb(capacity)} GB, but evaluation does not"
+    return f"DOES NOT FIT: it needs {_gb(peak)} GB of {_gb(capacity)} GB"
 
 
 def _work(step: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     lines = [
         f"a step: {step['rows']:,} rows, {step['tokens']:,} tokens, {step['flops']:.3g} FLOPs "
-        f"({step['hardware_flops']:.3g} with what is computed twice or masked)",
+        f"({step['hardware_flops']:.3g} with recomputed layers and masked scores)",
         f"  FLOPs = {step['flops_formula']}",
         f"  roofline {_time(step['roofline_seconds'])} (bound by {step['bound_by']}); "
-        f"estimate {_time(step['seconds_estimate'])}, at {step['roofline_share']:.0%} of the roofline; not measured",
+        f"estimate {_time(step['seconds_estimate'])} (not measured), at {step['roofline_share']:.0%} of the roofline",
     ]
     if run["rows"] is not None:
         lines.append(f"the run: {run['arithmetic']} (rows: {run['rows_are']})")
     elif run["total_steps"] is not None:
         lines.append(f"the run: {run['total_steps']:,} steps (train.max_steps)")
     else:
-        lines.append("the run: how many rows there are is not known; give --rows N for its steps and hours")
+        lines.append("the run: the number of rows is not known; give --rows N for the run's steps and hours")
     if run["hours_estimate"] is not None:
-        lines.append(f"  estimate {run['hours_estimate']:.2g} hours, without compiling and evaluation")
+        lines.append(f"  estimate {run['hours_estimate']:.2g} hours, without compilation and evaluation")
     return lines
 
 
 def _rules(rules: Mapping[str, Any]) -> list[str]:
     low, high = rules["guide_full_fine_tuning_6b_7b_gb"]
     return [
-        "rules of thumb, whatever the method and the device:",
-        f"  inference in 16 bits, 1.2 x the weights: {_few(rules['inference_16_bit_gb'])} GB",
-        f"  full fine-tuning, 16 bytes a parameter: {_few(rules['full_fine_tuning_16_bytes_a_parameter_gb'])} GB "
+        "rules of thumb for this model, for any method and device:",
+        f"  inference in 16 bits, 1.2 x the weights: {_gigabytes(rules['inference_16_bit_gb'])} GB",
+        "  full fine-tuning, 16 bytes per parameter: "
+        f"{_gigabytes(rules['full_fine_tuning_16_bytes_a_parameter_gb'])} GB "
         f"(the guide: {low}-{high} GB for 6B and 7B models, with activations and overhead)",
-        f"  full fine-tuning with 16-bit weights and gradients: {_few(rules['full_fine_tuning_16_bit_gb'])} GB",
+        f"  full fine-tuning with 16-bit weights and gradients: {_gigabytes(rules['full_fine_tuning_16_bit_gb'])} GB",
     ]
 
 
@@ -125,8 +131,8 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f}" if size >= 5e6 else f"{size / 1e9:.5f}"
 
 
-def _few(gigabytes: float) -> str:
-    return f"{gigabytes:.1f}" if gigabytes >= 1 else f"{gigabytes:.2g}"
+def _gigabytes(count: float) -> str:
+    return f"{count:.1f}" if count >= 1 else f"{count:.2g}"
 
 
 def _time(seconds: float) -> str:

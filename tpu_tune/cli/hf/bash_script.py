@@ -1,7 +1,7 @@
-"""The training command of a bash script, found by reading: assignments are expanded, and nothing is executed.
+"""The training command of a bash script, found by reading: variables are expanded, and nothing is executed.
 
-What the guide's listings are made of is understood: `export VAR="..."`, `$VAR` and `${VAR}`, quotes, comments, lines that
-end in a backslash, `$@`. A command substitution is an error, because knowing its value would mean running it.
+The parser understands what the guide's listings contain: `export VAR="..."`, `$VAR` and `${VAR}`, quotes, comments,
+lines that end in a backslash, `$@`. A command substitution is an error, because its value is known only by running it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def read_script(path: str, environ: Mapping[str, str] = os.environ) -> tuple[lis
 
     Args:
       path: the file.
-      environ: for variables that the script does not set.
+      environ: values of variables that the script does not set itself.
 
     Returns:
       (words of the command, variables that the script sets, other commands, which are not run).
 
     Raises:
-      UserError: the file cannot be read, holds no training command or several, or what only a shell can evaluate.
+      UserError: the file cannot be read, has no training command or several, or one that only a shell can evaluate.
     """
     try:
         with open(path, encoding="utf-8") as stream:
@@ -36,7 +36,7 @@ def read_script(path: str, environ: Mapping[str, str] = os.environ) -> tuple[lis
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     variables: dict[str, str] = {}
-    found: list[list[str]] = []
+    commands: list[list[str]] = []
     others: list[str] = []
     for number, line in _lines(text):
         where = f"{path}:{number}"
@@ -46,56 +46,56 @@ def read_script(path: str, environ: Mapping[str, str] = os.environ) -> tuple[lis
         except UserError:
             if is_training or _ASSIGNMENT.match(line.removeprefix("export ").strip()):
                 raise
-            others.append(line.strip())  # a condition, a loop: it is not run anyway
+            others.append(line.strip())  # a condition or a loop, which is not run anyway
             continue
         if words and words[0] in _EXPORTS:
             words = words[1:]
         if words and all(_ASSIGNMENT.fullmatch(word) for word in words):
             variables.update(_ASSIGNMENT.fullmatch(word).groups() for word in words)
         elif is_training:
-            found.append(words)
+            commands.append(words)
         elif words:
             others.append(" ".join(words))
-    if len(found) != 1:
-        what = "holds no command with --model_name_or_path" if not found else f"holds {len(found)} training commands"
-        raise UserError(f"{path} {what}; give the flags themselves: tpu-tune hf --model_name_or_path ...")
-    return found[0], variables, others
+    if len(commands) != 1:
+        count = f"{len(commands)} training commands" if commands else "no command with --model_name_or_path"
+        raise UserError(f"{path} has {count}; give the flags themselves: tpu-tune hf --model_name_or_path ...")
+    return commands[0], variables, others
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """Return the logical lines with the numbers of their first lines."""
-    lines, held, first = [], "", 0
+    """Return the lines, those that end in a backslash joined, each with the number of its first line."""
+    lines, unfinished, first = [], "", 0
     for number, line in enumerate(text.splitlines(), start=1):
-        first = first if held else number
+        first = first if unfinished else number
         if line.rstrip().endswith("\\") and not line.lstrip().startswith("#"):
-            held += line.rstrip()[:-1] + " "
+            unfinished += line.rstrip()[:-1] + " "
             continue
-        lines.append((first, held + line))
-        held = ""
-    return [*lines, (first, held)] if held else lines
+        lines.append((first, unfinished + line))
+        unfinished = ""
+    return [*lines, (first, unfinished)] if unfinished else lines
 
 
 def _words(line: str, variables: Mapping[str, str], where: str) -> list[str]:
-    """Split a line into words as bash does, with variables in place."""
+    """Split a line into words as bash does, with variables expanded."""
     words: list[str] = []
-    word, quote, started, at = "", "", False, 0
-    while at < len(line):
-        letter = line[at]
+    word, quote, started, index = "", "", False, 0
+    while index < len(line):
+        letter = line[index]
         if quote == "'":
             quote, word = ("", word) if letter == "'" else (quote, word + letter)
         elif letter == "'" and not quote:
             quote, started = "'", True
-        elif line.startswith('"$@"', at) and not quote:
-            at += 3
+        elif line.startswith('"$@"', index) and not quote:
+            index += 3
         elif letter == '"':
             quote, started = ("" if quote else '"'), True
-        elif letter == "\\" and at + 1 < len(line):
-            at += 1
-            keep = quote and line[at] not in '"\\$`'
-            word, started = word + ("\\" if keep else "") + line[at], True
-        elif letter == "`" or line.startswith("$(", at):
-            raise UserError(f"{where}: a command substitution, and nothing of a script is run; write its value there")
-        elif letter == "$" and (variable := _VARIABLE.match(line, at)):
+        elif letter == "\\" and index + 1 < len(line):
+            index += 1
+            keep = quote and line[index] not in '"\\$`'
+            word, started = word + ("\\" if keep else "") + line[index], True
+        elif letter == "`" or line.startswith("$(", index):
+            raise UserError(f"{where}: a command substitution, and the script is not run; write its value instead")
+        elif letter == "$" and (variable := _VARIABLE.match(line, index)):
             name = variable[1] or variable[2]
             if name not in variables:
                 raise UserError(
@@ -104,15 +104,15 @@ def _words(line: str, variables: Mapping[str, str], where: str) -> list[str]:
             value = variables[name]
             if quote:
                 word, started = word + value, True
-            else:  # bash splits what stands without quotes
-                parts = value.split()
-                for part in parts[:-1]:
-                    words.append(word + part)
+            else:  # bash splits a value without quotes
+                pieces = value.split()
+                for piece in pieces[:-1]:
+                    words.append(word + piece)
                     word = ""
-                word, started = word + (parts[-1] if parts else ""), started or bool(parts)
-            at = variable.end() - 1
-        elif line.startswith(("$@", "$*", "${@}"), at):
-            at += 3 if line.startswith("${@}", at) else 1
+                word, started = word + (pieces[-1] if pieces else ""), started or bool(pieces)
+            index = variable.end() - 1
+        elif line.startswith(("$@", "$*", "${@}"), index):
+            index += 3 if line.startswith("${@}", index) else 1
             started = started and bool(word)
         elif letter.isspace() and not quote:
             if started:
@@ -121,10 +121,10 @@ def _words(line: str, variables: Mapping[str, str], where: str) -> list[str]:
         elif letter == "#" and not quote and not started:
             break
         elif letter in ";|&<>" and not quote:
-            raise UserError(f"{where}: '{letter}' is for a shell; leave the command and its flags alone on their line")
+            raise UserError(f"{where}: '{letter}' needs a shell; put the command and its flags alone on their line")
         else:
             word, started = word + letter, True
-        at += 1
+        index += 1
     if quote:
         raise UserError(f"{where}: a quote is not closed")
     return [*words, word] if started else words

@@ -1,4 +1,4 @@
-"""Run `compile_step` in a process of its own, with an environment that exists there only."""
+"""Run `compile_step` in a separate process, with environment variables that only the compiler should see."""
 
 from __future__ import annotations
 
@@ -14,70 +14,70 @@ from tpu_tune.errors import UserError
 
 TIMEOUT = 1800.0  # seconds; a 7B step takes one to two minutes on two idle cores
 
-_PACKAGES = str(pathlib.Path(__file__).resolve().parents[2])  # what holds tpu_tune
-# What would make jax or libtpu look for devices, for other hosts, or for a cache of compiled programs.
-_LEFT_OUT = ("TPU_", "JAX_PLATFORMS", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COMPILATION_CACHE")
+_PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
+# Variables by which jax or libtpu would look for devices, for other hosts, or for a cache of compiled programs.
+_REMOVED = ("TPU_", "JAX_PLATFORMS", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COMPILATION_CACHE")
 
 
 def environment(kind: str) -> dict[str, str]:
-    """Return the environment of the compiling process, for a device of this kind (tpu | gpu)."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_LEFT_OUT)}
+    """Return the environment variables of the compiling process, for a device of this kind (tpu | gpu)."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_REMOVED)}
     flags = kept.pop("XLA_FLAGS", "").split() if kind == "gpu" else []  # TPU flags are LIBTPU_INIT_ARGS
     kept.pop("XLA_FLAGS", None)
     flags = [flag for flag in flags if "host_platform_device_count" not in flag]
-    path = os.pathsep.join(part for part in (kept.get("PYTHONPATH"), _PACKAGES) if part)
+    path = os.pathsep.join(part for part in (kept.get("PYTHONPATH"), _PACKAGE_PARENT) if part)
     return {
         **kept,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": path,
         **({"XLA_FLAGS": " ".join(flags)} if flags else {}),
-        # libtpu: look for no machine, load beside a job that has the chips, write no logs.
+        # libtpu: do not look for a TPU machine, load even if another process uses the chips, write no logs.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_LOG_DIR": "disabled",
-        # The CUDA plugin: load without a driver, and touch no card that is there.
+        # The CUDA plugin: load without a driver, and use no GPU of this machine.
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
 
 
 def run_job(job: Mapping[str, Any], kind: str, timeout: float = TIMEOUT) -> dict[str, Any]:
-    """Return what `compile_step.measure` says of a job; its bytes alone where the compiler fails or takes too long.
+    """Return the result of `compile_step.measure`; if the compiler fails or takes too long, only counted bytes.
 
     Args:
-      job: see `compile_step.measure`.
+      job: argument of `compile_step.measure`.
       kind: tpu | gpu.
-      timeout: seconds.
+      timeout: seconds that the process may take.
 
     Raises:
       UserError: settings that do not fit the model or the devices.
       RuntimeError: not even the bytes can be counted.
     """
-    words = [sys.executable, "-m", "tpu_tune.planning.compile_step"]
+    command = [sys.executable, "-m", "tpu_tune.planning.compile_step"]
     try:
         done = subprocess.run(
-            words, input=json.dumps(job), env=environment(kind), capture_output=True, text=True, timeout=timeout
+            command, input=json.dumps(job), env=environment(kind), capture_output=True, text=True, timeout=timeout
         )
     except subprocess.TimeoutExpired:
         why = f"the compiler took more than {timeout:.0f} s"
     else:
         lines = done.stdout.splitlines()
         if done.returncode == 0 and lines:
-            found = json.loads(lines[-1])
-            if "user_error" in found:
-                raise UserError(found["user_error"])
-            return found
+            result = json.loads(lines[-1])
+            if "user_error" in result:
+                raise UserError(result["user_error"])
+            return result
         why = f"the compiler failed: {_reason(done)}"
     if not job["compile"]:
-        raise RuntimeError(f"the plan's own process failed ({why})")
+        raise RuntimeError(f"the planning process failed ({why})")
     return {**run_job({**job, "compile": False}, kind, timeout), "why": why}
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
-        return f"it was killed by signal {-done.returncode}; too little memory on this machine is the usual reason"
+        return f"it was killed by signal {-done.returncode}; the usual reason is too little memory on this machine"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0]]
     return " ".join((errors or lines or [f"status {done.returncode}"])[-1].split())[:300]

@@ -1,0 +1,65 @@
+"""The check before training whether a job fits this machine's devices, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from tpu_tune.errors import UserError
+
+log = logging.getLogger("tpu_tune")
+
+
+def check_memory(config: Any, max_bytes: float | None = None) -> None:
+    """Plan the job for this machine's devices.
+
+    Nothing is checked for a run that has checkpoints, since it ran before, nor on a CPU without `max_bytes`. A plan
+    that cannot be made is no reason not to train.
+
+    Args:
+      config: the whole configuration.
+      max_bytes: bytes that a device may take; if there is no compiler for this machine, bytes are only counted.
+
+    Raises:
+      UserError: the job does not fit; the plan's table is on standard error.
+    """
+    from tpu_tune import planning
+
+    checkpoints = os.path.join(config.output_dir, "checkpoints")
+    if os.path.isdir(checkpoints) and os.listdir(checkpoints):
+        return
+    local = planning.local_device()
+    device = local if max_bytes is None else planning.local_device_within(max_bytes)
+    if device is None:
+        return
+    compile = local is not None
+    how = "compiling the training step first" if compile else "counting bytes"
+    log.info("does it fit %s? (%s; --no-check skips this)", device.name, how)
+    try:
+        figures = planning.plan(config, device, None, compile)
+    except UserError:
+        return  # training reports it with more context
+    except Exception as error:
+        log.warning("the memory could not be checked beforehand (%s: %s)", type(error).__name__, error)
+        return
+    log.info("%s (compiler: %s)", planning.verdict(figures), figures["compiler"])
+    if figures["fits"] or (compile and figures["compiler"].startswith("none")):
+        return
+    print(planning.table(figures), file=sys.stderr)
+    if max_bytes is not None and device.capacity <= max_bytes:
+        raise UserError(f"this job takes more than {max_bytes / 1e6:,.4g} MB of a device; {_advice(config, device)}")
+    raise UserError(
+        f"this job does not fit {device.name}; find settings that do with tpu-tune plan --suggest --device "
+        f"'{device.name}' and the same --config, or start it anyway with --no-check"
+    )
+
+
+def _advice(config: Any, device: Any) -> str:
+    from tpu_tune import planning
+
+    suggestion = planning.suggest(config, device, compile=False)
+    if suggestion["overrides"]:
+        return f"by an estimate it fits with {planning.override_flags(suggestion['overrides'])}"
+    return "no settings that were tried take less; lower data.max_length, or take a smaller model or more devices"

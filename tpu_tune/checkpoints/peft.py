@@ -19,8 +19,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tpu_tune.checkpoints.huggingface_write import whole_directory
-from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.checkpoints.vocabulary import write_record
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module

@@ -23,8 +23,8 @@ from tpu_tune.checkpoints.gguf_write import check_family, write_gguf
 from tpu_tune.checkpoints.huggingface_write import tensors_with_head, whole_directory, write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import open_source
-from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.checkpoints.vocabulary import open_configured
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
 from tpu_tune.models import Architecture

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from helpers_training import make_config, write_tiny_llama
 
+import tpu_tune
 from tpu_tune.checkpoints.tokenizers import open_tokenizer
 from tpu_tune.cli import main
 from tpu_tune.data import arrow, eval_batches, load_data, pretokenize, streams, training_sets

@@ -105,22 +105,14 @@ def random_model(options: argparse.Namespace, method: str) -> Any:
     import jax.numpy as jnp
 
     from tpu_tune.models import architecture
-    from tpu_tune.training.prepare_model import PreparedModel, put, sharding_units, stacked_trainable, storage_dtype
-    from tpu_tune.transforms import (
-        LoraConfig,
-        QuantizeConfig,
-        find_targets,
-        lora,
-        quantize_weight,
-        quantized_paths,
-        sharding,
-        split,
-    )
+    from tpu_tune.training.methods import METHODS
+    from tpu_tune.training.prepare_model import PreparedModel, put, storage_dtype
+    from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths, sharding
 
     config, arch = run_config(options, method), architecture(model_config(options, method))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     quantization, dtype = QuantizeConfig(**config.quantize), storage_dtype(config)
-    quantized, stacked, units = quantized_paths(arch.modules(), quantization), arch.stacked(), sharding_units(arch)
+    quantized, specs = quantized_paths(arch.modules(), quantization), arch.leaves()
     norms = {module.weight for module in arch.modules() if module.kind == "norm"}
 
     def one(key: Any, path: str, shape: tuple[int, ...]) -> Any:
@@ -130,22 +122,18 @@ def random_model(options: argparse.Namespace, method: str) -> Any:
     params = {}
     for number, (path, shape) in enumerate(sorted(arch.leaf_shapes().items())):
         key = jax.random.fold_in(jax.random.key(SEED), number)
-        if path in stacked:
+        if specs[path].stacked:
             keys = jax.random.split(key, shape[0])
             leaf = jax.jit(lambda keys, p=path, s=shape: jax.lax.map(lambda k: one(k, p, s[1:]), keys))(keys)
         else:
             leaf = jax.jit(lambda key, p=path, s=shape: one(key, p, s))(key)
-        params[path] = jax.tree.map(put, leaf, sharding.leaf_sharding(path, leaf, mesh, path in stacked, units=units))
-    found = sharding.shardings(params, mesh, stacked, units=units)
-    targets = None
-    adapters = None
-    if method != "full":
-        targets = find_targets(arch.modules(), LoraConfig(**config.lora), arch.default_targets)
-        adapters = lora.init(targets, params, jax.random.key(SEED))
-    trainable, frozen = split(params, targets, adapters)
-    homes = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked), units=units)
-    trainable = {path: put(leaf, homes[path]) for path, leaf in trainable.items()}
-    return PreparedModel(None, arch, mesh, targets, trainable, frozen, found)
+        params[path] = jax.tree.map(put, leaf, sharding.leaf_sharding(path, leaf, specs[path], mesh))
+    found = sharding.shardings(params, specs, mesh)
+    how, _ = METHODS[config.method](config, arch, ())
+    trainable, frozen = how.split(params, how.init(params, jax.random.key(SEED)))
+    trained = sharding.shardings(trainable, how.leaves(specs), mesh)
+    trainable = {path: put(leaf, trained[path]) for path, leaf in trainable.items()}
+    return PreparedModel(None, arch, mesh, how, trainable, frozen, found)
 
 
 def ours(options: argparse.Namespace, method: str) -> Iterator[dict[str, Any]]:

@@ -41,7 +41,7 @@ def write_run(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     random = np.random.RandomState(7)
     trained = {path: (0.3 * random.randn(*leaf.shape)).astype(np.float32) for path, leaf in ready.trainable.items()}
     peft.write_adapter(
-        str(run / "adapter"), trained, ready.targets, ready.architecture, str(model), ready.frozen, ready.source
+        str(run / "adapter"), trained, ready.method, ready.architecture, str(model), ready.frozen, ready.source
     )
     return run
 

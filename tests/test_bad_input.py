@@ -195,6 +195,7 @@ def test_a_config_that_is_not_json(refused, copy):
         ),
         ({"quantize__format": "nf4", "quantize__exclude": ["query"]}, "quantize.exclude"),
         ({"quantize__format": "nf4", "quantize__include": ["query"]}, "quantize.include: 'query' matches no module"),
+        ({"method": "qlora"}, "method is 'qlora'; it must be one of full, lora"),
         ({"method": "full", "quantize__format": "nf4"}, "cannot be trained"),
         ({"method": "full", "model__param_dtype": "bfloat16"}, "model.param_dtype"),
         ({"method": "full", "model__adapter": "x"}, "model.adapter needs method=lora"),

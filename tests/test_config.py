@@ -171,7 +171,6 @@ def test_wrong_types_name_the_key(key, value, says):
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("method", "qlora", "full, lora"),
         ("model.dtype", "fp16", "bfloat16, float16, float32"),
         ("quantize.format", "int3", "none, int8, int4, nf4"),
         ("train.eval_strategy", "always", "no, steps, epoch"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -15,6 +16,7 @@ import pytest
 
 from tpu_tune import UserError
 from tpu_tune import config as configuration
+from tpu_tune.tensors import LeafSpec
 from tpu_tune.training import loop, neftune, stopping
 from tpu_tune.training.optimizers import loraplus_factor, make_optimizer
 
@@ -74,7 +76,7 @@ def test_neftune_is_in_training_only_and_new_in_every_step(tiny: pathlib.Path) -
         config = settings(tiny, train__learning_rate=0.0, train__neftune_noise_alpha=alpha)
         model, steps = helpers.prepare(config, 3)
         sums = steps.evaluate(model.trainable, model.frozen, steps.put_batch(rows, 0))
-        evals[alpha] = float(sums["loss"])
+        evals[alpha] = float(sums["loss"][0])
         _, metrics = helpers.run_steps(model, steps, [helpers.window(rows, 1)] * 3)
         losses[alpha] = [row["loss"] for row in metrics]
     assert evals[0.0] == evals[20.0]
@@ -113,11 +115,8 @@ def test_loraplus_rates_are_pefts(tiny: pathlib.Path) -> None:
         train__optim="sgd",
         train__max_grad_norm=0.0,
     )
-    from tpu_tune.training.prepare_model import stacked_trainable
-    from tpu_tune.training.prepare_steps import _rate_factor
-
     model, _ = helpers.prepare(config, 2)
-    factor = _rate_factor(config, model, stacked_trainable(model.targets, model.architecture.stacked()))
+    factor = loraplus_factor(config.train, model.specs)
     found = {path: 1e-3 * factor(path) for path in model.trainable}
     assert set(found) == set(wanted)
     for path, rate in wanted.items():
@@ -126,17 +125,24 @@ def test_loraplus_rates_are_pefts(tiny: pathlib.Path) -> None:
 
 def test_loraplus_multiplies_the_whole_update(tiny: pathlib.Path) -> None:
     train = configuration.default().train
-    train.weight_decay, train.loraplus_lr_ratio = 0.1, 8.0
+    train.weight_decay = 0.1
     random = np.random.default_rng(0)
     names = ("model.layers.q_proj.lora_A", "model.layers.q_proj.lora_B", "model.embed_tokens.lora_B", "head.bias")
     params, grads = ({name: jnp.asarray(random.normal(size=(3, 4)), jnp.float32) for name in names} for _ in "ab")
-    factor = loraplus_factor(train, frozenset({names[2]}), frozenset({names[3]}))
+    matrix = LeafSpec(("embed", "mlp"))
+    specs = {
+        names[0]: matrix,
+        names[1]: dataclasses.replace(matrix, lora_plus="ratio"),
+        names[2]: dataclasses.replace(matrix, lora_plus="embedding"),
+        names[3]: LeafSpec((None,)),
+    }
 
-    def updates(factor):
-        optimizer = make_optimizer(train, lambda count: jnp.float32(0.25), factor=factor)
+    def updates(ratio):
+        train.loraplus_lr_ratio = ratio
+        optimizer = make_optimizer(train, lambda count: jnp.float32(0.25), specs)
         return optimizer.update(grads, optimizer.init(params), params)[0]
 
-    plain, scaled = updates(None), updates(factor)
+    plain, scaled = updates(0.0), updates(8.0)
     for name, times in zip(names, (1.0, 8.0, 1e-6 / train.learning_rate, 8.0), strict=True):
         np.testing.assert_allclose(scaled[name], plain[name] * times, rtol=1e-6)
 

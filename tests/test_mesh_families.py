@@ -16,9 +16,9 @@ import tiny_models
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_tune.models import architecture
-from tpu_tune.tensors import QuantizedTensor, quantize_tensor
-from tpu_tune.training.prepare_model import abstract_model, prepare_model, sharding_units
-from tpu_tune.transforms import sharding
+from tpu_tune.tensors import LeafSpec, QuantizedTensor, quantize_tensor
+from tpu_tune.training.prepare_model import abstract_model, prepare_model
+from tpu_tune.transforms import LoraConfig, find_targets, sharding
 
 WIDTH, HEADS, GROUPS, INNER = 1024, 8, 4, 1024  # four pack blocks of `in`: every matrix can be cut both ways
 TOKENS, ROWS, STEPS = 40, 8, 2  # no size of a weight holds 40
@@ -213,12 +213,14 @@ def test_a_cut_across_segments_would_move_activations():
 def test_a_cut_that_would_divide_a_unit_is_not_made():
     arch = architecture({**CONFIGS["phi3"], "num_key_value_heads": 2})  # two units of q, k, v
     mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 4, "sequence": 1})
-    units, path = sharding_units(arch), "model.layers.self_attn.qkv_proj"
+    path = "model.layers.self_attn.qkv_proj"
+    targets = find_targets(arch.modules(), LoraConfig(target_modules=["qkv_proj"]))
+    specs = arch.leaves() | targets.leaves(arch.leaves())
     for part, shape in (("weight", (1, WIDTH, WIDTH * 3 // 2)), ("lora_B", (1, 6, WIDTH * 3 // 2))):
-        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-        for known, cut in ((units, False), ({}, True)):
-            home = sharding.leaf_sharding(f"{path}.{part}", leaf, mesh, True, units=known)
-            assert (home.spec[-1] == "tensor") == cut
+        leaf, spec = jax.ShapeDtypeStruct(shape, jnp.float32), specs[f"{path}.{part}"]
+        for unit, cut in ((spec.unit, False), (1, True)):
+            found = sharding.leaf_sharding(f"{path}.{part}", leaf, dataclasses.replace(spec, unit=unit), mesh)
+            assert (found.spec[-1] == "tensor") == cut
 
 
 def test_storage_axes_lie_inside_the_tensor_axis():
@@ -226,11 +228,11 @@ def test_storage_axes_lie_inside_the_tensor_axis():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 4, "sequence": 1})
     leaf = jax.eval_shape(lambda: quantize_tensor(jnp.zeros((64, 128)), "nf4", 16))
     stacked = dataclasses.replace(leaf, codes=jax.ShapeDtypeStruct((1, 32, 128), jnp.uint8))
-    home = sharding.leaf_sharding("model.layers.self_attn.q_proj.weight", stacked, mesh, True)
-    assert home.codes.spec == PartitionSpec(None, None, ("tensor", "fsdp"))
+    found = sharding.leaf_sharding("q_proj.weight", stacked, LeafSpec(("embed", "heads"), stacked=True), mesh)
+    assert found.codes.spec == PartitionSpec(None, None, ("tensor", "fsdp"))
     codes = np.arange(128)
-    stored = home.codes.devices_indices_map((1, 32, 128))
-    wanted = sharding.gathered(home).codes.devices_indices_map((32, 128))
+    stored = found.codes.devices_indices_map((1, 32, 128))
+    wanted = sharding.gathered(found).codes.devices_indices_map((32, 128))
     for device, index in stored.items():
         assert set(codes[index[-1]]) <= set(codes[wanted[device][-1]])
 

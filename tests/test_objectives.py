@@ -91,7 +91,7 @@ def by_the_formula(config: Any) -> tuple[list[dict[str, float]], dict[str, float
 
     def log_probs(trainable: Any, tokens: np.ndarray, mask: np.ndarray) -> jax.Array:
         """Return the log-probability of each token that is trained on."""
-        decoder = Decoder(model.architecture, combine(trainable, model.frozen, model.targets), Execution(jnp.float32))
+        decoder = Decoder(model.architecture, combine(trainable, model.frozen, model.method), Execution(jnp.float32))
         ids = jnp.asarray(tokens[None, :-1])
         places = jnp.arange(ids.shape[1])[None]
         logits = decoder.logits(decoder.hidden(ids, places, jnp.ones_like(ids))[0])

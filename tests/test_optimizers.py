@@ -9,8 +9,11 @@ import optax
 import pytest
 
 from tpu_tune.errors import UserError
+from tpu_tune.models import architecture
+from tpu_tune.tensors import LeafSpec
 from tpu_tune.training import adam8bit, loss_scale
-from tpu_tune.training.optimizers import canonical_name, clip_by_global_norm, decays, dotted, make_optimizer
+from tpu_tune.training.optimizers import canonical_name, clip_by_global_norm, dotted, make_optimizer
+from tpu_tune.transforms import LoraConfig, find_targets
 
 STACK = "model.layers.self_attn.q_proj"
 SHAPES = {
@@ -21,12 +24,23 @@ SHAPES = {
 }
 
 
+SPECS = {
+    "model.embed_tokens.weight": LeafSpec(("vocab", "embed")),
+    f"{STACK}.a": LeafSpec(("embed", None), stacked=True),
+    f"{STACK}.b": LeafSpec((None, "heads"), stacked=True),
+    f"{STACK}.bias": LeafSpec((None,), stacked=True, decay=False),
+    "model.layers.input_layernorm.weight": LeafSpec((None,), stacked=True, decay=False),
+    "model.norm.weight": LeafSpec((None,), decay=False),
+}
+
+
 def stacked(path):
-    return ".layers." in path
+    return SPECS[path].stacked
 
 
 def settings(**changes):
     values = dict(optim="adamw", adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-6, weight_decay=0.1)
+    values["loraplus_lr_ratio"] = 0.0
     return types.SimpleNamespace(**{**values, **changes})
 
 
@@ -41,7 +55,7 @@ def flat(tree):
 
 
 def run_ours(train, steps, schedule):
-    optimizer = make_optimizer(train, schedule, stacked=stacked)
+    optimizer = make_optimizer(train, schedule, SPECS)
     params = jax.tree.map(jnp.asarray, random_tree(0))
     state = optimizer.init(params)
 
@@ -113,7 +127,7 @@ def test_lion_equals_its_formula():
     moments = {path: np.zeros_like(x) for path, x in params.items()}
     for i in range(10):
         for path, grad in flat(random_tree(i + 1)).items():
-            move = np.sign(0.9 * moments[path] + 0.1 * grad) + (0.1 * params[path] if decays(path) else 0)
+            move = np.sign(0.9 * moments[path] + 0.1 * grad) + (0.1 * params[path] if SPECS[path].decay else 0)
             params[path] = params[path] - lr(i) * move
             moments[path] = 0.99 * moments[path] + 0.01 * grad
     assert_close(run_ours(settings(optim="paged_lion_32bit"), 10, lr), params, 1e-6)
@@ -126,34 +140,62 @@ def assert_close(got, wanted, tolerance):
         np.testing.assert_allclose(got[path], wanted[path], rtol=0, atol=allowed, err_msg=path)
 
 
-def test_weight_decay_goes_by_name():
-    for path in (f"{STACK}.a", f"{STACK}.b", "model.embed_tokens.weight", "lm_head.weight", f"{STACK}.lora_A.weight"):
-        assert decays(path), path
-    for path in (
-        f"{STACK}.bias",
-        "model.norm.weight",
-        "model.layers.input_layernorm.weight",
-        "model.layers.self_attn.q_norm.weight",
-        "gpt_neox.final_layer_norm.weight",
-        "transformer.h.ln_1.weight",
-        "transformer.ln_f.weight",
-    ):
-        assert not decays(path), path
+CONFIGS_OF_DECAY = {
+    **dict.fromkeys(
+        ("Llama", "Qwen3", "GPTNeoX", "Gemma3", "Phi"),
+        dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2),
+    ),
+    "GPT2": dict(vocab_size=16, n_embd=8, n_layer=1, n_head=2),
+    "OPT": dict(
+        vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=8
+    ),
+    "T5": dict(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
+}
 
 
-def test_decay_names_equal_transformers():
+@pytest.mark.parametrize("kind", CONFIGS_OF_DECAY)
+def test_what_decays_is_what_decays_in_transformers(kind):
+    """Norms and biases do not, T5's learned position bias neither; embeddings and heads do."""
     pytest.importorskip("torch")
     import transformers
 
-    for kind in ("Llama", "Qwen3", "GPTNeoX", "GPT2"):
-        sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-        sizes |= dict(num_key_value_heads=2, head_dim=4) if kind in ("Llama", "Qwen3") else {}
-        sizes = dict(vocab_size=16, n_embd=8, n_layer=1, n_head=2) if kind == "GPT2" else sizes
-        config = getattr(transformers, f"{kind}Config")(**sizes)
-        model = getattr(transformers, kind + ("LMHeadModel" if kind == "GPT2" else "ForCausalLM"))(config)
-        wanted = set(transformers.Trainer.get_decay_parameter_names(None, model))
-        names = {name for name, _ in model.named_parameters()}
-        assert {name for name in names if decays(name)} == wanted & names
+    sizes = dict(CONFIGS_OF_DECAY[kind])
+    sizes |= dict(num_key_value_heads=2, head_dim=4) if kind in ("Llama", "Qwen3", "Gemma3") else {}
+    name = {"Gemma3": "Gemma3Text"}.get(kind, kind)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    suffix = {"GPT2": "LMHeadModel", "T5": "ForConditionalGeneration"}.get(kind, "ForCausalLM")
+    model = getattr(transformers, kind + suffix)(config)
+    arch = architecture(config.to_dict())
+    ours = {
+        f"{module_name}.{path.rsplit('.')[-1]}"
+        for module in arch.modules()
+        if not module.tied_to
+        for path, spec in module.leaves().items()
+        for module_name in module.names()
+        if spec.decay
+    }
+    theirs = set(transformers.Trainer.get_decay_parameter_names(None, model))
+    names = {name for name, _ in model.named_parameters()}
+    rename = {"lm_head.weight": "embed_out.weight"} if kind == "GPTNeoX" else {}
+    assert ours and ours == {rename.get(name, name) for name in theirs & names}
+
+
+def test_decay_of_adapters_is_their_modules():
+    """LoRA's matrices decay, whatever stands beside them."""
+    arch = architecture(
+        {
+            "model_type": "llama",
+            "vocab_size": 16,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "attention_bias": True,
+        }
+    )
+    targets = find_targets(arch.modules(), LoraConfig(target_modules=["q_proj"], bias="all", use_dora=True))
+    decays = {path.rsplit(".")[-1]: spec.decay for path, spec in targets.leaves(arch.leaves()).items()}
+    assert decays == {"lora_A": True, "lora_B": True, "lora_magnitude_vector": True, "bias": False}
 
 
 def test_optimizer_names():
@@ -246,7 +288,8 @@ def test_blocks_do_not_cross_layers(shape, is_stacked, blocks):
 
 def test_state_is_two_bytes_a_parameter_and_small_leaves_stay_float32():
     params = {"w": jnp.zeros((4, 64, 512)), "norm": jnp.zeros((4, 512))}
-    state = make_optimizer(settings(optim="adamw_8bit"), lr, stacked=lambda path: True).init(params)
+    specs = {"w": LeafSpec(("embed", "mlp"), stacked=True), "norm": LeafSpec((None,), stacked=True, decay=False)}
+    state = make_optimizer(settings(optim="adamw_8bit"), lr, specs).init(params)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(state[0].mu["w"]) + jax.tree.leaves(state[0].nu["w"])]
     assert sum(sizes) / params["w"].size == pytest.approx(2 + 8 / 256)
     assert state[0].mu["norm"].dtype == jnp.float32  # 512 elements a layer
@@ -264,7 +307,8 @@ def test_adamw_8bit_follows_float32():
         return jnp.mean((jnp.tanh(inputs @ params["one"]) @ params["two"] - targets) ** 2)
 
     def train(optim):
-        optimizer = make_optimizer(settings(optim=optim, adam_beta2=0.999, weight_decay=0.01), lambda step: 2e-3)
+        specs = dict.fromkeys(start, LeafSpec(("embed", "mlp")))
+        optimizer = make_optimizer(settings(optim=optim, adam_beta2=0.999, weight_decay=0.01), lambda step: 2e-3, specs)
         state = optimizer.init(start)
 
         def step(carry, _):

@@ -13,7 +13,7 @@ import pytest
 from tpu_tune.errors import UserError
 from tpu_tune.kernels import quantized_matmul as kernel
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
-from tpu_tune.tensors import FORMATS, LayerView, QuantizedTensor, matmul, ops, outside_scan, quantize_tensor
+from tpu_tune.tensors import FORMATS, LayerView, QuantizedTensor, layer_view, matmul, outside_scan, quantize_tensor
 from tpu_tune.transforms.sharding import make_mesh
 
 LAYERS, ROWS, COLUMNS = 3, 512, 384
@@ -93,7 +93,7 @@ def test_what_the_pallas_kernel_takes():
 @pytest.mark.parametrize("implementation", ["xla", "pieces"])
 @pytest.mark.parametrize("piece", [128 * COLUMNS, 300 * ROWS, 2**24])  # small ones, some that overlap, all at once
 def test_a_layer_in_its_stack_multiplies_like_the_layer_alone(format, implementation, piece, monkeypatch):
-    monkeypatch.setattr(ops, "PIECE", piece)
+    monkeypatch.setattr(layer_view, "PIECE", piece)
     leaf, x = stack(format), tokens(2, 5, ROWS)
     alone = jax.tree.map(lambda part: part[2], leaf)
     view = LayerView(leaf, jnp.int32(2), MatmulPlan(implementation))
@@ -128,7 +128,7 @@ def test_quantized_leaves_stay_outside_a_scan():
 
 
 def test_training_in_pieces_equals_training_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(ops, "PIECE", 2**14)
+    monkeypatch.setattr(layer_view, "PIECE", 2**14)
     base = helpers.write_tiny_llama(tmp_path / "base", hidden_size=256, intermediate_size=512)
     documents = [helpers.documents(24, 3, 16, 2, seed) for seed in (0, 50)]
     batches = [helpers.window(helpers.rows_of(list(zip(*documents, strict=True)), 32), 1)]

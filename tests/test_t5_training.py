@@ -110,7 +110,7 @@ def test_losses_follow_torch(tmp_path: pathlib.Path, method: str, case: str, rat
     network = tiny_models.torch_model(path)
     if method == "lora":
         peft = pytest.importorskip("peft")
-        peft_files.write_adapter(str(tmp_path / "initial"), initial, model.targets, model.architecture, str(path))
+        peft_files.write_adapter(str(tmp_path / "initial"), initial, model.method, model.architecture, str(path))
         network = peft.PeftModel.from_pretrained(network, str(tmp_path / "initial"), is_trainable=True)
     network.train()
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}

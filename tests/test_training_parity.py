@@ -131,7 +131,7 @@ def torch_losses(
     assert not extra and all("lm_head" in name or "rotary" in name for name in missing)
     if method == "lora":
         peft = pytest.importorskip("peft")
-        peft_files.write_adapter(str(tmp_path / "initial"), initial, model.targets, model.architecture, str(path))
+        peft_files.write_adapter(str(tmp_path / "initial"), initial, model.method, model.architecture, str(path))
         network = peft.PeftModel.from_pretrained(network, str(tmp_path / "initial"), is_trainable=True)
     network.train()
     trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}

@@ -303,8 +303,8 @@ def torch_logits_of(case, model):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _logits(arch, params, ids, encoder, execution):
-    memory = encode(arch, params, execution, *encoder) if encoder else None
-    return Decoder(arch, params, execution)(ids, memory=memory)
+    encoder_output = encode(arch, params, execution, *encoder) if encoder else None
+    return Decoder(arch, params, execution)(ids, encoder_output=encoder_output)
 
 
 def logits(arch, params, ids, encoder=None, **execution):

@@ -61,9 +61,9 @@ def load_params(
     for module in architecture.modules():
         if module.tied_to:
             continue
-        for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else []):
+        for path in module.leaves():
             stack: Any = None
-            for layer in range(module.layers) if module.layers else [None]:
+            for index, layer in enumerate(module.layers or (None,)):
                 value = source.read(names[_name(module, path, layer)])
                 value = module.from_torch(value) if path == module.weight else module.interleave(value)
                 if not isinstance(value, QuantizedTensor):
@@ -77,11 +77,11 @@ def load_params(
                     break
                 if stack is None:
                     stack = jax.tree.map(
-                        lambda part, module=module: _aligned((module.layers, *part.shape), part.dtype), value
+                        lambda part, module=module: _aligned((*module.stack, *part.shape), part.dtype), value
                     )
-                jax.tree.map(lambda whole, part, layer=layer: whole.__setitem__(layer, part), stack, value)
+                jax.tree.map(lambda whole, part, index=index: whole.__setitem__(index, part), stack, value)
             params[path] = place(path, stack)
-            done += max(1, module.layers)
+            done += len(module.layers) or 1
             if progress:
                 progress(done, len(names))
     return params

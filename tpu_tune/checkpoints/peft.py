@@ -125,10 +125,10 @@ def adapter_tensors(
     has_embedding = False
     for target in targets.adapted:
         module = target.module
-        a, b = (np.asarray(trainable[f"{module.path}.{part}"]) for part in ("lora_A", "lora_B"))
-        magnitude = trainable.get(f"{module.path}.lora_magnitude_vector")
-        for place, (name, rank) in enumerate(zip(_names(target), target.ranks, strict=True)):
-            a_one, b_one = (a[place], b[place]) if target.layers else (a, b)
+        a, b = (np.asarray(trainable[path]) for path in (target.a, target.b))
+        magnitude = trainable.get(target.magnitude)
+        for index, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
+            a_one, b_one = (a[index], b[index]) if target.layers else (a, b)
             form = (
                 ("lora_embedding_A", "lora_embedding_B")
                 if module.kind == "embedding"
@@ -137,7 +137,7 @@ def adapter_tensors(
             tensors[f"{PREFIX}{name}.{form[0]}"] = np.ascontiguousarray(a_one[:, :rank].T)
             tensors[f"{PREFIX}{name}.{form[1]}"] = np.ascontiguousarray(module.deinterleave(b_one[:rank]).T)
             if magnitude is not None:
-                one = np.asarray(magnitude)[place] if target.layers else np.asarray(magnitude)
+                one = np.asarray(magnitude)[index] if target.layers else np.asarray(magnitude)
                 suffix = "" if module.kind == "embedding" else ".weight"
                 tensors[f"{PREFIX}{name}.lora_magnitude_vector{suffix}"] = np.ascontiguousarray(
                     module.deinterleave(one)
@@ -169,8 +169,8 @@ def _whole_modules(trainable: Mapping[str, Any], targets: Targets, architecture:
             if path not in trainable:
                 continue
             value = np.asarray(trainable[path])
-            for place, name in enumerate(module.names()):
-                one = value[place] if module.layers else value
+            for index, name in enumerate(module.names()):
+                one = value[index] if module.layers else value
                 one = module.to_torch(one) if suffix == "weight" else module.deinterleave(one)
                 inner = ".base_layer" if suffix == "bias" and module.path in adapted else ""
                 tensors[f"{PREFIX}{name}{inner}.{suffix}"] = np.ascontiguousarray(one)
@@ -236,9 +236,7 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraConfig
         shape = (len(rows.ids), rows.module.shape[0 if rows.module.is_head else 1])
         trainable[rows.path] = jnp.asarray(take(f"{rows.module.path}.{_TOKEN_ROWS}", shape))
     expected = {path: module for module in architecture.modules() for path in (module.weight, f"{module.path}.bias")}
-    wanted = [
-        path for module in targets.saved for path in [module.weight] + ([f"{module.path}.bias"] if module.bias else [])
-    ]
+    wanted = [path for module in targets.saved for path in module.leaves()]
     adapted = {target.module.path for target in targets.adapted}
     for path in [*wanted, *targets.biases]:
         trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
@@ -295,19 +293,16 @@ def _read_target(target: Target, spec: LoraConfig, take: Any) -> dict[str, Any]:
     form = (
         ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     )
-    parts: dict[str, list[np.ndarray]] = {"lora_A": [], "lora_B": []}
-    for name, rank in zip(_names(target), target.ranks, strict=True):
+    parts: dict[str, list[np.ndarray]] = {target.a: [], target.b: []}
+    for name, rank in zip(target.names, target.ranks, strict=True):
         short = target.rank - rank
-        parts["lora_A"].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
+        parts[target.a].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
         b = module.interleave(take(f"{name}.{form[1]}", (outer, rank)).T)
-        parts["lora_B"].append(np.pad(b, [(0, short), (0, 0)]))
+        parts[target.b].append(np.pad(b, [(0, short), (0, 0)]))
         if spec.use_dora:
             magnitude = module.interleave(take(f"{name}.lora_magnitude_vector.weight", (outer,)))
-            parts.setdefault("lora_magnitude_vector", []).append(magnitude)
-    return {
-        f"{module.path}.{part}": jnp.asarray(np.stack(arrays) if target.layers else arrays[0])
-        for part, arrays in parts.items()
-    }
+            parts.setdefault(target.magnitude, []).append(magnitude)
+    return {path: jnp.asarray(np.stack(arrays) if target.layers else arrays[0]) for path, arrays in parts.items()}
 
 
 def _read_whole(module: Module, path: str, take: Any, adapted: bool) -> Any:
@@ -322,10 +317,6 @@ def _read_whole(module: Module, path: str, take: Any, adapted: bool) -> Any:
 def _renamed(names: Any, old: str, new: str) -> Any:
     """Return a list of module names with one of them exchanged; a regular expression stays as it is."""
     return names if isinstance(names, str) else [new if name == old else name for name in names]
-
-
-def _names(target: Target) -> list[str]:
-    return [target.module.name(layer) for layer in target.layers] if target.layers else [target.module.path]
 
 
 def _whole(value: float) -> float | int:

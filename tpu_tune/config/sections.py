@@ -159,7 +159,7 @@ class Config:
     """All of it."""
 
     output_dir: str = key("output", "the run directory, may be gs://: config.json, metrics.jsonl, checkpoints/...")
-    method: Literal["full", "lora"] = key("lora", "train every weight, or adapters beside frozen ones")
+    method: str = key("lora", "full: train every weight; lora: adapters beside frozen ones")
     seed: int = key(42, "adapters' initial values and dropout; -1 draws one and records it", **SEED)
     model: Model = Model()
     quantize: QuantizeConfig = QuantizeConfig()

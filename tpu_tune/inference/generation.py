@@ -171,11 +171,11 @@ def _generate(
     ends: Int[Array, " E"],
 ) -> Int[Array, "B steps"]:
     model = Decoder(arch, params, Execution(dtype))
-    memory = encode(arch, params, Execution(dtype), *encoder) if encoder else None
+    encoder_output = encode(arch, params, Execution(dtype), *encoder) if encoder else None
     batch, width = ids.shape
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     cache = empty_cache(arch, batch, width + steps, dtype)
-    hidden, cache = model.hidden(ids, positions, real, cache, memory)
+    hidden, cache = model.hidden(ids, positions, real, cache, encoder_output)
     logits = model.logits(hidden[:, -1]).astype(jnp.float32)
     start = (jnp.int32(0), logits, cache, jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool))
 

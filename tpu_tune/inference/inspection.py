@@ -45,12 +45,8 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
     source = open_source(path)
     arch = open_architecture(source)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
-    total = sum(math.prod(shape) for shape in arch.leaf_shapes().values())
-    whole = sum(
-        math.prod(arch.leaf_shapes()[f"{module.path}.{suffix}"])
-        for module in targets.saved
-        for suffix in ("weight", "bias")[: 1 + module.bias]
-    )
+    total = arch.num_parameters
+    whole = sum(math.prod(shape) for module in targets.saved for shape in module.leaf_shapes().values())
     biases = sum(math.prod(arch.leaf_shapes()[path]) for path in targets.biases)
     magnitudes = sum(len(t.ranks) * t.module.shape[-1] for t in targets.adapted) if spec.use_dora else 0
     rows = sum(len(tokens.ids) * arch.hidden_size for tokens in targets.tokens)
@@ -79,13 +75,10 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
 
 
 def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
-    name = module.path
-    if module.layers:
-        name = f"{module.layers_path}.N{module.path[len(module.layers_path) :]}"
     return {
-        "name": name,
+        "name": module.name("N"),
         "shape": list(module.shape),
-        "layers": module.layers,
+        "layers": len(module.layers),
         "kind": module.kind,
         "role": _roles(arch).get(module.path, "norm" if module.kind == "norm" else ""),
         "tied_to": module.tied_to,
@@ -96,8 +89,7 @@ def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
 def _roles(arch: Architecture) -> dict[str, str]:
     """Return module path -> what it does, of the decoder and of its encoder, if there is one."""
     found = _roles(arch.encoder) if arch.encoder else {}
-    for role, meaning in ROLES.items():
-        name = getattr(arch.names, role)
-        if name:
-            found |= {name: meaning, f"{arch.names.layers}.{name}": meaning}
+    for names in (arch.names, *(kind.names for kind in arch.kinds)):
+        prefix = "" if names is arch.names else f"{arch.names.layers}."
+        found |= {prefix + getattr(names, role): meaning for role, meaning in ROLES.items() if hasattr(names, role)}
     return found

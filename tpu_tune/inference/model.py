@@ -122,7 +122,7 @@ def logits(
     arch: Architecture, dtype: Any, params: dict[str, Any], ids: Int[Array, "B S"], decoder_ids: Array | None = None
 ) -> Float[Array, "B T V"]:
     """Return float32 logits of `ids`, or of `decoder_ids` where `ids` is for an encoder; `dtype` is the activations'."""
-    memory = None
+    encoder_output = None
     if arch.encoder:
-        memory, ids = encode(arch, params, Execution(dtype), ids, jnp.ones_like(ids)), decoder_ids
-    return Decoder(arch, params, Execution(dtype))(ids, memory=memory)
+        encoder_output, ids = encode(arch, params, Execution(dtype), ids, jnp.ones_like(ids)), decoder_ids
+    return Decoder(arch, params, Execution(dtype))(ids, encoder_output=encoder_output)

@@ -247,10 +247,10 @@ def _score(
     batch: dict[str, Array],
     tokens: Int[Array, " C"],
 ) -> tuple[Float[Array, " B"], Int[Array, " B"], Float[Array, "B C"]]:
-    memory = encode(arch, params, Execution(dtype), batch["encoder"], batch["real"]) if arch.encoder else None
+    encoder_output = encode(arch, params, Execution(dtype), batch["encoder"], batch["real"]) if arch.encoder else None
     # Padding stands behind every real token, where nothing that is causal looks.
     model = Decoder(arch, params, Execution(dtype))
-    hidden, _ = model.hidden(batch["ids"], memory=memory)
+    hidden, _ = model.hidden(batch["ids"], encoder_output=encoder_output)
     hidden = jnp.take_along_axis(hidden, batch["wanted"][..., None], axis=1)
     first = model.logits(hidden[:, 0]).astype(jnp.float32)[:, tokens]
     short = -batch["wanted"].shape[1] % chunk

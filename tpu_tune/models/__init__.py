@@ -1,19 +1,21 @@
 """One decoder for every family; an Architecture says how families differ."""
 
-from tpu_tune.models.architecture import Architecture, LayerKind, Names
-from tpu_tune.models.decoder import Cache, Decoder, Execution, Memory, check_length, empty_cache, encode
+from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
+from tpu_tune.models.decoder import Cache, Decoder, EncoderOutput, check_length, empty_cache, encode
 from tpu_tune.models.families import FAMILIES, architecture
 from tpu_tune.models.layers import apply_head
 from tpu_tune.models.rope import Rope
+from tpu_tune.models.scan import Execution
 
 __all__ = [
     "FAMILIES",
     "Architecture",
     "Cache",
     "Decoder",
+    "EncoderOutput",
     "Execution",
     "LayerKind",
-    "Memory",
+    "LayerNames",
     "Names",
     "Rope",
     "apply_head",

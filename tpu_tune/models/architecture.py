@@ -9,46 +9,27 @@ Architecture that is not causal.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
+from tpu_tune.models.groups import LayerGroup, layer_groups
 from tpu_tune.models.rope import Rope
-from tpu_tune.tensors import Module
+from tpu_tune.tensors import LeafSpec, Module
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerKind:
-    """What may alternate from layer to layer.
+class LayerNames:
+    """Hugging Face module paths by role, relative to one layer; "" where a layer has no such module.
+
+    Fused projections stand under `qkv` and `gate_up` instead of `q`, `k`, `v` and `gate`, `up`.
 
     Attributes:
-      window: tokens each query sees, itself included (sliding window); None sees all before it.
-      rope: rotary embedding of queries and keys; None where positions enter otherwise.
-    """
-
-    window: int | None = None
-    rope: Rope | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """Hugging Face module paths by role; those of what every layer has are relative to one layer.
-
-    An empty path means that the family has no such module. Fused projections stand under `qkv` and `gate_up` instead of
-    `q`, `k`, `v` and `gate`, `up`.
-
-    Attributes:
-      positions: learned embedding of absolute positions.
-      project_in, project_out: between the embedding's width and the hidden one.
-      relative_bias: learned embedding of relative positions, added to the scores of every layer.
       mlp_norm: "" where the MLP reads what the attention reads (one norm for both).
-      attention_out_norm, mlp_out_norm: applied to what attention and MLP give, before it is added.
+      attention_out_norm, mlp_out_norm: applied to the output of attention and MLP, before it is added.
       cross_norm, cross_q, cross_k, cross_v, cross_o: attention to an encoder.
     """
 
-    embed: str
-    layers: str
-    final_norm: str
-    head: str
     attention_norm: str
     mlp_norm: str
     o: str
@@ -69,10 +50,44 @@ class Names:
     cross_k: str = ""
     cross_v: str = ""
     cross_o: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Hugging Face module paths by role, of what stands outside the layers; "" where a family has no such module.
+
+    Attributes:
+      layers: path of the list of layers, after which the layer index follows.
+      positions: learned embedding of absolute positions.
+      project_in, project_out: between the embedding's width and the hidden one.
+      relative_bias: learned embedding of relative positions, added to the scores of every layer.
+    """
+
+    embed: str
+    layers: str
+    final_norm: str
+    head: str
     positions: str = ""
     project_in: str = ""
     project_out: str = ""
     relative_bias: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may differ from layer to layer.
+
+    Attributes:
+      names: its modules; layers of other names or sizes have leaves of their own (see `groups.py`).
+      window: number of keys that each query sees, its own included (sliding window); None: all before it.
+      rope: rotary embedding of queries and keys; None where positions enter otherwise.
+      intermediate_size: width of the MLP; 0: the architecture's.
+    """
+
+    names: LayerNames
+    window: int | None = None
+    rope: Rope | None = None
+    intermediate_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +109,8 @@ class Architecture:
 
     Attributes:
       family: the `model_type` of the Hugging Face config.
-      names: which Hugging Face module plays which role.
-      layer_kinds: one entry a layer.
+      names: which Hugging Face module plays which role, outside the layers.
+      layer_kinds: one entry a layer, with the names inside it.
       norm: rms (no mean, no bias) or layer (both).
       norm_offset: added to the stored weights of norms.
       norm_first: attention and MLP read normed states (else the sums are normed).
@@ -164,90 +179,125 @@ class Architecture:
         """The different kinds of layers, in order of appearance."""
         return tuple(dict.fromkeys(self.layer_kinds))
 
+    @functools.cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The runs of layers that one scan walks; a model whose layers have the same leaves is one group."""
+        return layer_groups([(kind.names, kind.intermediate_size) for kind in self.layer_kinds])
+
+    @property
+    def has_cross_attention(self) -> bool:
+        """Whether its layers attend to an encoder."""
+        return any(kind.names.cross_q for kind in self.kinds)
+
     def modules(self) -> list[Module]:
         """List the modules of the parameter tree in the order of the forward pass."""
-        names, width = self.names, self.hidden_size
-        norm_bias = self.norm == "layer"
-        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        inner = self.intermediate_size
+        names, width, vocabulary = self.names, self.hidden_size, self.vocab_size
         embed_size = self.embed_size or width
+        norm_bias = self.norm == "layer"
         found = self.encoder.modules() if self.encoder else []
 
-        def single(name: str, kind: str, shape: tuple[int, ...], bias: bool = False) -> None:
+        def single(name: str, *facts: Any, **more: Any) -> None:
             if name and name not in [module.path for module in found]:
-                found.append(Module(name, kind, shape, bias))
+                found.append(Module(name, *facts, **more))
 
-        def layered(name: str, kind: str, shape: tuple[int, ...], bias: bool = False, **facts: object) -> None:
-            if name:
-                path = f"{names.layers}.{name}"
-                turned = self.fan_in_fan_out and kind == "linear"
-                found.append(
-                    Module(path, kind, shape, bias, self.num_layers, names.layers, fan_in_fan_out=turned, **facts)
-                )
-
-        single(names.embed, "embedding", (self.vocab_size, embed_size))
+        single(names.embed, "embedding", (vocabulary, embed_size), ("vocab", "embed"))
         if self.encoder:
             found[0] = dataclasses.replace(
                 found[0], no_adapter="encoder and decoder share it, and what PEFT puts on it reaches neither"
             )
-        single(names.positions, "embedding", (self.max_positions + self.position_offset, width))
-        single(names.project_in, "linear", (embed_size, width))
+        single(names.positions, "embedding", (self.max_positions + self.position_offset, width), ("vocab", "embed"))
+        single(names.project_in, "linear", (embed_size, width), ("embed", "mlp"))
         if self.relative:
-            single(names.relative_bias, "embedding", (self.relative.buckets, self.num_heads))
-        layered(names.attention_norm, "norm", (width,), norm_bias)
-        layered(
-            names.qkv,
+            # "bias" in its name keeps weight decay from it, as in Hugging Face's Trainer.
+            shape = (self.relative.buckets, self.num_heads)
+            single(names.relative_bias, "embedding", shape, (None, None), decay=False)
+        found += self._layered_modules()
+        single(names.final_norm, "norm", (width,), (None,), norm_bias)
+        single(names.project_out, "linear", (width, embed_size), ("embed", "mlp"))
+        tied = names.embed if self.tied else ""
+        single(
+            names.head,
             "linear",
-            (width, q_width + 2 * kv_width),
-            self.qkv_bias,
-            segments=() if self.fused_heads else (q_width, kv_width, kv_width),
-            unit=(q_width + 2 * kv_width) // self.num_kv_heads,
+            (embed_size, vocabulary),
+            ("embed", "vocab"),
+            self.head_bias,
+            is_head=True,
+            tied_to=tied,
         )
-        layered(names.q, "linear", (width, q_width), self.qkv_bias)
-        layered(names.k, "linear", (width, kv_width), self.qkv_bias)
-        layered(names.v, "linear", (width, kv_width), self.qkv_bias)
-        layered(names.q_norm, "norm", (self.head_dim,), norm_bias)
-        layered(names.k_norm, "norm", (self.head_dim,), norm_bias)
-        layered(names.o, "linear", (q_width, width), self.o_bias)
-        layered(names.attention_out_norm, "norm", (width,), norm_bias)
-        layered(names.cross_norm, "norm", (width,), norm_bias)
-        layered(names.cross_q, "linear", (width, q_width), self.qkv_bias)
-        layered(names.cross_k, "linear", (width, kv_width), self.qkv_bias)
-        layered(names.cross_v, "linear", (width, kv_width), self.qkv_bias)
-        layered(names.cross_o, "linear", (q_width, width), self.o_bias)
-        layered(names.mlp_norm, "norm", (width,), norm_bias)
-        layered(
-            names.gate_up, "linear", (width, 2 * inner), self.mlp_bias, segments=(inner, inner), unit=self.gate_unit
-        )
-        layered(names.gate, "linear", (width, inner), self.mlp_bias)
-        layered(names.up, "linear", (width, inner), self.mlp_bias)
-        layered(names.down, "linear", (inner, width), self.mlp_bias)
-        layered(names.mlp_out_norm, "norm", (width,), norm_bias)
-        single(names.final_norm, "norm", (width,), norm_bias)
-        single(names.project_out, "linear", (width, embed_size))
-        if names.head:
-            head = Module(names.head, "linear", (embed_size, self.vocab_size), self.head_bias, is_head=True)
-            found.append(dataclasses.replace(head, tied_to=names.embed if self.tied else ""))
         return found
 
-    @property
-    def gate_unit(self) -> int:
-        """Columns of a fused gate and up projection that a mesh keeps together: a 64th of both where 64 divides."""
-        return 2 * self.intermediate_size // math.gcd(self.intermediate_size, 64)
+    def _layered_modules(self) -> list[Module]:
+        """Stack the modules of all layers: those of one name and the same facts are one `Module`."""
+        layers_of: dict[Module, list[int]] = {}
+        modules_of = {kind: layer_modules(self, kind) for kind in self.kinds}
+        for layer, kind in enumerate(self.layer_kinds):
+            for module in modules_of[kind]:
+                layers_of.setdefault(module, []).append(layer)
+        found, paths = [], set()
+        for module, layers in layers_of.items():
+            path = f"{self.names.layers}.{module.path}"
+            if path in paths:
+                path = f"{self.names.layers}[{layers[0]}].{module.path}"
+            paths.add(path)
+            found.append(dataclasses.replace(module, path=path, layers=tuple(layers), layers_path=self.names.layers))
+        return found
 
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return path -> shape of every leaf, layers stacked on axis 0."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for module in self.modules():
-            if module.tied_to:
-                continue
-            stack = (module.layers,) if module.layers else ()
-            shapes[module.weight] = stack + module.shape
-            if module.bias:
-                shapes[f"{module.path}.bias"] = stack + module.shape[-1:]
-        return shapes
+        return {path: shape for module in self.modules() for path, shape in module.leaf_shapes().items()}
 
-    def stacked(self) -> frozenset[str]:
-        """Return the paths of the leaves whose axis 0 is the layers."""
-        layered = [module for module in self.modules() if module.layers]
-        return frozenset(f"{module.path}.{part}" for module in layered for part in ("weight", "bias"))
+    def leaves(self) -> dict[str, LeafSpec]:
+        """Return path -> facts of every leaf."""
+        return {path: spec for module in self.modules() if not module.tied_to for path, spec in module.leaves().items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(math.prod(shape) for shape in self.leaf_shapes().values())
+
+
+def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
+    """List the modules of one layer, their paths relative to it, in the order of the forward pass."""
+    names, width = kind.names, arch.hidden_size
+    inner = kind.intermediate_size or arch.intermediate_size
+    q_width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    qkv_width = q_width + 2 * kv_width
+    found = []
+
+    def norm(name: str, size: int = width) -> None:
+        if name:
+            found.append(Module(name, "norm", (size,), (None,), arch.norm == "layer"))
+
+    def linear(name: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool, **facts: Any) -> None:
+        if name:
+            found.append(Module(name, "linear", shape, axes, bias, fan_in_fan_out=arch.fan_in_fan_out, **facts))
+
+    def attention(q: str, k: str, v: str) -> None:
+        for name, size in ((q, q_width), (k, kv_width), (v, kv_width)):
+            linear(name, (width, size), ("embed", "heads"), arch.qkv_bias)
+
+    norm(names.attention_norm)
+    segments = () if arch.fused_heads else (q_width, kv_width, kv_width)
+    unit = qkv_width // arch.num_kv_heads
+    linear(names.qkv, (width, qkv_width), ("embed", "heads"), arch.qkv_bias, segments=segments, unit=unit)
+    attention(names.q, names.k, names.v)
+    norm(names.q_norm, arch.head_dim)
+    norm(names.k_norm, arch.head_dim)
+    linear(names.o, (q_width, width), ("heads", "embed"), arch.o_bias)
+    norm(names.attention_out_norm)
+    norm(names.cross_norm)
+    attention(names.cross_q, names.cross_k, names.cross_v)
+    linear(names.cross_o, (q_width, width), ("heads", "embed"), arch.o_bias)
+    norm(names.mlp_norm)
+    segments, unit = (inner, inner), gate_unit(inner)
+    linear(names.gate_up, (width, 2 * inner), ("embed", "mlp"), arch.mlp_bias, segments=segments, unit=unit)
+    linear(names.gate, (width, inner), ("embed", "mlp"), arch.mlp_bias)
+    linear(names.up, (width, inner), ("embed", "mlp"), arch.mlp_bias)
+    linear(names.down, (inner, width), ("mlp", "embed"), arch.mlp_bias)
+    norm(names.mlp_out_norm)
+    return found
+
+
+def gate_unit(inner: int) -> int:
+    """Columns of a fused gate and up projection that a mesh keeps together: a 64th of both where 64 divides."""
+    return 2 * inner // math.gcd(inner, 64)

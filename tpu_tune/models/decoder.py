@@ -2,7 +2,7 @@
 
 `Decoder(architecture, params)` hangs the leaves of a flat parameter tree at their Hugging Face paths and is cheap
 enough to be built inside a jitted function: the tree is the model's state, the module a view of it. Leaves may be
-arrays or any of `tensors`' kinds. Stacked layers are walked by `jax.lax.scan`, each rematerialised by policy.
+arrays or any of `tensors`' kinds. `scan.py` walks the stacked layers.
 """
 
 from __future__ import annotations
@@ -14,67 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.layout import TokenLayout
-from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
-from tpu_tune.models.layers import Branch, Past, Surroundings, apply_head, layer, linear, norm, relative_bias
-from tpu_tune.tensors import embed, outside_scan
+from tpu_tune.models.layers import Branch, LayerContext, Past, apply_head, linear, norm, relative_bias
+from tpu_tune.models.scan import Execution, run_layers
+from tpu_tune.tensors import embed
 
 Params = Mapping[str, Any]  # path -> leaf
 
-_LAYER_INPUT = "layer_input"
-REMAT_POLICIES: dict[str, Any] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("projection"),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[_LAYER_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How to run a decoder, apart from its mathematics.
-
-    Attributes:
-      dtype: of the activations; norms, rotary angles and softmax are float32 whatever it is.
-      attention: implementation, see `kernels.attention`.
-      mesh: for its kernels that run on each device's part; None on one device.
-      remat: none | full | dots | offload: what of a layer the backward pass recomputes; all but its input under full,
-        which waits in the host's memory under offload.
-      chunk: tokens of each row and device that a layer's projections and MLP work on at one time, in training; 0: all.
-      plan: how products with quantized kernels are computed.
-      gather: applied to one layer's leaves, by path, inside the rematerialised scan body; training constrains quantized
-        codes there, so that they are gathered over fsdp instead of dequantized weights.
-      constrain: applied to hidden states (B, T, D) between layers; training pins their sharding there.
-      packed: whether rows with segments may hold several documents, see `kernels.layout.TokenLayout`.
-    """
-
-    dtype: Any = jnp.float32
-    attention: str = "auto"
-    mesh: Mesh | None = None
-    remat: str = "none"
-    chunk: int = 0
-    plan: MatmulPlan = MatmulPlan()
-    gather: Callable[[dict[str, Any]], dict[str, Any]] = lambda leaves: leaves
-    constrain: Callable[[Array], Array] = lambda hidden: hidden
-    packed: bool = True
-
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["past", "segments", "length", "memory_segments"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["past", "segments", "length", "encoder_segments"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -84,19 +39,19 @@ class Cache:
       past: of all layers on axis 0, (layers, B, S, kv heads, head_dim); an encoder's come with the first call.
       segments: (B, S), 1 where a real token stands, 0 elsewhere.
       length: tokens written so far, the same for every row.
-      memory_segments: (B, M) of the encoder's tokens; None without an encoder.
+      encoder_segments: (B, M) of the encoder's tokens; None without an encoder.
     """
 
     past: Past
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
-    memory_segments: Int[Array, "B M"] | None = None
+    encoder_segments: Int[Array, "B M"] | None = None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["hidden", "segments"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """What an encoder hands to a decoder: its last hidden states and the segment of each token (0 is padding)."""
+class EncoderOutput:
+    """What a decoder attends to: the encoder's last hidden states and the segment of each token (0 is padding)."""
 
     hidden: Float[Array, "B M D"]
     segments: Int[Array, "B M"]
@@ -116,11 +71,11 @@ def encode(
     input_ids: Int[Array, "B M"],
     segment_ids: Int[Array, "B M"],
     on_embeddings: Callable[[Array], Array] | None = None,
-) -> Memory:
+) -> EncoderOutput:
     """Run the encoder of an encoder-decoder; `on_embeddings` as in `Decoder.hidden`."""
     encoder = Decoder(architecture.encoder, params, execution)
     hidden, _ = encoder.hidden(input_ids, None, segment_ids, on_embeddings=on_embeddings)
-    return Memory(hidden, segment_ids)
+    return EncoderOutput(hidden, segment_ids)
 
 
 def check_length(architecture: Architecture, length: int) -> None:
@@ -160,10 +115,12 @@ class Decoder(nnx.Module):
         input_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        memory: Memory | None = None,
+        encoder_output: EncoderOutput | None = None,
     ) -> Float[Array, "B T V"]:
         """Return float32 logits of the next token at every place."""
-        return self.logits(self.hidden(input_ids, positions, segment_ids, memory=memory)[0]).astype(jnp.float32)
+        return self.logits(self.hidden(input_ids, positions, segment_ids, encoder_output=encoder_output)[0]).astype(
+            jnp.float32
+        )
 
     def hidden(
         self,
@@ -171,7 +128,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
-        memory: Memory | None = None,
+        encoder_output: EncoderOutput | None = None,
         on_embeddings: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the hidden states that the head reads, and the cache with this call's keys and values in it.
@@ -181,7 +138,7 @@ class Decoder(nnx.Module):
           positions: of each token in its document; by default the place in the row.
           segment_ids: document of each token, 0 for padding; by default one document a row.
           cache: what came before; the T new tokens follow it.
-          memory: of an encoder-decoder, what the encoder made; with a cache only in the first call.
+          encoder_output: what the encoder of an encoder-decoder made; with a cache only in the first call.
           on_embeddings: changes the rows (B, T, D) as the embedding module gives them (scaled, in Gemma), e.g. by noise.
         """
         arch, run, names = self.architecture, self.execution, self.architecture.names
@@ -191,12 +148,12 @@ class Decoder(nnx.Module):
         positions = index if positions is None else positions
         packed = run.packed and segment_ids is not None
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
-        segments, key_index = segment_ids, index
+        key_segments, key_index = segment_ids, index
         if cache is not None:
-            segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segment_ids, cache.length, axis=1)
-            key_index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-        around = Surroundings(
-            places=TokenLayout(index, key_index, segment_ids, segments, arch.causal, packed),
+            key_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segment_ids, cache.length, axis=1)
+            key_index = jnp.broadcast_to(jnp.arange(key_segments.shape[1], dtype=jnp.int32), key_segments.shape)
+        context = LayerContext(
+            layout=TokenLayout(index, key_index, segment_ids, key_segments, arch.causal, packed),
             angles={kind.rope: rotary.tables(kind.rope, positions) for kind in arch.kinds if kind.rope is not None},
             implementation=run.attention,
             mesh=run.mesh,
@@ -204,41 +161,21 @@ class Decoder(nnx.Module):
             start=start,
             chunk=run.chunk if cache is None else 0,
         )
-        memory_segments = None
-        if names.cross_q:
-            memory_segments = cache.memory_segments if memory is None else memory.segments
-            there = jnp.zeros_like(memory_segments)
-            places = TokenLayout(index, there, segment_ids, memory_segments, causal=False)
-            around = dataclasses.replace(around, memory=(None if memory is None else memory.hidden, places))
+        encoder_segments = None
+        if arch.has_cross_attention:
+            encoder_segments = cache.encoder_segments if encoder_output is None else encoder_output.segments
+            layout = TokenLayout(index, jnp.zeros_like(encoder_segments), segment_ids, encoder_segments, causal=False)
+            hidden = None if encoder_output is None else encoder_output.hidden
+            context = dataclasses.replace(context, encoder=(hidden, layout))
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
-
-        leaves, layer_of = self.layers.get_value(), lambda leaves, _: leaves
-        if run.mesh is None:  # on more devices `gather` takes the layer that the scan cuts out
-            leaves, layer_of = outside_scan(leaves, run.plan)
-
-        def step(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
-            number, leaves, kind, past = scanned
-            if run.mesh is None:  # the partitioner would gather what the constraint is put on
-                # XLA's GPU compiler would like the backward loop's inputs transposed, and keep them all both ways.
-                x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
-            x = checkpoint_name(x, _LAYER_INPUT)
-            leaves = layer_of(leaves, number)
-            inside = {path[len(names.layers) + 1 :]: leaf for path, leaf in run.gather(leaves).items()}
-            x, past = layer(arch, inside, x, kind, around, past)
-            return run.constrain(x), past if cache is not None else Past()
-
-        if run.remat != "none":
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[run.remat])
-        kinds = jnp.asarray(np.array([arch.kinds.index(kind) for kind in arch.layer_kinds], np.int32))
-        past = Past() if cache is None else cache.past
-        x, past = jax.lax.scan(step, x, (jnp.arange(arch.num_layers), leaves, kinds, past))
+        x, past = run_layers(arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past)
         if names.final_norm:
             x = norm(arch, self.outside.at(names.final_norm), x)
         if names.project_out:
             x = linear(self.outside.at(names.project_out), x)
         if cache is None:
             return x, None
-        return x, Cache(past, segments, cache.length + length, memory_segments)
+        return x, Cache(past, key_segments, cache.length + length, encoder_segments)
 
     def _embedded(self, input_ids: Array, positions: Array, on_embeddings: Callable[[Array], Array] | None) -> Array:
         arch, names, dtype = self.architecture, self.architecture.names, self.execution.dtype

@@ -1,4 +1,4 @@
-"""What the decoder is made of: norms, attention, MLP, and one layer of them, as functions of an Architecture.
+"""What the decoder is made of: norms, attention, MLP, and one `Layer` of them, as functions of an Architecture.
 
 `Branch` gives a layer's leaves the shape of a module. Nothing here knows how layers are stacked or which family they
 belong to.
@@ -23,8 +23,8 @@ from tpu_tune.kernels.chunks import over_tokens
 from tpu_tune.kernels.layout import Bias, TokenLayout, soft_cap
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
-from tpu_tune.models.architecture import Architecture, LayerKind
-from tpu_tune.tensors import embed, matmul, unembed
+from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, gate_unit
+from tpu_tune.tensors import dense, embed, matmul, unembed
 
 KeysValues = tuple[Array, Array]  # (B, S, kv heads, head_dim) each
 
@@ -54,26 +54,27 @@ class Branch(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Surroundings:
-    """What all layers see beside their own weights.
+class LayerContext:
+    """What all layers share beside their own weights.
 
     Attributes:
-      places: of queries and keys.
+      layout: indices and segments of queries and keys.
       angles: cosines and sines of each rotary embedding.
-      implementation: of attention.
-      mesh: for its kernels; None on one device.
-      bias: on the scores, from learned relative positions; or None.
-      memory: an encoder's output and its places, for cross-attention; or None.
-      start: where new keys and values are written in a cache, None without one.
+      implementation: attention's, see `kernels.attention`.
+      mesh: the devices, for attention's kernels; None on one device.
+      bias: added to the scores, from learned relative positions; or None.
+      encoder: an encoder's last hidden states (None: its keys and values are in the cache) and the layout of
+        cross-attention; None without an encoder.
+      start: index in the cache at which new keys and values are written, None without a cache.
       chunk: tokens of each row that what is not attention works on at one time; 0: all.
     """
 
-    places: TokenLayout
+    layout: TokenLayout
     angles: Mapping[rotary.Rope, tuple[Array, Array]]
     implementation: str
     mesh: Mesh | None = None
     bias: Bias | None = None
-    memory: tuple[Array | None, TokenLayout] | None = None
+    encoder: tuple[Array | None, TokenLayout] | None = None
     start: Array | None = None
     chunk: int = 0
 
@@ -87,62 +88,124 @@ class Past:
     cross: KeysValues | None = None
 
 
-def layer(
-    arch: Architecture,
-    leaves: Mapping[str, Any],
-    x: Float[Array, "B T D"],
-    kind: Array | int,
-    around: Surroundings,
-    past: Past,
-) -> tuple[Float[Array, "B T D"], Past]:
-    """Run one layer.
+# The modules that the parts of a layer read, by their role in `LayerNames`.
+_QKV = ("attention_norm", "qkv", "q", "k", "v", "q_norm", "k_norm")
+_ATTENTION_OUT = ("o", "attention_norm", "attention_out_norm")
+_MLP = ("mlp_norm", "gate_up", "gate", "up", "down", "mlp_out_norm")
 
-    Attention apart, a layer is functions of each token alone: `_heads` before it, `_sum` and `_fed` behind it. They run
-    over chunks of tokens where `around.chunk` says so.
 
-    Args:
-      arch: the facts.
-      leaves: this layer's, by path.
-      x: hidden states.
-      kind: index into `arch.kinds`.
-      around: what all layers share.
-      past: what the cache holds for this layer.
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer, ready to run: `layer(x, past)` returns new hidden states (B, T, D) and what the cache is to hold.
 
-    Returns:
-      New hidden states, and what the cache is to hold.
+    Attention apart, a layer is functions of each token alone, which run over chunks of tokens where `context.chunk`
+    says so.
+
+    Attributes:
+      arch: the model's facts.
+      kinds: the kinds of layers this may be; they have the same leaves.
+      kind: index of this layer's kind among them.
+      leaves: this layer's leaves by path relative to the layer.
+      context: what all layers share.
     """
-    names = arch.names
 
-    def each_token(function: Callable[[Architecture, Branch, Any], Any], tokens: Any, *modules: str) -> Any:
-        """Run a function of (architecture, these modules, tokens)."""
-        wanted = {path: leaf for path, leaf in leaves.items() if path.rpartition(".")[0] in modules}
-        shards = around.mesh.shape["sequence"] if around.mesh is not None else 1
+    arch: Architecture
+    kinds: tuple[LayerKind, ...]
+    kind: Array | int
+    leaves: Mapping[str, Any]
+    context: LayerContext
 
-        def run(wanted: Mapping[str, Any], tokens: Any) -> Any:
-            return function(arch, Branch(wanted), tokens)
+    def __call__(self, x: Float[Array, "B T D"], past: Past) -> tuple[Float[Array, "B T D"], Past]:
+        """Run the layer."""
+        if self.names.cross_q:
+            return self._with_cross_attention(x, past)
+        return self._parallel(x, past) if self.arch.residual == "parallel" else self._sequential(x, past)
 
-        return over_tokens(run, wanted, tokens, around.chunk, shards)
+    @property
+    def names(self) -> LayerNames:
+        """The modules' paths, relative to the layer."""
+        return self.kinds[0].names
 
-    into = (names.attention_norm, names.qkv, names.q, names.k, names.v, names.q_norm, names.k_norm)
-    out = (names.o, names.attention_norm, names.attention_out_norm)
-    mlp = (names.mlp_norm, names.gate_up, names.gate, names.up, names.down, names.mlp_out_norm)
-    seen, own = _attend(arch, each_token(_heads, x, *into), kind, around, past.own)
-    if arch.residual == "parallel":
-        return each_token(_parallel, (x, seen), *out, *mlp), Past(own)
-    if not names.cross_q:
-        return each_token(lambda *given: _fed(*given[:2], _sum(*given)), (x, seen), *out, *mlp), Past(own)
-    x = each_token(_sum, (x, seen), *out)
-    q = each_token(_cross_queries, x, names.cross_norm, names.cross_q)
-    seen, cross = _cross_attention(arch, Branch(leaves), q, around, past.cross)
-    x = each_token(
-        lambda arch, weights, tokens: tokens[0] + linear(weights.at(names.cross_o), tokens[1]), (x, seen), names.cross_o
-    )
-    return each_token(_fed, x, *mlp), Past(own, cross)
+    def _sequential(self, x: Array, past: Past) -> tuple[Array, Past]:
+        """x = x + attention(norm(x)); x = x + mlp(norm(x))."""
+        attended, own = self._attention(x, past.own)
+        return self._each_token(_add_attention_then_mlp, (x, attended), *_ATTENTION_OUT, *_MLP), Past(own)
+
+    def _parallel(self, x: Array, past: Past) -> tuple[Array, Past]:
+        """x = x + attention(norm(x)) + mlp(norm(x))."""
+        attended, own = self._attention(x, past.own)
+        return self._each_token(_add_attention_and_mlp, (x, attended), *_ATTENTION_OUT, *_MLP), Past(own)
+
+    def _with_cross_attention(self, x: Array, past: Past) -> tuple[Array, Past]:
+        """x = x + attention(norm(x)); x = x + cross_attention(norm(x), encoder); x = x + mlp(norm(x))."""
+        attended, own = self._attention(x, past.own)
+        x = self._each_token(_add_attention, (x, attended), *_ATTENTION_OUT)
+        attended, cross = self._cross_attention(x, past.cross)
+        x = self._each_token(_add_cross_attention, (x, attended), "cross_o")
+        return self._each_token(_add_mlp, x, *_MLP), Past(own, cross)
+
+    def _each_token(self, function: Callable[[Layer, Branch, Any], Any], tokens: Any, *roles: str) -> Any:
+        """Run a function of (layer, the modules of these roles, tokens), over chunks of tokens."""
+        paths = {getattr(self.names, role) for role in roles}
+        weights = {path: leaf for path, leaf in self.leaves.items() if path.rpartition(".")[0] in paths}
+        mesh = self.context.mesh
+        shards = mesh.shape["sequence"] if mesh is not None else 1
+        run = lambda weights, tokens: function(self, Branch(weights), tokens)  # noqa: E731
+        return over_tokens(run, weights, tokens, self.context.chunk, shards)
+
+    def _attention(self, x: Array, past: KeysValues | None) -> tuple[Float[Array, "B T HD"], KeysValues | None]:
+        """Attend from the normed x to itself and to what came before, without the output projection."""
+        arch, context = self.arch, self.context
+        qkv = self._each_token(_qkv, x, *_QKV)
+
+        def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
+            if kind.rope is not None:
+                q, k = (rotary.rotate(part, kind.rope, *context.angles[kind.rope]) for part in (q, k))
+            entry = None
+            if past is not None:
+                k, v = (
+                    jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.start, axis=1)
+                    for old, new in zip(past, (k, v), strict=True)
+                )
+                entry = (k, v)
+            attended = attention(
+                q,
+                k,
+                v,
+                context.layout,
+                window=kind.window,
+                scale=arch.attention_scale,
+                cap=arch.attention_soft_cap,
+                bias=context.bias,
+                implementation=context.implementation,
+                mesh=context.mesh,
+            )
+            return attended, entry
+
+        # The kinds differ in static facts (windows, rotary tables) that attention's kernels need to know; the products
+        # around it are the same, so that only this part is compiled once a kind.
+        branches = [functools.partial(attend, kind) for kind in self.kinds]
+        attended, entry = branches[0](*qkv) if len(branches) == 1 else jax.lax.switch(self.kind, branches, *qkv)
+        return attended.reshape(*attended.shape[:2], -1), entry
+
+    def _cross_attention(self, x: Array, past: KeysValues | None) -> tuple[Float[Array, "B T HD"], KeysValues]:
+        """Attend to the encoder: its keys and values are made where its output is at hand, else taken from the cache."""
+        arch, names = self.arch, self.names
+        q = self._each_token(_cross_queries, x, "cross_norm", "cross_q")
+        encoded, layout = self.context.encoder
+        if encoded is None:
+            k, v = past
+        else:
+            weights, shape = Branch(self.leaves), (*encoded.shape[:2], arch.num_kv_heads, arch.head_dim)
+            k, v = (linear(weights.at(name), encoded).reshape(shape) for name in (names.cross_k, names.cross_v))
+        attended = attention(q, k, v, layout, scale=arch.attention_scale, implementation=self.context.implementation)
+        return attended.reshape(*x.shape[:2], -1), (k, v)
 
 
-def _heads(arch: Architecture, weights: Branch, x: Array) -> tuple[Array, Array, Array]:
+def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array]:
     """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions."""
-    names, heads, groups, size = arch.names, arch.num_heads, arch.num_kv_heads, arch.head_dim
+    arch, names = layer.arch, layer.names
+    heads, groups, size = arch.num_heads, arch.num_kv_heads, arch.head_dim
     batch, length, _ = x.shape
     if arch.norm_first:
         x = norm(arch, weights.at(names.attention_norm), x)
@@ -158,103 +221,54 @@ def _heads(arch: Architecture, weights: Branch, x: Array) -> tuple[Array, Array,
     return q, k, v
 
 
-def _attend(
-    arch: Architecture,
-    heads: tuple[Array, Array, Array],
-    kind: Array | int,
-    around: Surroundings,
-    past: KeysValues | None,
-) -> tuple[Float[Array, "B T HD"], KeysValues | None]:
-    """Turn queries and keys to their positions and attend."""
-
-    def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
-        if kind.rope is not None:
-            q, k = (rotary.rotate(part, kind.rope, *around.angles[kind.rope]) for part in (q, k))
-        entry = None
-        if past is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), around.start, axis=1)
-                for old, new in zip(past, (k, v), strict=True)
-            )
-            entry = (k, v)
-        seen = attention(
-            q,
-            k,
-            v,
-            around.places,
-            window=kind.window,
-            scale=arch.attention_scale,
-            cap=arch.attention_soft_cap,
-            bias=around.bias,
-            implementation=around.implementation,
-            mesh=around.mesh,
-        )
-        return seen, entry
-
-    # The kinds differ in static facts (windows, rotary tables) that attention's kernels need to know; the products
-    # around it are the same, so that only this part is compiled once a kind.
-    branches = [functools.partial(attend, kind) for kind in arch.kinds]
-    seen, entry = branches[0](*heads) if len(branches) == 1 else jax.lax.switch(kind, branches, *heads)
-    return seen.reshape(*seen.shape[:2], -1), entry
-
-
-def _sum(arch: Architecture, weights: Branch, tokens: tuple[Array, Array]) -> Array:
-    """Return a layer's input plus what attention saw, normed where norms follow."""
-    x, seen = tokens
-    attended = linear(weights.at(arch.names.o), seen)
-    if not arch.norm_first:
-        return norm(arch, weights.at(arch.names.attention_norm), x + attended)
-    if arch.names.attention_out_norm:
-        attended = norm(arch, weights.at(arch.names.attention_out_norm), attended)
-    return x + attended
-
-
-def _fed(arch: Architecture, weights: Branch, x: Array) -> Array:
-    """Return x plus its MLP."""
-    names = arch.names
-    if not arch.norm_first:
-        return norm(arch, weights.at(names.mlp_norm), x + _mlp(arch, weights, x))
-    fed = _mlp(arch, weights, norm(arch, weights.at(names.mlp_norm), x))
-    return x + (norm(arch, weights.at(names.mlp_out_norm), fed) if names.mlp_out_norm else fed)
-
-
-def _parallel(arch: Architecture, weights: Branch, tokens: tuple[Array, Array]) -> Array:
-    """Return a layer's input plus what attention saw plus the input's own MLP."""
-    x, seen = tokens
-    read = norm(arch, weights.at(arch.names.mlp_norm or arch.names.attention_norm), x)
-    return _sum(arch, weights, (x, seen)) + _mlp(arch, weights, read)
-
-
-def _cross_queries(arch: Architecture, weights: Branch, x: Array) -> Array:
+def _cross_queries(layer: Layer, weights: Branch, x: Array) -> Array:
     """Return the queries (B, T, H, D) to an encoder's output."""
-    q = linear(weights.at(arch.names.cross_q), norm(arch, weights.at(arch.names.cross_norm), x))
+    arch, names = layer.arch, layer.names
+    q = linear(weights.at(names.cross_q), norm(arch, weights.at(names.cross_norm), x))
     return q.reshape(*q.shape[:2], arch.num_heads, arch.head_dim)
 
 
-def _cross_attention(
-    arch: Architecture, weights: Branch, q: Array, around: Surroundings, past: KeysValues | None
-) -> tuple[Float[Array, "B T HD"], KeysValues]:
-    """Attend to the encoder: its keys and values are made where its output is at hand, else taken from the cache."""
-    names, groups, size = arch.names, arch.num_kv_heads, arch.head_dim
-    batch, length, _, _ = q.shape
-    encoded, places = around.memory
-    if encoded is None:
-        k, v = past
-    else:
-        k, v = (
-            linear(weights.at(name), encoded).reshape(batch, -1, groups, size)
-            for name in (names.cross_k, names.cross_v)
-        )
-    seen = attention(q, k, v, places, scale=arch.attention_scale, implementation=around.implementation)
-    return seen.reshape(batch, length, -1), (k, v)
+def _add_attention(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:
+    """Return x plus the projected attention; the sum is normed where norms follow."""
+    arch, names, (x, attended) = layer.arch, layer.names, tokens
+    attended = linear(weights.at(names.o), attended)
+    if not arch.norm_first:
+        return norm(arch, weights.at(names.attention_norm), x + attended)
+    if names.attention_out_norm:
+        attended = norm(arch, weights.at(names.attention_out_norm), attended)
+    return x + attended
 
 
-def _mlp(arch: Architecture, weights: Branch, x: Array) -> Array:
-    names, activation = arch.names, ACTIVATIONS[arch.activation]
+def _add_cross_attention(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:
+    x, attended = tokens
+    return x + linear(weights.at(layer.names.cross_o), attended)
+
+
+def _add_mlp(layer: Layer, weights: Branch, x: Array) -> Array:
+    """Return x plus its MLP; the sum is normed where norms follow."""
+    arch, names = layer.arch, layer.names
+    if not arch.norm_first:
+        return norm(arch, weights.at(names.mlp_norm), x + _mlp(layer, weights, x))
+    update = _mlp(layer, weights, norm(arch, weights.at(names.mlp_norm), x))
+    return x + (norm(arch, weights.at(names.mlp_out_norm), update) if names.mlp_out_norm else update)
+
+
+def _add_attention_then_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:
+    return _add_mlp(layer, weights, _add_attention(layer, weights, tokens))
+
+
+def _add_attention_and_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:
+    normed = norm(layer.arch, weights.at(layer.names.mlp_norm or layer.names.attention_norm), tokens[0])
+    return _add_attention(layer, weights, tokens) + _mlp(layer, weights, normed)
+
+
+def _mlp(layer: Layer, weights: Branch, x: Array) -> Array:
+    names, activation = layer.names, ACTIVATIONS[layer.arch.activation]
     if names.gate_up:
         both = linear(weights.at(names.gate_up), x)
-        both = both.reshape(*x.shape[:-1], -1, 2, arch.gate_unit // 2)
-        gate, up = (both[..., part, :].reshape(*x.shape[:-1], -1) for part in (0, 1))
+        unit = gate_unit(both.shape[-1] // 2)
+        both = both.reshape(*x.shape[:-1], -1, 2, unit // 2)
+        gate, up = (both[..., half, :].reshape(*x.shape[:-1], -1) for half in (0, 1))
         inner = activation(gate) * up
     elif names.gate:
         inner = activation(linear(weights.at(names.gate), x)) * linear(weights.at(names.up), x)
@@ -267,7 +281,7 @@ def linear(module: Branch, x: Array) -> Array:
     """Return x @ weight + bias in x's dtype."""
     y = checkpoint_name(matmul(x, module.leaf("weight")), "projection")
     bias = module.leaf("bias")
-    return y if bias is None else y + _plain(bias).astype(y.dtype)
+    return y if bias is None else y + dense(bias).astype(y.dtype)
 
 
 def norm(arch: Architecture, module: Branch, x: Array) -> Array:
@@ -279,20 +293,15 @@ def norm(arch: Architecture, module: Branch, x: Array) -> Array:
     if arch.norm == "layer":
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + arch.norm_eps)
-    weight, bias = _plain(module.leaf("weight")), module.leaf("bias")
+    weight, bias = dense(module.leaf("weight")), module.leaf("bias")
     if bias is None and not arch.norm_offset:
         return weight.astype(x.dtype) * normed.astype(x.dtype)
-    scaled = (weight.astype(jnp.float32) + arch.norm_offset) * normed
-    return (scaled if bias is None else scaled + _plain(bias).astype(jnp.float32)).astype(x.dtype)
-
-
-def _plain(leaf: Any) -> Array:
-    """Return a norm's weight or a bias; a trained copy (modules_to_save) counts as itself."""
-    return getattr(leaf, "value", leaf)
+    scaled = (weight + arch.norm_offset) * normed
+    return (scaled if bias is None else scaled + dense(bias)).astype(x.dtype)
 
 
 def relative_bias(arch: Architecture, table: Any) -> Bias:
-    """Return the function from places to the learned bias on the scores, (B, heads, T, S) float32."""
+    """Return the function from indices to the learned bias on the scores, (B, heads, T, S) float32."""
 
     def bias(query_index: Int[Array, "B T"], key_index: Int[Array, "B S"]) -> Float[Array, "B H T S"]:
         distance = key_index[:, None, :] - query_index[:, :, None]

@@ -31,7 +31,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.planning.scratch import scratch_bytes
 from tpu_tune.training import offload
 from tpu_tune.training.opening import check_settings, micro_batch_rows
-from tpu_tune.training.prepare_model import PreparedModel, abstract_model, stacked_trainable
+from tpu_tune.training.prepare_model import PreparedModel, abstract_model
 from tpu_tune.training.prepare_steps import prepare_steps
 from tpu_tune.transforms import sharding
 
@@ -237,8 +237,7 @@ def _waiting(config: Any, model: PreparedModel, state: Any) -> list[int]:
     """Return the bytes a device of each of the optimizer's arrays that wait in host memory."""
     if not config.train.optim_offload:
         return []
-    stacked = stacked_trainable(model.targets, model.architecture.stacked())
-    waiting = jax.tree.leaves(offload.waits(state.opt_state, stacked.__contains__))
+    waiting = jax.tree.leaves(offload.waits(state.opt_state, model.specs))
     leaves = jax.tree.leaves(state.opt_state)
     return [device_bytes(leaf) for leaf, waits in zip(leaves, waiting, strict=True) if waits]
 

@@ -41,14 +41,15 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
       adapters: parameters of LoRA; 0 where every weight is trained.
     """
     encoder = arch.encoder
+    cross = tuple(name for kind in arch.kinds for name in (kind.names.cross_k, kind.names.cross_v) if name)
     layers, head = 0.0, 0.0  # products with weights, forward
     for module in arch.modules():
         if module.kind != "linear":
             continue
         read = encoder_width if encoder and module.layers_path == encoder.names.layers else width
-        if module.path.endswith((arch.names.cross_k or "-", arch.names.cross_v or "-")):
+        if cross and module.path.endswith(cross):
             read = encoder_width
-        count = 2.0 * math.prod(module.shape) * max(module.layers, 1) * rows * read
+        count = 2.0 * math.prod(module.shape) * (len(module.layers) or 1) * rows * read
         layers, head = (layers, head + count) if module.is_head else (layers + count, head)
     seen, computed = _scores(arch, rows, width, width)
     if encoder:

@@ -53,7 +53,8 @@ def scratch_bytes(
     tokens = rows * math.ceil(width / mesh["sequence"])
     tensor = mesh["tensor"]
     hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    inner = arch.intermediate_size * (2 if arch.names.gate or arch.names.gate_up else 1)
+    gated = any(kind.names.gate or kind.names.gate_up for kind in arch.kinds)
+    inner = arch.intermediate_size * (2 if gated else 1)
     projected = 2 * hidden + (q + 2 * kv + inner) // tensor  # what a layer's linear modules give, a token
     layers = arch.num_layers + (arch.encoder.num_layers if arch.encoder else 0)
     used = chosen(config.model.attention, width, width)

@@ -1,15 +1,21 @@
-"""Weight leaves and what they do in a product; the number formats. See DESIGN: model code asks no leaf for its kind."""
+"""Weight leaves, what they do in a product, and the number formats. Model code asks no leaf for its kind: see `leaf`."""
 
 from tpu_tune.tensors.formats import FORMATS, Format
-from tpu_tune.tensors.modules import Module
-from tpu_tune.tensors.ops import dense, embed, matmul, unembed
+from tpu_tune.tensors.layer_view import LayerView, outside_scan
+from tpu_tune.tensors.leaf import Leaf, dense, embed, map_base, matmul, unembed
+from tpu_tune.tensors.lora import LoraTensor
+from tpu_tune.tensors.modules import LeafSpec, Module
 from tpu_tune.tensors.quantized import QuantizedTensor, double_quantize, pack_block, quantize_tensor
-from tpu_tune.tensors.wrapped import LayerView, LoraTensor, SavedTensor, TokensTensor, Transposed, outside_scan
+from tpu_tune.tensors.saved import SavedTensor
+from tpu_tune.tensors.tokens import TokensTensor
+from tpu_tune.tensors.transposed import Transposed
 
 __all__ = [
     "FORMATS",
     "Format",
     "LayerView",
+    "Leaf",
+    "LeafSpec",
     "LoraTensor",
     "Module",
     "QuantizedTensor",
@@ -19,6 +25,7 @@ __all__ = [
     "dense",
     "double_quantize",
     "embed",
+    "map_base",
     "matmul",
     "outside_scan",
     "pack_block",

@@ -8,6 +8,7 @@ what models tell transforms about their tree, so that neither has to know the ot
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 import jax
@@ -18,36 +19,60 @@ Kind = Literal["linear", "embedding", "norm"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Module:
-    """One module of the tree, or a stack of the same module over the layers.
+class LeafSpec:
+    """What is known of a leaf from its path, whoever trains, shards or stores it.
 
     Attributes:
-      path: the module's path in the tree, without `.weight`.
+      axes: a logical name for each axis of one layer's array, which `transforms.sharding` maps to mesh axes; None: whole.
+      stacked: whether axis 0 of the leaf counts layers, before `axes`.
+      unit: entries of the last axis that belong together; a mesh cuts between units only.
+      decay: whether weight decay applies.
+      lora_plus: which of LoRA+'s rates applies (arXiv:2402.12354), "" for the learning rate itself.
+    """
+
+    axes: tuple[str | None, ...]
+    stacked: bool = False
+    unit: int = 1
+    decay: bool = True
+    lora_plus: Literal["", "ratio", "embedding"] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One module of the tree, or a stack of the same module over the layers that have it.
+
+    Attributes:
+      path: the module's path in the tree, without `.weight`. Where layers have modules of one name that differ in shape,
+        each stack after the first has the index of its first layer in brackets: `model.layers[3].mlp.up_proj`.
       kind: what it is; `linear` and `embedding` modules can carry adapters.
       shape: of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim) or (dim,).
+      axes: logical names of those axes, as in `LeafSpec`.
       bias: whether it has a bias beside the weight.
-      layers: how many are stacked; 0 for a module that is there once.
-      layers_path: the part of `path` after which Hugging Face writes the layer index, "" where layers is 0.
+      layers: indices of the layers that are stacked, ascending; () for a module that is there once.
+      layers_path: the part of its Hugging Face name before the layer index, "" for a module that is there once.
       is_head: the output head, which `all-linear` leaves out.
       tied_to: path of the embedding whose weight this head uses; it has then no leaf of its own.
       fan_in_fan_out: the file holds the weight as (in, out), as GPT-2's Conv1D does.
       segments: widths of the matrices that the file has side by side along `out`, in order; () where there is one.
         In the tree they lie in pieces, a `unit` holding the matching piece of each: see `from_torch`.
-      no_adapter: why neither an adapter nor a trained copy can stand on it; "" where one can.
       unit: columns of `out` that belong together; a mesh cuts between units only.
+      decay: False where weight decay does not apply to its weight though it is no norm.
+      no_adapter: why neither an adapter nor a trained copy can stand on it; "" where one can.
     """
 
     path: str
     kind: Kind
     shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
     bias: bool = False
-    layers: int = 0
+    layers: tuple[int, ...] = ()
     layers_path: str = ""
     is_head: bool = False
     tied_to: str = ""
     fan_in_fan_out: bool = False
     segments: tuple[int, ...] = ()
     unit: int = 1
+    decay: bool = True
     no_adapter: str = ""
 
     @property
@@ -55,33 +80,52 @@ class Module:
         """Path of the weight's leaf."""
         return f"{self.path}.weight"
 
-    def name(self, layer: int | None = None) -> str:
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of its leaves: (number of stacked layers,), or () for a module that is there once."""
+        return (len(self.layers),) if self.layers else ()
+
+    def leaves(self) -> dict[str, LeafSpec]:
+        """Return path -> facts of its leaves: the weight, and the bias where there is one."""
+        stacked = bool(self.layers)
+        found = {self.weight: LeafSpec(self.axes, stacked, self.unit, self.decay and self.kind != "norm")}
+        if self.bias:
+            found[f"{self.path}.bias"] = LeafSpec((None,), stacked, self.unit, decay=False)
+        return found
+
+    def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return path -> shape of its leaves, layers stacked on axis 0; none for a tied head."""
+        found = {} if self.tied_to else {self.weight: self.stack + self.shape}
+        return found | ({f"{self.path}.bias": self.stack + self.shape[-1:]} if self.bias and not self.tied_to else {})
+
+    def name(self, layer: int | str | None = None) -> str:
         """Return the Hugging Face module name, with the layer index where there is one."""
         if not self.layers:
             return self.path
-        return f"{self.layers_path}.{layer}{self.path[len(self.layers_path) :]}"
+        _, _, inside = self.path[len(self.layers_path) :].partition(".")
+        return f"{self.layers_path}.{layer}.{inside}"
 
     def names(self) -> list[str]:
         """Return the Hugging Face names of all its layers, or its one name."""
-        return [self.name(layer) for layer in range(self.layers)] if self.layers else [self.path]
+        return [self.name(layer) for layer in self.layers or (None,)]
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """Shape of one layer's weight in torch layout."""
-        return self.shape[::-1] if self._turned else self.shape
+        return self.shape[::-1] if self._is_transposed else self.shape
 
     def from_torch(self, weight: Any) -> Any:
         """Turn one layer's weight from torch layout to the tree's: (in, out), fused columns in pieces.
 
         A `QuantizedTensor` is (in, out) already; its columns are ordered all the same.
         """
-        turned = weight.T if self._turned and hasattr(weight, "T") else weight
-        return jax.tree.map(self.interleave, turned)
+        transposed = weight.T if self._is_transposed and hasattr(weight, "T") else weight
+        return jax.tree.map(self.interleave, transposed)
 
     def to_torch(self, weight: Any) -> Any:
         """Turn one layer's weight back to torch layout."""
         weight = self.deinterleave(weight)
-        return weight.T if self._turned else weight
+        return weight.T if self._is_transposed else weight
 
     def interleave(self, columns: Any) -> Any:
         """Bring (..., out) from the file's order, segment after segment, to the tree's, unit after unit.
@@ -92,7 +136,7 @@ class Module:
         if not self.segments:
             return columns
         leading, count = columns.shape[:-1], sum(self.segments) // self.unit
-        ends = [sum(self.segments[: place + 1]) for place in range(len(self.segments))]
+        ends = list(itertools.accumulate(self.segments))
         parts = [columns[..., end - width : end] for end, width in zip(ends, self.segments, strict=True)]
         pieces = [part.reshape(*leading, count, part.shape[-1] // count) for part in parts]
         return _concatenate(pieces).reshape(columns.shape)
@@ -103,12 +147,12 @@ class Module:
             return columns
         leading, count = columns.shape[:-1], sum(self.segments) // self.unit
         units = columns.reshape(*leading, count, self.unit)
-        ends = [sum(self.segments[: place + 1]) // count for place in range(len(self.segments))]
+        ends = [end // count for end in itertools.accumulate(self.segments)]
         parts = [units[..., end - width // count : end] for end, width in zip(ends, self.segments, strict=True)]
         return _concatenate([part.reshape(*leading, -1) for part in parts])
 
     @property
-    def _turned(self) -> bool:
+    def _is_transposed(self) -> bool:
         return self.kind == "linear" and not self.fan_in_fan_out
 
 

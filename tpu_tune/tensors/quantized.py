@@ -14,14 +14,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from tpu_tune.errors import UserError
+from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.tensors.formats import FORMATS
+from tpu_tune.tensors.layer_view import LayerView
+from tpu_tune.tensors.product import contract_array, product
 
 PACK_BLOCK = 256
 
@@ -85,6 +89,40 @@ class QuantizedTensor:
         """Return the weight: decoded and scaled in float32, then cast, as bitsandbytes does."""
         values = FORMATS[self.format].decode(self.unpacked())
         return _scale_groups(values, self.group_scales(), self.group_size, jnp.multiply).astype(dtype)
+
+    def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Return x @ w."""
+        return product(x, self, False)
+
+    def embed(self, ids: Int[Array, "*batch"], dtype: Any) -> Float[Array, "*batch dim"]:
+        """Return rows of a quantized embedding."""
+        return self.dequantize(dtype)[ids]
+
+    def unembed(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocabulary"]:
+        """Return x @ w.T."""
+        return product(x, self, True)
+
+    def dense(self) -> Float[Array, "*layers in out"]:
+        """Return the weight in float32."""
+        return self.dequantize()
+
+    def contract(self, x: Array, axis: int) -> Array:
+        """Return x @ w (axis 0) or x @ w.T (axis 1), dequantized whole in x's dtype."""
+        return contract_array(x, self.dequantize(x.dtype), axis)
+
+    def view(self, layer: Int[Array, ""], plan: MatmulPlan) -> LayerView:
+        """Return one layer of a stacked tensor without cutting it out."""
+        return LayerView(self, layer, plan)
+
+    @property
+    def row_unit(self) -> int:
+        """Input rows that a mesh keeps together: whole groups and whole pack blocks."""
+        return math.lcm(self.group_size, self.pack_block)
+
+    def map_parts(self, function: Callable[[bool], Any]) -> QuantizedTensor:
+        """Return the same structure of what `function` gives for each array, told whether the array has an axis `in`."""
+        largest = None if self.scale_max is None else function(False)
+        return dataclasses.replace(self, codes=function(True), scales=function(True), scale_max=largest)
 
 
 def pack_block(rows: int, format: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution
-from tpu_tune.tensors import LayerView, LoraTensor, QuantizedTensor, SavedTensor
+from tpu_tune.tensors import map_base
 from tpu_tune.transforms import sharding
 
 LOGITS_BYTES = 256 * 2**20  # float32 logits that exist at one time, where train.loss_chunk_size is left to us
@@ -54,9 +55,9 @@ def execution(
 
     Args:
       config: the whole configuration.
-      architecture: of the model.
+      architecture: the model's facts.
       mesh: the devices.
-      shardings: of every leaf of the base tree.
+      shardings: path -> sharding of every leaf of the base tree.
       rows: of a micro-batch, on one device.
     """
     dtype, packed, several = compute_dtype(config), config.data.packing, mesh if mesh.size > 1 else None
@@ -66,21 +67,19 @@ def execution(
     plain = Execution(dtype, attention, several, config.model.remat, chunk, plan, packed=packed)
     if several is None:
         return plain
-    stacked = architecture.stacked()
-    wanted = {path: sharding.gathered(home) for path, home in shardings.items() if path in stacked}
+    specs = architecture.leaves()
+    gathered = {path: sharding.gathered(shardings[path]) for path, spec in specs.items() if spec.stacked}
     hidden = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
-    def gather_leaf(leaf: Any, home: Any) -> Any:
-        if isinstance(leaf, (LoraTensor, SavedTensor)):
-            return dataclasses.replace(leaf, base=gather_leaf(leaf.base, home))
+    def gather_stored(sharding: Any, leaf: Any) -> Any:
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
-        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
-        if isinstance(leaf, QuantizedTensor) and plan.implementation != "xla":
-            return LayerView(jax.tree.map(lambda part: part[None], leaf), jnp.int32(0), plan)
+        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, sharding)
+        if hasattr(leaf, "view") and plan.implementation != "xla":
+            return jax.tree.map(lambda part: part[None], leaf).view(jnp.int32(0), plan)
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:
-        return {path: gather_leaf(leaf, wanted[path]) for path, leaf in leaves.items()}
+        return {path: map_base(functools.partial(gather_stored, gathered[path]), leaf) for path, leaf in leaves.items()}
 
     return dataclasses.replace(plain, gather=gather, constrain=lambda x: jax.lax.with_sharding_constraint(x, hidden))

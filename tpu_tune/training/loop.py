@@ -81,7 +81,7 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
     session = open_session(config, _find_run, say)
     config, model, total = session.config, session.model, session.length.total_steps
     out = config.output_dir
-    result = run_directory.path(out, "adapter" if model.targets is not None else "model")
+    result = run_directory.path(out, "adapter" if config.method == "lora" else "model")
 
     # --- the run directory --------------------------------------------------------------------------------------
     distributed.together("config.json", lambda: run_directory.write_config(config) if is_main else None)

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tpu_tune.tensors import LeafSpec
+
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]  # (gradients, optimizer state, weights) -> (weights, state)
 
 _HOST = "pinned_host"
 
 
-def waits(state: Any, stacked: Callable[[str], bool]) -> Any:
+def waits(state: Any, specs: Mapping[str, LeafSpec]) -> Any:
     """Return a tree of bools: which arrays of an optimizer's state wait in host memory.
 
     Matrices do. Counters, and what is one vector a layer (norms, factored moments), stay: they are small, and libtpu
@@ -29,19 +31,22 @@ def waits(state: Any, stacked: Callable[[str], bool]) -> Any:
 
     Args:
       state: of arrays or shapes.
-      stacked: whether axis 0 of a path's leaf is the layers.
+      specs: path -> facts of every trained leaf.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
-        is_stacked = any(stacked(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        is_stacked = any(key in specs and specs[key].stacked for key in keys)
         return leaf.ndim >= 2 + is_stacked
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def to_host(homes: Any, waiting: Any) -> Any:
+def to_host(shardings: Any, waiting: Any) -> Any:
     """Return the shardings of an optimizer's state with those that `waits` names in host memory."""
-    return jax.tree.map(lambda home, goes: home.with_memory_kind(_HOST) if goes else home, homes, waiting)
+    return jax.tree.map(
+        lambda sharding, goes: sharding.with_memory_kind(_HOST) if goes else sharding, shardings, waiting
+    )
 
 
 def update_each(
@@ -49,9 +54,9 @@ def update_each(
     grads: Mapping[str, Array],
     state: Any,
     weights: Mapping[str, Array],
-    wanted: Array,
-    homes: Any,
-    stacked: Callable[[str], bool],
+    is_finite: Array,
+    shardings: Any,
+    specs: Mapping[str, LeafSpec],
 ) -> tuple[dict[str, Array], Any]:
     """Return (weights, state) after an update of one layer of one leaf after the other.
 
@@ -60,27 +65,27 @@ def update_each(
       grads: path -> gradient.
       state: the optimizer's; what belongs to a leaf stands in a dict under its path, and has its axis 0.
       weights: path -> leaf.
-      wanted: bool; where it is False, `update` changes nothing. Layers are then not visited. That their number is not
+      is_finite: bool; where it is False, `update` changes nothing. Layers are then not visited. That their number is not
         known beforehand also keeps XLA from taking loops apart whose transfers then need more semaphores than a TPU has.
-      homes: shardings of the state: where its leaves lie, and are to lie again.
-      stacked: whether axis 0 of a path's leaf is the layers.
+      shardings: the state's, where its leaves lie and are to lie again.
+      specs: path -> facts of every trained leaf.
     """
     new_weights, new_state = {}, state
     for path in grads:
-        mine, places = _part(state, path, grads), _part(homes, path, grads)
-        given = update, path, grads[path], mine, weights[path], places
-        new_weights[path], mine = _each_layer(*given, wanted) if stacked(path) else _whole(*given)
-        new_state = _merged(new_state, mine, grads)
+        part, part_shardings = _part(state, path, grads), _part(shardings, path, grads)
+        arguments = update, path, grads[path], part, weights[path], part_shardings
+        new_weights[path], part = _each_layer(*arguments, is_finite) if specs[path].stacked else _whole(*arguments)
+        new_state = _merged(new_state, part, grads)
     return new_weights, new_state
 
 
-def _whole(update: Update, path: str, grad: Array, state: Any, weight: Array, homes: Any) -> tuple[Array, Any]:
-    found, state = update({path: grad}, _fetched(state, homes), {path: weight})
-    return found[path], _returned(state, homes)
+def _whole(update: Update, path: str, grad: Array, state: Any, weight: Array, shardings: Any) -> tuple[Array, Any]:
+    found, state = update({path: grad}, _fetched(state, shardings), {path: weight})
+    return found[path], _returned(state, shardings)
 
 
 def _each_layer(
-    update: Update, path: str, grad: Array, state: Any, weight: Array, homes: Any, wanted: Array
+    update: Update, path: str, grad: Array, state: Any, weight: Array, shardings: Any, is_finite: Array
 ) -> tuple[Array, Any]:
     def at(leaf: Array, layer: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(leaf, layer, 1) if leaf.ndim else leaf
@@ -92,19 +97,21 @@ def _each_layer(
         weight, carried = carry
         # Counters are those from before the step in every layer.
         here = jax.tree.map(lambda new, old: at(new if new.ndim else old, layer), carried, state)
-        found, here = update({path: at(grad, layer)}, _fetched(here, homes), {path: at(weight, layer)})
-        here = jax.tree.map(lambda leaf, new: put(leaf, new, layer), carried, _returned(here, homes))
+        found, here = update({path: at(grad, layer)}, _fetched(here, shardings), {path: at(weight, layer)})
+        here = jax.tree.map(lambda leaf, new: put(leaf, new, layer), carried, _returned(here, shardings))
         return put(weight, found[path], layer), here
 
-    return jax.lax.fori_loop(0, jnp.where(wanted, weight.shape[0], 0), one, (weight, state))
+    return jax.lax.fori_loop(0, jnp.where(is_finite, weight.shape[0], 0), one, (weight, state))
 
 
-def _fetched(state: Any, homes: Any) -> Any:
-    return jax.tree.map(lambda leaf, home: jax.device_put(leaf, home.with_memory_kind("device")), state, homes)
+def _fetched(state: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.device_put(leaf, sharding.with_memory_kind("device")), state, shardings
+    )
 
 
-def _returned(state: Any, homes: Any) -> Any:
-    return jax.tree.map(lambda leaf, home: jax.device_put(leaf, home) if leaf.ndim else leaf, state, homes)
+def _returned(state: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, sharding: jax.device_put(leaf, sharding) if leaf.ndim else leaf, state, shardings)
 
 
 def _by_path(paths: Mapping[str, Any]) -> Callable[[Any], bool]:

@@ -26,11 +26,12 @@ from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, check_length
 from tpu_tune.training import arithmetic, distributed
 from tpu_tune.training.loggers import reporters
+from tpu_tune.training.methods import METHODS, check_method
 from tpu_tune.training.objectives import check_objective
 from tpu_tune.training.optimizers import canonical_name
-from tpu_tune.training.prepare_model import PreparedModel, lora_settings, prepare_model, storage_dtype
+from tpu_tune.training.prepare_model import PreparedModel, prepare_model, storage_dtype
 from tpu_tune.training.schedules import configured_schedule
-from tpu_tune.transforms import QuantizeConfig, find_targets, quantized_paths, sharding
+from tpu_tune.transforms import QuantizeConfig, quantized_paths, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +129,14 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
       with_data: whether the data must be there; a plan needs none.
 
     Raises:
-      UserError: an unknown optimizer, objective, schedule (or setting of it) or reporter, data that is not there, or
+      UserError: an unknown method, optimizer, objective, schedule (or setting of it) or reporter, data that is not there, or
         settings that exclude each other.
     """
     config = configuration.from_dict(config)
     canonical_name(config.train.optim)
     configured_schedule(config.train, max(config.train.max_steps, 1))
     reporters(config.train.report_to)
+    check_method(config.method)
     check_objective(config.objective.name)
     storage_dtype(config)
     if config.model.adapter and config.method != "lora":
@@ -177,9 +179,7 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
     quantized_paths(arch.modules(), QuantizeConfig(**config.quantize))
     if config.model.adapter:
         check_tokens(source, config.model.adapter)
-    if config.method == "lora":
-        spec, _ = lora_settings(config, arch, source.added_tokens.values())
-        find_targets(arch.modules(), spec, arch.default_targets)
+    METHODS[config.method](config, arch, source.added_tokens.values())
     return source, arch
 
 

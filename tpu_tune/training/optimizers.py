@@ -1,8 +1,8 @@
 """Optimizers by Hugging Face's names, as optax transformations over the trainable tree.
 
-The trainable tree holds float32 arrays under dotted Hugging Face names; a leaf may stack its layers on axis 0, which
-`stacked(path)` tells. Whatever computes a statistic per matrix then works layer by layer, and weight decay is decided
-by name, never by the number of axes. The learning rate of update s is `schedule(s)`; clipping is a separate function,
+The trainable tree holds float32 arrays under dotted Hugging Face names; a leaf may stack its layers on axis 0, which its
+`LeafSpec` tells. Whatever computes a statistic per matrix then works layer by layer, and whether weight decay applies is
+the module's fact, as in Hugging Face's Trainer: not to biases and norms, but to LoRA's matrices. The learning rate of update s is `schedule(s)`; clipping is a separate function,
 because the train step also reports the norm.
 
 How each relates to torch:
@@ -17,8 +17,7 @@ How each relates to torch:
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ import numpy as np
 import optax
 
 from tpu_tune.errors import UserError
+from tpu_tune.tensors import LeafSpec
 from tpu_tune.training.adam8bit import scale_by_adam_8bit
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {  # our name -> Hugging Face's and bitsandbytes' spellings of it
@@ -38,10 +38,6 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {  # our name -> Hugging Face's and bit
     "sgd": (),
     "lion": ("lion_32bit", "paged_lion", "paged_lion_32bit"),
 }  # fmt: skip
-
-# Hugging Face's Trainer.get_decay_parameter_names. It also leaves out torch.nn.LayerNorm modules whatever their name:
-# "ln_1" and "ln_f" are those of GPT-2 and GPT-J.
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)|(?:^|\.)ln_\w+(?:$|\.)")
 
 
 def canonical_name(name: str) -> str:
@@ -63,17 +59,10 @@ def dotted(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def decays(path: str) -> bool:
-    """Whether weight decay applies to the leaf at `path`: not to biases and norm weights, but to LoRA's matrices."""
-    return _NO_DECAY.search(path.lower()) is None
-
-
 def make_optimizer(
     train: Any,
     schedule: optax.Schedule | None,
-    decay: Callable[[str], bool] = decays,
-    stacked: Callable[[str], bool] = lambda path: False,
-    factor: Callable[[str], float] | None = None,
+    specs: Mapping[str, LeafSpec],
 ) -> optax.GradientTransformation:
     """Build the optimizer that `train.optim` names.
 
@@ -81,9 +70,7 @@ def make_optimizer(
       train: the `train` part of the configuration: `optim`, `adam_beta1`, `adam_beta2`, `adam_epsilon`, `weight_decay`.
       schedule: update index -> learning rate. None: the rate is a value in the optimizer's state, zero until
         `set_learning_rate` puts one there, so that runs at many rates share one compiled step.
-      decay: says by a leaf's dotted path whether weight decay applies to it.
-      stacked: says by a leaf's dotted path whether its axis 0 counts layers.
-      factor: by a leaf's dotted path, what its learning rate is multiplied by; None: 1 for all.
+      specs: path -> facts of every leaf of the trainable tree: whether it is stacked, decays, and its LoRA+ rate.
 
     Returns:
       An optax transformation. Its updates are to be added to the parameters (`optax.apply_updates`).
@@ -92,6 +79,11 @@ def make_optimizer(
       UserError: the optimizer is not known.
     """
     name = canonical_name(train.optim)
+    factor = loraplus_factor(train, specs)
+
+    def stacked(path: str) -> bool:
+        return specs[path].stacked
+
     b1, b2, eps = train.adam_beta1, train.adam_beta2, train.adam_epsilon
     if name == "adamw":
         direction = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
@@ -108,7 +100,7 @@ def make_optimizer(
         direction = optax.identity()
 
     def mask(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: decay(dotted(path)), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: specs[dotted(path)].decay, params)
 
     parts = [direction]
     if train.weight_decay:
@@ -127,7 +119,7 @@ def scale_each(factor: Callable[[str], float]) -> optax.GradientTransformation:
     )
 
 
-def loraplus_factor(train: Any, embeddings: frozenset[str], vectors: frozenset[str]) -> Callable[[str], float] | None:
+def loraplus_factor(train: Any, specs: Mapping[str, LeafSpec]) -> Callable[[str], float] | None:
     """Return what LoRA+ (Hayou et al. 2024, arXiv:2402.12354) multiplies each leaf's learning rate by; None without it.
 
     As PEFT's `create_loraplus_optimizer`: lora_B and everything with one axis in torch (biases, DoRA's magnitudes) learn
@@ -135,16 +127,17 @@ def loraplus_factor(train: Any, embeddings: frozenset[str], vectors: frozenset[s
 
     Args:
       train: the `train` part of the configuration.
-      embeddings: dotted paths of embeddings' adapters.
-      vectors: dotted paths of other leaves that have one axis in a layer.
+      specs: path -> facts of every leaf of the trainable tree.
     """
     if not train.loraplus_lr_ratio:
         return None
+    of_embedding = train.loraplus_lr_embedding / train.learning_rate if train.learning_rate else 0.0
 
     def factor(path: str) -> float:
-        if path in embeddings:
-            return train.loraplus_lr_embedding / train.learning_rate if train.learning_rate else 0.0
-        return train.loraplus_lr_ratio if path.endswith(".lora_B") or path in vectors else 1.0
+        spec = specs[path]
+        if spec.lora_plus == "embedding":
+            return of_embedding
+        return train.loraplus_lr_ratio if spec.lora_plus == "ratio" or len(spec.axes) == 1 else 1.0
 
     return factor
 

@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,27 +20,15 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
+from tpu_tune.tensors import LeafSpec
 from tpu_tune.training.execution import compute_dtype
-from tpu_tune.transforms import (
-    LoraConfig,
-    QuantizeConfig,
-    Targets,
-    find_targets,
-    lora,
-    quantize_weight,
-    quantized_paths,
-    sharding,
-    split,
-    token_rows,
-)
-
-log = logging.getLogger(__name__)
+from tpu_tune.training.methods import METHODS
+from tpu_tune.transforms import Method, QuantizeConfig, quantize_weight, quantized_paths, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +39,7 @@ class PreparedModel:
       source: where the weights came from; None for `abstract_model`'s.
       architecture: the model's facts.
       mesh: the devices.
-      targets: what LoRA adapts; None under method=full.
+      method: which part is trained, and what the model is made of while it is.
       trainable: the trained leaves by path, float32, sharded.
       frozen: the other leaves by path, sharded.
       shardings: the sharding of every leaf of the base tree, by path.
@@ -62,7 +48,7 @@ class PreparedModel:
     source: WeightSource | None
     architecture: Architecture
     mesh: Mesh
-    targets: Targets | None
+    method: Method
     trainable: dict[str, Any]
     frozen: dict[str, Any]
     shardings: dict[str, Any]
@@ -70,19 +56,17 @@ class PreparedModel:
     @property
     def num_trainable(self) -> int:
         """Trained parameters; the zero padding of uneven ranks is not counted."""
-        total = sum(leaf.size for leaf in self.trainable.values())
-        padding = sum(
-            (target.rank - rank) * sum(target.module.shape)
-            for target in (self.targets.adapted if self.targets else ())
-            for rank in target.ranks
-        )
-        return total - padding
+        return self.method.num_parameters(self.trainable)
 
     @property
     def num_parameters(self) -> int:
         """All parameters: the base's and the adapters', whatever they are stored as."""
-        base = sum(math.prod(shape) for shape in self.architecture.leaf_shapes().values())
-        return base + (self.num_trainable if self.targets is not None else 0)
+        return self.architecture.num_parameters + (self.num_trainable if self.frozen else 0)
+
+    @property
+    def specs(self) -> dict[str, LeafSpec]:
+        """Path -> facts of every trained leaf."""
+        return self.method.leaves(self.architecture.leaves())
 
     def fingerprint(self, config: ConfigDict) -> str:
         """Return a hash of the base weights and of how they are stored, which a checkpoint's adapters belong to."""
@@ -110,22 +94,20 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     """
     source = open_configured(config.model)
     arch = open_architecture(source)
-    targets, adapters, quantization = _methods(config, arch, source.added_tokens.values())
-    stacked, units = arch.stacked(), sharding_units(arch)
+    method, adapters, quantization = _method(config, arch, source.added_tokens.values())
+    specs = arch.leaves()
     shardings: dict[str, Any] = {}
 
     def shard(path: str, leaf: Any) -> Any:
-        shardings[path] = sharding.leaf_sharding(path, leaf, mesh, path in stacked, units=units)
+        shardings[path] = sharding.leaf_sharding(path, leaf, specs[path], mesh)
         return jax.tree.map(put, leaf, shardings[path])
 
     params = load_params(source, arch, storage_dtype(config), quantization, shard, progress)
-    if targets is not None and adapters is None:
-        adapters = lora.init(targets, params, jax.random.key(config.seed))
-    trainable, frozen = split(params, targets, adapters)
+    trainable, frozen = _split(method, params, adapters, config.seed)
     del params
-    trained = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked), units=units)
+    trained = sharding.shardings(trainable, method.leaves(specs), mesh)
     trainable = {path: put(leaf, trained[path]) for path, leaf in trainable.items()}
-    return PreparedModel(source, arch, mesh, targets, trainable, frozen, shardings)
+    return PreparedModel(source, arch, mesh, method, trainable, frozen, shardings)
 
 
 def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Mesh) -> PreparedModel:
@@ -139,25 +121,25 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
     arch = architecture(model_config)
     # Which tokens are new changes no shape; the last ones stand for them.
     added = range(arch.vocab_size - len(config.model.add_special_tokens), arch.vocab_size)
-    targets, adapters, quantization = _methods(config, arch, added)
+    method, adapters, quantization = _method(config, arch, added)
     dtype, quantized = storage_dtype(config), quantized_paths(arch.modules(), quantization)
-    stacked, units = arch.stacked(), sharding_units(arch)
+    specs = arch.leaves()
     base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
     quantize = functools.partial(quantize_weight, config=quantization)
     base = {path: jax.eval_shape(quantize, leaf) if path in quantized else leaf for path, leaf in base.items()}
 
-    def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        fresh = adapters
-        if targets is not None and fresh is None:
-            fresh = lora.init(targets, params, jax.random.key(config.seed))
-        return split(params, targets, fresh)
-
-    trainable, frozen = jax.eval_shape(split_params, base)
-    shardings = sharding.shardings(base, mesh, stacked, units=units)
-    trained = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked), units=units)
+    trainable, frozen = jax.eval_shape(lambda params: _split(method, params, adapters, config.seed), base)
+    shardings = sharding.shardings(base, specs, mesh)
+    trained = sharding.shardings(trainable, method.leaves(specs), mesh)
     trainable = {path: abstract_leaf(leaf, trained[path]) for path, leaf in trainable.items()}
     frozen = {path: jax.tree.map(abstract_leaf, leaf, shardings[path]) for path, leaf in frozen.items()}
-    return PreparedModel(None, arch, mesh, targets, trainable, frozen, shardings)
+    return PreparedModel(None, arch, mesh, method, trainable, frozen, shardings)
+
+
+def _split(
+    method: Method, params: dict[str, Any], adapters: dict[str, Any] | None, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    return method.split(params, method.init(params, jax.random.key(seed)) if adapters is None else adapters)
 
 
 def abstract_leaf(leaf: Any, leaf_sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -165,72 +147,17 @@ def abstract_leaf(leaf: Any, leaf_sharding: NamedSharding) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding)
 
 
-def lora_settings(
+def _method(
     config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]
-) -> tuple[LoraConfig, dict[str, Any] | None]:
-    """Return the LoRA settings and the adapter to start from, None for a fresh one.
-
-    Under `model.train_added_tokens` the added tokens are among the trained ones.
-
-    Raises:
-      UserError: the adapter trains other tokens.
-    """
-    spec, adapters = LoraConfig(**config.lora), None
-    if config.model.adapter:
-        spec, adapters = peft.read_adapter(config.model.adapter, arch)
-        spec = dataclasses.replace(spec, dropout=config.lora.dropout)
-    if not config.model.train_added_tokens:
-        return spec, adapters
-    candidates = [module for module in arch.modules() if module.path == arch.names.embed or module.is_head]
-    trained = {rows.module.path: list(rows.ids) for rows in token_rows(candidates, spec.trainable_token_indices)}
-    before = {path: list(ids) for path, ids in trained.items()}
-    for module in candidates:
-        if module.tied_to or any(module.path.endswith(name) for name in spec.modules_to_save):
-            continue  # its rows are trained already, or with the embedding's
-        ids = trained.setdefault(module.path, [])
-        ids += [number for number in added_tokens if number not in ids]
-    if adapters and before and trained != before:
-        raise UserError(
-            f"model.train_added_tokens: {config.model.adapter} trains other tokens than model.add_special_tokens; "
-            "leave it false to go on with the adapter's"
-        )
-    return dataclasses.replace(spec, trainable_token_indices=trained), adapters
-
-
-def _methods(
-    config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]
-) -> tuple[Targets | None, dict[str, Any] | None, QuantizeConfig]:
-    """Return what is trained, the adapter to start from, and what is quantized."""
-    modules = arch.modules()
-    spec, adapters = lora_settings(config, arch, added_tokens)
-    if config.model.adapter:
-        log.info(
-            "starting from %s: its rank, alpha and targets replace lora.*; only lora.dropout is taken from the config",
-            config.model.adapter,
-        )
-    targets = find_targets(modules, spec, arch.default_targets) if config.method == "lora" else None
+) -> tuple[Method, dict[str, Any] | None, QuantizeConfig]:
+    """Return how the model is trained, the adapters to start from, and what is quantized."""
+    method, adapters = METHODS[config.method](config, arch, added_tokens)
     quantization = QuantizeConfig(**config.quantize)
-    if targets is not None and not isinstance(quantization.exclude, str):
+    if method.saved and not isinstance(quantization.exclude, str):
         # Modules that are trained in full cannot be quantized.
-        saved = [module.path.rsplit(".")[-1] for module in targets.saved]
+        saved = [module.path.rsplit(".")[-1] for module in method.saved]
         quantization = dataclasses.replace(quantization, exclude=[*quantization.exclude, *saved])
-    return targets, adapters, quantization
-
-
-def stacked_trainable(targets: Targets | None, stacked: frozenset[str]) -> frozenset[str]:
-    """Return the paths of trainable leaves whose axis 0 is the layers."""
-    if targets is None:
-        return stacked
-    adapters = ("lora_A", "lora_B", "lora_magnitude_vector")
-    return stacked | {
-        f"{target.module.path}.{name}" for target in targets.adapted if target.layers for name in adapters
-    }
-
-
-def sharding_units(arch: Architecture) -> dict[str, int]:
-    """Return path -> smallest piece of `out` that may be cut: a fused projection is cut between its units only."""
-    fused = [module for module in arch.modules() if module.unit > 1]
-    return {f"{module.path}.{part}": module.unit for module in fused for part in ("weight", "bias", "lora_B")}
+    return method, adapters, quantization
 
 
 def put(array: Any, leaf_sharding: NamedSharding) -> jax.Array:

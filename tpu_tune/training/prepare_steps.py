@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from tpu_tune.training import offload
 from tpu_tune.training.execution import execution, loss_chunk
 from tpu_tune.training.objectives import OBJECTIVES, Objective, Sums
-from tpu_tune.training.optimizers import loraplus_factor, make_optimizer
-from tpu_tune.training.prepare_model import PreparedModel, abstract_leaf, put, stacked_trainable
+from tpu_tune.training.optimizers import make_optimizer
+from tpu_tune.training.prepare_model import PreparedModel, abstract_leaf, put
 from tpu_tune.training.schedules import configured_schedule
 from tpu_tune.training.step import ModelLoss, TrainState, init_state, make_eval_step, make_train_step
 from tpu_tune.transforms import sharding
@@ -64,25 +64,20 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
       total_steps: the schedule's length. None: no schedule; the learning rate is a value in the optimizer's state
         (`optimizers.set_learning_rate`).
     """
-    stacked = stacked_trainable(model.targets, model.architecture.stacked())
+    specs = model.specs
     schedule = None if total_steps is None else configured_schedule(config.train, total_steps)
-    optimizer = make_optimizer(
-        config.train, schedule, stacked=stacked.__contains__, factor=_rate_factor(config, model, stacked)
-    )
+    optimizer = make_optimizer(config.train, schedule, specs)
     model_loss = _model_loss(config, model, config.train.per_device_train_batch_size)
-    dropout = model.targets is not None and model.targets.spec.dropout > 0
-    random = dropout or config.train.neftune_noise_alpha > 0
+    random = model.method.is_random or config.train.neftune_noise_alpha > 0
     key = jax.random.fold_in(jax.random.key(config.seed), 1) if random else None
     start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
     shapes = jax.eval_shape(start, model.trainable)
     shardings = state_shardings(shapes, model)
     update_in_parts = None
     if config.train.optim_offload:
-        waiting = offload.waits(shapes.opt_state, stacked.__contains__)
+        waiting = offload.waits(shapes.opt_state, specs)
         shardings = dataclasses.replace(shardings, opt_state=offload.to_host(shardings.opt_state, waiting))
-        update_in_parts = functools.partial(
-            offload.update_each, homes=shardings.opt_state, stacked=stacked.__contains__
-        )
+        update_in_parts = functools.partial(offload.update_each, shardings=shardings.opt_state, specs=specs)
     step = make_train_step(model_loss, optimizer, schedule, config.train.max_grad_norm, key, update_in_parts)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.trainable.values())
     start = jax.jit(start, out_shardings=shardings)
@@ -109,20 +104,7 @@ def _model_loss(config: ConfigDict, model: PreparedModel, rows: int) -> ModelLos
     run = execution(config, model.architecture, model.mesh, model.shardings, rows)
     chunk = loss_chunk(config, model.architecture.vocab_size, rows)
     objective = OBJECTIVES[config.objective.name](config, chunk)
-    return ModelLoss(model.architecture, run, model.targets, objective, config.train.neftune_noise_alpha)
-
-
-def _rate_factor(config: ConfigDict, model: PreparedModel, stacked: frozenset[str]) -> Callable[[str], float] | None:
-    if model.targets is None:
-        return None
-    embeddings = frozenset(
-        f"{target.module.path}.{part}"
-        for target in model.targets.adapted
-        if target.module.kind == "embedding"
-        for part in ("lora_A", "lora_B")
-    )
-    vectors = frozenset(path for path, leaf in model.trainable.items() if leaf.ndim - (path in stacked) == 1)
-    return loraplus_factor(config.train, embeddings, vectors)
+    return ModelLoss(model.architecture, run, model.method, objective, config.train.neftune_noise_alpha)
 
 
 def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:

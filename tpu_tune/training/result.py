@@ -11,6 +11,7 @@ from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.training import distributed
 from tpu_tune.training.prepare_model import PreparedModel
 from tpu_tune.training.step import TrainState
+from tpu_tune.transforms import Targets
 
 
 def write_result(config: ConfigDict, model: PreparedModel, state: TrainState, directory: str) -> None:
@@ -20,29 +21,30 @@ def write_result(config: ConfigDict, model: PreparedModel, state: TrainState, di
       UserError: it cannot be written.
     """
     trainable = jax.tree.map(distributed.full_array, state.trainable)
-    ends = _frozen_ends(model)
+    frozen = _frozen_parts(model)
     if jax.process_index() != 0:
         return
-    if model.targets is not None:
+    if isinstance(model.method, Targets):
         peft.write_adapter(
-            directory, trainable, model.targets, model.architecture, config.model.path, ends, model.source
+            directory, trainable, model.method, model.architecture, config.model.path, frozen, model.source
         )
     else:
-        huggingface_write.write_model(directory, trainable, model.source, model.architecture)
+        merged = model.method.combine(trainable, frozen)
+        huggingface_write.write_model(directory, merged, model.source, model.architecture)
 
 
-def _frozen_ends(model: PreparedModel) -> dict[str, Any]:
-    """Return the frozen leaves that an adapter is written with: an adapted embedding or head stands beside its adapter.
+def _frozen_parts(model: PreparedModel) -> dict[str, Any]:
+    """Return the frozen leaves that a result is written with, which several processes have to gather.
 
-    One process holds all leaves in full anyway; of several, only these are gathered.
+    Beside an adapter these are an adapted embedding or head; a merged model takes all.
     """
-    if jax.process_count() == 1 or model.targets is None:
+    if jax.process_count() == 1:
         return model.frozen
-    adapted = {f"{target.module.tied_to or target.module.path}.weight" for target in model.targets.adapted}
-    ends = {
-        f"{module.path}.weight"
-        for module in model.architecture.modules()
-        if module.kind == "embedding" or module.is_head
-    }
-    paths = sorted(adapted & ends & model.frozen.keys())
+    paths = sorted(model.frozen)
+    if isinstance(model.method, Targets):
+        adapted = {f"{target.module.tied_to or target.module.path}.weight" for target in model.method.adapted}
+        ends = {
+            module.weight for module in model.architecture.modules() if module.kind == "embedding" or module.is_head
+        }
+        paths = sorted(adapted & ends & model.frozen.keys())
     return {path: jax.tree.map(distributed.full_array, model.frozen[path]) for path in paths}

@@ -25,7 +25,7 @@ from tpu_tune.training import loss_scale as scaling
 from tpu_tune.training import neftune
 from tpu_tune.training.objectives import Batch, Head, Objective, Sums, mean
 from tpu_tune.training.optimizers import clip_by_global_norm
-from tpu_tune.transforms import Targets, combine
+from tpu_tune.transforms import Method
 
 SEGMENTS = ("segment_ids", "encoder_segment_ids")  # 0 where padding
 STEP_METRICS = ("loss", "weight", "grad_norm", "learning_rate", "num_tokens", "finite", "failures")
@@ -64,14 +64,14 @@ class ModelLoss:
     Attributes:
       architecture: the model's facts.
       execution: dtype, attention, remat and sharding hooks.
-      targets: what LoRA adapts; None trains everything.
+      method: what the model is made of while it is trained.
       objective: what is minimized.
       neftune_alpha: strength of the noise on the embeddings; 0 for none.
     """
 
     architecture: Architecture
     execution: Execution
-    targets: Targets | None
+    method: Method
     objective: Objective
     neftune_alpha: float = 0.0
 
@@ -82,7 +82,7 @@ class ModelLoss:
 
         `key` is the micro-batch's, for dropout and noise; None where nothing is random, as in evaluation.
         """
-        params = combine(trainable, frozen, self.targets, key)
+        params = self.method.combine(trainable, frozen, key)
         arch, run = self.architecture, self.execution
         encoded = None
         if arch.encoder:
@@ -91,7 +91,7 @@ class ModelLoss:
         model = Decoder(arch, params, run)
         noise = self._noise(key, 2, batch["segment_ids"])
         hidden, _ = model.hidden(
-            batch["input_ids"], batch["positions"], batch["segment_ids"], memory=encoded, on_embeddings=noise
+            batch["input_ids"], batch["positions"], batch["segment_ids"], encoder_output=encoded, on_embeddings=noise
         )
         head = Head(functools.partial(apply_head, arch), model.head_leaves())
         return self.objective(head, hidden, batch)

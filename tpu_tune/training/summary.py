@@ -26,7 +26,6 @@ from tpu_tune.training.execution import compute_dtype
 from tpu_tune.training.opening import Session
 from tpu_tune.training.prepare_model import PreparedModel
 from tpu_tune.training.step import TrainState
-from tpu_tune.transforms import combine
 
 SAMPLE_TOKENS = 64  # of an answer
 
@@ -113,7 +112,7 @@ def write_samples(
     """
     prompts = list(config.train.sample_prompts)
     tokenizer = model.source.load_tokenizer()
-    params = combine(trainable, model.frozen, model.targets)
+    params = model.method.combine(trainable, model.frozen)
     chat = data_format in ("messages", "sharegpt") and bool(tokenizer.chat_template)
     try:
         answers = generate(

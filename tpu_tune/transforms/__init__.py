@@ -2,13 +2,17 @@
 
 from tpu_tune.config import LoraConfig, QuantizeConfig
 from tpu_tune.transforms import lora, sharding
-from tpu_tune.transforms.lora import Target, Targets, TokenRows, find_targets, token_rows
+from tpu_tune.transforms.lora import Target, Targets, TokenRows
 from tpu_tune.transforms.merge import merge, merged_tensors, unties_head
+from tpu_tune.transforms.methods import FULL, FullTuning, Method, combine, split
 from tpu_tune.transforms.quantize import quantize, quantize_weight, quantized_paths
-from tpu_tune.transforms.split import combine, split
+from tpu_tune.transforms.targets import find_targets, token_rows
 
 __all__ = [
+    "FULL",
+    "FullTuning",
     "LoraConfig",
+    "Method",
     "QuantizeConfig",
     "Target",
     "Targets",

@@ -1,4 +1,4 @@
-"""LoRA as a transform of the parameter tree: `find_targets`, `init`; `LoraConfig`, the config's `lora` section, says which.
+"""LoRA as a transform of the parameter tree: fresh adapters, what is trained and what frozen, the tree the model sees.
 
 An adapter is a few entries of a flat tree: `PATH.lora_A` (layers, in, rank), `PATH.lora_B` (layers, rank, out) and,
 under DoRA, `PATH.lora_magnitude_vector` (layers, out). Only the selected layers are stored; where ranks differ between
@@ -10,17 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from tpu_tune.config import LoraConfig, TokenIndices
-from tpu_tune.errors import UserError
-from tpu_tune.tensors import Module, dense
-from tpu_tune.transforms.select import by_pattern, choose, targeted
+from tpu_tune.config import LoraConfig
+from tpu_tune.tensors import (
+    Leaf,
+    LeafSpec,
+    LoraTensor,
+    Module,
+    SavedTensor,
+    TokensTensor,
+    Transposed,
+    dense,
+    embed,
+)
+
+Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +61,43 @@ class Target:
         """Parameters of A and B, padding not counted."""
         return sum(rank * sum(self.module.shape) for rank in self.ranks)
 
+    @property
+    def padding(self) -> int:
+        """Zeros in the stored A and B where ranks differ between layers."""
+        return sum((self.rank - rank) * sum(self.module.shape) for rank in self.ranks)
+
+    @property
+    def names(self) -> list[str]:
+        """Hugging Face names of the adapted layers."""
+        return [self.module.name(layer) for layer in self.layers or (None,)]
+
+    @property
+    def a(self) -> str:
+        """Path of the leaf A, (layers, in, rank)."""
+        return f"{self.module.path}.lora_A"
+
+    @property
+    def b(self) -> str:
+        """Path of the leaf B, (layers, rank, out)."""
+        return f"{self.module.path}.lora_B"
+
+    @property
+    def magnitude(self) -> str:
+        """Path of DoRA's leaf, (layers, out)."""
+        return f"{self.module.path}.lora_magnitude_vector"
+
+    def leaves(self, use_dora: bool) -> dict[str, LeafSpec]:
+        """Return path -> facts of its leaves; the axes are those of the weight, the rank is never cut."""
+        module, (inner, outer) = self.module, self.module.axes
+        of_embedding = module.kind == "embedding"
+        facts = LeafSpec((inner, None), bool(self.layers), decay=module.decay)
+        a = dataclasses.replace(facts, lora_plus="embedding" if of_embedding else "")
+        b = dataclasses.replace(
+            facts, axes=(None, outer), unit=module.unit, lora_plus="embedding" if of_embedding else "ratio"
+        )
+        magnitude = {self.magnitude: dataclasses.replace(facts, axes=(None,))} if use_dora else {}
+        return {self.a: a, self.b: b, **magnitude}
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
@@ -69,13 +118,13 @@ class TokenRows:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """All that a LoRA method trains, resolved against one model's modules.
+    """All that a LoRA method trains, resolved against one model's modules: a `methods.Method`.
 
     Attributes:
       adapted: modules with an adapter.
       saved: modules trained in full beside it (`modules_to_save`).
       biases: paths of the bias leaves that are trained.
-      spec: what they were resolved from.
+      spec: the settings they were resolved from.
       tokens: rows of embedding and head that are trained.
     """
 
@@ -85,136 +134,90 @@ class Targets:
     spec: LoraConfig
     tokens: tuple[TokenRows, ...] = ()
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a training step draws random numbers: dropout."""
+        return self.spec.dropout > 0
 
-def find_targets(modules: Sequence[Module], spec: LoraConfig, default_targets: Sequence[str] = ()) -> Targets:
-    """Resolve a spec against a model's modules by PEFT's rules.
+    def num_parameters(self, trainable: Mapping[str, Any]) -> int:
+        """Trained parameters; the zero padding of uneven ranks is not counted."""
+        return sum(leaf.size for leaf in trainable.values()) - sum(target.padding for target in self.adapted)
 
-    Args:
-      modules: the model's modules.
-      spec: the LoRA settings.
-      default_targets: what an empty `target_modules` means: PEFT's table for the family.
+    def leaves(self, base: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
+        """Return path -> facts of every leaf of the trainable tree, given those of the base's."""
+        found: dict[str, LeafSpec] = {}
+        for target in self.adapted:
+            found |= target.leaves(self.spec.use_dora)
+        found |= {rows.path: LeafSpec((None, None)) for rows in self.tokens}
+        found |= {path: spec for module in self.saved for path, spec in module.leaves().items()}
+        return found | {path: base[path] for path in self.biases}
 
-    Raises:
-      UserError: a name that matches nothing (the choices are listed), or a norm as a target.
-    """
-    pattern = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
-    chosen = targeted(
-        modules,
-        pattern or list(default_targets),
-        exclude=spec.exclude_modules,
-        also_exclude=list(spec.modules_to_save),
-        layers=spec.layers_to_transform,
-        layers_pattern=spec.layers_pattern,
-    )
-    by_path = {module.path: module for module in modules}
-    adapted = tuple(_target(by_path[path], layers, spec) for path, layers in chosen.items())
-    saved = []
-    for name in spec.modules_to_save:
-        found = choose(modules, lambda module, full, name=name: full.endswith(name))  # peft: no dot needed before it
-        if not found:
-            names = ", ".join(dict.fromkeys(module.path.rsplit(".")[-1] for module in modules))
-            raise UserError(f"lora.modules_to_save: '{name}' matches no module; choose among {names}")
-        for path, layers in found.items():
-            if len(layers) < by_path[path].layers:
-                raise UserError(f"lora.modules_to_save: '{name}' takes only some layers of '{path}'; name all of them")
-            if by_path[path].tied_to:
-                raise UserError(
-                    f"lora.modules_to_save: '{name}' has no weight of its own in this model, it is tied to "
-                    f"'{by_path[path].tied_to}'; target it with LoRA, or save that one"
-                )
-            if by_path[path].no_adapter:
-                raise UserError(f"lora.modules_to_save: '{path}' cannot carry an adapter: {by_path[path].no_adapter}")
-            if path in chosen:
-                raise UserError(
-                    f"lora.modules_to_save: '{name}' takes '{path}', which has an adapter too; exclude it from one"
-                )
-            if by_path[path] not in saved:
-                saved.append(by_path[path])
-    with_bias = [module for module in modules if module.bias and module not in saved]
-    if spec.bias == "lora_only":
-        with_bias = [module for module in with_bias if module.path in chosen and module.kind != "norm"]
-        for module in with_bias:
-            if len(chosen[module.path]) < module.layers:
-                raise UserError(
-                    "lora.bias=lora_only together with a selection of layers is not implemented; use none or all"
-                )
-    biases = tuple(f"{module.path}.bias" for module in with_bias) if spec.bias != "none" else ()
-    tokens = token_rows(modules, spec.trainable_token_indices)
-    for rows in tokens:
-        for module in modules:
-            reached = module.path in (rows.module.path, *_tied(modules, rows.module))
-            if reached and (module in saved or module.path in chosen):
-                which = "modules_to_save" if module in saved else "target_modules"
-                raise UserError(
-                    f"lora.trainable_token_indices (model.train_added_tokens sets it) trains tokens of '{module.path}', which lora.{which} takes too; "
-                    "PEFT can do only one of them: exclude it from one"
-                )
-    return Targets(adapted, tuple(saved), biases, spec, tokens)
+    def init(self, params: Mapping[str, Any], key: Array) -> Tree:
+        """Return fresh adapters: see `init`."""
+        return init(self, params, key)
 
+    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
+        """Return (trainable, frozen): adapters, saved modules and biases are trained, in float32; the base is frozen."""
+        frozen = dict(params)
+        trainable = dict(adapters or {})
+        for module in self.saved:
+            for path in module.leaves():
+                trainable.setdefault(path, dense(frozen[path]))
+                if module.kind != "embedding":  # a tied head goes on using the frozen embedding
+                    del frozen[path]
+        for rows in self.tokens:
+            trainable.setdefault(rows.path, _original_rows(rows, frozen))
+        for path in self.biases:
+            trainable.setdefault(path, jnp.asarray(frozen.pop(path), jnp.float32))
+            frozen.pop(path, None)
+        return trainable, frozen
 
-def token_rows(modules: Sequence[Module], indices: TokenIndices) -> tuple[TokenRows, ...]:
-    """Resolve `trainable_token_indices` as PEFT does: a list is the input embedding's, and a tied head follows it.
+    def combine(
+        self, trainable: Mapping[str, Any], frozen: Mapping[str, Any], dropout_key: Array | None = None
+    ) -> Tree:
+        """Wrap frozen leaves and what is trained in leaves that compute both; nothing is copied."""
+        params = dict(frozen)
+        for module in self.saved:
+            for path in module.leaves():
+                base = frozen.get(path)
+                params[path] = trainable[path] if base is None else SavedTensor(base, trainable[path])
+        params |= {path: trainable[path] for path in self.biases}
+        for rows in self.tokens:
+            module, ids = rows.module, jnp.asarray(rows.ids, jnp.int32)
+            base = Transposed(frozen[f"{module.tied_to}.weight"]) if module.tied_to else params[module.weight]
+            params[module.weight] = TokensTensor(base, ids, trainable[rows.path], int(module.is_head))
+        for target in self.adapted:
+            module = target.module
+            base = Transposed(frozen[f"{module.tied_to}.weight"]) if module.tied_to else params[module.weight]
+            params[module.weight] = self._lora_tensor(target, base, trainable, dropout_key)
+        return params
 
-    Args:
-      modules: the model's modules.
-      indices: token ids, or module name (or the end of one) -> token ids.
-
-    Raises:
-      UserError: a name that is neither embedding nor head, or an id that is twice or not in the vocabulary.
-    """
-    key = "lora.trainable_token_indices"
-    able = [module for module in modules if module.kind == "embedding" or module.is_head]
-    named = indices if isinstance(indices, Mapping) else {able[0].path: indices}
-    found: dict[str, TokenRows] = {}
-    for name, ids in named.items():
-        matched = [module for module in able if module.path.endswith(name)]
-        if not matched:
-            choices = ", ".join(module.path.rsplit(".")[-1] for module in able)
-            raise UserError(f"{key}: '{name}' is neither embedding nor head; choose among {choices}")
-        for module in matched if ids else []:
-            found[module.path] = TokenRows(module, tuple(ids))
-    for rows in found.values():
-        module, size = rows.module, rows.module.shape[1 if rows.module.is_head else 0]
-        wrong = next((number for number in rows.ids if not 0 <= number < size or rows.ids.count(number) > 1), None)
-        if wrong is not None:
-            what = "stands there twice" if 0 <= wrong < size else f"is not one of the {size} tokens of '{module.path}'"
-            raise UserError(f"{key}: {wrong} {what}")
-        if module.no_adapter:
-            raise UserError(f"{key}: '{module.path}' cannot carry trained tokens: {module.no_adapter}")
-        heads = [head for head in able if head.is_head and head.path in (module.path, *_tied(able, module))]
-        if any(head.bias for head in heads):
-            raise UserError(
-                f"{key}: PEFT's trained tokens leave out the bias of the head '{heads[0].path}'; train it in full "
-                "with lora.modules_to_save"
-            )
-    # A tied head with the same tokens follows its embedding; with others it has rows of its own.
-    return tuple(
-        rows
-        for rows in found.values()
-        if not (rows.module.tied_to in found and found[rows.module.tied_to].ids == rows.ids)
-    )
-
-
-def _tied(modules: Sequence[Module], embedding: Module) -> list[str]:
-    return [module.path for module in modules if module.tied_to == embedding.path]
-
-
-def _target(module: Module, layers: tuple[int | None, ...], spec: LoraConfig) -> Target:
-    if module.kind == "norm":
-        raise UserError(
-            f"lora.target_modules matches the norm '{module.path}', which has no matrix to adapt; "
-            "put it in lora.modules_to_save to train it in full"
-        )
-    if module.no_adapter:
-        raise UserError(f"lora.target_modules: '{module.path}' cannot carry an adapter: {module.no_adapter}")
-    names = [module.name(layer) for layer in layers]
-    ranks = tuple(int(by_pattern(spec.rank_pattern, name, spec.rank)) for name in names)
-    alphas = tuple(float(by_pattern(spec.alpha_pattern, name, spec.alpha)) for name in names)
-    scales = tuple(
-        alpha / (math.sqrt(rank) if spec.use_rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)
-    )
-    stored = tuple(layer for layer in layers if layer is not None)
-    return Target(module, stored, ranks, alphas, scales)
+    def _lora_tensor(
+        self, target: Target, base: Any, trainable: Mapping[str, Any], dropout_key: Array | None
+    ) -> LoraTensor:
+        module, dropout = target.module, self.spec.dropout
+        a, b, magnitude = trainable[target.a], trainable[target.b], trainable.get(target.magnitude)
+        scales = np.asarray(target.scales, np.float32)
+        key = None
+        if dropout_key is not None and dropout > 0 and module.kind == "linear":
+            key = path_key(dropout_key, module.path)
+            if module.layers:
+                key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(module.layers))
+        active = None
+        if not module.layers:
+            scale = jnp.asarray(scales[0])
+        elif target.layers == module.layers:
+            scale = jnp.asarray(scales)
+        else:
+            count = len(module.layers)
+            chosen = np.searchsorted(module.layers, target.layers)
+            scale = jnp.zeros(count, jnp.float32).at[chosen].set(scales)
+            a, b = (jnp.zeros((count, *part.shape[1:]), part.dtype).at[chosen].set(part) for part in (a, b))
+            if magnitude is not None:
+                # A layer without an adapter divides by its own norm nowhere: `active` is false there.
+                magnitude = jnp.ones((count, *magnitude.shape[1:]), magnitude.dtype).at[chosen].set(magnitude)
+                active = jnp.zeros(count, bool).at[chosen].set(True)
+        return LoraTensor(base, a, b, scale, key, magnitude, active, dropout if key is not None else 0.0)
 
 
 def init(targets: Targets, params: Mapping[str, Any], key: Array) -> dict[str, Array]:
@@ -233,23 +236,20 @@ def init(targets: Targets, params: Mapping[str, Any], key: Array) -> dict[str, A
         module = target.module
         inner, outer = module.shape
         pairs = []
-        for place, rank in enumerate(target.ranks):
-            layer_key = jax.random.fold_in(path_key(key, module.path), target.layers[place] if target.layers else 0)
+        for layer, rank in zip(target.layers or (0,), target.ranks, strict=True):
+            layer_key = jax.random.fold_in(path_key(key, module.path), layer)
             a, b = _initial_pair(layer_key, module, rank, targets.spec.init_lora_weights)
             pairs.append((jnp.pad(a, [(0, 0), (0, target.rank - rank)]), jnp.pad(b, [(0, target.rank - rank), (0, 0)])))
         a, b = (jnp.stack(parts) if target.layers else parts[0] for parts in zip(*pairs, strict=True))
         assert a.shape[-2:] == (inner, target.rank) and b.shape[-2:] == (target.rank, outer)
-        adapters[f"{module.path}.lora_A"] = a
-        adapters[f"{module.path}.lora_B"] = b
+        adapters |= {target.a: a, target.b: b}
         if targets.spec.use_dora:
-            adapters[f"{module.path}.lora_magnitude_vector"] = _column_norms(target, params)
+            adapters[target.magnitude] = _column_norms(target, params)
     return adapters
 
 
 def path_key(key: Array, path: str) -> Array:
     """Return a key of its own for a path, the same on every machine and Python run."""
-    import zlib
-
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -271,4 +271,12 @@ def _column_norms(target: Target, params: Mapping[str, Any]) -> Array:
     if not module.layers:
         return jnp.linalg.norm(dense(leaf), axis=-2)
     one = jax.jit(lambda stacked, layer: jnp.linalg.norm(dense(jax.tree.map(lambda x: x[layer], stacked)), axis=-2))
-    return jnp.stack([one(leaf, layer) for layer in target.layers])
+    return jnp.stack([one(leaf, module.layers.index(layer)) for layer in target.layers])
+
+
+def _original_rows(rows: TokenRows, frozen: Mapping[str, Any]) -> Array:
+    module, ids = rows.module, np.asarray(rows.ids)
+    if module.kind == "embedding" or module.tied_to:
+        return embed(ids, frozen[f"{module.tied_to or module.path}.weight"], jnp.float32)
+    leaf = frozen[module.weight]
+    return (dense(leaf) if isinstance(leaf, Leaf) else jnp.asarray(leaf))[:, ids].T.astype(jnp.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpu_tune.tensors import LoraTensor, Module, TokensTensor, dense
+from tpu_tune.tensors import Module, dense
 
 
 def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator[tuple[str, np.ndarray]]:
@@ -24,12 +24,12 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
     for module in modules:
         if module.weight not in params:
             continue
-        for layer in range(module.layers) if module.layers else [None]:
+        for index, layer in enumerate(module.layers or (None,)):
             for suffix in ("weight", "bias"):
                 leaf = params.get(f"{module.path}.{suffix}")
                 if leaf is None:
                     continue
-                value = np.asarray(_dense_layer(leaf, layer))
+                value = np.asarray(_layer_of(leaf, index) if module.layers else dense(leaf))
                 value = module.to_torch(value) if suffix == "weight" else module.deinterleave(value)
                 yield f"{module.name(layer)}.{suffix}", value
 
@@ -39,21 +39,15 @@ def unties_head(params: Mapping[str, Any], modules: list[Module]) -> bool:
     for module in modules:
         if module.tied_to:
             embedding = params[f"{module.tied_to}.weight"]
-            return module.weight in params or (hasattr(embedding, "base") and not isinstance(embedding, TokensTensor))
+            return module.weight in params or getattr(embedding, "unties_head", False)
     return False
 
 
 def merge(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree with every adapted leaf replaced by its merged float32 array; other leaves as they are."""
-    return {
-        path: dense(leaf) if isinstance(leaf, (LoraTensor, TokensTensor)) else leaf for path, leaf in params.items()
-    }
+    """Return the tree with every leaf that wraps another replaced by its merged float32 array; others as they are."""
+    return {path: dense(leaf) if hasattr(leaf, "base") else leaf for path, leaf in params.items()}
 
 
 @jax.jit
-def _layer_of(leaf: Any, layer: int) -> Any:
-    return dense(jax.tree.map(lambda stacked: stacked[layer], leaf))
-
-
-def _dense_layer(leaf: Any, layer: int | None) -> Any:
-    return dense(leaf) if layer is None else _layer_of(leaf, layer)
+def _layer_of(leaf: Any, index: int) -> Any:
+    return dense(jax.tree.map(lambda stacked: stacked[index], leaf))

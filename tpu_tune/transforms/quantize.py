@@ -35,9 +35,9 @@ def quantized_paths(modules: Sequence[Module], config: QuantizeConfig) -> frozen
         module = by_path[path]
         if module.kind == "norm":
             raise UserError(f"quantize.include names the norm '{path}'; only matrices can be quantized")
-        if len(layers) < module.layers:
+        if len(layers) < len(module.layers):
             raise UserError(
-                f"quantize.include takes only {len(layers)} of the {module.layers} layers of '{path}'; "
+                f"quantize.include takes only {len(layers)} of the {len(module.layers)} layers of '{path}'; "
                 "stacked layers are quantized together: name the module without its layer index"
             )
         pack_block(module.shape[0], config.format)

@@ -29,8 +29,7 @@ def choose(modules: Iterable[Module], meant: Callable[[Module, str], bool]) -> d
     """Return module path -> chosen layers (`(None,)` for a module that is there once), asking by full name."""
     chosen = {}
     for module in modules:
-        layers: Sequence[int | None] = range(module.layers) if module.layers else (None,)
-        kept = tuple(layer for layer in layers if meant(module, module.name(layer)))
+        kept = tuple(layer for layer in module.layers or (None,) if meant(module, module.name(layer)))
         if kept:
             chosen[module.path] = kept
     return chosen

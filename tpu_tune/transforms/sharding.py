@@ -1,16 +1,14 @@
-"""`shard(params, rules, mesh)`: where each leaf's axes live on the mesh; the first matching rule wins.
+"""Where each leaf's axes live on the mesh: logical axes, as a `Module` names them, go to mesh axes by `RULES`.
 
 One mesh `data, fsdp, tensor, sequence`. The batch is split over (data, fsdp), tokens over sequence, weights over
-(fsdp, sequence) and tensor. A rule names the mesh axes of a matrix's (in, out); what does not divide is moved or left
-whole, with a message, so that no model fails for its sizes.
+(fsdp, sequence) and tensor. What does not divide is moved to the other axis of its matrix or left whole, with a message,
+so that no model fails for its sizes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,30 +18,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
-from tpu_tune.tensors import QuantizedTensor
+from tpu_tune.tensors import LeafSpec
 
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 STORED = ("fsdp", "sequence")  # the axes that share out storage; training gathers over them
-Axes = tuple[str, ...]
-Rule = tuple[str, tuple[Axes, ...]]  # regex on the path -> mesh axes of each of the leaf's own (unstacked) axes
+Rule = tuple[str, tuple[str, ...]]  # logical axis of a leaf (`LeafSpec.axes`) -> mesh axes
 
-# Modules whose input is what another one's output was cut into, by every family's names for them.
-_ROW_PARALLEL = r"(o_proj|out_proj|c_proj|Attention\.o|dense|down_proj|dense_4h_to_h|fc_out|fc2|wo)"
-_EMBEDDING = r"(embed\w*|wte|wpe|shared)"
+# Megatron's layout (arXiv:1909.08053): what a column-parallel product's output is cut into, the row-parallel one reads.
 RULES: tuple[Rule, ...] = (
-    (r"(norm|layernorm|layer_norm|ln_\w+)\.(weight|bias)$|\.bias$|lora_magnitude_vector$|trainable_tokens_delta$", ()),
-    (r"relative_attention_bias\.", ()),
-    (rf"{_ROW_PARALLEL}\.weight$", (("tensor",), STORED)),
-    (rf"{_ROW_PARALLEL}\.lora_A$", (("tensor",), ())),
-    (rf"{_ROW_PARALLEL}\.lora_B$", ((), STORED)),
-    (rf"{_EMBEDDING}\.weight$", (("tensor",), STORED)),
-    (rf"{_EMBEDDING}\.lora_A$", (("tensor",), ())),
-    (rf"{_EMBEDDING}\.lora_B$", ((), STORED)),
-    (r"\.weight$", (STORED, ("tensor",))),  # column parallel
-    (r"\.lora_A$", (STORED, ())),
-    (r"\.lora_B$", ((), ("tensor",))),
+    ("heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+    ("embed", STORED),
 )
 
 
@@ -80,71 +68,40 @@ def batch_spec(leading: int = 0) -> PartitionSpec:
 
 def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
     """Return which of a batch's rows live on this process's devices, (rows,) bool."""
-    mine = np.zeros(rows, bool)
-    home = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    for index in home.addressable_devices_indices_map((rows,)).values():
-        mine[index] = True
-    return mine
+    local = np.zeros(rows, bool)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    for index in sharding.addressable_devices_indices_map((rows,)).values():
+        local[index] = True
+    return local
 
 
-def leaf_sharding(
-    path: str,
-    leaf: Any,
-    mesh: Mesh,
-    stacked: bool,
-    rules: Sequence[Rule] = RULES,
-    units: Mapping[str, int] | None = None,
-) -> Any:
-    """Return the sharding of a leaf: a NamedSharding, or for a `QuantizedTensor` a tree of them in its shape.
+def leaf_sharding(path: str, leaf: Any, spec: LeafSpec, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
+    """Return the sharding of a leaf: a NamedSharding, or for a stored format a tree of them in its shape.
 
     Args:
-      path: in the tree.
+      path: in the tree, for messages.
       leaf: the leaf, or anything of its shape.
+      spec: the leaf's facts. The axis of the layers is never cut.
       mesh: from `make_mesh`.
-      stacked: whether axis 0 is the layers; it is never sharded.
-      rules: the first whose regex is found in the path wins.
-      units: path -> smallest piece of `out` that may be cut (a fused projection's heads).
+      rules: the first that names a logical axis says where it goes.
     """
-    if not isinstance(leaf, QuantizedTensor):
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        unit = (units or {}).get(path, 1)
-        spec = _fit(path, shape, [1] * (len(shape) - 1) + [unit], _wanted(path, rules), mesh)
-        return NamedSharding(mesh, PartitionSpec(*([None] if stacked else []), *spec))
-    whole = math.lcm(leaf.group_size, leaf.pack_block)
-    unit = (units or {}).get(path, 1)
-    inner, outer = _fit(path, leaf.shape, [whole, unit], _wanted(path, rules), mesh)
-
-    def sharding(*spec: Any) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*([None] if stacked else []), *spec))
-
-    return dataclasses.replace(
-        leaf,
-        codes=sharding(inner, outer),
-        scales=sharding(inner, outer),
-        scale_max=None if leaf.scale_max is None else sharding(None, outer),
+    wanted = [_mesh_axes(axis, rules) for axis in spec.axes]
+    stack = [None] if spec.stacked else []
+    if not hasattr(leaf, "map_parts"):
+        shape = leaf.shape[len(stack) :]
+        cut = _fit(path, shape, [1] * (len(shape) - 1) + [spec.unit], wanted, mesh)
+        return NamedSharding(mesh, PartitionSpec(*stack, *cut))
+    inner, outer = _fit(path, leaf.shape, [leaf.row_unit, spec.unit], wanted, mesh)
+    return leaf.map_parts(
+        lambda has_rows: NamedSharding(mesh, PartitionSpec(*stack, inner if has_rows else None, outer))
     )
 
 
 def shardings(
-    tree: Mapping[str, Any],
-    mesh: Mesh,
-    stacked: frozenset[str],
-    rules: Sequence[Rule] = RULES,
-    units: Mapping[str, int] | None = None,
+    tree: Mapping[str, Any], specs: Mapping[str, LeafSpec], mesh: Mesh, rules: Sequence[Rule] = RULES
 ) -> dict[str, Any]:
-    """Return path -> sharding for a whole tree; `stacked` holds the paths whose axis 0 is the layers."""
-    return {path: leaf_sharding(path, leaf, mesh, path in stacked, rules, units) for path, leaf in tree.items()}
-
-
-def explain(tree: Mapping[str, Any], found: Mapping[str, Any], rules: Sequence[Rule] = RULES) -> list[str]:
-    """Return one line a leaf: its path, its shape, the rule that matched, and the sharding that it got."""
-    lines = []
-    for path, leaf in tree.items():
-        rule = next((pattern for pattern, _ in rules if re.search(pattern, path)), "(none: replicated)")
-        sharding = found[path].codes if isinstance(leaf, QuantizedTensor) else found[path]
-        shape = leaf.codes.shape if isinstance(leaf, QuantizedTensor) else leaf.shape
-        lines.append(f"{path}  {tuple(shape)}  {rule}  {tuple(sharding.spec)}")
-    return lines
+    """Return path -> sharding for a whole tree, given the facts of its leaves."""
+    return {path: leaf_sharding(path, leaf, specs[path], mesh, rules) for path, leaf in tree.items()}
 
 
 def gathered(sharding: Any) -> Any:
@@ -161,11 +118,13 @@ def _without(axes: Any) -> Any:
     return kept[0] if len(kept) == 1 else (kept or None)
 
 
-def _wanted(path: str, rules: Sequence[Rule]) -> tuple[Axes, ...]:
-    return next((axes for pattern, axes in rules if re.search(pattern, path)), ())
+def _mesh_axes(axis: str | None, rules: Sequence[Rule]) -> tuple[str, ...]:
+    return next((mesh_axes for name, mesh_axes in rules if name == axis), ())
 
 
-def _fit(path: str, shape: Sequence[int], units: Sequence[int], wanted: Sequence[Axes], mesh: Mesh) -> list[Any]:
+def _fit(
+    path: str, shape: Sequence[int], units: Sequence[int], wanted: Sequence[tuple[str, ...]], mesh: Mesh
+) -> list[Any]:
     """Give each axis of a leaf those mesh axes that cut it into whole units; the others move to the other axis."""
     given: list[list[str]] = [[] for _ in shape]
 
@@ -178,8 +137,8 @@ def _fit(path: str, shape: Sequence[int], units: Sequence[int], wanted: Sequence
             if mesh.shape[name] == 1:
                 continue
             choices = [axis] + [other for other in range(len(shape)) if other != axis and len(shape) == 2]
-            place = next((choice for choice in choices if fits(choice, name)), None)
-            if place is None:
+            chosen = next((choice for choice in choices if fits(choice, name)), None)
+            if chosen is None:
                 log.info(
                     "%s: %s does not divide over mesh axis '%s' (%d); replicated",
                     path,
@@ -188,11 +147,11 @@ def _fit(path: str, shape: Sequence[int], units: Sequence[int], wanted: Sequence
                     mesh.shape[name],
                 )
             else:
-                if place != axis:
+                if chosen != axis:
                     log.info(
-                        "%s: axis %d of %s moved to axis %d for mesh axis '%s'", path, axis, tuple(shape), place, name
+                        "%s: axis %d of %s moved to axis %d for mesh axis '%s'", path, axis, tuple(shape), chosen, name
                     )
-                given[place].append(name)
+                given[chosen].append(name)
     # The storage axes come last: gathering over them then leaves each device its own contiguous piece of `tensor`.
     given = [sorted(names, key=lambda name: name in STORED) for names in given]
     return [tuple(names) if len(names) > 1 else (names[0] if names else None) for names in given]

@@ -11,10 +11,10 @@ from tpu_tune.errors import UserError
 from tpu_tune.models import rope
 from tpu_tune.models.activations import check_activation
 from tpu_tune.models.architecture import Architecture, LayerKind
-from tpu_tune.models.families.llama import NAMES
+from tpu_tune.models.families.llama import LAYER_NAMES, NAMES
 
 _FOUR_NORMS = dataclasses.replace(
-    NAMES,
+    LAYER_NAMES,
     attention_out_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_out_norm="post_feedforward_layernorm",
@@ -42,8 +42,8 @@ def gemma(config: Mapping[str, Any]) -> Architecture:
     config = {**_GEMMA, **config}
     # The first releases said gelu and meant its tanh form.
     activation = "gelu_pytorch_tanh" if config["hidden_act"] == "gelu" else config["hidden_act"]
-    kind = LayerKind(None, rope.from_config(config, config["head_dim"]))
-    return _architecture(config, NAMES, [kind] * config["num_hidden_layers"], activation)
+    kind = LayerKind(LAYER_NAMES, rope=rope.from_config(config, config["head_dim"]))
+    return _architecture(config, [kind] * config["num_hidden_layers"], activation)
 
 
 def gemma2(config: Mapping[str, Any]) -> Architecture:
@@ -51,10 +51,10 @@ def gemma2(config: Mapping[str, Any]) -> Architecture:
     config = {**_GEMMA2, **config}
     rotary = rope.from_config(config, config["head_dim"])
     kinds = [
-        LayerKind(config["sliding_window"] if kind == "sliding_attention" else None, rotary)
+        LayerKind(_FOUR_NORMS, config["sliding_window"] if kind == "sliding_attention" else None, rotary)
         for kind in _layer_types(config, 2)
     ]
-    return _with_caps(config, _FOUR_NORMS, kinds)
+    return _with_caps(config, kinds)
 
 
 def gemma3(config: Mapping[str, Any]) -> Architecture:
@@ -72,12 +72,12 @@ def gemma3(config: Mapping[str, Any]) -> Architecture:
         rope.from_config({**config, "rope_parameters": settings}, config["head_dim"], theta, layer_type)
         for layer_type, theta in (("sliding_attention", 10000.0), ("full_attention", 1000000.0))
     )
-    window = LayerKind(config["sliding_window"], sliding)
+    window = LayerKind(names, config["sliding_window"], sliding)
     kinds = [
-        window if kind == "sliding_attention" else LayerKind(None, full)
+        window if kind == "sliding_attention" else LayerKind(names, rope=full)
         for kind in _layer_types(config, config.get("sliding_window_pattern") or 6)
     ]
-    return _with_caps(config, names, kinds)
+    return _with_caps(config, kinds)
 
 
 def _layer_types(config: Mapping[str, Any], pattern: int) -> list[str]:
@@ -89,8 +89,8 @@ def _layer_types(config: Mapping[str, Any], pattern: int) -> list[str]:
     return config.get("layer_types") or default
 
 
-def _with_caps(config: Mapping[str, Any], names: Any, kinds: list[LayerKind]) -> Architecture:
-    architecture = _architecture(config, names, kinds, config["hidden_activation"])
+def _with_caps(config: Mapping[str, Any], kinds: list[LayerKind]) -> Architecture:
+    architecture = _architecture(config, kinds, config["hidden_activation"])
     return dataclasses.replace(
         architecture,
         attention_scale=config["query_pre_attn_scalar"] ** -0.5,
@@ -99,7 +99,7 @@ def _with_caps(config: Mapping[str, Any], names: Any, kinds: list[LayerKind]) ->
     )
 
 
-def _architecture(config: Mapping[str, Any], names: Any, kinds: list[LayerKind], activation: str) -> Architecture:
+def _architecture(config: Mapping[str, Any], kinds: list[LayerKind], activation: str) -> Architecture:
     if config.get("use_bidirectional_attention"):
         raise UserError(
             f"'use_bidirectional_attention' is set in the config of this {config['model_type']} model: not implemented"
@@ -107,7 +107,7 @@ def _architecture(config: Mapping[str, Any], names: Any, kinds: list[LayerKind],
     bias = bool(config.get("attention_bias", False))
     return Architecture(
         family=config["model_type"],
-        names=names,
+        names=NAMES,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],

@@ -7,7 +7,7 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, Names
+from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
 
 NAMES = Names(
     embed="transformer.wte",
@@ -15,6 +15,8 @@ NAMES = Names(
     layers="transformer.h",
     final_norm="transformer.ln_f",
     head="lm_head",
+)
+LAYER_NAMES = LayerNames(
     attention_norm="ln_1",
     mlp_norm="ln_2",
     qkv="attn.c_attn",
@@ -43,7 +45,7 @@ def gpt2(config: Mapping[str, Any]) -> Architecture:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
-        layer_kinds=(LayerKind(),) * config["n_layer"],
+        layer_kinds=(LayerKind(LAYER_NAMES),) * config["n_layer"],
         norm="layer",
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
         activation=check_activation(config.get("activation_function", "gelu_new")),

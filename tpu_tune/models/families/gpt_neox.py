@@ -7,13 +7,15 @@ from typing import Any
 
 from tpu_tune.models import rope
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, Names
+from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
 
 NAMES = Names(
     embed="gpt_neox.embed_in",
     layers="gpt_neox.layers",
     final_norm="gpt_neox.final_layer_norm",
     head="embed_out",
+)
+LAYER_NAMES = LayerNames(
     attention_norm="input_layernorm",
     mlp_norm="post_attention_layernorm",
     qkv="attention.query_key_value",
@@ -40,7 +42,7 @@ def gpt_neox(config: Mapping[str, Any]) -> Architecture:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,
-        layer_kinds=(LayerKind(None, rotary),) * config["num_hidden_layers"],
+        layer_kinds=(LayerKind(LAYER_NAMES, rope=rotary),) * config["num_hidden_layers"],
         norm="layer",
         norm_eps=config.get("layer_norm_eps", 1e-5),
         activation=check_activation(config.get("hidden_act", "gelu")),

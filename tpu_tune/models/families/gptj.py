@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, Names
+from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
 from tpu_tune.models.rope import Rope
 
 NAMES = Names(
@@ -14,6 +14,8 @@ NAMES = Names(
     layers="transformer.h",
     final_norm="transformer.ln_f",
     head="lm_head",
+)
+LAYER_NAMES = LayerNames(
     attention_norm="ln_1",
     mlp_norm="",
     q="attn.q_proj",
@@ -39,7 +41,7 @@ def gptj(config: Mapping[str, Any]) -> Architecture:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,
-        layer_kinds=(LayerKind(None, rotary),) * config["n_layer"],
+        layer_kinds=(LayerKind(LAYER_NAMES, rope=rotary),) * config["n_layer"],
         norm="layer",
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
         activation=check_activation(config.get("activation_function", "gelu_new")),

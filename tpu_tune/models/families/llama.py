@@ -8,13 +8,15 @@ from typing import Any
 
 from tpu_tune.models import rope
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, Names
+from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
 
 NAMES = Names(
     embed="model.embed_tokens",
     layers="model.layers",
     final_norm="model.norm",
     head="lm_head",
+)
+LAYER_NAMES = LayerNames(
     attention_norm="input_layernorm",
     mlp_norm="post_attention_layernorm",
     q="self_attn.q_proj",
@@ -60,9 +62,9 @@ def qwen2(config: Mapping[str, Any]) -> Architecture:
 def qwen3(config: Mapping[str, Any]) -> Architecture:
     """Qwen3 (arXiv:2505.09388): a norm on every head of q and k instead of biases."""
     config = {**_QWEN3, **config}
-    names = dataclasses.replace(NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+    names = dataclasses.replace(LAYER_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
     bias = bool(config.get("attention_bias", False))
-    return _architecture(config, windows=_qwen_windows(config), names=names, qkv_bias=bias, o_bias=bias)
+    return _architecture(config, windows=_qwen_windows(config), layer_names=names, qkv_bias=bias, o_bias=bias)
 
 
 def _qwen_windows(config: Mapping[str, Any]) -> list[int | None]:
@@ -75,21 +77,21 @@ def _qwen_windows(config: Mapping[str, Any]) -> list[int | None]:
 
 
 def _architecture(
-    config: Mapping[str, Any], windows: list[int | None], names: Names = NAMES, **facts: Any
+    config: Mapping[str, Any], windows: list[int | None], layer_names: LayerNames = LAYER_NAMES, **facts: Any
 ) -> Architecture:
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rotary = rope.from_config(config, head_dim)
     return Architecture(
         family=config["model_type"],
-        names=names,
+        names=NAMES,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        layer_kinds=tuple(LayerKind(window, rotary) for window in windows),
+        layer_kinds=tuple(LayerKind(layer_names, window, rotary) for window in windows),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         activation=check_activation(config.get("hidden_act", "silu")),
         tied=bool(config.get("tie_word_embeddings", False)),

@@ -8,7 +8,7 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, Names
+from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
 
 NAMES = Names(
     embed="model.decoder.embed_tokens",
@@ -16,6 +16,8 @@ NAMES = Names(
     layers="model.decoder.layers",
     final_norm="model.decoder.final_layer_norm",
     head="lm_head",
+)
+LAYER_NAMES = LayerNames(
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
     q="self_attn.q_proj",
@@ -56,7 +58,7 @@ def opt(config: Mapping[str, Any]) -> Architecture:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
-        layer_kinds=(LayerKind(),) * config["num_hidden_layers"],
+        layer_kinds=(LayerKind(LAYER_NAMES),) * config["num_hidden_layers"],
         norm="layer",
         norm_eps=1e-5,
         norm_first=norm_first,

@@ -9,19 +9,12 @@ from typing import Any
 from tpu_tune.models import rope
 from tpu_tune.models.activations import check_activation
 from tpu_tune.models.architecture import Architecture, LayerKind
-from tpu_tune.models.families.llama import NAMES
+from tpu_tune.models.families.llama import LAYER_NAMES, NAMES
 
-_PHI = dataclasses.replace(
-    NAMES,
-    final_norm="model.final_layernorm",
-    mlp_norm="",
-    o="self_attn.dense",
-    gate="",
-    up="mlp.fc1",
-    down="mlp.fc2",
-)
+_PHI_NAMES = dataclasses.replace(NAMES, final_norm="model.final_layernorm")
+_PHI = dataclasses.replace(LAYER_NAMES, mlp_norm="", o="self_attn.dense", gate="", up="mlp.fc1", down="mlp.fc2")
 _PHI3 = dataclasses.replace(
-    NAMES, q="", k="", v="", qkv="self_attn.qkv_proj", gate="", up="", gate_up="mlp.gate_up_proj"
+    LAYER_NAMES, q="", k="", v="", qkv="self_attn.qkv_proj", gate="", up="", gate_up="mlp.gate_up_proj"
 )
 
 
@@ -36,14 +29,14 @@ def phi(config: Mapping[str, Any]) -> Architecture:
     rotary = rope.from_config(config, int(head_dim * _partial(config, 0.5)))
     return Architecture(
         family=config["model_type"],
-        names=names,
+        names=_PHI_NAMES,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        layer_kinds=(LayerKind(None, rotary),) * config["num_hidden_layers"],
+        layer_kinds=(LayerKind(names, rope=rotary),) * config["num_hidden_layers"],
         norm="layer",
         norm_eps=config.get("layer_norm_eps", 1e-5),
         activation=check_activation(config.get("hidden_act", "gelu_new")),
@@ -66,14 +59,14 @@ def phi3(config: Mapping[str, Any]) -> Architecture:
     rotary = rope.from_config(config, int(head_dim * _partial(config, 1.0)))
     return Architecture(
         family=config["model_type"],
-        names=_PHI3,
+        names=NAMES,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        layer_kinds=(LayerKind(config.get("sliding_window"), rotary),) * config["num_hidden_layers"],
+        layer_kinds=(LayerKind(_PHI3, config.get("sliding_window"), rotary),) * config["num_hidden_layers"],
         norm_eps=config.get("rms_norm_eps", 1e-5),
         activation=check_activation(config.get("hidden_act", "silu")),
         tied=bool(config.get("tie_word_embeddings", False)),

@@ -8,7 +8,9 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, Names, RelativePositions
+from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names, RelativePositions
+
+_ATTENTION = "layer.0.SelfAttention"
 
 
 def t5(config: Mapping[str, Any]) -> Architecture:
@@ -29,14 +31,14 @@ def t5(config: Mapping[str, Any]) -> Architecture:
     width, heads = config["d_model"], config["num_heads"]
     encoder = Architecture(
         family=config["model_type"],
-        names=_names("encoder", 1, bool(gated)),
+        names=_names("encoder"),
         vocab_size=config["vocab_size"],
         hidden_size=width,
         intermediate_size=config["d_ff"],
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=config["d_kv"],
-        layer_kinds=(LayerKind(),) * config["num_layers"],
+        layer_kinds=(LayerKind(_layer_names(1, bool(gated))),) * config["num_layers"],
         norm_eps=config.get("layer_norm_epsilon", 1e-6),
         activation=check_activation(activation),
         attention_scale=1.0,
@@ -47,9 +49,8 @@ def t5(config: Mapping[str, Any]) -> Architecture:
         default_targets=("q", "v"),
     )
     cross = "layer.1.EncDecAttention"
-    names = dataclasses.replace(
-        _names("decoder", 2, bool(gated)),
-        head="lm_head",
+    layer_names = dataclasses.replace(
+        _layer_names(2, bool(gated)),
         cross_norm="layer.1.layer_norm",
         cross_q=f"{cross}.q",
         cross_k=f"{cross}.k",
@@ -59,8 +60,8 @@ def t5(config: Mapping[str, Any]) -> Architecture:
     start = config.get("decoder_start_token_id")
     return dataclasses.replace(
         encoder,
-        names=names,
-        layer_kinds=(LayerKind(),) * (config.get("num_decoder_layers") or config["num_layers"]),
+        names=dataclasses.replace(_names("decoder"), head="lm_head"),
+        layer_kinds=(LayerKind(layer_names),) * (config.get("num_decoder_layers") or config["num_layers"]),
         tied=bool(scaled),
         head_scale=width**-0.5 if scaled else 1.0,
         causal=True,
@@ -69,20 +70,26 @@ def t5(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _names(stack: str, mlp: int, gated: bool) -> Names:
-    attention, dense = "layer.0.SelfAttention", f"layer.{mlp}.DenseReluDense"
+def _names(stack: str) -> Names:
     return Names(
         embed="shared",
         layers=f"{stack}.block",
         final_norm=f"{stack}.final_layer_norm",
         head="",
-        relative_bias=f"{stack}.block.0.{attention}.relative_attention_bias",
+        relative_bias=f"{stack}.block.0.{_ATTENTION}.relative_attention_bias",
+    )
+
+
+def _layer_names(mlp: int, gated: bool) -> LayerNames:
+    """Return the names in a layer whose MLP is the `mlp`-th of its parts."""
+    dense = f"layer.{mlp}.DenseReluDense"
+    return LayerNames(
         attention_norm="layer.0.layer_norm",
         mlp_norm=f"layer.{mlp}.layer_norm",
-        q=f"{attention}.q",
-        k=f"{attention}.k",
-        v=f"{attention}.v",
-        o=f"{attention}.o",
+        q=f"{_ATTENTION}.q",
+        k=f"{_ATTENTION}.k",
+        v=f"{_ATTENTION}.v",
+        o=f"{_ATTENTION}.o",
         gate=f"{dense}.wi_0" if gated else "",
         up=f"{dense}.wi_1" if gated else f"{dense}.wi",
         down=f"{dense}.wo",

@@ -1,0 +1,201 @@
+"""Walking the layers: `run_layers` scans each group's stacked leaves, every layer rematerialised by policy.
+
+`Execution` says how, apart from the mathematics. Leaves that `jax.lax.scan` slices are arrays; quantized stacks stay
+outside and are read layer by layer where they lie (`tensors.outside_scan`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from tpu_tune.kernels.quantized_matmul import MatmulPlan
+from tpu_tune.models.architecture import Architecture, LayerKind
+from tpu_tune.models.groups import LayerGroup
+from tpu_tune.models.layers import Layer, LayerContext, Past
+from tpu_tune.tensors import Module, outside_scan
+
+_LAYER_INPUT = "layer_input"
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("projection"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How to run a decoder, apart from its mathematics.
+
+    Attributes:
+      dtype: the activations' dtype; norms, rotary angles and softmax are float32 whatever it is.
+      attention: implementation, see `kernels.attention`.
+      mesh: the devices, for attention's kernels, each of which works on its device's part; None on one device.
+      remat: none | full | dots | offload: what of a layer the backward pass recomputes; all but its input under full,
+        which waits in the host's memory under offload.
+      chunk: tokens of each row and device that a layer's projections and MLP work on at one time, in training; 0: all.
+      plan: how products with quantized kernels are computed.
+      gather: applied to one layer's leaves, by path, inside the rematerialised scan body; training constrains quantized
+        codes there, so that they are gathered over fsdp instead of dequantized weights.
+      constrain: applied to hidden states (B, T, D) between layers; training pins their sharding there.
+      packed: whether rows with segments may hold several documents, see `kernels.layout.TokenLayout`.
+    """
+
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    mesh: Mesh | None = None
+    remat: str = "none"
+    chunk: int = 0
+    plan: MatmulPlan = MatmulPlan()
+    gather: Callable[[dict[str, Any]], dict[str, Any]] = lambda leaves: leaves
+    constrain: Callable[[Array], Array] = lambda hidden: hidden
+    packed: bool = True
+
+
+def run_layers(
+    arch: Architecture,
+    execution: Execution,
+    leaves: Mapping[str, Any],
+    x: Float[Array, "B T D"],
+    context: LayerContext,
+    past: Past | None,
+) -> tuple[Float[Array, "B T D"], Past | None]:
+    """Run all layers.
+
+    Args:
+      arch: the model's facts.
+      execution: how to run them.
+      leaves: path -> stacked leaf.
+      x: hidden states.
+      context: what all layers share.
+      past: keys and values of all layers, on a leading axis; None without a cache.
+
+    Returns:
+      New hidden states, and what the cache is to hold.
+    """
+    modules = {module.path: module for module in arch.modules() if module.layers_path == arch.names.layers}
+    written = []
+    for group in arch.groups:
+        stacks = [
+            _stack(modules[path.rpartition(".")[0]], path, leaf, group, execution)
+            for path, leaf in leaves.items()
+            if any(layer in group.layers for layer in modules[path.rpartition(".")[0]].layers)
+        ]
+        x, new = _run_group(arch, execution, group, stacks, x, context, past)
+        written.append(new)
+    if past is None:
+        return x, None
+    return x, written[0] if len(written) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """A stacked leaf as one group's scan reads it.
+
+    Attributes:
+      path: in the tree.
+      name: the path relative to its layer.
+      positions: which layers of the group's pattern have the leaf.
+      first: index in the stack of the group's first layer that has it.
+      scanned: arrays for the scan's inputs, (repeats, ...), or (repeats, positions, ...) where a pattern has several
+        layers.
+      layer: function (one layer's part of `scanned`, index in the stack) -> the layer's leaf.
+    """
+
+    path: str
+    name: str
+    positions: tuple[int, ...]
+    first: int
+    scanned: Any
+    layer: Callable[[Any, Array], Any]
+
+    def at(self, position: int, repeat: Array, part: Any, is_pattern: bool) -> Any:
+        """Return the leaf of the layer at a position of the pattern, given one repeat's part of `scanned`."""
+        rank = self.positions.index(position)
+        part = jax.tree.map(lambda array: array[rank], part) if is_pattern else part
+        return self.layer(part, self.first + repeat * len(self.positions) + rank)
+
+
+def _stack(module: Module, path: str, leaf: Any, group: LayerGroup, execution: Execution) -> _Stack:
+    positions = tuple(position for position in range(group.period) if group.first + position in module.layers)
+    first, count = module.layers.index(group.first + positions[0]), group.repeats * len(positions)
+    # On more devices `gather` takes the layer that the scan cuts out.
+    whole, layer = outside_scan(leaf, execution.plan) if execution.mesh is None else (leaf, lambda part, index: part)
+
+    def of_group(array: Array) -> Array:
+        if count < array.shape[0]:
+            array = jax.lax.slice_in_dim(array, first, first + count)
+        return array if group.period == 1 else array.reshape(group.repeats, len(positions), *array.shape[1:])
+
+    name = path[len(module.layers_path) :].partition(".")[2]
+    return _Stack(path, name, positions, first, jax.tree.map(of_group, whole), layer)
+
+
+def _run_group(
+    arch: Architecture,
+    execution: Execution,
+    group: LayerGroup,
+    stacks: list[_Stack],
+    x: Array,
+    context: LayerContext,
+    past: Past | None,
+) -> tuple[Array, Past]:
+    """Scan over the repeats of a group's pattern; the layers of a pattern run one after the other."""
+    is_pattern = group.period > 1
+
+    def layer_at(position: int, kinds: tuple[LayerKind, ...]) -> Callable[[Array, tuple], tuple[Array, Past]]:
+        own = [stack for stack in stacks if position in stack.positions]
+        names = {stack.path: stack.name for stack in own}
+
+        def run_layer(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
+            repeat, parts, kind, past = scanned
+            if execution.mesh is None:  # the partitioner would gather what the constraint is put on
+                # XLA's GPU compiler would like the backward loop's inputs transposed, and keep them all both ways.
+                x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
+            x = checkpoint_name(x, _LAYER_INPUT)
+            leaves = {stack.path: stack.at(position, repeat, parts[stack.path], is_pattern) for stack in own}
+            inside = {names[path]: leaf for path, leaf in execution.gather(leaves).items()}
+            x, past = Layer(arch, kinds, kind, inside, context)(x, past)
+            return execution.constrain(x), Past() if context.start is None else past
+
+        if execution.remat == "none":
+            return run_layer
+        return jax.checkpoint(run_layer, policy=REMAT_POLICIES[execution.remat])
+
+    layer_kinds = [arch.layer_kinds[layer] for layer in group.layers]
+    kinds = [tuple(dict.fromkeys(layer_kinds[position :: group.period])) for position in range(group.period)]
+    numbers = [kinds[index % group.period].index(kind) for index, kind in enumerate(layer_kinds)]
+    layers = [layer_at(position, kinds[position]) for position in range(group.period)]
+
+    def run_pattern(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
+        repeat, parts, numbers, past = scanned
+        written = []
+        for position, run_layer in enumerate(layers):
+            own_past = jax.tree.map(lambda array, position=position: array[position], past)
+            x, new = run_layer(x, (repeat, parts, numbers[position], own_past))
+            written.append(new)
+        return x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *written)
+
+    def by_repeat(array: Array) -> Array:
+        return array.reshape(group.repeats, group.period, *array.shape[1:]) if is_pattern else array
+
+    of_group = Past() if past is None else jax.tree.map(lambda array: array[group.first : group.layers.stop], past)
+    parts = {stack.path: stack.scanned for stack in stacks}
+    numbers, of_group = jax.tree.map(by_repeat, (jnp.asarray(np.array(numbers, np.int32)), of_group))
+    scanned = (jnp.arange(group.repeats), parts, numbers, of_group)
+    x, written = jax.lax.scan(run_pattern if is_pattern else layers[0], x, scanned)
+    return x, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]) if is_pattern else array, written)

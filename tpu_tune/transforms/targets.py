@@ -1,0 +1,161 @@
+"""Which modules LoRA trains: `find_targets` resolves a `LoraConfig` against a model's modules, by PEFT's rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tpu_tune.config import LoraConfig, TokenIndices
+from tpu_tune.errors import UserError
+from tpu_tune.tensors import Module
+from tpu_tune.transforms.lora import Target, Targets, TokenRows
+from tpu_tune.transforms.select import by_pattern, choose, targeted
+
+_NO_SELECTION = "lora.bias=lora_only together with a selection of layers is not implemented; use none or all"
+
+
+def find_targets(modules: Sequence[Module], config: LoraConfig, default_targets: Sequence[str] = ()) -> Targets:
+    """Resolve LoRA settings against a model's modules.
+
+    Args:
+      modules: the model's modules.
+      config: the LoRA settings.
+      default_targets: what an empty `target_modules` means: PEFT's table for the family.
+
+    Raises:
+      UserError: a name that matches nothing (the choices are listed), a norm as a target, or settings that exclude each
+        other.
+    """
+    pattern = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    chosen = targeted(
+        modules,
+        pattern or list(default_targets),
+        exclude=config.exclude_modules,
+        also_exclude=list(config.modules_to_save),
+        layers=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    by_path = {module.path: module for module in modules}
+    adapted = tuple(_target(by_path[path], layers, config) for path, layers in chosen.items())
+    saved = _saved(modules, config, chosen)
+    tokens = token_rows(modules, config.trainable_token_indices)
+    _check_tokens(modules, tokens, saved, chosen)
+    return Targets(adapted, tuple(saved), _biases(modules, config, saved, chosen), config, tokens)
+
+
+def _target(module: Module, layers: tuple[int | None, ...], config: LoraConfig) -> Target:
+    if module.kind == "norm":
+        raise UserError(
+            f"lora.target_modules matches the norm '{module.path}', which has no matrix to adapt; "
+            "put it in lora.modules_to_save to train it in full"
+        )
+    if module.no_adapter:
+        raise UserError(f"lora.target_modules: '{module.path}' cannot carry an adapter: {module.no_adapter}")
+    names = [module.name(layer) for layer in layers]
+    ranks = tuple(int(by_pattern(config.rank_pattern, name, config.rank)) for name in names)
+    alphas = tuple(float(by_pattern(config.alpha_pattern, name, config.alpha)) for name in names)
+    scales = tuple(
+        alpha / (math.sqrt(rank) if config.use_rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)
+    )
+    return Target(module, tuple(layer for layer in layers if layer is not None), ranks, alphas, scales)
+
+
+def _saved(modules: Sequence[Module], config: LoraConfig, chosen: Mapping[str, tuple]) -> list[Module]:
+    """Return the modules that `modules_to_save` names."""
+    by_path = {module.path: module for module in modules}
+    saved: list[Module] = []
+    for name in config.modules_to_save:
+        found = choose(modules, lambda module, full, name=name: full.endswith(name))  # peft: no dot needed before it
+        if not found:
+            names = ", ".join(dict.fromkeys(module.path.rsplit(".")[-1] for module in modules))
+            raise UserError(f"lora.modules_to_save: '{name}' matches no module; choose among {names}")
+        for path, layers in found.items():
+            module = by_path[path]
+            if len(layers) < len(module.layers):
+                raise UserError(f"lora.modules_to_save: '{name}' takes only some layers of '{path}'; name all of them")
+            if module.tied_to:
+                raise UserError(
+                    f"lora.modules_to_save: '{name}' has no weight of its own in this model, it is tied to "
+                    f"'{module.tied_to}'; target it with LoRA, or save that one"
+                )
+            if module.no_adapter:
+                raise UserError(f"lora.modules_to_save: '{path}' cannot carry an adapter: {module.no_adapter}")
+            if path in chosen:
+                raise UserError(
+                    f"lora.modules_to_save: '{name}' takes '{path}', which has an adapter too; exclude it from one"
+                )
+            if module not in saved:
+                saved.append(module)
+    return saved
+
+
+def _biases(
+    modules: Sequence[Module], config: LoraConfig, saved: Sequence[Module], chosen: Mapping[str, tuple]
+) -> tuple[str, ...]:
+    """Return the paths of the bias leaves that `bias` asks to train."""
+    if config.bias == "none":
+        return ()
+    with_bias = [module for module in modules if module.bias and module not in saved]
+    if config.bias == "lora_only":
+        with_bias = [module for module in with_bias if module.path in chosen and module.kind != "norm"]
+        if any(len(chosen[module.path]) < len(module.layers) for module in with_bias):
+            raise UserError(_NO_SELECTION)
+    return tuple(f"{module.path}.bias" for module in with_bias)
+
+
+def token_rows(modules: Sequence[Module], indices: TokenIndices) -> tuple[TokenRows, ...]:
+    """Resolve `trainable_token_indices` as PEFT does: a list is the input embedding's, and a tied head follows it.
+
+    Args:
+      modules: the model's modules.
+      indices: token ids, or module name (or the end of one) -> token ids.
+
+    Raises:
+      UserError: a name that is neither embedding nor head, or an id that is twice or not in the vocabulary.
+    """
+    key = "lora.trainable_token_indices"
+    able = [module for module in modules if module.kind == "embedding" or module.is_head]
+    named = indices if isinstance(indices, Mapping) else {able[0].path: indices}
+    found: dict[str, TokenRows] = {}
+    for name, ids in named.items():
+        matched = [module for module in able if module.path.endswith(name)]
+        if not matched:
+            choices = ", ".join(module.path.rsplit(".")[-1] for module in able)
+            raise UserError(f"{key}: '{name}' is neither embedding nor head; choose among {choices}")
+        for module in matched if ids else []:
+            found[module.path] = TokenRows(module, tuple(ids))
+    for rows in found.values():
+        module, size = rows.module, rows.module.shape[1 if rows.module.is_head else 0]
+        wrong = next((number for number in rows.ids if not 0 <= number < size or rows.ids.count(number) > 1), None)
+        if wrong is not None:
+            what = "stands there twice" if 0 <= wrong < size else f"is not one of the {size} tokens of '{module.path}'"
+            raise UserError(f"{key}: {wrong} {what}")
+        if module.no_adapter:
+            raise UserError(f"{key}: '{module.path}' cannot carry trained tokens: {module.no_adapter}")
+        heads = [head for head in able if head.is_head and head.path in (module.path, *_tied(able, module))]
+        if any(head.bias for head in heads):
+            raise UserError(
+                f"{key}: PEFT's trained tokens leave out the bias of the head '{heads[0].path}'; train it in full "
+                "with lora.modules_to_save"
+            )
+    # A tied head with the same tokens follows its embedding; with others it has rows of its own.
+    followed = {path: rows.ids for path, rows in found.items()}
+    return tuple(rows for rows in found.values() if followed.get(rows.module.tied_to) != rows.ids)
+
+
+def _check_tokens(
+    modules: Sequence[Module], tokens: Sequence[TokenRows], saved: Sequence[Module], chosen: Mapping[str, tuple]
+) -> None:
+    for rows in tokens:
+        reached = [rows.module.path, *_tied(modules, rows.module)]
+        for module in modules:
+            if module.path in reached and (module in saved or module.path in chosen):
+                which = "modules_to_save" if module in saved else "target_modules"
+                raise UserError(
+                    f"lora.trainable_token_indices (model.train_added_tokens sets it) trains tokens of '{module.path}', "
+                    f"which lora.{which} takes too; PEFT can do only one of them: exclude it from one"
+                )
+
+
+def _tied(modules: Sequence[Module], embedding: Module) -> list[str]:
+    return [module.path for module in modules if module.tied_to == embedding.path]

@@ -3,8 +3,8 @@
     python benchmarks/data.py                  # all
     python benchmarks/data.py html kmeans      # these
 
-A section is a script of its own, `data_NAME.py`, that says what it compares and how, and takes its own options when it is
-run by itself. Each runs in a process of its own, one after the other. Exit status 1 where one of them fails its bar.
+A section is a script of its own, `data_NAME.py`, that says what it compares and how, and takes its own options if
+it is run by itself. Each runs in a process of its own, one after the other. Exit status 1 where one of them fails its bar.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/data_kmeans.py                  # three rounds
     python benchmarks/data_kmeans.py --rounds 5 --json
 
-The rows are 150 Gaussian blobs of unequal sizes and widths. Each side lives in a process of its own with as many threads
-as the machine has cores and clusters them in turn, with a new seed each round: from the array in memory to labels and
+The rows are 150 Gaussian blobs of unequal sizes and widths. Each side has a process of its own with as many threads as
+the machine has cores and clusters them in turn, with a new seed each round: from the array in memory to labels and
 inertia. Ours is timed as it is called, what it compiles in its first round included. The inertia is computed in float64
 from either side's centres, the same way for both.
 

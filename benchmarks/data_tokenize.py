@@ -3,7 +3,7 @@
     python benchmarks/data_tokenize.py                     # three rounds over 20 MB
     python benchmarks/data_tokenize.py --megabytes 50 --rounds 5 --json
 
-Rows of text are made of Shakespeare's works, each with a number in it, and tokenized by the GPT-NeoX tokenizer, in turn:
+Rows of text are made of Shakespeare's works, each with a number in it; the GPT-NeoX tokenizer tokenizes them, in turn:
 ours from the .jsonl file to a finished Arrow file, reading, prediction of the size and cutting into blocks included;
 `datasets` from a data set that it has loaded already to its finished Arrow file, by `map(batched=True, num_proc=N)`, one
 process a core, into the same columns, uncut. Seconds are wall time; beside them the processor time of all processes,

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from helpers_training import make_config, write_tiny_llama
 
+import tpu_tune
 from tpu_tune.checkpoints.tokenizers import open_tokenizer
 from tpu_tune.cli import main
 from tpu_tune.data import arrow, eval_batches, load_data, pretokenize, streams, training_sets
@@ -141,7 +142,10 @@ def test_chats_and_train_on_source(tiny, tokenizer, tmp_path, capsys):
     chats = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
     source = write(tmp_path / "rows.jsonl", chats)
     assert "has no chat template" in refusal(capsys, tiny, source)
-    template = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
     _, rows = tokenize(capsys, tiny, source, "--chat-template", template)
     ids = tokenizer("u:Hi</s>a:Hello</s>", add_special_tokens=False)["input_ids"]
     assert rows == [{"input_ids": ids, "labels": [-100] * 7 + ids[7:]}]
@@ -182,7 +186,8 @@ def test_bad_rows(tiny, tmp_path, capsys):
     said = refusal(capsys, tiny, source)
     assert (
         said
-        == f"{source}:5: not valid JSON (Expecting property name enclosed in double quotes); fix it, or give --skip-bad to go on without it"
+        == f"{source}:5: not valid JSON (Expecting property name enclosed in double quotes); fix it, or give --skip-bad to "
+        "go on without it"
     )
     found, rows = tokenize(capsys, tiny, source, "--skip-bad")
     assert [row["input_ids"] for row in rows] == [[97, 256], [55, 256]]

@@ -395,7 +395,8 @@ def test_epub_in_reading_order(tmp_path):
     with zipfile.ZipFile(tmp_path / "books.zip", "w") as archive:
         archive.write(tmp_path / "b.epub", "b.epub")
     assert texts(tmp_path / "books.zip") == ["first", "second\xa0é"]
-    locked = '<encryption><EncryptedData><CipherData><CipherReference URI="OEBPS/text/one.xhtml"/></CipherData></EncryptedData></encryption>'
+    reference = '<CipherReference URI="OEBPS/text/one.xhtml"/>'
+    locked = f"<encryption><EncryptedData><CipherData>{reference}</CipherData></EncryptedData></encryption>"
     write_epub(tmp_path / "drm.epub", {"one.xhtml": "x"}, [("META-INF/encryption.xml", locked)])
     with pytest.raises(UserError, match=r"drm\.epub!OEBPS/text/one\.xhtml: is encrypted"):
         rows_of(tmp_path / "drm.epub")
@@ -599,7 +600,10 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
 
 
 def test_jax_is_not_imported():
-    code = "import sys, tpu_tune.data.ingest.reading as r; [r.reader_of(k) for k in r.KINDS]; print('jax' in sys.modules, 'torch' in sys.modules)"
+    code = (
+        "import sys, tpu_tune.data.ingest.reading as r; [r.reader_of(k) for k in r.KINDS]; "
+        "print('jax' in sys.modules, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["False", "False"], done.stderr
 

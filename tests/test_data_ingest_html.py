@@ -1,4 +1,4 @@
-"""HTML to text: against Beautiful Soup on the same pages, the guide's own page, encodings, and pages made to do harm."""
+"""HTML to text: against Beautiful Soup on the same pages, the guide's own page, encodings, and hostile pages."""
 
 import re
 
@@ -29,7 +29,7 @@ GUIDE_LINES = [
 
 
 def soup_letters(content):
-    """What Beautiful Soup sees of a page without what is dropped; letters alone, since we add marks to lists and tables."""
+    """The letters that Beautiful Soup finds in a page without what is dropped; we add marks to lists and tables."""
     soup = BeautifulSoup(content, "lxml")
     for element in soup.find_all(list(pages._DROPPED)):
         element.decompose()

@@ -114,7 +114,8 @@ def test_what_the_sqlite_shell_writes_for_line_breaks(tmp_path):
     text = (
         "PRAGMA foreign_keys=OFF;\nBEGIN TRANSACTION;\nCREATE TABLE t(key TEXT, value BLOB);\n"
         "INSERT INTO t VALUES(replace(replace('a\\r\\nb','\\r',char(13)),'\\n',char(10)),NULL);\n"
-        "INSERT INTO t VALUES('x'||char(9,10)||'y',X'68c3a9');\nINSERT INTO t(value,key) VALUES(1.5,CAST('c' AS TEXT));\nCOMMIT;\n"
+        "INSERT INTO t VALUES('x'||char(9,10)||'y',X'68c3a9');\n"
+        "INSERT INTO t(value,key) VALUES(1.5,CAST('c' AS TEXT));\nCOMMIT;\n"
     )
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.executescript(text)
@@ -145,7 +146,8 @@ INSERT IGNORE INTO `posts` (`body`,`id`) VALUES (_binary 'bin',0x41) ON DUPLICAT
 # a comment with 'one quote
 REPLACE INTO `posts` SELECT * FROM other;
 DELIMITER ;;
-/*!50003 CREATE*/ /*!50003 TRIGGER `t` BEFORE INSERT ON `posts` FOR EACH ROW BEGIN INSERT INTO `log` VALUES ('no'); END */;;
+/*!50003 CREATE*/ /*!50003 TRIGGER `t` BEFORE INSERT ON `posts`
+FOR EACH ROW BEGIN INSERT INTO `log` VALUES ('no'); END */;;
 CREATE PROCEDURE p() BEGIN INSERT INTO posts VALUES (9,'no','no',9); SELECT 'it''s'; END ;;
 DELIMITER ;
 INSERT INTO `posts` VALUES (5,'e','last',0);
@@ -252,7 +254,8 @@ def test_postgres(tmp_path, monkeypatch, piece):
             ["key", "value", "index", "order_"],
         ),
         (
-            "CREATE TABLE t (a int, -- no, b\n b text /* c, d */, KEY `k` (`a`), CONSTRAINT c FOREIGN KEY (a) REFERENCES u (x))",
+            "CREATE TABLE t (a int, -- no, b\n b text /* c, d */, KEY `k` (`a`), "
+            "CONSTRAINT c FOREIGN KEY (a) REFERENCES u (x))",
             "t",
             ["a", "b"],
         ),
@@ -298,5 +301,8 @@ def test_dumps_without_names_of_columns(tmp_path):
 
 
 def test_sql_server(tmp_path):
-    text = "CREATE TABLE [dbo].[T] ([id] [int] NOT NULL, [body] [nvarchar](50) NULL)\nGO\nINSERT [dbo].[T] ([id], [body]) VALUES (1, N'it''s é')\nINSERT [dbo].[T] ([id], [body]) VALUES (2, N'b')\nGO\n"
+    text = (
+        "CREATE TABLE [dbo].[T] ([id] [int] NOT NULL, [body] [nvarchar](50) NULL)\nGO\n"
+        "INSERT [dbo].[T] ([id], [body]) VALUES (1, N'it''s é')\nINSERT [dbo].[T] ([id], [body]) VALUES (2, N'b')\nGO\n"
+    )
     assert texts(tmp_path, text, column="body") == ["it's é", "b"]

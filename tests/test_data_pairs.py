@@ -1,4 +1,4 @@
-"""Rows for an encoder-decoder, against transformers' T5 tokenizer, seq2seq collator and T5's own shift of the labels."""
+"""Rows for an encoder-decoder, against transformers' T5 tokenizer, seq2seq collator and T5's shift of the labels."""
 
 import json
 

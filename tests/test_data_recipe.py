@@ -224,7 +224,8 @@ def test_text_from_the_command_line_gets_its_type() -> None:
     given = {
         "clean.near_duplicates": ("0.8", 0.8), "cluster.k": ("7", 7), "split.count": ("none", None),
         "inputs": ("a.jsonl,b/", ["a.jsonl", "b/"]), "clean.patterns": ('["x,y"]', ["x,y"]), "skip_bad": ("true", True),
-        "ingest.column": ("7", "7"), "tokenize.columns": ('{"q": "input"}', {"q": "input"}), "ingest.gap_minutes": ("5", 5.0),
+        "ingest.column": ("7", "7"), "tokenize.columns": ('{"q": "input"}', {"q": "input"}),
+        "ingest.gap_minutes": ("5", 5.0),
     }  # fmt: skip
     for key, (text, value) in given.items():
         settings.assign(recipe, key, text)
@@ -261,7 +262,8 @@ def test_the_command(
     file = tmp_path / "recipe.py"
     file.write_text(
         "from tpu_tune.data.recipe import default\n\ndef get_config():\n    c = default()\n"
-        f"    c.inputs, c.output_dir = [{str(pages)!r}], {str(tmp_path / 'out')!r}\n    c.steps = ['ingest', 'clean']\n    return c\n"
+        f"    c.inputs, c.output_dir = [{str(pages)!r}], {str(tmp_path / 'out')!r}\n"
+        "    c.steps = ['ingest', 'clean']\n    return c\n"
     )
     words = ["data", "run", "--config", str(file), "--config.clean.max_words=400"]
     assert main(words) == 0

@@ -1,4 +1,4 @@
-"""Weight leaves and what they do in a product; the number formats. See DESIGN: model code asks no leaf for its kind."""
+"""Weight leaves, what they do in a product, and the number formats: see docs/design.md, "Kinds of leaves"."""
 
 from tpu_tune.tensors.formats import FORMATS, Format
 from tpu_tune.tensors.modules import Module

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_tune.kernels.attention import attention
 from tpu_tune.kernels.blockwise import blockwise
-from tpu_tune.kernels.places import Places
+from tpu_tune.kernels.layout import TokenLayout
 from tpu_tune.planning.devices import find_device
 from tpu_tune.transforms.sharding import batch_spec, make_mesh
 
@@ -58,11 +58,11 @@ def scratch(name: str, implementation: str, tokens: int, heads: int, groups: int
 
     def summed(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         index = jnp.arange(tokens)[None]
-        places = Places(index, index, segments, segments, packed=implementation != "cudnn")
+        layout = TokenLayout(index, index, segments, segments, packed=implementation != "cudnn")
         if implementation == "partitioner":
-            return blockwise(q, k, v, places, None, SIZE**-0.5).astype(jnp.float32).sum()
+            return blockwise(q, k, v, layout, None, SIZE**-0.5).astype(jnp.float32).sum()
         used = "blockwise" if implementation == "ring" else implementation
-        return attention(q, k, v, places, implementation=used, mesh=mesh).astype(jnp.float32).sum()
+        return attention(q, k, v, layout, implementation=used, mesh=mesh).astype(jnp.float32).sum()
 
     step = jax.jit(jax.grad(summed, argnums=(0, 1, 2)))
     arguments = shape(heads, SIZE), shape(groups, SIZE), shape(groups, SIZE), shape(dtype=jnp.int32)

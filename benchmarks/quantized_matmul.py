@@ -35,7 +35,7 @@ def scratch(name: str, implementation: str) -> tuple[int, int]:
     devices = devices_of(name)
     home = SingleDeviceSharding(devices[0])
     one = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}, devices[:1])
-    product = for_device(implementation, one)
+    plan = for_device(implementation, one)
 
     def shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
@@ -46,7 +46,7 @@ def scratch(name: str, implementation: str) -> tuple[int, int]:
     layer = shape(jax.ShapeDtypeStruct((), jnp.int32))
 
     def forward(x: jax.Array, stack: object, layer: jax.Array) -> jax.Array:
-        return matmul(x, LayerView(stack, layer, product))
+        return matmul(x, LayerView(stack, layer, plan))
 
     def backward(g: jax.Array, x: jax.Array, stack: object, layer: jax.Array) -> jax.Array:
         return jax.vjp(lambda x: forward(x, stack, layer), x)[1](g)[0]

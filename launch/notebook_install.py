@@ -20,6 +20,12 @@ def version(package: str) -> str:
         return ""
 
 
+def from_shell(call: str, project: pathlib.Path) -> str:
+    """What a function of launch/common.sh prints."""
+    words = ["bash", "-c", f"source launch/common.sh; {call}"]
+    return subprocess.run(words, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def install(project: pathlib.Path) -> None:
     """Install the project and the extras that this machine needs.
 
@@ -27,12 +33,11 @@ def install(project: pathlib.Path) -> None:
       RuntimeError: a package that the session has loaded already was replaced.
     """
     loaded = {name: sys.modules[name].__version__ for name in ("jax", "numpy", "pandas") if name in sys.modules}
-    choose = ["bash", "-c", "source launch/common.sh; choose_jax"]  # tpu, cuda13, cuda12 or cpu
-    build = subprocess.run(choose, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
+    build = from_shell("choose_jax", project)  # tpu, cuda13, cuda12 or cpu
     if build.startswith("cuda"):  # two CUDA plugins would quarrel: stay with the one that is there
         build = next((name for name in ("cuda13", "cuda12") if version(f"jax-{name}-plugin")), build)
     print(f"installing tpu_tune for {build}; this machine has jax {version('jax') or 'not yet'}", flush=True)
-    extras = "data" if build == "cpu" else f"data,{build}"
+    extras = from_shell(f"extras_of {build}", project)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{project}[{extras}]"], check=True)
     importlib.invalidate_caches()
     changed = [name for name, before in loaded.items() if version(name) != before]

@@ -16,7 +16,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels import attention as choosing
 from tpu_tune.kernels import gpu
 from tpu_tune.kernels.attention import attention, chosen, for_device, reference
-from tpu_tune.kernels.places import Places
+from tpu_tune.kernels.layout import TokenLayout
 from tpu_tune.kernels.sequence import ring
 from tpu_tune.kernels.splash import fits, splash
 from tpu_tune.transforms.sharding import make_mesh
@@ -33,7 +33,7 @@ def inputs(length: int, heads: int, groups: int, size: int, rows: int = 2) -> tu
     return states, weights
 
 
-def places(length: int, ends: tuple[int, ...] = (), rows: int = 2, **facts: Any) -> Places:
+def layout(length: int, ends: tuple[int, ...] = (), rows: int = 2, **facts: Any) -> TokenLayout:
     """Return rows whose documents end there, the second row's one token later; behind the last is padding."""
     segments = np.zeros((rows, length), np.int32)
     for row in range(rows):
@@ -42,7 +42,7 @@ def places(length: int, ends: tuple[int, ...] = (), rows: int = 2, **facts: Any)
             segments[row, first : end + row] = number
             first = end + row
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
-    return Places(index, index, jnp.asarray(segments), jnp.asarray(segments), **facts)
+    return TokenLayout(index, index, jnp.asarray(segments), jnp.asarray(segments), **facts)
 
 
 def results(function: Any, states: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
@@ -65,7 +65,7 @@ def assert_near(found: list[jax.Array], expected: list[jax.Array]) -> None:
 def test_pallas_equals_reference_with_gradients(length, heads, groups, size):
     """Lengths that are no multiples of the kernel's blocks, head sizes that are no powers of two."""
     states, weights = inputs(length, heads, groups, size)
-    where = places(length, (length // 3, length - 20))
+    where = layout(length, (length // 3, length - 20))
     found = results(lambda *qkv: gpu.pallas(*qkv, where.query_segments, SCALE, interpret=True), states, weights)
     assert_near(found, results(lambda *qkv: reference(*qkv, where, None, SCALE), states, weights))
 
@@ -75,7 +75,7 @@ def test_the_call_of_cudnn_needs_no_segments_where_a_row_is_one_document(window,
     """jax's own plain implementation of that call: what real tokens give and get is the same, windows too."""
     length, real = 40, 29
     states, weights = inputs(length, 4, groups, 16)
-    where = places(length, (real,))
+    where = layout(length, (real,))
     weights = weights * (where.query_segments > 0)[:, :, None, None]  # no loss reads what padding gives
     real = (where.query_segments > 0)[:, :, None, None]
     found = results(lambda *qkv: gpu.cudnn(*qkv, window, SCALE, implementation="xla") * real, states, weights)
@@ -106,7 +106,7 @@ def test_the_ring_equals_reference_with_gradients(mesh, groups, window, cap, cau
     """Documents that begin and end inside a device's part, on it alone, and across several."""
     length = 48
     states, weights = inputs(length, 4, groups, 8)
-    where = places(length, (3, 5, 26, 40), causal=causal)
+    where = layout(length, (3, 5, 26, 40), causal=causal)
     found = results(lambda *qkv: ring(*qkv, where, window, SCALE, mesh_of(mesh), cap, block), states, weights)
     assert_near(found, results(lambda *qkv: reference(*qkv, where, window, SCALE, cap), states, weights))
 
@@ -114,7 +114,7 @@ def test_the_ring_equals_reference_with_gradients(mesh, groups, window, cap, cau
 def test_the_ring_never_gathers_a_row():
     length, mesh = 64, mesh_of("sequence=8")
     states, weights = inputs(length, 4, 2, 8)
-    where = places(length, (30,))
+    where = layout(length, (30,))
     home = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "sequence"))
     states = [jax.device_put(part, home) for part in states]
 
@@ -133,7 +133,7 @@ def test_the_ring_never_gathers_a_row():
 def test_splash_takes_rows_that_are_cut_over_devices(mesh, window, cap):
     length = 256
     states, weights = inputs(length, 4, 2, 64)
-    where = places(length, (100, 230))
+    where = layout(length, (100, 230))
     found = results(
         lambda *qkv: splash(*qkv, where.query_segments, window, SCALE, cap, mesh_of(mesh), interpret=True),
         states,
@@ -197,7 +197,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(implementation: str, packed: bool = True, causal: bool = True, keys: int = 0, **facts: Any) -> str:
         size, length, dtype = facts.pop("size", 64), facts.pop("length", 1024), facts.pop("dtype", jnp.bfloat16)
         q = jnp.zeros((1, length, 2, size), dtype)
-        where = places(length, (5,), rows=1, packed=packed, causal=causal)
+        where = layout(length, (5,), rows=1, packed=packed, causal=causal)
         if not keys:
             return attention(q, q, q, where, implementation=implementation, **facts)
         k = jnp.zeros((1, keys, 2, size), dtype)

@@ -176,7 +176,7 @@ def test_beam_writes_the_same_bytes(
 
 def test_beams_first_bad_row_is_the_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("apache_beam")
-    from tpu_tune.data.clean import Options
+    from tpu_tune.data.clean import CleanOptions
 
     monkeypatch.setattr(beam, "BLOCK_BYTES", 100)
     file, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
@@ -184,9 +184,9 @@ def test_beams_first_bad_row_is_the_error(tmp_path: pathlib.Path, monkeypatch: p
     rows[7] = rows[15] = "{"
     file.write_text("\n".join(rows))
     with pytest.raises(UserError, match=r"rows\.jsonl:8: not valid JSON"):
-        beam.clean([str(file)], str(output), Options(), False, [])
+        beam.clean([str(file)], str(output), CleanOptions(), False, [])
     assert not output.exists()
-    report = beam.clean([str(file)], str(output), Options(), True, [])
+    report = beam.clean([str(file)], str(output), CleanOptions(), True, [])
     assert (report["rows_in"], report["rows_out"]) == (20, 18) and len(read_rows(output)) == 18
 
 
@@ -244,7 +244,9 @@ def test_text_from_the_command_line_gets_its_type() -> None:
         ({"steps": ["clean", "ingest"]}, "in this order"),
         ({"steps": ["wash"]}, "names 'wash'"),
         ({"inputs": []}, "'inputs' is empty"),
-        ({"runner": "spark"}, "local or beam"),
+        ({"runner": "spark"}, "one of local, beam"),
+        ({"num_workers": -1}, "'num_workers' is -1; it must not be negative"),
+        ({"clean": {"near_duplicates": float("nan")}}, "'clean.near_duplicates' is nan; it must be finite"),
         ({"tokenize": {"tokenizer_path": ""}}, "tokenizer_path' is empty"),
     ],
 )

@@ -23,7 +23,7 @@ import pytest
 
 from tpu_tune.cli import _parser, main
 from tpu_tune.models import FAMILIES, architecture
-from tpu_tune.transforms import LoraSpec, QuantizePolicy, combine, find_targets, lora, quantize, split
+from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -226,8 +226,8 @@ def test_the_tree_before_and_after_combine() -> None:
     arch = architecture({"model_type": "llama", "num_attention_heads": 8, "tie_word_embeddings": True, **sizes})
     modules = arch.modules()
     params = {path: jnp.zeros(shape, jnp.bfloat16) for path, shape in arch.leaf_shapes().items()}
-    params = quantize(params, modules, QuantizePolicy(format="nf4"))
-    targets = find_targets(modules, LoraSpec(rank=4, target_modules=["q_proj"]))
+    params = quantize(params, modules, QuantizeConfig(format="nf4"))
+    targets = find_targets(modules, LoraConfig(rank=4, target_modules=["q_proj"]))
     trainable, frozen = split(params, targets, lora.init(targets, params, jax.random.key(0)))
     trees = {"trainable": trainable, "frozen": frozen, "combined": combine(trainable, frozen, targets)}
     page = (DOCS / "design.md").read_text()

@@ -12,7 +12,7 @@ from helpers_training import write_tiny_llama
 import tpu_tune
 from tpu_tune.errors import UserError
 from tpu_tune.inference import scoring
-from tpu_tune.inference.runs import is_run, load_any
+from tpu_tune.inference.run_model import is_run, load_any
 from tpu_tune.training.tasks.multiple_choice import by_likelihood
 from tpu_tune.training.tasks.questions import read_questions
 from tpu_tune.training.tasks.rows import read_task_rows

@@ -25,7 +25,7 @@ from tpu_tune.checkpoints.gguf_tokenizer_write import tokenizer_metadata
 from tpu_tune.checkpoints.gguf_write import write_gguf
 from tpu_tune.checkpoints.huggingface import open_huggingface
 from tpu_tune.checkpoints.params import load_params
-from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference import model
 from tpu_tune.models import architecture

@@ -16,7 +16,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels.attention import attention, reference, rematerialised
 from tpu_tune.kernels.blockwise import blockwise
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
-from tpu_tune.kernels.places import Places
+from tpu_tune.kernels.layout import TokenLayout
 from tpu_tune.kernels.splash import splash
 from tpu_tune.models import apply_head as apply_head_of
 from tpu_tune.models import architecture
@@ -31,10 +31,10 @@ def queries(heads=H, groups=K):
     return [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
-def places(segments):
+def layout(segments):
     index = jnp.broadcast_to(jnp.arange(T), (B, T))
     segments = jnp.asarray(segments)
-    return Places(index, index, segments, segments)
+    return TokenLayout(index, index, segments, segments)
 
 
 ONE = np.ones((B, T), np.int32)
@@ -55,7 +55,7 @@ def test_reference_equals_torch(groups, window, segments):
     expected = torch.nn.functional.scaled_dot_product_attention(
         *heads_first, attn_mask=torch.from_numpy(mask)[:, None], enable_gqa=True
     )
-    found = reference(q, k, v, places(segments), window, D**-0.5)
+    found = reference(q, k, v, layout(segments), window, D**-0.5)
     np.testing.assert_allclose(found, expected.transpose(1, 2).numpy(), atol=2e-6)
 
 
@@ -71,7 +71,7 @@ def test_reference_equals_torch(groups, window, segments):
     ],
 )
 def test_blockwise_equals_reference_with_gradients(window, block, cap, causal, groups):
-    where = dataclasses.replace(places(PACKED), causal=causal)
+    where = dataclasses.replace(layout(PACKED), causal=causal)
 
     def run(implementation, **extra):
         def loss(q, k, v):
@@ -95,7 +95,7 @@ def test_splash_equals_reference_with_gradients(window, cap, groups):
     inputs = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
     segments = jnp.asarray(np.repeat([[1] * 90 + [2] * 80 + [0] * 30], 2, axis=0), jnp.int32)
     index = jnp.broadcast_to(jnp.arange(200), (2, 200))
-    where = Places(index, index, segments, segments)
+    where = TokenLayout(index, index, segments, segments)
     weights = jnp.asarray(random.standard_normal(shapes[0]), jnp.float32)
 
     def run(implementation):
@@ -116,7 +116,7 @@ def test_blocks_with_a_bias_equal_reference():
         distance = (query_index[:, :, None] - key_index[:, None, :]).astype(jnp.float32)
         return jnp.stack([jnp.cos(distance * (head + 1)) for head in range(H)], axis=1)
 
-    inputs, where = queries(), places(PACKED)
+    inputs, where = queries(), layout(PACKED)
     expected = reference(*inputs, where, 6, 0.3, 2.0, bias)
     np.testing.assert_allclose(rematerialised(*inputs, where, 6, 0.3, bias, 2.0, 8), expected, atol=1e-5)
     for cap, added in ((None, bias), (2.0, None)):
@@ -126,14 +126,14 @@ def test_blocks_with_a_bias_equal_reference():
 def test_a_query_that_sees_nothing_gives_no_nan():
     q, k, v = queries()
     index = jnp.broadcast_to(jnp.arange(T), (B, T))
-    where = Places(index, index, jnp.full((B, T), 7), jnp.ones((B, T), jnp.int32))
+    where = TokenLayout(index, index, jnp.full((B, T), 7), jnp.ones((B, T), jnp.int32))
     grads = jax.grad(lambda q, k, v: jnp.sum(reference(q, k, v, where, None, 1.0) ** 2), argnums=(0, 1, 2))(q, k, v)
     assert all(bool(jnp.all(jnp.isfinite(grad))) for grad in grads)
 
 
 def test_unknown_attention_is_named():
     with pytest.raises(UserError, match="model.attention is 'flash'"):
-        attention(*queries(), places(ONE), implementation="flash")
+        attention(*queries(), layout(ONE), implementation="flash")
 
 
 # --- cross-entropy -----------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.params import open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.cli import main
-from tpu_tune.inference import card, export, names
+from tpu_tune.inference import card, export, public_names
 from tpu_tune.training import run_directory
-from tpu_tune.transforms import LoraSpec, find_targets, lora
+from tpu_tune.transforms import LoraConfig, find_targets, lora
 
 TOKEN = "hf_" + "Zq7" * 11
 SECRET = "alice-secret"  # a directory of the user's
@@ -77,7 +77,7 @@ def run(home):
     write_run(out, config, [evaluation(4, 2.0), train, evaluation(8, 1.75)])
     source = open_source(str(base))
     arch = open_architecture(source)
-    targets = find_targets(arch.modules(), LoraSpec(rank=2, alpha=16.0), arch.default_targets)
+    targets = find_targets(arch.modules(), LoraConfig(rank=2, alpha=16.0), arch.default_targets)
     random = np.random.default_rng(1)
     fresh = lora.init(targets, {}, jax.random.key(0))
     trained = {name: random.standard_normal(leaf.shape).astype(np.float32) / 4 for name, leaf in fresh.items()}
@@ -329,7 +329,7 @@ def test_a_run_that_trained_every_weight(capsys, home, hub, tmp_path):
 def test_a_base_and_data_of_the_hub(run, tmp_path):
     config = configuration.from_dict(json.loads((run / "config.json").read_text()))
     config.model.path, config.data.train = "HuggingFaceTB/SmolLM2-135M-Instruct", "acme/chats"
-    base = names.base_of(config, str(run))
+    base = public_names.base_of(config, str(run))
     assert (base.name, base.hub_id, base.kind) == ("HuggingFaceTB/SmolLM2-135M-Instruct",) * 2 + ("hub",)
     found = ModelCard(card.model_card(card.Facts("me/x", "adapter", config, str(run), base, [])))
     assert found.data.base_model == base.hub_id and found.data.datasets == ["acme/chats"]
@@ -340,7 +340,7 @@ def test_many_evaluations_are_thinned_and_the_best_is_the_one_that_was_kept(run)
     config = configuration.from_dict(json.loads((run / "config.json").read_text()))
     config.train.load_best_model_at_end = True
     rows = [evaluation(step, 1 + abs(step - 33) / 100) for step in range(1, 101)]
-    base = names.Base("b")
+    base = public_names.Base("b")
     text = card.model_card(
         card.Facts("me/x", "adapter", config, str(run), base, [*rows, {"step": 100, "eval_loss": None}])
     )
@@ -351,12 +351,12 @@ def test_many_evaluations_are_thinned_and_the_best_is_the_one_that_was_kept(run)
 
 def test_hub_ids_and_names(tmp_path, monkeypatch):
     cached = "/home/x/.cache/huggingface/hub/models--acme--tiny/snapshots/0123abcd"
-    assert names.hub_id(cached) == names.base_name(cached) == "acme/tiny"
+    assert public_names.hub_id(cached) == public_names.base_name(cached) == "acme/tiny"
     (tmp_path / "started" / "models" / "tiny").mkdir(parents=True)
-    assert names.hub_id("models/tiny") == "models/tiny"  # as far as one can see from here
-    assert names.hub_id("models/tiny", str(tmp_path / "started" / "out"), "out") == ""
+    assert public_names.hub_id("models/tiny") == "models/tiny"  # as far as one can see from here
+    assert public_names.hub_id("models/tiny", str(tmp_path / "started" / "out"), "out") == ""
     monkeypatch.chdir(tmp_path / "started")
-    assert names.hub_id("models/tiny") == ""
+    assert public_names.hub_id("models/tiny") == ""
     for path, name in (
         ("/data/u/chats.jsonl", "chats.jsonl"),
         ("C:\\Users\\u\\m.gguf", "m.gguf"),
@@ -365,10 +365,10 @@ def test_hub_ids_and_names(tmp_path, monkeypatch):
         (".", "started"),
         ("~/m", "m"),
     ):
-        assert names.base_name(path) == name and names.hub_id(path) == ""
+        assert public_names.base_name(path) == name and public_names.hub_id(path) == ""
     for text in ("[/INST]", "</s>", "### Answer:", "{{ messages[0] }}/x", 3):
-        assert names.scrubbed(text, ["/home/u"]) == text
-    assert names.scrubbed({"a": ["see /home/u/x.txt in /home/u"]}, ["/home/u"]) == {"a": ["see x.txt in ..."]}
+        assert public_names.scrubbed(text, ["/home/u"]) == text
+    assert public_names.scrubbed({"a": ["see /home/u/x.txt in /home/u"]}, ["/home/u"]) == {"a": ["see x.txt in ..."]}
 
 
 def test_the_license_is_the_bases_where_that_says_one(capsys, run, home, hub, tmp_path):

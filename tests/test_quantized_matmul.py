@@ -12,7 +12,7 @@ import pytest
 
 from tpu_tune.errors import UserError
 from tpu_tune.kernels import quantized_matmul as kernel
-from tpu_tune.kernels.quantized_matmul import Product
+from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.tensors import FORMATS, LayerView, QuantizedTensor, matmul, ops, outside_scan, quantize_tensor
 from tpu_tune.transforms.sharding import make_mesh
 
@@ -62,7 +62,7 @@ def test_the_pallas_kernel_runs_on_each_devices_tokens(transposed):
     leaf, mesh = stack("nf4"), make_mesh({"data": 2, "fsdp": 2, "tensor": 1, "sequence": 2})
     x = tokens(4, 16, COLUMNS if transposed else ROWS)
 
-    def product(how: Product) -> jax.Array:
+    def product(how: MatmulPlan) -> jax.Array:
         return kernel.quantized_matmul(
             x,
             leaf.codes,
@@ -76,7 +76,9 @@ def test_the_pallas_kernel_runs_on_each_devices_tokens(transposed):
             interpret=True,
         )
 
-    np.testing.assert_allclose(product(Product("pallas", True, mesh)), product(Product("pallas")), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(
+        product(MatmulPlan("pallas", True, mesh)), product(MatmulPlan("pallas")), rtol=1e-6, atol=1e-5
+    )
 
 
 def test_what_the_pallas_kernel_takes():
@@ -94,7 +96,7 @@ def test_a_layer_in_its_stack_multiplies_like_the_layer_alone(format, implementa
     monkeypatch.setattr(ops, "PIECE", piece)
     leaf, x = stack(format), tokens(2, 5, ROWS)
     alone = jax.tree.map(lambda part: part[2], leaf)
-    view = LayerView(leaf, jnp.int32(2), Product(implementation))
+    view = LayerView(leaf, jnp.int32(2), MatmulPlan(implementation))
     for mine, wanted in (
         (matmul(x, view), matmul(x, alone)),
         (jax.grad(lambda x: jnp.sum(matmul(x, view) ** 2))(x), jax.grad(lambda x: jnp.sum(matmul(x, alone) ** 2))(x)),
@@ -112,7 +114,7 @@ def test_parts_of_a_layer():
 
 def test_quantized_leaves_stay_outside_a_scan():
     leaves = {"w": stack("nf4"), "b": jnp.arange(LAYERS)}
-    walked, layer_of = outside_scan(leaves, Product("pieces"))
+    walked, layer_of = outside_scan(leaves, MatmulPlan("pieces"))
     assert len(jax.tree.leaves(walked)) == 1
 
     def step(_: None, scanned: tuple) -> tuple[None, jax.Array]:
@@ -150,7 +152,7 @@ def test_training_in_pieces_equals_training_whole(tmp_path, monkeypatch):
 
 def test_the_choice_by_device():
     mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1})
-    assert kernel.for_device("auto", mesh) == Product("xla", False, mesh)
+    assert kernel.for_device("auto", mesh) == MatmulPlan("xla", False, mesh)
     assert kernel.for_device("pieces", mesh).implementation == "pieces"
     assert (
         kernel.for_device("pieces", make_mesh({"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1})).implementation

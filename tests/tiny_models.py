@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tpu_tune.checkpoints.params import load_params, torch_shapes
-from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.models import Decoder, Execution, architecture, encode
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

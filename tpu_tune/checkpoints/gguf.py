@@ -10,7 +10,7 @@ import numpy as np
 from tpu_tune.checkpoints.gguf_families import FAMILIES, GgufFamily, split_layer
 from tpu_tune.checkpoints.gguf_file import GgufFile, open_gguf_file, read_gguf_tensor
 from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer
-from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
 

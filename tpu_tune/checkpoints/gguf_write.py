@@ -20,7 +20,7 @@ from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
 from tpu_tune.checkpoints.gguf_tokenizer_write import fitted, tokenizer_metadata
-from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
 # name on the command line -> number format of the matrices, and GGUF's general.file_type

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tpu_tune.checkpoints import storage
-from tpu_tune.checkpoints.source import WeightSource
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import dense

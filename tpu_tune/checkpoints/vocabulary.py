@@ -19,7 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints.params import check_names, open_architecture
-from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.checkpoints.source import open_source
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import QuantizedTensor

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
     if not options.model:
         return _without_model(options)
-    from tpu_tune.inference.runs import load_any
+    from tpu_tune.inference.run_model import load_any
     from tpu_tune.training.tasks.run import Settings, run_task
 
     settings = Settings(
@@ -156,7 +156,7 @@ def _data_config(options: argparse.Namespace) -> Any:
     """How perplexity reads its data: as the run did, or by --config; --data replaces what is read."""
     from tpu_tune import config as configuration
     from tpu_tune.inference.export import read_run
-    from tpu_tune.inference.runs import is_run
+    from tpu_tune.inference.run_model import is_run
 
     if options.split or options.subset:
         raise UserError("--split and --subset belong to questions; for perplexity name the file with --data")

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.inference import push
     from tpu_tune.training.run_directory import read_metrics
 
-    wish = push.Wish(
+    request = push.PushRequest(
         options.repo,
         "gguf" if options.gguf else "merged" if options.merge else "adapter",
         options.merge_base or "original",
@@ -68,32 +68,34 @@ def run(options: argparse.Namespace) -> int:
         options.base_model,
         options.card_only,
     )
-    _, wish, _ = push.check(options.run_directory, wish)
+    _, request, _ = push.check(options.run_directory, request)
     metrics = read_metrics(options.run_directory)
     if options.dry_run:
-        with push.prepared(options.run_directory, wish, metrics) as (files, figures):
-            _tell(options, wish, files, figures, "")
+        with push.prepared(options.run_directory, request, metrics) as (files, figures):
+            _tell(options, request, files, figures, "")
         return 0
     token = push.find_token()
-    wish = push.open_repo(token, wish, options.private)  # first, so that a refusal comes before an hour of merging
-    message = options.message or f"Upload {_WHAT['card' if wish.card_only else wish.form]} with tpu_tune"
-    with push.prepared(options.run_directory, wish, metrics) as (files, figures):
-        address = push.upload(token, wish, files, message)
-        _tell(options, wish, files, figures, address)
+    request = push.open_repo(
+        token, request, options.private
+    )  # first, so that a refusal comes before an hour of merging
+    message = options.message or f"Upload {_WHAT['card' if request.card_only else request.form]} with tpu_tune"
+    with push.prepared(options.run_directory, request, metrics) as (files, figures):
+        address = push.upload(token, request, files, message)
+        _tell(options, request, files, figures, address)
     return 0
 
 
 _WHAT = {"adapter": "an adapter", "merged": "a model", "gguf": "a GGUF file", "card": "the card"}
 
 
-def _tell(options: argparse.Namespace, wish: Any, files: list[Any], figures: dict[str, Any], address: str) -> None:
+def _tell(options: argparse.Namespace, request: Any, files: list[Any], figures: dict[str, Any], address: str) -> None:
     card = files[0].content.decode()
     if options.json:
         listed = [{"name": file.name, "bytes": file.size} for file in files]
-        facts = {"repo": wish.repo, "dry_run": options.dry_run, "files": listed, **figures}
+        facts = {"repo": request.repo, "dry_run": options.dry_run, "files": listed, **figures}
         print(json.dumps({**facts, "card": card} if options.dry_run else {**facts, "commit": address}))
         return
-    print(f"{wish.repo}: {'would get' if options.dry_run else 'got'} {len(files)} files")
+    print(f"{request.repo}: {'would get' if options.dry_run else 'got'} {len(files)} files")
     for file in files:
         print(f"  {_bytes(file.size):>10}  {file.name}")
     if figures:

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.inference.names import Base, base_name, hub_id, private_directories, scrubbed
+from tpu_tune.inference.public_names import Base, base_name, hub_id, private_directories, scrubbed
 
 FORMS = ("adapter", "merged", "gguf")
 _SHOWN_EVALUATIONS = 20

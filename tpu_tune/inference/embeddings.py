@@ -117,8 +117,8 @@ def _pooled(
 ) -> Float[Array, "B D"]:
     device = mesh.devices.flat[0]
     # Every device runs its rows as if it were alone.
-    product = quantized_matmul.for_device("auto", sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), [device]))
-    how = Execution(dtype, for_device("auto", device, dtype, packed=False), product=product, packed=False)
+    plan = quantized_matmul.for_device("auto", sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), [device]))
+    how = Execution(dtype, for_device("auto", device, dtype, packed=False), plan=plan, packed=False)
 
     def local(params: dict[str, Any], ids: Array, lengths: Array) -> Array:
         real = jnp.arange(ids.shape[1]) < lengths[:, None]

@@ -22,12 +22,13 @@ from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.gguf_write import check_family, write_gguf
 from tpu_tune.checkpoints.huggingface_write import tensors_with_head, whole_directory, write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
-from tpu_tune.checkpoints.source import WeightSource, open_source
+from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.vocabulary import open_configured
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
 from tpu_tune.models import Architecture
-from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split, unties_head
+from tpu_tune.transforms import QuantizeConfig, combine, find_targets, split, unties_head
 
 BASES = ("original", "dequantized")
 _PROBE_TOKENS = 64
@@ -122,14 +123,12 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
 
 def _trained(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, Callable[[bool], dict[str, Any]]]:
     """A run's base, its architecture, and what loads the tree with the adapter over the quantized base or the plain."""
-    source, arch, policy = _opened(run, config)
+    source, arch, quantization = _opened(run, config)
     spec, adapters = peft.read_adapter(adapter_of(run, config), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
 
     def combined(quantized: bool) -> dict[str, Any]:
-        params = load_params(
-            source, arch, jnp.float32, policy.apply, policy.paths(arch.modules()) if quantized else frozenset()
-        )
+        params = load_params(source, arch, jnp.float32, quantization if quantized else None)
         return combine(*split(params, targets, adapters), targets)
 
     return source, arch, combined
@@ -172,17 +171,17 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
       dtype: of the tensors; by default as the original's, float32 from a GGUF.
     """
     _check_output(output)
-    source, arch, policy = _opened(run, read_run(run))
-    chosen = policy.paths(arch.modules()) if base == "dequantized" else frozenset()
-    write_model(output, load_params(source, arch, jnp.float32, policy.apply, chosen), source, arch, dtype)
+    source, arch, quantization = _opened(run, read_run(run))
+    chosen = quantization if base == "dequantized" else None
+    write_model(output, load_params(source, arch, jnp.float32, chosen), source, arch, dtype)
 
 
-def _opened(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, QuantizePolicy]:
+def _opened(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, QuantizeConfig]:
     try:
         source = open_configured(config.model)
     except UserError as error:
         raise UserError(f"the model that {run} was trained on cannot be opened: {error}") from None
-    return source, open_architecture(source), QuantizePolicy.from_config(config.quantize)
+    return source, open_architecture(source), QuantizeConfig(**config.quantize)
 
 
 def full_model(run: str) -> str:

@@ -23,15 +23,15 @@ from tpu_tune.checkpoints.vocabulary import RECORD
 from tpu_tune.errors import UserError
 from tpu_tune.inference import export
 from tpu_tune.inference.card import Facts, model_card
-from tpu_tune.inference.names import base_of, is_hub_id, scrubbed_json
+from tpu_tune.inference.public_names import base_of, is_hub_id, scrubbed_json
 
 _SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")  # a token has 34 letters and digits
 _TOKENS_AT = "https://huggingface.co/settings/tokens"
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is to be pushed.
+class PushRequest:
+    """What to push, and how.
 
     Attributes:
       repo: NAMESPACE/NAME; a NAME alone is the token's owner's.
@@ -69,11 +69,11 @@ class File:
         return len(self.content) if isinstance(self.content, bytes) else os.path.getsize(self.content)
 
 
-def check(run: str, wish: Wish) -> tuple[ConfigDict, Wish, str]:
-    """Hold a wish against a run; return its configuration, the wish as it is meant, and the directory of its result.
+def check(run: str, request: PushRequest) -> tuple[ConfigDict, PushRequest, str]:
+    """Check a request against a run; return its configuration, the completed request, and the directory of its result.
 
     Raises:
-      UserError: no run directory, a run that has not finished, a bad name, or a wish that the run cannot fulfil.
+      UserError: no run directory, a run that has not finished, a bad name, or a request that does not fit the run.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -86,23 +86,23 @@ def check(run: str, wish: Wish) -> tuple[ConfigDict, Wish, str]:
         name = os.path.basename(result)
         raise UserError(f"{run} has no {name}/ yet; let the training finish first (the same train command goes on)")
     try:
-        validate_repo_id(wish.repo)
+        validate_repo_id(request.repo)
     except HFValidationError:
         raise UserError(
-            f"--repo is '{wish.repo}'; it must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', as in me/my-model"
+            f"--repo is '{request.repo}'; it must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', as in me/my-model"
         ) from None
-    if wish.base_model and not is_hub_id(wish.base_model):
-        raise UserError(f"--base-model is '{wish.base_model}'; it must be a hub id, NAMESPACE/NAME")
-    if wish.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", wish.license):
+    if request.base_model and not is_hub_id(request.base_model):
+        raise UserError(f"--base-model is '{request.base_model}'; it must be a hub id, NAMESPACE/NAME")
+    if request.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", request.license):
         raise UserError(
-            f"--license is '{wish.license}'; it must be an identifier such as apache-2.0, mit, llama3.1 or other "
+            f"--license is '{request.license}'; it must be an identifier such as apache-2.0, mit, llama3.1 or other "
             "(https://huggingface.co/docs/hub/repositories-licenses)"
         )
-    if config.method == "full" and wish.form == "adapter":
-        wish = replace(wish, form="merged")
-    if wish.dtype and config.method == "full":
+    if config.method == "full" and request.form == "adapter":
+        request = replace(request, form="merged")
+    if request.dtype and config.method == "full":
         raise UserError(f"--dtype: {run} trained every weight, and its model is pushed as it is")
-    return config, wish, result
+    return config, request, result
 
 
 def find_token() -> str:
@@ -123,50 +123,52 @@ def find_token() -> str:
 
 
 @contextlib.contextmanager
-def prepared(run: str, wish: Wish, metrics: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[File], dict[str, Any]]]:
+def prepared(
+    run: str, request: PushRequest, metrics: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[list[File], dict[str, Any]]]:
     """Yield the files to upload, the card first, and figures of the merge; what was written for it is gone afterwards.
 
     Args:
       run: a finished run's directory; not changed.
-      wish: what to push.
+      request: what is asked for.
       metrics: the rows of its metrics.jsonl.
 
     Raises:
       UserError: as `check` and the exports raise it.
     """
-    config, wish, result = check(run, wish)
-    base = base_of(config, run, wish.base_model)
+    config, request, result = check(run, request)
+    base = base_of(config, run, request.base_model)
     picture = os.path.join(run, "curves.png")
     facts = Facts(
-        wish.repo,
-        wish.form,
+        request.repo,
+        request.form,
         config,
         run,
         base,
         metrics,
         _summary(run),
-        license={"license": wish.license} if wish.license else base.license,
+        license={"license": request.license} if request.license else base.license,
         encoder_decoder=_is_encoder_decoder(result),
         added_tokens=os.path.isfile(os.path.join(result, RECORD)),
         has_curves=os.path.isfile(picture),
-        revision=wish.revision,
-        gguf_file=f"{wish.repo.rpartition('/')[2]}-{wish.gguf_type}.gguf" if wish.form == "gguf" else "",
+        revision=request.revision,
+        gguf_file=f"{request.repo.rpartition('/')[2]}-{request.gguf_type}.gguf" if request.form == "gguf" else "",
     )
     with contextlib.ExitStack() as stack:
         weights: list[File] = []
         figures: dict[str, Any] = {}
-        if not wish.card_only:
-            if wish.form == "gguf" or (wish.form == "merged" and config.method != "full"):
+        if not request.card_only:
+            if request.form == "gguf" or (request.form == "merged" and config.method != "full"):
                 written = os.path.join(stack.enter_context(_aside(run)), facts.gguf_file or "model")
-                if wish.form == "gguf":
-                    figures = export.export_gguf(run, written, wish.merge_base, wish.gguf_type)
+                if request.form == "gguf":
+                    figures = export.export_gguf(run, written, request.merge_base, request.gguf_type)
                     weights = [File(facts.gguf_file, written)]
                 else:
-                    figures = export.export_merged(run, written, wish.merge_base, wish.dtype)
+                    figures = export.export_merged(run, written, request.merge_base, request.dtype)
                     weights = _files(written, base)
             else:
                 weights = _files(result, base)
-        merged = {} if config.method == "full" and wish.form == "merged" else figures
+        merged = {} if config.method == "full" and request.form == "merged" else figures
         card = masked(model_card(replace(facts, difference=merged)))
         beside = [File("curves.png", picture)] if facts.has_curves else []
         yield [File("README.md", card.encode()), *beside, *weights], figures
@@ -183,27 +185,27 @@ def _aside(run: str) -> tempfile.TemporaryDirectory:
         ) from None
 
 
-def open_repo(token: str, wish: Wish, private: bool = False) -> Wish:
-    """Make the repository and the branch where they are not there yet; return the wish with the repository's full name.
+def open_repo(token: str, request: PushRequest, private: bool = False) -> PushRequest:
+    """Make the repository and the branch where they are not there yet; return the request with the repository's full name.
 
     Raises:
       UserError: the hub cannot be reached or refuses, or a repository that should be private is public.
     """
     from huggingface_hub import HfApi
 
-    with told(f"{wish.repo} cannot be made", token, wish.repo):
+    with told(f"{request.repo} cannot be made", token, request.repo):
         api = HfApi(token=token)
-        url = api.create_repo(wish.repo, private=private or None, exist_ok=True)
+        url = api.create_repo(request.repo, private=private or None, exist_ok=True)
         if private and api.model_info(url.repo_id).private is False:
             raise UserError(
                 f"{url.repo_id} is there already and is public; choose another --repo, or leave --private out"
             )
-        if wish.revision:
-            api.create_branch(url.repo_id, branch=wish.revision, exist_ok=True)
-    return replace(wish, repo=url.repo_id)
+        if request.revision:
+            api.create_branch(url.repo_id, branch=request.revision, exist_ok=True)
+    return replace(request, repo=url.repo_id)
 
 
-def upload(token: str, wish: Wish, files: Sequence[File], message: str) -> str:
+def upload(token: str, request: PushRequest, files: Sequence[File], message: str) -> str:
     """Upload files as one commit on top of what the repository holds; return the commit's address.
 
     Raises:
@@ -211,10 +213,10 @@ def upload(token: str, wish: Wish, files: Sequence[File], message: str) -> str:
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    with told(f"the upload to {wish.repo} failed, and the repository is as it was", token, wish.repo):
+    with told(f"the upload to {request.repo} failed, and the repository is as it was", token, request.repo):
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content) for file in files]
         commit = HfApi(token=token).create_commit(
-            wish.repo, operations, commit_message=masked(message, token), revision=wish.revision or None
+            request.repo, operations, commit_message=masked(message, token), revision=request.revision or None
         )
     return str(commit.commit_url)
 

@@ -20,8 +20,8 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels import gpu
 from tpu_tune.kernels import splash as tpu
 from tpu_tune.kernels.blockwise import BLOCK, blockwise
+from tpu_tune.kernels.layout import Bias, TokenLayout, soft_cap
 from tpu_tune.kernels.mesh import SEQUENCE
-from tpu_tune.kernels.places import Bias, Places, soft_cap
 from tpu_tune.kernels.sequence import ring
 
 IMPLEMENTATIONS = ("auto", "reference", "blockwise", "splash", "cudnn", "pallas")
@@ -33,7 +33,7 @@ def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    places: Places,
+    layout: TokenLayout,
     *,
     window: int | None = None,
     scale: float | None = None,
@@ -45,12 +45,12 @@ def attention(
     """Softmax attention; H is a multiple of K (grouped heads), scores and softmax are float32.
 
     Args:
-      places: where queries and keys stand; where there are as many of both and attention is causal, they are one row
+      layout: indices and segments of queries and keys; where there are as many of both and attention is causal, they are one row
         from its beginning.
-      window: each query sees so many keys, its own place included; None for all.
+      window: each query sees so many keys, itself included; None for all.
       scale: of the scores; D ** -0.5 by default.
       cap: soft limit of the scores, see `soft_cap`.
-      bias: added to the scores, by place.
+      bias: added to the scores, a function of the indices.
       implementation: auto | reference | blockwise | splash | cudnn | pallas. What the last three cannot do (a cache, a
         bias, an encoder; for the GPU's also other things, see `gpu.py`) goes to auto.
       mesh: for what runs on each device's part; None on one device.
@@ -64,18 +64,18 @@ def attention(
         raise UserError(f"model.attention is '{implementation}'; it must be one of {', '.join(IMPLEMENTATIONS)}")
     row = bias is None and q.shape[1] == k.shape[1]  # queries and keys are the same tokens
     pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
-    if implementation in _KERNELS and row and places.causal:
-        found = _kernel(implementation, q, k, v, places, window, scale, cap, mesh)
+    if implementation in _KERNELS and row and layout.causal:
+        found = _kernel(implementation, q, k, v, layout, window, scale, cap, mesh)
         if found is not None:
             return found
     if pieces > 1 and row and implementation != "reference" and q.shape[1] % pieces == 0:
-        return ring(q, k, v, places, window, scale, mesh, cap)
+        return ring(q, k, v, layout, window, scale, mesh, cap)
     implementation = chosen("auto" if implementation in _KERNELS else implementation, q.shape[1], k.shape[1])
     if implementation == "reference":
-        return reference(q, k, v, places, window, scale, cap, bias)
+        return reference(q, k, v, layout, window, scale, cap, bias)
     if bias is not None:
-        return rematerialised(q, k, v, places, window, scale, bias, cap)
-    return blockwise(q, k, v, places, window, scale, cap=cap)
+        return rematerialised(q, k, v, layout, window, scale, bias, cap)
+    return blockwise(q, k, v, layout, window, scale, cap=cap)
 
 
 def _kernel(
@@ -83,19 +83,19 @@ def _kernel(
     q: Array,
     k: Array,
     v: Array,
-    places: Places,
+    layout: TokenLayout,
     window: int | None,
     scale: float,
     cap: float | None,
     mesh: Mesh | None,
 ) -> Array | None:
     """Return causal self-attention by a device's own kernel; None where it cannot do what is asked."""
-    segments = places.query_segments
+    segments = layout.query_segments
     if implementation == "splash":
         return tpu.splash(q, k, v, segments, window, scale, cap, mesh) if tpu.fits(q.shape[1], mesh) else None
     if cap is not None or (mesh is not None and mesh.shape[SEQUENCE] > 1):
         return None
-    if implementation == "cudnn" and not places.packed and gpu.cudnn_takes(q):
+    if implementation == "cudnn" and not layout.packed and gpu.cudnn_takes(q):
         return gpu.cudnn(q, k, v, window, scale, mesh)
     if window is None and gpu.pallas_takes(q):
         return gpu.pallas(q, k, v, segments, scale, mesh)
@@ -109,7 +109,7 @@ def for_device(implementation: str, device: Any, dtype: Any = jnp.bfloat16, pack
       implementation: as in `attention`.
       device: of the mesh, there or of a topology.
       dtype: of queries, keys and values.
-      packed: see `Places`.
+      packed: see `TokenLayout`.
 
     Raises:
       UserError: a kernel on a device, or for a dtype or rows, that it is not for.
@@ -156,7 +156,7 @@ def reference(
     q: Array,
     k: Array,
     v: Array,
-    places: Places,
+    layout: TokenLayout,
     window: int | None,
     scale: float,
     cap: float | None = None,
@@ -169,9 +169,9 @@ def reference(
     scores = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * scale, cap)
     if bias is not None:
-        scores += bias(places.query_index, places.key_index).reshape(scores.shape)
+        scores += bias(layout.query_index, layout.key_index).reshape(scores.shape)
     # A finite floor: a padded query that sees no key must give zeros to the gradient, not NaN.
-    scores = jnp.where(places.mask(window)[:, None, None], scores, jnp.float32(-1e30))
+    scores = jnp.where(layout.mask(window)[:, None, None], scores, jnp.float32(-1e30))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(batch, length, heads, size)
 
@@ -180,7 +180,7 @@ def rematerialised(
     q: Array,
     k: Array,
     v: Array,
-    places: Places,
+    layout: TokenLayout,
     window: int | None,
     scale: float,
     bias: Bias,
@@ -198,8 +198,8 @@ def rematerialised(
     @jax.checkpoint
     def one_block(_: None, queries: tuple[Array, Array, Array]) -> tuple[None, Array]:
         q_block, index, segments = queries
-        here = dataclasses.replace(places, query_index=index, query_segments=segments)
+        here = dataclasses.replace(layout, query_index=index, query_segments=segments)
         return None, reference(q_block, k, v, here, window, scale, cap, bias)
 
-    _, out = jax.lax.scan(one_block, None, (blocks(q), blocks(places.query_index), blocks(places.query_segments)))
+    _, out = jax.lax.scan(one_block, None, (blocks(q), blocks(layout.query_index), blocks(layout.query_segments)))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tpu_tune.kernels.places import Places, soft_cap
+from tpu_tune.kernels.layout import TokenLayout, soft_cap
 
 BLOCK = 512
 _NEVER = -1e30  # finite: a query that sees no key must give zeros, not NaN
@@ -33,7 +33,7 @@ class Blocks:
       size: tokens of a block.
       queries, keys: blocks of each.
       causal: whether keys behind the query are hidden from it.
-      aligned: whether queries and keys are parts of one row, so that their places tell which blocks may be skipped.
+      aligned: whether queries and keys are parts of one row, so that their indices tell which blocks may be skipped.
     """
 
     window: int | None
@@ -50,7 +50,7 @@ class Blocks:
 
         Args:
           query: number of the block.
-          offset: place of the first query in the row, less that of the first key.
+          offset: index of the first query in the row, minus that of the first key.
         """
         if not self.aligned:
             return jnp.int32(0), jnp.int32(self.keys)
@@ -73,7 +73,7 @@ def blockwise(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    places: Places,
+    layout: TokenLayout,
     window: int | None,
     scale: float,
     block: int = BLOCK,
@@ -81,9 +81,9 @@ def blockwise(
 ) -> Float[Array, "B T H D"]:
     """Return attention as `attention.reference` does; see there for the arguments. `block`: tokens of a block."""
     batch, length, heads, size = q.shape
-    # Self-attention without a cache: indices are the places themselves, so that block numbers tell what is seen.
-    aligned = places.causal and length == k.shape[1]
-    blocks, cut_up = in_blocks(q, k, v, places, window, scale, cap, block, aligned)
+    # Self-attention without a cache: an index is the position in the row, so that block numbers tell which are visible.
+    aligned = layout.causal and length == k.shape[1]
+    blocks, cut_up = in_blocks(q, k, v, layout, window, scale, cap, block, aligned)
     out = _flash(blocks, *cut_up)
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]
 
@@ -92,7 +92,7 @@ def in_blocks(
     q: Array,
     k: Array,
     v: Array,
-    places: Places,
+    layout: TokenLayout,
     window: int | None,
     scale: float,
     cap: float | None,
@@ -117,13 +117,13 @@ def in_blocks(
         return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
 
     where = (
-        cut(places.query_index),
-        cut(places.query_segments, -1),
-        cut(places.key_index),
-        cut(places.key_segments, -2),
+        cut(layout.query_index),
+        cut(layout.query_segments, -1),
+        cut(layout.key_index),
+        cut(layout.key_segments, -2),
     )
     q, k, v = cut(q), cut(k), cut(v)
-    return Blocks(window, scale, cap, block, q.shape[0], k.shape[0], places.causal, aligned), (q, k, v, where)
+    return Blocks(window, scale, cap, block, q.shape[0], k.shape[0], layout.causal, aligned), (q, k, v, where)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -134,8 +134,8 @@ def _flash(blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...
 def _scores(blocks: Blocks, q: Array, k: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
     """Return (scores before the mask, mask) of one pair of blocks, (B, K, G, block, block)."""
     raw = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * blocks.scale
-    seen = Places(where[0], where[2], where[1], where[3], blocks.causal).mask(blocks.window)
-    return raw, seen[:, None, None]
+    visible = TokenLayout(where[0], where[2], where[1], where[3], blocks.causal).mask(blocks.window)
+    return raw, visible[:, None, None]
 
 
 def _at(parts: tuple[Array, ...], number: Array) -> list[Array]:
@@ -156,8 +156,8 @@ def forward(
         def add(key: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             largest, total, out = carry
             keys, values, key_index, key_segments = _at((k, v, *where[2:]), key)
-            raw, seen = _scores(blocks, queries, keys, (index, segments, key_index, key_segments))
-            scores = jnp.where(seen, soft_cap(raw, blocks.cap), _NEVER)
+            raw, visible = _scores(blocks, queries, keys, (index, segments, key_index, key_segments))
+            scores = jnp.where(visible, soft_cap(raw, blocks.cap), _NEVER)
             new = jnp.maximum(largest, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new[..., None])
             shrink = jnp.exp(largest - new)
@@ -226,9 +226,9 @@ def backward(
         def add(query: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             to_q, to_k, to_v = carry
             queries, back, norm, product, index, segments = _at((q, g, normaliser, delta, *where[:2]), query)
-            raw, seen = _scores(blocks, queries, keys, (index, segments, key_index, key_segments))
+            raw, visible = _scores(blocks, queries, keys, (index, segments, key_index, key_segments))
             capped = soft_cap(raw, blocks.cap)
-            weights = jnp.where(seen, jnp.exp(capped - norm[..., None]), 0.0)
+            weights = jnp.where(visible, jnp.exp(capped - norm[..., None]), 0.0)
             to_v += jnp.einsum(
                 "bkgts,btkgd->bskd", weights.astype(back.dtype), back, preferred_element_type=jnp.float32
             )

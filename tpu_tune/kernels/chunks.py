@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 
 
 def token_keys(key: Array, index: Int[Array, " t"]) -> Array:
-    """Return one PRNG key a token, by its place in the row."""
+    """Return one PRNG key a token, by its index in the row."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
@@ -75,8 +75,8 @@ def over_tokens(function: Callable[[Any, Any], Any], weights: Any, tokens: Any, 
         return jax.tree.map(lambda x: jnp.zeros((batch, shards, count * size, *x.shape[2:]), x.dtype), like)
 
     def built(leaves: list[Any], number: Array) -> Any:
-        place = jnp.arange(shards)[:, None] * local + number * size + jnp.arange(size)
-        keyed = [token_keys(leaf, place.reshape(-1)) if _is_key(leaf) else leaf for leaf in leaves]
+        index = jnp.arange(shards)[:, None] * local + number * size + jnp.arange(size)
+        keyed = [token_keys(leaf, index.reshape(-1)) if _is_key(leaf) else leaf for leaf in leaves]
         return structure.unflatten(keyed)
 
     @jax.custom_vjp

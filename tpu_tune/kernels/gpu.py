@@ -41,9 +41,9 @@ def cudnn(
     """
 
     def local(q: Array, k: Array, v: Array) -> Array:
-        seen = None if window is None else (window - 1, 0)  # keys before a query's own place, and behind it
+        visible = None if window is None else (window - 1, 0)  # keys before a query's own, and behind it
         return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=seen, implementation=implementation
+            q, k, v, scale=scale, is_causal=True, local_window_size=visible, implementation=implementation
         )
 
     return on_each_device(local, mesh, q.shape[2], k.shape[2])(q, k, v)

@@ -33,7 +33,7 @@ _TOKENS = 1024  # so many share one decoding
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class MatmulPlan:
     """How products with quantized kernels are computed.
 
     Attributes:
@@ -47,7 +47,7 @@ class Product:
     mesh: Mesh | None = None
 
 
-def for_device(implementation: str, mesh: Mesh) -> Product:
+def for_device(implementation: str, mesh: Mesh) -> MatmulPlan:
     """Return how to compute products on a mesh's devices: as asked for, or the best where that is auto.
 
     On a mesh with an axis `tensor` it is xla in any case.
@@ -66,7 +66,7 @@ def for_device(implementation: str, mesh: Mesh) -> Product:
     if mesh.shape["tensor"] > 1:
         implementation = "xla"  # which cuts codes and products over the axis by itself
     old = on_tpu and device.device_kind.startswith(("TPU v2", "TPU v3"))
-    return Product(implementation, old, mesh if mesh.size > 1 else None)
+    return MatmulPlan(implementation, old, mesh if mesh.size > 1 else None)
 
 
 def fits(shape: tuple[int, int], pack_block: int, group_size: int) -> bool:
@@ -84,7 +84,7 @@ def quantized_matmul(
     decode: Callable[[Array], Array],
     group_size: int,
     transposed: bool,
-    product: Product = Product("pallas"),
+    plan: MatmulPlan = MatmulPlan("pallas"),
     interpret: bool = False,
 ) -> Float[Array, "*batch n"]:
     """Return x @ w, or x @ w.T, in x's dtype, for w (in, out) = layer `layer` of a stack; sums are float32.
@@ -98,7 +98,7 @@ def quantized_matmul(
       decode: integer codes -> float32 in [-1, 1], elementwise.
       group_size: rows that share a scale; divides 128.
       transposed: contract over `out`.
-      product: its operands' dtype and its mesh.
+      plan: its operands' dtype and its mesh.
       interpret: run on the CPU, for tests.
     """
     one = functools.partial(
@@ -107,14 +107,14 @@ def quantized_matmul(
         group_size=group_size,
         transposed=transposed,
         interpret=interpret,
-        operands=jnp.dtype("float32") if product.wide_operands else x.dtype,
+        operands=jnp.dtype("float32") if plan.wide_operands else x.dtype,
     )
-    if product.mesh is None:
+    if plan.mesh is None:
         return one(x, codes, scales, scale_max, layer)
     tokens = PartitionSpec(ROWS, SEQUENCE, None)
     whole = PartitionSpec()
     return jax.shard_map(
-        one, mesh=product.mesh, in_specs=(tokens, whole, whole, whole, whole), out_specs=tokens, check_vma=False
+        one, mesh=plan.mesh, in_specs=(tokens, whole, whole, whole, whole), out_specs=tokens, check_vma=False
     )(x, codes, scales, scale_max, layer)
 
 
@@ -142,23 +142,23 @@ def _on_one_device(
     body = functools.partial(_backward if transposed else _forward, decode, group_size, operands)
     if transposed:
         grid, out = (count, *steps), rows
-        place = lambda m, k, n: (k, n)  # noqa: E731
+        block_index = lambda m, k, n: (k, n)  # noqa: E731
         x_spec = pl.BlockSpec((tokens, wide), lambda m, k, n, _: (m, n))
         out_spec = pl.BlockSpec((tokens, BLOCK), lambda m, k, n, _: (m, k))
         partial_sums = pltpu.VMEM((tokens, BLOCK), jnp.float32)
     else:
         grid, out = (count, steps[1], steps[0]), columns
-        place = lambda m, n, k: (k, n)  # noqa: E731
+        block_index = lambda m, n, k: (k, n)  # noqa: E731
         x_spec = pl.BlockSpec((tokens, BLOCK), lambda m, n, k, _: (m, k))
         out_spec = pl.BlockSpec((tokens, wide), lambda m, n, k, _: (m, n))
         partial_sums = pltpu.VMEM((tokens, wide), jnp.float32)
 
     def whole_columns(leaf: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((1, leaf.shape[1], wide), lambda *at: (at[3][0], 0, place(*at[:3])[1]))
+        return pl.BlockSpec((1, leaf.shape[1], wide), lambda *at: (at[3][0], 0, block_index(*at[:3])[1]))
 
     specs = [
         x_spec,
-        pl.BlockSpec((1, BLOCK // 2, wide), lambda *at: (at[3][0], *place(*at[:3]))),
+        pl.BlockSpec((1, BLOCK // 2, wide), lambda *at: (at[3][0], *block_index(*at[:3]))),
         whole_columns(scales),
     ]
     operands = [x, codes, scales]

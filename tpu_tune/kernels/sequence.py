@@ -19,15 +19,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tpu_tune.kernels.blockwise import BLOCK, Blocks, backward, delta_of, forward, in_blocks, no_gradient
+from tpu_tune.kernels.layout import TokenLayout
 from tpu_tune.kernels.mesh import SEQUENCE, on_each_device
-from tpu_tune.kernels.places import Places
 
 
 def ring(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
-    places: Places,
+    layout: TokenLayout,
     window: int | None,
     scale: float,
     mesh: Mesh,
@@ -44,14 +44,14 @@ def ring(
 
     def local(q: Array, k: Array, v: Array, index: Array, segments: Array) -> Array:
         here = dataclasses.replace(
-            places, query_index=index, key_index=index, query_segments=segments, key_segments=segments
+            layout, query_index=index, key_index=index, query_segments=segments, key_segments=segments
         )
-        blocks, cut_up = in_blocks(q, k, v, here, window, scale, cap, block, places.causal)
+        blocks, cut_up = in_blocks(q, k, v, here, window, scale, cap, block, layout.causal)
         out = _ring(_Ring(mesh.shape[SEQUENCE], q.shape[1], blocks), *cut_up)
         return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, q.shape[2], size)[:, : q.shape[1]]
 
     run = on_each_device(local, mesh, heads, k.shape[2])
-    return run(q, k, v, places.query_index, places.query_segments)
+    return run(q, k, v, layout.query_index, layout.query_segments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,11 @@ def _ring(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, ...]) ->
 
 def _ring_forward(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, tuple]:
     def one(carry: tuple, step: Array) -> tuple[tuple, None]:
-        out, normaliser, keys, values, place = carry
-        part, more = forward(way.blocks, q, keys, values, (*where[:2], *place), jnp.float32, way.offset(step))
+        out, normaliser, keys, values, key_layout = carry
+        part, more = forward(way.blocks, q, keys, values, (*where[:2], *key_layout), jnp.float32, way.offset(step))
         total = jnp.logaddexp(normaliser, more)
         out = out * _weights(normaliser - total) + part * _weights(more - total)
-        return (out, total, *way.onward((keys, values, place))), None
+        return (out, total, *way.onward((keys, values, key_layout))), None
 
     nothing = jnp.full((q.shape[0], q.shape[1], *q.shape[3:5], q.shape[2]), -1e30, jnp.float32)
     start = (jnp.zeros(q.shape, jnp.float32), nothing, k, v, where[2:])
@@ -102,13 +102,13 @@ def _ring_backward(way: _Ring, kept: tuple, g: Array) -> tuple:
     delta = delta_of(out, g)
 
     def one(carry: tuple, step: Array) -> tuple[tuple, None]:
-        to_q, to_k, to_v, keys, values, place = carry
+        to_q, to_k, to_v, keys, values, key_layout = carry
         to_q, more_k, more_v = backward(
             way.blocks,
             q,
             keys,
             values,
-            (*where[:2], *place),
+            (*where[:2], *key_layout),
             g,
             normaliser,
             delta,
@@ -116,7 +116,7 @@ def _ring_backward(way: _Ring, kept: tuple, g: Array) -> tuple:
             jnp.float32,
             way.offset(step),
         )
-        return (to_q, *way.onward((to_k + more_k, to_v + more_v, keys, values, place))), None
+        return (to_q, *way.onward((to_k + more_k, to_v + more_v, keys, values, key_layout))), None
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     start = (jnp.zeros(q.shape, jnp.float32), zeros, zeros, k, v, where[2:])

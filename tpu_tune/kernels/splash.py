@@ -43,7 +43,7 @@ def splash(
 
     Args:
       segments: document of each token; queries see keys of their own.
-      window: each query sees so many keys, its own place included; None for all.
+      window: each query sees so many keys, itself included; None for all.
       scale, cap: of the scores, see `attention`.
       mesh: over which rows, heads and tokens are cut; None on one device. See `fits`.
       interpret: run the kernel as plain JAX, to test it without a TPU.

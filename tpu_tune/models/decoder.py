@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.places import Places
-from tpu_tune.kernels.quantized_matmul import Product
+from tpu_tune.kernels.layout import TokenLayout
+from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
 from tpu_tune.models.layers import Branch, Past, Surroundings, apply_head, layer, linear, norm, relative_bias
@@ -55,11 +55,11 @@ class Execution:
       remat: none | full | dots | offload: what of a layer the backward pass recomputes; all but its input under full,
         which waits in the host's memory under offload.
       chunk: tokens of each row and device that a layer's projections and MLP work on at one time, in training; 0: all.
-      product: how products with quantized kernels are computed.
+      plan: how products with quantized kernels are computed.
       gather: applied to one layer's leaves, by path, inside the rematerialised scan body; training constrains quantized
         codes there, so that they are gathered over fsdp instead of dequantized weights.
       constrain: applied to hidden states (B, T, D) between layers; training pins their sharding there.
-      packed: whether rows with segments may hold several documents, see `kernels.places.Places`.
+      packed: whether rows with segments may hold several documents, see `kernels.layout.TokenLayout`.
     """
 
     dtype: Any = jnp.float32
@@ -67,7 +67,7 @@ class Execution:
     mesh: Mesh | None = None
     remat: str = "none"
     chunk: int = 0
-    product: Product = Product()
+    plan: MatmulPlan = MatmulPlan()
     gather: Callable[[dict[str, Any]], dict[str, Any]] = lambda leaves: leaves
     constrain: Callable[[Array], Array] = lambda hidden: hidden
     packed: bool = True
@@ -196,7 +196,7 @@ class Decoder(nnx.Module):
             segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segment_ids, cache.length, axis=1)
             key_index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
         around = Surroundings(
-            places=Places(index, key_index, segment_ids, segments, arch.causal, packed),
+            places=TokenLayout(index, key_index, segment_ids, segments, arch.causal, packed),
             angles={kind.rope: rotary.tables(kind.rope, positions) for kind in arch.kinds if kind.rope is not None},
             implementation=run.attention,
             mesh=run.mesh,
@@ -208,13 +208,13 @@ class Decoder(nnx.Module):
         if names.cross_q:
             memory_segments = cache.memory_segments if memory is None else memory.segments
             there = jnp.zeros_like(memory_segments)
-            places = Places(index, there, segment_ids, memory_segments, causal=False)
+            places = TokenLayout(index, there, segment_ids, memory_segments, causal=False)
             around = dataclasses.replace(around, memory=(None if memory is None else memory.hidden, places))
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
 
         leaves, layer_of = self.layers.get_value(), lambda leaves, _: leaves
         if run.mesh is None:  # on more devices `gather` takes the layer that the scan cuts out
-            leaves, layer_of = outside_scan(leaves, run.product)
+            leaves, layer_of = outside_scan(leaves, run.plan)
 
         def step(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
             number, leaves, kind, past = scanned

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.attention import attention
 from tpu_tune.kernels.chunks import over_tokens
-from tpu_tune.kernels.places import Bias, Places, soft_cap
+from tpu_tune.kernels.layout import Bias, TokenLayout, soft_cap
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind
@@ -68,12 +68,12 @@ class Surroundings:
       chunk: tokens of each row that what is not attention works on at one time; 0: all.
     """
 
-    places: Places
+    places: TokenLayout
     angles: Mapping[rotary.Rope, tuple[Array, Array]]
     implementation: str
     mesh: Mesh | None = None
     bias: Bias | None = None
-    memory: tuple[Array | None, Places] | None = None
+    memory: tuple[Array | None, TokenLayout] | None = None
     start: Array | None = None
     chunk: int = 0
 

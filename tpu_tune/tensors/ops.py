@@ -157,9 +157,9 @@ _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 def _times(x: Array, w: Any, axis: int) -> Array:
     """Return x @ w (axis 0) or x @ w.T (axis 1), summed in float32 and rounded to x's dtype once."""
-    if isinstance(w, LayerView) and w.product.implementation == "pieces":
+    if isinstance(w, LayerView) and w.plan.implementation == "pieces":
         return _in_pieces(x, w, axis)
-    if isinstance(w, LayerView) and w.product.implementation == "pallas":
+    if isinstance(w, LayerView) and w.plan.implementation == "pallas":
         stack = w.stack
         if fits(stack.shape, stack.pack_block, stack.group_size):
             return quantized_matmul(
@@ -171,7 +171,7 @@ def _times(x: Array, w: Any, axis: int) -> Array:
                 FORMATS[stack.format].decode,
                 stack.group_size,
                 axis == 1,
-                w.product,
+                w.plan,
             )
     return _contract(x, _weight(w, x.dtype), axis)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from tpu_tune.kernels.quantized_matmul import Product
+from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.tensors.quantized import QuantizedTensor
 
 
@@ -88,7 +88,7 @@ class Transposed:
     base: Any
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=["product"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=["plan"])
 @dataclasses.dataclass(frozen=True)
 class LayerView:
     """One layer of a stacked `QuantizedTensor`, not cut out: what reads it reads the stack.
@@ -99,12 +99,12 @@ class LayerView:
     Attributes:
       stack: all layers, on a leading axis.
       layer: which.
-      product: how products with it are computed.
+      plan: how products with it are computed.
     """
 
     stack: QuantizedTensor
     layer: Int[Array, ""]
-    product: Product = Product()
+    plan: MatmulPlan = MatmulPlan()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -133,12 +133,12 @@ class LayerView:
         )
 
 
-def outside_scan(leaves: Any, product: Product) -> tuple[Any, Callable[[Any, Array], Any]]:
+def outside_scan(leaves: Any, plan: MatmulPlan) -> tuple[Any, Callable[[Any, Array], Any]]:
     """Split stacked leaves into what `jax.lax.scan` is to walk and what stays outside, quantized tensors.
 
     Args:
       leaves: a tree of them.
-      product: how products with the quantized ones are computed.
+      plan: how products with the quantized ones are computed.
 
     Returns:
       A tree for scan's inputs, and a function (one layer of it, the layer's number) -> the layer's leaves.
@@ -153,7 +153,7 @@ def outside_scan(leaves: Any, product: Product) -> tuple[Any, Callable[[Any, Arr
     def layer(inside: Any, number: Array) -> Any:
         return structure.unflatten(
             [
-                LayerView(leaf, number, product) if is_quantized(leaf) else part
+                LayerView(leaf, number, plan) if is_quantized(leaf) else part
                 for leaf, part in zip(flat, inside, strict=True)
             ]
         )

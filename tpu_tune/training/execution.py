@@ -62,8 +62,8 @@ def execution(
     dtype, packed, several = compute_dtype(config), config.data.packing, mesh if mesh.size > 1 else None
     attention = for_device(config.model.attention, mesh.devices.flat[0], dtype, packed)
     chunk = token_chunk(config, rows, mesh.shape["sequence"])
-    product = quantized_matmul.for_device(config.model.quantized_matmul, mesh)
-    plain = Execution(dtype, attention, several, config.model.remat, chunk, product, packed=packed)
+    plan = quantized_matmul.for_device(config.model.quantized_matmul, mesh)
+    plain = Execution(dtype, attention, several, config.model.remat, chunk, plan, packed=packed)
     if several is None:
         return plain
     stacked = architecture.stacked()
@@ -76,8 +76,8 @@ def execution(
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
         leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, home)
-        if isinstance(leaf, QuantizedTensor) and product.implementation != "xla":
-            return LayerView(jax.tree.map(lambda part: part[None], leaf), jnp.int32(0), product)
+        if isinstance(leaf, QuantizedTensor) and plan.implementation != "xla":
+            return LayerView(jax.tree.map(lambda part: part[None], leaf), jnp.int32(0), plan)
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:

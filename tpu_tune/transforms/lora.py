@@ -1,4 +1,4 @@
-"""LoRA as a transform of the parameter tree: `find_targets`, `init`, and the spec that both read.
+"""LoRA as a transform of the parameter tree: `find_targets`, `init`; `LoraConfig`, the config's `lora` section, says which.
 
 An adapter is a few entries of a flat tree: `PATH.lora_A` (layers, in, rank), `PATH.lora_B` (layers, rank, out) and,
 under DoRA, `PATH.lora_magnitude_vector` (layers, out). Only the selected layers are stored; where ranks differ between
@@ -16,39 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
+from tpu_tune.config import LoraConfig, TokenIndices
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, dense
-from tpu_tune.transforms.select import Pattern, by_pattern, choose, targeted
-
-TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embedding, or by module
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraSpec:
-    """What PEFT calls LoraConfig; the fields are the config's `lora.*` keys (see `tpu_tune.config`)."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: Pattern = "all-linear"
-    exclude_modules: Pattern = ()
-    bias: str = "none"
-    modules_to_save: Sequence[str] = ()
-    trainable_token_indices: TokenIndices = ()
-    layers_to_transform: Sequence[int] = ()
-    layers_pattern: str = ""
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: str = "true"
-
-    @classmethod
-    def from_config(cls, config: ConfigDict) -> LoraSpec:
-        """Build the spec from `config.lora`."""
-        return cls(**{key: list(value) if isinstance(value, (list, tuple)) else value for key, value in config.items()})
+from tpu_tune.transforms.select import by_pattern, choose, targeted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +82,11 @@ class Targets:
     adapted: tuple[Target, ...]
     saved: tuple[Module, ...]
     biases: tuple[str, ...]
-    spec: LoraSpec
+    spec: LoraConfig
     tokens: tuple[TokenRows, ...] = ()
 
 
-def find_targets(modules: Sequence[Module], spec: LoraSpec, default_targets: Sequence[str] = ()) -> Targets:
+def find_targets(modules: Sequence[Module], spec: LoraConfig, default_targets: Sequence[str] = ()) -> Targets:
     """Resolve a spec against a model's modules by PEFT's rules.
 
     Args:
@@ -227,7 +199,7 @@ def _tied(modules: Sequence[Module], embedding: Module) -> list[str]:
     return [module.path for module in modules if module.tied_to == embedding.path]
 
 
-def _target(module: Module, layers: tuple[int | None, ...], spec: LoraSpec) -> Target:
+def _target(module: Module, layers: tuple[int | None, ...], spec: LoraConfig) -> Target:
     if module.kind == "norm":
         raise UserError(
             f"lora.target_modules matches the norm '{module.path}', which has no matrix to adapt; "

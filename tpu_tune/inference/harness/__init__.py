@@ -15,7 +15,7 @@ from typing import Any
 from tpu_tune.errors import UserError
 from tpu_tune.inference import scoring
 from tpu_tune.inference.generation import Sampling, end_tokens, generate_ids
-from tpu_tune.inference.runs import load_any
+from tpu_tune.inference.run_model import load_any
 
 try:
     import lm_eval.models  # noqa: F401 - fills the harness's list, which a name of ours alone would leave empty

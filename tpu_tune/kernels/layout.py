@@ -20,11 +20,11 @@ Bias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "B H T S"]]
     meta_fields=["causal", "packed"],
 )
 @dataclasses.dataclass(frozen=True)
-class Places:
+class TokenLayout:
     """Where queries and keys stand: a query sees keys of its own segment, if causal at or before its index.
 
     Attributes:
-      query_index, key_index: place in the row, (B, T) and (B, S).
+      query_index, key_index: position in the row, (B, T) and (B, S).
       query_segments, key_segments: document number; 0 is padding, and no other document sees it.
       causal: whether keys behind the query are hidden from it.
       packed: whether a row may hold several documents. False: one from the row's beginning, padding behind it. What
@@ -40,11 +40,11 @@ class Places:
 
     def mask(self, window: int | None) -> Bool[Array, "B T S"]:
         """Return which keys each query sees."""
-        seen = self.query_segments[:, :, None] == self.key_segments[:, None, :]
+        visible = self.query_segments[:, :, None] == self.key_segments[:, None, :]
         distance = self.query_index[:, :, None] - self.key_index[:, None, :]
         if self.causal:
-            seen &= distance >= 0
-        return seen if window is None else seen & (distance < window)
+            visible &= distance >= 0
+        return visible if window is None else visible & (distance < window)
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

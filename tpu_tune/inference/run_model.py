@@ -9,7 +9,7 @@ from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.inference.export import adapter_of, full_model, read_run
 from tpu_tune.inference.model import Model, load, load_source
-from tpu_tune.transforms import QuantizePolicy
+from tpu_tune.transforms import QuantizeConfig
 
 
 def is_run(path: str) -> bool:
@@ -45,7 +45,7 @@ def load_any(
     dtype = dtype or config.model.dtype
     if config.method == "full" and not before:
         return load(full_model(path), dtype, quantize, adapter)
-    policy = QuantizePolicy.from_config(config.quantize) if quantize is None else QuantizePolicy(quantize)
+    quantization = QuantizeConfig(**config.quantize) if quantize is None else QuantizeConfig(quantize)
     if before:
         adapter = config.model.adapter or None
     else:
@@ -54,4 +54,4 @@ def load_any(
         source = open_configured(config.model)
     except UserError as error:
         raise UserError(f"the model that {path} was trained on cannot be opened: {error}") from None
-    return load_source(source, dtype, policy, adapter)
+    return load_source(source, dtype, quantization, adapter)

@@ -1,0 +1,42 @@
+"""`WeightSource`: one small interface over Hugging Face directories and GGUF files.
+
+A source names its tensors as Hugging Face does and reads them one at a time, so that whoever loads a model holds the
+finished tree and a single tensor, whatever the file format. `source.open_source` makes one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tpu_tune.tensors import QuantizedTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSource:
+    """An opened model: its configuration, what tensors it has, and how to read one.
+
+    Attributes:
+      path: what the user wrote, for messages.
+      config: the content of a Hugging Face `config.json` (`model_type`, `hidden_size`, ...).
+      shapes: Hugging Face tensor name -> shape in torch layout, (out, in) for a linear layer.
+      read: reads one tensor in torch layout and in the file's dtype (bfloat16 through ml_dtypes). A matrix that the
+        file stores in a 4-bit format we know comes as a `QuantizedTensor`, already (in, out).
+      load_tokenizer: builds the tokenizer, chat template included.
+      fingerprint: changes when the weights do; run checkpoints record it.
+      added_tokens: token -> id of what `vocabulary.with_added_tokens` was asked to add.
+    """
+
+    path: str
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray | QuantizedTensor]
+    load_tokenizer: Callable[[], PreTrainedTokenizerBase]
+    fingerprint: str
+    added_tokens: dict[str, int] = dataclasses.field(default_factory=dict)

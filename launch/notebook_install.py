@@ -1,4 +1,4 @@
-"""What a notebook installs, run by it as `%run launch/notebook_install.py`: tpu_tune, with JAX for what the machine has.
+"""What a notebook installs, run as `%run launch/notebook_install.py`: tpu_tune, with JAX for what the machine has.
 
 Runs in the notebook's own process, so that it can say when a package in use was replaced. A JAX that is there already
 and will do, as Colab's may, is kept.

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, here on a CPU with the quickstart's model and a few steps, and show what they say."""
+"""The notebooks run from top to bottom, here on a CPU with the quickstart's model, and show what they say."""
 
 from __future__ import annotations
 

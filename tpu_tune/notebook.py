@@ -1,4 +1,4 @@
-"""What the cells of notebooks/ have in common: example inputs, the plan as a picture, answers, curves, taking the adapter away.
+"""What the cells of notebooks/ share: example inputs, the plan as a picture, answers, curves, the adapter kept.
 
 Functions print and draw what a reader of the notebook should see, and return what later cells need.
 """
@@ -139,7 +139,7 @@ def show_curves(run: Any) -> None:
 
 
 def on_drive(folder: str) -> str:
-    """Return a folder of the user's Google Drive, which outlives the session; elsewhere than on Colab the same folder."""
+    """Return a folder of the user's Google Drive, which outlives the session; not on Colab, the folder as it is."""
     return _mounted() + folder if _on_colab() else folder
 
 
@@ -149,7 +149,7 @@ def keep_adapter(run: Any, to_drive: bool = False, to_hub: str = "") -> None:
     Args:
       run: the finished run.
       to_drive: copy it into My Drive/tpu_tune too, on Colab.
-      to_hub: NAME/REPOSITORY to upload it to as well, private; the token is Colab's secret HF_TOKEN, or `hf auth login`'s.
+      to_hub: NAME/REPOSITORY to upload it to as well, private; with Colab's secret HF_TOKEN, or `hf auth login`'s.
     """
     archive = shutil.make_archive(os.path.join(run.output_dir, "adapter"), "zip", run.result_dir)
     print(archive, f"{os.path.getsize(archive) / 1e6:.1f} MB:", sorted(os.listdir(run.result_dir)))

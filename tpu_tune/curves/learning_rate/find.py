@@ -89,7 +89,7 @@ def find_with(
         test = range_test((loss for loss, _ in tr.train(trials, rates)), rates, untrained)
         suggestion = suggest(test)
         say(f"range test: {test.end} at {test.rates[-1]:.1e} (step {len(test.rates)}); {suggestion.reason}")
-    scored_by = "train_loss" if trials.data.eval is None else "eval_loss"
+    scored_by = "train_loss" if trials.session.data.eval is None else "eval_loss"
 
     def run(rate: float, length: int) -> tuple[float, dict[str, float]]:
         return short_run(trials, rate, length, untrained)
@@ -122,9 +122,9 @@ def short_run(trials: tr.Trials, rate: float, steps: int, untrained: list[float]
     late = len(losses) // 2
     share = sum(losses[late:]) / sum(untrained[late : len(losses)])
     figures = {"train_loss": share * float(np.mean(untrained))}
-    if trials.data.eval is not None and not away:
+    if trials.session.data.eval is not None and not away:
         figures["eval_loss"] = tr.held_out_loss(trials, state)
-    score = figures.get("eval_loss", math.inf if trials.data.eval is not None else figures["train_loss"])
+    score = figures.get("eval_loss", math.inf if trials.session.data.eval is not None else figures["train_loss"])
     return math.inf if away or not math.isfinite(score) else score, figures
 
 

@@ -5,7 +5,7 @@
 
 Expected: with AdamW sixteen bytes for each weight (float32 weight, gradient and two moments), sharded over all devices
 by mesh.fsdp; adamw_8bit or adafactor take less. The result is a Hugging Face model in output_dir/model. Every key and
-its default stands in tpu_tune/config.py.
+its default stands in tpu_tune/config/sections.py.
 """
 
 from ml_collections import ConfigDict

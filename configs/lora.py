@@ -4,7 +4,7 @@
     tpu-tune train --config my_run.py
 
 Expected: two bytes for each of the model's weights, sharded over all devices; quicker steps than configs/qlora.py,
-since nothing is dequantized. Every key and its default stands in tpu_tune/config.py.
+since nothing is dequantized. Every key and its default stands in tpu_tune/config/sections.py.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
     tpu-tune train --config my_run.py --config.train.learning_rate=1e-4 --config.output_dir=output/slower
 
 Expected: about half a byte for each of the model's weights in device memory, beside the activations of one micro-batch;
-losses like configs/lora.py's. Every key and its default stands in tpu_tune/config.py.
+losses like configs/lora.py's. Every key and its default stands in tpu_tune/config/sections.py.
 """
 
 from ml_collections import ConfigDict

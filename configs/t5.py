@@ -7,7 +7,7 @@
 Expected: with google/flan-t5-base, trainable params: 1,769,472 || all params: 249,347,328 || trainable%: 0.7096, and
 two bytes for each of these in device memory, beside the activations of one micro-batch. `tpu-tune export output/my-t5
 --merge --output DIR` gives a model that transformers loads. The model's own dropout (`dropout_rate`) is not applied,
-only lora.dropout. Every key and its default stands in tpu_tune/config.py.
+only lora.dropout. Every key and its default stands in tpu_tune/config/sections.py.
 """
 
 from ml_collections import ConfigDict

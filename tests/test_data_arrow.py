@@ -93,7 +93,7 @@ def refusal(capsys, tiny, source, *words):
 
 
 @pytest.mark.parametrize(("keys", "num_eos"), [(("input", "output"), 1), (("prompt", "generation"), 3)])
-def test_rows_22_and_24_pairs(tiny, tokenizer, tmp_path, capsys, keys, num_eos):
+def test_pairs_of_either_name(tiny, tokenizer, tmp_path, capsys, keys, num_eos):
     """input/output and prompt/generation need no flag; ids, labels and what is left out are PygmalionAI's."""
     source = write(tmp_path / "rows.jsonl", [dict(zip(keys, row.values(), strict=True)) for row in PAIRS])
     found, rows = tokenize(capsys, tiny, source, "--max-length", 45, "--num-eos", num_eos)
@@ -109,7 +109,7 @@ def test_rows_22_and_24_pairs(tiny, tokenizer, tmp_path, capsys, keys, num_eos):
     assert found["tokens"] == sum(len(row["input_ids"]) for row in wanted)
 
 
-def test_row_22_is_an_arrow_file_with_two_lists_of_int64(tiny, tmp_path, capsys):
+def test_it_writes_an_arrow_file_with_two_lists_of_int64(tiny, tmp_path, capsys):
     source = write(tmp_path / "rows.jsonl", PAIRS)
     _, rows = tokenize(capsys, tiny, source, "--max-length", 100)
     file = tmp_path / "rows.jsonl.arrow"
@@ -156,7 +156,7 @@ def test_chats_and_train_on_source(tiny, tokenizer, tmp_path, capsys):
     )
 
 
-def test_rows_17_and_24_other_keys(tiny, tmp_path, capsys):
+def test_other_keys_are_named_or_told(tiny, tmp_path, capsys):
     source = write(tmp_path / "rows.jsonl", [{"question": "a", "reply": "b", "id": 1}])
     said = refusal(capsys, tiny, source)
     assert said.startswith(f"{source}: the format of the data is not known from its keys: question, reply, id; known")
@@ -232,7 +232,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_row_23_the_size_is_predicted_before_writing(tiny, tmp_path, capsys, caplog, monkeypatch, shape):
+def test_the_size_is_predicted_before_writing(tiny, tmp_path, capsys, caplog, monkeypatch, shape):
     monkeypatch.setattr(pretokenize, "_SAMPLE_BYTES", 2**15)  # so that most of these files are more than a sample
     source = write(tmp_path / "rows.jsonl", SHAPES[shape])
     said = []
@@ -245,7 +245,7 @@ def test_row_23_the_size_is_predicted_before_writing(tiny, tmp_path, capsys, cap
     assert any("rows.jsonl.arrow will take about " in line and "are free there" in line for line in said[0])
 
 
-def test_row_23_a_full_disk_is_said_first(tiny, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_said_first(tiny, tmp_path, capsys, monkeypatch):
     source = write(tmp_path / "rows.jsonl", PAIRS)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -295,7 +295,7 @@ def test_the_same_batches_as_from_the_rows(tiny, tokenizer, tmp_path, capsys, mo
         assert different <= {"format", "split", "rows", "dropped"}
 
 
-def test_rows_22_and_25_a_run_on_it_tokenizes_nothing(tiny, tmp_path, capsys, monkeypatch):
+def test_a_run_on_it_tokenizes_nothing(tiny, tmp_path, capsys, monkeypatch):
     """Training from an .arrow, and starting again from the cache: neither goes to the tokenizer."""
     source = write(tmp_path / "rows.jsonl", PAIRS)
     tokenize(capsys, tiny, source, "--max-length", 64)
@@ -338,7 +338,7 @@ def test_train_and_eval_on_arrow_files(tiny, tmp_path, capsys):
     assert losses[0] == losses[1] and len(losses[0]) >= 2 and None not in losses[0]
 
 
-def test_row_22_reads_files_of_pygmalions_training_code(tokenizer, tmp_path):
+def test_reads_files_of_pygmalions_training_code(tokenizer, tmp_path):
     """Its files as its own scripts write them: filtered with pandas, and blocks of plain text without labels."""
     frame = pd.DataFrame({"input_ids": [[1, 2, 3], [9] * 99, [4, 5], [6, 7]]})
     frame["labels"] = [[-100, 2, 3], [9] * 99, [-100, 5], [6, 7]]
@@ -473,11 +473,11 @@ def test_nothing_is_copied_into_memory(tmp_path):
         data.tokens[999:1001]
 
 
-# --- rows of the guide's table that runs have met all along
+# --- what the guide asks of training data
 
 
 @pytest.mark.parametrize("keys", [("input", "output"), ("prompt", "generation")])
-def test_row_17_trains_on_either_pair_of_names(tokenizer, tmp_path, keys):
+def test_trains_on_either_pair_of_names(tokenizer, tmp_path, keys):
     source = write(tmp_path / "rows.jsonl", [dict(zip(keys, row.values(), strict=True)) for row in PAIRS])
     data = load_data(config_for(source, tmp_path, data__eval_ratio=0.0), tokenizer, VOCABULARY)
     ids, labels = (tokenizer(PAIRS[1][key], add_special_tokens=False)["input_ids"] for key in ("input", "output"))
@@ -486,7 +486,7 @@ def test_row_17_trains_on_either_pair_of_names(tokenizer, tmp_path, keys):
     assert data.train.data.loss_mask[start:end].tolist() == [False] * (len(ids) + 1) + [True] * (len(labels) + 1)
 
 
-def test_row_18_json_lines_keep_every_character(tmp_path):
+def test_json_lines_keep_every_character(tmp_path):
     """UTF-8, one object a line: line breaks, quotes, emoji and half a surrogate pair come back as they were."""
     rows = [{"text": 'a\nb\r\n"c"\\ \u2028 \U0001f600 \ud83d'}, {"input": "", "output": "\t", "n": 1.5, "more": [None]}]
     with streams.writing(tmp_path / "rows.jsonl") as out:
@@ -497,7 +497,7 @@ def test_row_18_json_lines_keep_every_character(tmp_path):
 
 
 @pytest.mark.parametrize("from_arrow", [False, True])
-def test_row_21_a_held_out_split_is_made_and_never_trained_on(tiny, tokenizer, tmp_path, capsys, from_arrow):
+def test_a_held_out_split_is_made_and_never_trained_on(tiny, tokenizer, tmp_path, capsys, from_arrow):
     source = write(tmp_path / "rows.jsonl", TEXTS)
     if from_arrow:
         tokenize(capsys, tiny, source, "--max-length", 64)

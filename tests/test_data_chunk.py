@@ -33,7 +33,7 @@ def lines(path):
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3"])
-def test_row_16_real_tokenizers(npm_tokenizer, text_dir, name, tmp_path, monkeypatch):
+def test_real_tokenizers(npm_tokenizer, text_dir, name, tmp_path, monkeypatch):
     """Also Llama 2's, which puts a blank before every piece, so that cut text takes more tokens than before."""
     tokenizer = open_tokenizer(str(npm_tokenizer(name)))
     text = (text_dir / "t8.shakespeare.txt").read_text(encoding="utf-8")[60_000:90_000]
@@ -48,7 +48,7 @@ def test_row_16_real_tokenizers(npm_tokenizer, text_dir, name, tmp_path, monkeyp
     assert sorted(sizes)[len(sizes) // 10] > 115  # and nearly all are full
 
 
-def test_row_16_by_default_2048_tokens_with_begin_and_end(tiny, tmp_path, capsys):
+def test_by_default_2048_tokens_with_begin_and_end(tiny, tmp_path, capsys):
     text = "abc\n" * 2000
     (tmp_path / "in.txt").write_text(text)
     assert (

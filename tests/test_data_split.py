@@ -1,4 +1,4 @@
-"""`tpu-tune data split`: the guide's ratios and messages, exact counts, groups and strata, what holds of any split."""
+"""`tpu-tune data split`: the guide's ratios and messages, exact counts, groups and strata, and the laws of any split."""
 
 import gzip
 import json
@@ -48,8 +48,8 @@ def refusal(capsys, directory, *words):
 NAMES = ("train.jsonl", "val.jsonl")
 
 
-def test_row_19_the_guides_split(rows, tmp_path, capsys):
-    """Each row is for training if uniform(0, sum) < train_ratio; only the relation counts; a seed fixes the bytes."""
+def test_the_guides_split(rows, tmp_path, capsys):
+    """Each row is for training if uniform(0, sum) < train_ratio; only the relation counts; the same seed, same bytes."""
     found, train, validation = split(capsys, tmp_path / "a", "--input", rows, "--split_ratio", "0.99,0.01")
     assert abs(len(train) - 9900) <= 40 and (found["train_rows"], found["val_rows"]) == (len(train), len(validation))
     draws = random.Random(42)  # the definition itself, beside the library's code
@@ -62,18 +62,18 @@ def test_row_19_the_guides_split(rows, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ratio", ["0.99", "0.9,0.05,0.05", "a,b", "", "0.99;0.01"])
-def test_row_19_malformed_ratios(rows, tmp_path, capsys, ratio):
+def test_malformed_ratios(rows, tmp_path, capsys, ratio):
     said = refusal(capsys, tmp_path, "--input", rows, "--split_ratio", ratio)
     assert said == "Invalid split_ratio format. Please use 'train_ratio,val_ratio'"
 
 
 @pytest.mark.parametrize("ratio", ["0,1", "1,0", "1,-1", "-1,2", "nan,1", "inf,1"])
-def test_row_19_ratios_that_are_not_above_0(rows, tmp_path, capsys, ratio):
+def test_ratios_that_are_not_above_0(rows, tmp_path, capsys, ratio):
     said = refusal(capsys, tmp_path, "--input", rows, f"--split_ratio={ratio}")
     assert said == "Invalid ratios. train_ratio and val_ratio must be greater than 0."
 
 
-def test_row_19_writes_into_the_working_directory(rows, tmp_path, monkeypatch):
+def test_writes_into_the_working_directory(rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "split", "--input", str(rows), "--split_ratio", "0.99,0.01"]) == 0
     assert sorted(os.listdir(tmp_path)) == list(NAMES)
@@ -82,11 +82,11 @@ def test_row_19_writes_into_the_working_directory(rows, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("count", "wanted"), [(2, 1), (999, 1), (10_000, 10), (MANY_ROWS - 1, 1000), (MANY_ROWS, 100), (50_000_000, 5000)]
 )
-def test_row_20_the_rule_of_thumb(count, wanted):
+def test_the_rule_of_thumb(count, wanted):
     assert rule(count) == wanted
 
 
-def test_row_20_auto(rows, tmp_path, capsys):
+def test_auto_follows_the_rule_of_thumb(rows, tmp_path, capsys):
     assert len(split(capsys, tmp_path, rows, "--auto")[2]) == 10
     assert len(split(capsys, tmp_path, rows)[2]) == 10  # as without any size
     few = tmp_path / "few.jsonl"

@@ -65,7 +65,7 @@ def test_without_a_tokenizer_and_of_a_directory(tmp_path, capsys):
     assert "tokens" not in found and len(found["files"]) == 2
 
 
-def test_row_10_the_rule_of_100_mib(tmp_path, capsys, monkeypatch):
+def test_the_rule_of_100_mib(tmp_path, capsys, monkeypatch):
     file = write(tmp_path / "rows.jsonl", [{"text": "a" * 2**18}] * 4)
     said = describe(capsys, file)["warnings"]
     assert said[0].startswith("1.0 MiB of text: for a full fine-tune have at least 100 MiB")

@@ -1,9 +1,12 @@
-"""The notebooks run from top to bottom, here on a CPU with the quickstart's model and a few steps, and show what they say."""
+"""The notebooks run from top to bottom, here on a CPU with the quickstart's model, and show what they say."""
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
+import shutil
+import subprocess
 
 import pytest
 
@@ -30,6 +33,12 @@ def images(notebook):
     return [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
 
 
+def fill_in(notebook, before, after):
+    """Change one line of one cell, as a user does."""
+    (cell,) = [cell for cell in notebook.cells if f"\n{before}  #" in cell.source]
+    cell.source = cell.source.replace(before, after)
+
+
 def test_there_are_the_three_that_the_readme_names():
     assert [path.stem for path in NOTEBOOKS] == ["00_quickstart", "colab_gpu_qlora", "colab_tpu_qlora"]
 
@@ -47,16 +56,55 @@ def test_a_notebook_is_valid_and_holds_no_outputs(path):
         compile(source, f"{path.name} {cell.id}", "exec")
 
 
+def test_all_three_share_their_first_cells():
+    """Where the project is, and the one line that installs it."""
+    code = [[cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"] for path in NOTEBOOKS]
+    assert code[0][:2] == code[1][:2] == code[2][:2]
+    assert code[0][1] == '%run "{PROJECT}/launch/notebook_install.py"'
+
+
+@pytest.mark.parametrize("kind", ["git address", "zip", "folder", "around it", "nowhere"])
+def test_the_project_is_found_where_source_says(kind, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    (project / "launch").mkdir(parents=True)
+    (project / "notebooks").mkdir()
+    shutil.copy(PROJECT / "launch" / "notebook_install.py", project / "launch")
+    (tmp_path / "session").mkdir()
+    monkeypatch.chdir(project / "notebooks" if kind == "around it" else tmp_path / "session")
+    source = ""
+    if kind == "git address":
+        run = functools.partial(subprocess.run, cwd=project, check=True, capture_output=True)
+        run(["git", "init", "--quiet"])
+        run(["git", "add", "."])
+        run(["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "commit", "--quiet", "-m", "a"])
+        source = f"file://{project}"
+    elif kind == "zip":
+        source = shutil.make_archive("uploaded", "zip", tmp_path, "project")  # a folder in it, as GitHub's has
+    elif kind == "folder":
+        source = str(project)
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    fill_in(notebook, 'SOURCE = ""', f"SOURCE = {source!r}")
+    cell = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    if kind == "nowhere":
+        with pytest.raises(RuntimeError, match="write its git address into SOURCE"):
+            exec(cell, {})
+        return
+    for _ in range(2):  # the cell may be run again
+        names = {}
+        exec(cell, names)
+        assert (names["PROJECT"] / "launch" / "notebook_install.py").is_file()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, smollm2_gguf, chatterbot_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("TPU_TUNE_SOURCE", str(PROJECT))  # a folder; the notebook itself runs elsewhere, as on Colab
-    monkeypatch.setenv("TPU_TUNE_NOTEBOOK_STEPS", str(STEPS))
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # the tests' eight virtual devices would share two cores
     monkeypatch.delenv("MPLBACKEND", raising=False)  # Agg would show no figure
     monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION", raising=False)
     notebook = nbformat.read(path, as_version=4)
+    fill_in(notebook, 'SOURCE = ""', f"SOURCE = {str(PROJECT)!r}")  # the notebook itself runs elsewhere, as on Colab
+    fill_in(notebook, "STEPS = -1", f"STEPS = {STEPS}")
     kernel = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=kernel).execute()
 

@@ -1,4 +1,4 @@
-"""Weight leaves, what they do in a product, and the number formats. Model code asks no leaf for its kind: see `leaf`."""
+"""Weight leaves, what they do in a product, and the number formats: see docs/design.md, "Kinds of leaves"."""
 
 from tpu_tune.tensors.formats import FORMATS, Format
 from tpu_tune.tensors.layer_view import LayerView, outside_scan

@@ -183,16 +183,19 @@ def trained(run, tiny):
     """Logits of the model as it was trained: nf4 base with its adapter in groups of 32."""
     from helpers_training import make_config
 
-    from tpu_tune.inference import export  # the policy comes from the run, as no argument of load has a group size
+    from tpu_tune.checkpoints.run_directory import RunDirectory
     from tpu_tune.inference.model import logits
+    from tpu_tune.inference.run_model import open_base
 
-    config = export.read_run(str(run))
+    config = RunDirectory(run).config()
     assert config == make_config(**{key.replace(".", "__"): value for key, value in tpu_tune.config.flatten(config)})
-    source, arch, policy = export._opened(str(run), config)
     from tpu_tune.checkpoints import peft
-    from tpu_tune.checkpoints.params import load_params
-    from tpu_tune.transforms import combine, find_targets, split
+    from tpu_tune.checkpoints.params import load_params, open_architecture
+    from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split
 
+    source = open_base(RunDirectory(run), config)
+    arch = open_architecture(source)
+    policy = QuantizePolicy.from_config(config.quantize)  # no argument of load has a group size
     params = load_params(source, arch, np.float32, policy.apply, policy.paths(arch.modules()))
     spec, adapters = peft.read_adapter(str(run / "adapter"), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)

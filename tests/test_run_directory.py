@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
 from tpu_tune.training import run_directory
 
@@ -97,15 +98,15 @@ def test_places_that_cannot_be_used(tmp_path):
 
 
 def test_metrics_round_trip_and_truncation(tmp_path):
-    assert run_directory.read_metrics(tmp_path) == [] and run_directory.truncate_metrics(tmp_path, 3) == 0
+    assert RunDirectory(tmp_path).metrics() == [] and RunDirectory(tmp_path).truncate_metrics(3) == 0
     for step in range(1, 6):
-        run_directory.append_metrics(tmp_path, {"step": step, "loss": np.float32(0.5), "grad_norm": float("nan")})
-    run_directory.append_metrics(tmp_path, {"step": 4, "eval_loss": 1.0})
+        RunDirectory(tmp_path).append_metrics({"step": step, "loss": np.float32(0.5), "grad_norm": float("nan")})
+    RunDirectory(tmp_path).append_metrics({"step": 4, "eval_loss": 1.0})
     file = tmp_path / "metrics.jsonl"
     lines = file.read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1, "loss": 0.5, "grad_norm": None}
     file.write_text(file.read_text() + '{"step": 6, "lo')  # a kill in the middle of a line
-    assert len(run_directory.read_metrics(tmp_path)) == 6
-    assert run_directory.truncate_metrics(tmp_path, 4) == 2
+    assert len(RunDirectory(tmp_path).metrics()) == 6
+    assert RunDirectory(tmp_path).truncate_metrics(4) == 2
     assert file.read_text().splitlines() == lines[:4] + lines[5:]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.checkpoints import bitsandbytes
-from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
 from tpu_tune.checkpoints.torch_file import read_torch_header
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
 _SAMPLE_BYTES = 4096

@@ -6,22 +6,18 @@ shard. The directory appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.weight_source import WeightSource
-from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import dense
 from tpu_tune.transforms import merged_tensors, unties_head
@@ -33,7 +29,6 @@ _CARRIED = (
 )  # fmt: skip
 # Those of them that stay true when tokens are added; the rest is then written from the tokenizer.
 _STILL_TRUE = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt")
-_LAST = ("adapter_config.json", "config.json")  # one of them is in every result
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -65,7 +60,7 @@ def write_model(
     tensors = (
         (tensor, value.astype(DTYPES[name])) for tensor, value in tensors_with_head(params, architecture, untied)
     )
-    with whole_directory(directory) as aside:
+    with storage.whole_directory(directory) as aside:
         _write_shards(aside, tensors, shard_bytes)
         write_config(aside, source, name, untied)
         write_tokenizer(aside, source)
@@ -150,39 +145,6 @@ def _write_shards(directory: str, tensors: Iterable[tuple[str, np.ndarray]], sha
         json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, stream, indent=2, sort_keys=True)
 
 
-def is_whole(directory: str) -> bool:
-    """Whether `whole_directory` has finished a directory."""
-    if storage.is_remote(directory):
-        return any(storage.exists(f"{directory}/{name}") for name in _LAST)
-    return os.path.isdir(directory)
-
-
-@contextlib.contextmanager
-def whole_directory(directory: str) -> Iterator[str]:
-    """Yield a directory to fill, which becomes `directory` when all went well and disappears when not.
-
-    For a directory in a bucket it is a local one, uploaded at the end, the config last: see `is_whole`.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    if storage.is_remote(directory):
-        with tempfile.TemporaryDirectory() as local:
-            yield local
-            try:
-                storage.put_directory(local, directory.rstrip("/"), _LAST)
-            except OSError as error:
-                raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
-        return
-    aside = directory.rstrip("/") + ".tmp"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.makedirs(aside)
-        yield aside
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(aside, directory)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{directory} cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def is_whole(directory: str) -> bool:  # for training/, until it asks RunDirectory
+    """Whether a result is complete: see `storage.is_complete`."""
+    return storage.is_complete(directory)

@@ -16,11 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16, which safetensors needs
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, load_file, save_file
 
-from tpu_tune.checkpoints.huggingface_write import whole_directory
-from tpu_tune.checkpoints.weight_source import WeightSource
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.vocabulary import write_record
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
@@ -62,7 +62,7 @@ def write_adapter(
     Raises:
       UserError: the directory cannot be written.
     """
-    with whole_directory(directory) as aside:
+    with storage.whole_directory(directory) as aside:
         tensors = {
             name.replace(*(f".{part}." for part in _NEOX_HEAD)): value
             for name, value in adapter_tensors(trainable, targets, architecture, params).items()
@@ -195,15 +195,12 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
         trainable_token_indices=tokens,
     )
     file = os.path.join(directory, "adapter_model.safetensors")
-    if not os.path.isfile(file):
-        old = (
-            " (adapter_model.bin is there: convert it to safetensors with peft)"
-            if os.path.exists(file[:-11] + "bin")
-            else ""
-        )
-        raise UserError(f"{file}: there is no such file{old}")
+    if not storage.exists(file):
+        pickled = storage.exists(os.path.join(directory, "adapter_model.bin"))
+        hint = " (adapter_model.bin is there: convert it to safetensors with peft)" if pickled else ""
+        raise UserError(f"{file}: there is no such file{hint}")
     try:
-        tensors = load_file(file)
+        tensors = load(storage.read_bytes(file)) if storage.is_remote(file) else load_file(file)
     except Exception as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if any(back):
@@ -256,8 +253,7 @@ def read_spec(directory: str) -> LoraSpec:
     """
     file = os.path.join(directory, "adapter_config.json")
     try:
-        with open(file, encoding="utf-8") as stream:
-            config = json.load(stream)
+        config = json.loads(storage.read_bytes(file).decode())
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; an adapter is a directory that peft has written") from None
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -90,11 +91,11 @@ def read_record(directory: str) -> dict[str, int]:
       UserError: the record is not what was written.
     """
     file = os.path.join(directory, RECORD)
-    if not os.path.isfile(file):
-        return {}
     try:
-        with open(file, encoding="utf-8") as stream:
-            return {str(token): int(number) for token, number in json.load(stream).items()}
+        record = json.loads(storage.read_bytes(file).decode())
+        return {str(token): int(number) for token, number in record.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
 

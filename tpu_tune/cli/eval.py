@@ -155,13 +155,13 @@ def _without_model(options: argparse.Namespace) -> int:
 def _data_config(options: argparse.Namespace) -> Any:
     """How perplexity reads its data: as the run did, or by --config; --data replaces what is read."""
     from tpu_tune import config as configuration
-    from tpu_tune.inference.export import read_run
-    from tpu_tune.inference.run_model import is_run
+    from tpu_tune.checkpoints.run_directory import RunDirectory
 
     if options.split or options.subset:
         raise UserError("--split and --subset belong to questions; for perplexity name the file with --data")
-    if is_run(options.model) and not options.config:
-        config = read_run(options.model)
+    run_directory = RunDirectory(options.model)
+    if not options.config and run_directory.exists():
+        config = run_directory.config()
         for key, value in options.overrides:
             configuration.assign(config, key, value)
     else:

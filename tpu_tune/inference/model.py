@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import open_source
-from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.checkpoints.vocabulary import with_tokens_of
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode

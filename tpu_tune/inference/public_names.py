@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.errors import UserError
 
@@ -162,7 +163,9 @@ def scrubbed_json(file: str, base: Base) -> bytes | None:
 
 
 def _started_in(run: str, output_dir: str) -> str:
-    """Return the directory in which a run was started, as far as its own place tells."""
+    """Return the directory in which a run was started, as far as its own path tells."""
+    if storage.is_remote(run):
+        return os.getcwd()
     run, told = os.path.abspath(run), os.path.normpath(output_dir) if output_dir else ""
     known = told and not os.path.isabs(told) and run.endswith(os.sep + told)
     return run[: -len(told)] if known else os.getcwd()

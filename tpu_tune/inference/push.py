@@ -12,13 +12,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.vocabulary import RECORD
 from tpu_tune.errors import UserError
 from tpu_tune.inference import export
@@ -78,13 +79,8 @@ def check(run: str, request: PushRequest) -> tuple[ConfigDict, PushRequest, str]
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if storage.is_remote(run):
-        raise UserError(f"{run} is in a bucket; copy the run directory to this machine and push it from here")
-    config = export.read_run(run)
-    result = os.path.join(run, "model" if config.method == "full" else "adapter")
-    if not os.path.isdir(result):
-        name = os.path.basename(result)
-        raise UserError(f"{run} has no {name}/ yet; let the training finish first (the same train command goes on)")
+    config = RunDirectory(run).config()
+    result = RunDirectory(run).finished_result(config.method)
     try:
         validate_repo_id(request.repo)
     except HFValidationError:
@@ -123,34 +119,33 @@ def find_token() -> str:
 
 
 @contextlib.contextmanager
-def prepared(
-    run: str, request: PushRequest, metrics: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[list[File], dict[str, Any]]]:
+def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[str, Any]]]:
     """Yield the files to upload, the card first, and figures of the merge; what was written for it is gone afterwards.
 
     Args:
       run: a finished run's directory; not changed.
       request: what is asked for.
-      metrics: the rows of its metrics.jsonl.
 
     Raises:
       UserError: as `check` and the exports raise it.
     """
     config, request, result = check(run, request)
     base = base_of(config, run, request.base_model)
-    picture = os.path.join(run, "curves.png")
+    directory = RunDirectory(run)
+    curves = directory.file("curves.png")
+    beside = [File("curves.png", storage.read_bytes(curves))] if storage.exists(curves) else []
     facts = Facts(
         request.repo,
         request.form,
         config,
         run,
         base,
-        metrics,
-        _summary(run),
+        directory.metrics(),
+        directory.summary(),
         license={"license": request.license} if request.license else base.license,
         encoder_decoder=_is_encoder_decoder(result),
-        added_tokens=os.path.isfile(os.path.join(result, RECORD)),
-        has_curves=os.path.isfile(picture),
+        added_tokens=storage.exists(os.path.join(result, RECORD)),
+        has_curves=bool(beside),
         revision=request.revision,
         gguf_file=f"{request.repo.rpartition('/')[2]}-{request.gguf_type}.gguf" if request.form == "gguf" else "",
     )
@@ -167,16 +162,16 @@ def prepared(
                     figures = export.export_merged(run, written, request.merge_base, request.dtype)
                     weights = _files(written, base)
             else:
-                weights = _files(result, base)
+                weights = _files(storage.local_copy(result), base)
         merged = {} if config.method == "full" and request.form == "merged" else figures
         card = masked(model_card(replace(facts, difference=merged)))
-        beside = [File("curves.png", picture)] if facts.has_curves else []
         yield [File("README.md", card.encode()), *beside, *weights], figures
 
 
 def _aside(run: str) -> tempfile.TemporaryDirectory:
     """A directory for a merged model: in $TMPDIR if that is set, else beside the run, where there is room for models."""
-    place = os.environ.get("TMPDIR") or os.path.dirname(os.path.abspath(run))
+    beside = tempfile.gettempdir() if storage.is_remote(run) else os.path.dirname(os.path.abspath(run))
+    place = os.environ.get("TMPDIR") or beside
     try:
         return tempfile.TemporaryDirectory(prefix="tpu-tune-push-", dir=place)
     except OSError as error:
@@ -276,21 +271,11 @@ def _files(directory: str, base: Any) -> list[File]:
     return found
 
 
-def _summary(run: str) -> dict[str, Any]:
-    """What `summary.json` says of a run's data; {} where there is none that can be read."""
-    try:
-        found = json.loads(storage.read_bytes(os.path.join(run, "summary.json")).decode())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _is_encoder_decoder(result: str) -> bool:
     for name, key, value in (("adapter_config.json", "task_type", "SEQ_2_SEQ_LM"), ("config.json", "model_type", "t5")):
         try:
-            with open(os.path.join(result, name), encoding="utf-8") as stream:
-                if json.load(stream).get(key) == value:
-                    return True
+            if json.loads(storage.read_bytes(os.path.join(result, name)).decode()).get(key) == value:
+                return True
         except (OSError, ValueError, AttributeError):
             continue
     return False

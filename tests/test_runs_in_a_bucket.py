@@ -15,7 +15,7 @@ import pytest
 from helpers_training import make_config, write_rows, write_tiny_llama
 
 import tpu_tune
-from tpu_tune.checkpoints import huggingface_write, peft
+from tpu_tune.checkpoints import huggingface_write, peft, storage
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
@@ -128,15 +128,12 @@ def test_export_of_a_model(capsys, bucket, home, tmp_path, method, form):
 
 
 @pytest.mark.parametrize("form", [[], ["--merge"], ["--gguf"]])
-def test_export_into_a_bucket(capsys, bucket, home, tmp_path, form):
-    ending = ".gguf" if form == ["--gguf"] else ""
-    for place in (f"{bucket}/out{len(form)}", tmp_path):
-        told(capsys, "export", f"{bucket}/lora", *form, "--output", f"{place}/result{ending}")
-    copy = tpu_tune.checkpoints.storage.local_copy(f"{bucket}/out{len(form)}")
-    assert files(pathlib.Path(copy)) == files(tmp_path)
-    text = told(
-        capsys, "export", f"{bucket}/lora", *form, "--output", f"{bucket}/out{len(form)}/result{ending}", status=1
-    )
+def test_export_into_a_bucket(capsys, bucket, tmp_path, form):
+    name, there = "result.gguf" if form == ["--gguf"] else "result", f"{bucket}/{tmp_path.name}"
+    for place in (there, tmp_path):
+        told(capsys, "export", f"{bucket}/lora", *form, "--output", f"{place}/{name}")
+    assert files(pathlib.Path(storage.local_copy(there))) == files(tmp_path)
+    text = told(capsys, "export", f"{bucket}/lora", *form, "--output", f"{there}/{name}", status=1)
     assert "is there already" in text
 
 
@@ -195,7 +192,7 @@ def test_curves_of_runs(capsys, bucket, home, tmp_path):
     assert near == far
     told(capsys, "curves", f"{bucket}/lora", "--output", tmp_path / "c.png", "--html", f"{bucket}/report.html")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-    assert b"<html" in tpu_tune.checkpoints.storage.read_bytes(f"{bucket}/report.html")
+    assert b"<html" in storage.read_bytes(f"{bucket}/report.html")
 
 
 @pytest.mark.parametrize(

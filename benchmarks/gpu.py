@@ -106,17 +106,26 @@ def random_model(options: argparse.Namespace, method: str) -> Any:
 
     from tpu_tune.models import architecture
     from tpu_tune.training.setup import PreparedModel, put, sharding_units, stacked_trainable, storage_dtype
-    from tpu_tune.transforms import LoraSpec, QuantizePolicy, find_targets, lora, sharding, split
+    from tpu_tune.transforms import (
+        LoraConfig,
+        QuantizeConfig,
+        find_targets,
+        lora,
+        quantize_weight,
+        quantized_paths,
+        sharding,
+        split,
+    )
 
     config, arch = run_config(options, method), architecture(model_config(options, method))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    policy, dtype = QuantizePolicy.from_config(config.quantize), storage_dtype(config)
-    quantized, stacked, units = policy.paths(arch.modules()), arch.stacked(), sharding_units(arch)
+    quantization, dtype = QuantizeConfig(**config.quantize), storage_dtype(config)
+    quantized, stacked, units = quantized_paths(arch.modules(), quantization), arch.stacked(), sharding_units(arch)
     norms = {module.weight for module in arch.modules() if module.kind == "norm"}
 
     def one(key: Any, path: str, shape: tuple[int, ...]) -> Any:
         values = jnp.ones(shape, dtype) if path in norms else (WIDTH * jax.random.normal(key, shape)).astype(dtype)
-        return policy.apply(values) if path in quantized else values
+        return quantize_weight(values, quantization) if path in quantized else values
 
     params = {}
     for number, (path, shape) in enumerate(sorted(arch.leaf_shapes().items())):
@@ -131,7 +140,7 @@ def random_model(options: argparse.Namespace, method: str) -> Any:
     targets = None
     adapters = None
     if method != "full":
-        targets = find_targets(arch.modules(), LoraSpec.from_config(config.lora), arch.default_targets)
+        targets = find_targets(arch.modules(), LoraConfig(**config.lora), arch.default_targets)
         adapters = lora.init(targets, params, jax.random.key(SEED))
     trainable, frozen = split(params, targets, adapters)
     homes = sharding.shardings(trainable, mesh, stacked_trainable(targets, stacked), units=units)

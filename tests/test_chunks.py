@@ -17,7 +17,7 @@ from tpu_tune.models import Execution
 from tpu_tune.tensors import LoraTensor, matmul
 from tpu_tune.training.execution import loss_chunk, token_chunk
 from tpu_tune.training.step import Problem
-from tpu_tune.transforms import LoraSpec, find_targets, lora, split
+from tpu_tune.transforms import LoraConfig, find_targets, lora, split
 
 # One of each way that a layer can be: norms before and behind, parallel, fused, of kinds, with an encoder.
 CASES = ["llama3", "neox_parallel", "opt_350m", "gemma3", "phi3", "gptj", "t5"]
@@ -90,7 +90,7 @@ def test_trained_weights_in_16_bits_gather_their_gradient_in_float32():
 def test_every_family_gives_the_same_loss_and_gradients_in_chunks(case: str) -> None:
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
     dropout = 0.25 if case == "llama3" else 0.0  # it compiles slowly, and lies in what all families share
-    targets = find_targets(arch.modules(), LoraSpec(rank=4, target_modules="all-linear", dropout=dropout))
+    targets = find_targets(arch.modules(), LoraConfig(rank=4, target_modules="all-linear", dropout=dropout))
     trainable, frozen = split(params, targets, lora.init(targets, params, jax.random.key(0)))
     generator = np.random.default_rng(0)
     trainable = {

@@ -191,12 +191,12 @@ def trained(run, tiny):
     assert config == make_config(**{key.replace(".", "__"): value for key, value in tpu_tune.config.flatten(config)})
     from tpu_tune.checkpoints import peft
     from tpu_tune.checkpoints.params import load_params, open_architecture
-    from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split
+    from tpu_tune.transforms import QuantizeConfig, combine, find_targets, split
 
     source = open_base(RunDirectory(run), config)
     arch = open_architecture(source)
-    policy = QuantizePolicy.from_config(config.quantize)  # no argument of load has a group size
-    params = load_params(source, arch, np.float32, policy.apply, policy.paths(arch.modules()))
+    quantization = QuantizeConfig(**config.quantize)  # no argument of load has a group size
+    params = load_params(source, arch, np.float32, quantization)
     spec, adapters = peft.read_adapter(str(run / "adapter"), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
     tree = combine(*split(params, targets, adapters), targets)

@@ -14,7 +14,7 @@ from tpu_tune.checkpoints.huggingface_write import write_model
 from tpu_tune.checkpoints.params import load_params
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture
-from tpu_tune.transforms import QuantizePolicy, combine, merge, quantize, split, unties_head
+from tpu_tune.transforms import QuantizeConfig, combine, merge, quantize, split, unties_head
 
 
 def source_of(config):
@@ -67,7 +67,7 @@ def test_the_merged_model_has_the_same_logits(name, tmp_path):
 def test_the_dequantized_base_has_the_quantized_models_logits(case, format, tmp_path):
     config = tiny_models.CONFIGS[case]
     arch, params = tiny_models.load(config)
-    tree = quantize(params, arch.modules(), QuantizePolicy(format, 16))
+    tree = quantize(params, arch.modules(), QuantizeConfig(format, 16))
     ours = logits(arch, tree)
     assert tiny_models.difference(ours, logits(arch, params)) > 1e-3
     assert tiny_models.difference(logits(*written(tmp_path / "base", tree, config)), ours) < 1e-5
@@ -78,14 +78,14 @@ def test_the_dequantized_base_has_the_quantized_models_logits(case, format, tmp_
 
 def test_a_quantized_tied_embedding_is_untied_by_an_adapter(tmp_path):
     """The head gets the dequantized weight that it used."""
-    policy = QuantizePolicy("int8", 16, include=["embed_tokens"])
+    policy = QuantizeConfig("int8", 16, include=["embed_tokens"])
     config, _, params, targets, trainable, ours = trained("llama_tied", {"target_modules": ["embed_tokens"]}, policy)
     tree = combine(*split(params, targets, trainable), targets)
     assert tiny_models.difference(logits(*written(tmp_path / "merged", tree, config)), ours) < 1e-4
 
 
 def test_merge_gives_plain_arrays_with_the_same_logits():
-    _, arch, params, targets, trainable, ours = trained(*SETTINGS["plain"], QuantizePolicy("nf4", 16))
+    _, arch, params, targets, trainable, ours = trained(*SETTINGS["plain"], QuantizeConfig("nf4", 16))
     merged = merge(combine(*split(params, targets, trainable), targets))
     assert all(isinstance(leaf, type(params["model.norm.weight"])) for path, leaf in merged.items() if "proj" in path)
     assert tiny_models.difference(logits(arch, merged), ours) < 1e-4

@@ -23,7 +23,7 @@ from tpu_tune.models import Execution, architecture
 from tpu_tune.models.architecture import RelativePositions
 from tpu_tune.models.layers import buckets_of
 from tpu_tune.training.step import Problem
-from tpu_tune.transforms import LoraSpec, combine, find_targets, lora, split
+from tpu_tune.transforms import LoraConfig, combine, find_targets, lora, split
 
 CASES = tiny_models.FAMILY_CASES
 # PEFT 0.21's default targets (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
@@ -48,7 +48,7 @@ def adapted(case, targets, **settings):
     """Return (arch, params, targets, trainable, frozen) with a random adapter."""
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
     # T5's scores are not scaled: a large change of q would make its softmax a step, and float32 too coarse for it.
-    spec = LoraSpec(rank=4, alpha=4.0 if arch.encoder else 12.0, target_modules=targets, **settings)
+    spec = LoraConfig(rank=4, alpha=4.0 if arch.encoder else 12.0, target_modules=targets, **settings)
     found = find_targets(arch.modules(), spec, arch.default_targets)
     trainable, frozen = split(params, found, lora.init(found, params, jax.random.key(0)))
     return arch, params, found, randomized(trainable, arch), frozen
@@ -193,7 +193,7 @@ def test_an_adapter_that_peft_would_not_reach_is_refused():
     arch = architecture(tiny_models.CONFIGS["t5"])
     for settings in ({"target_modules": ["q", "shared"]}, {"target_modules": ["q"], "modules_to_save": ["shared"]}):
         with pytest.raises(UserError, match="'shared' cannot carry an adapter"):
-            find_targets(arch.modules(), LoraSpec(**settings))
+            find_targets(arch.modules(), LoraConfig(**settings))
 
 
 def test_fused_columns_lie_in_units_and_come_back():
@@ -211,7 +211,7 @@ def test_fused_columns_lie_in_units_and_come_back():
 def test_inspect_says_what_each_module_does(case, tmp_path):
     base = tiny_models.write(tmp_path, tiny_models.CONFIGS[case])
     arch = architecture(tiny_models.CONFIGS[case])
-    facts = inspect_model(base, LoraSpec(rank=4, target_modules="all-linear"))
+    facts = inspect_model(base, LoraConfig(rank=4, target_modules="all-linear"))
     assert [module["name"].count(".N.") for module in facts["modules"]] == [min(1, m.layers) for m in arch.modules()]
     assert all(module["role"] for module in facts["modules"])
     assert facts["parameters"] == sum(np.prod(shape) for shape in arch.leaf_shapes().values())

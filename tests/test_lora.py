@@ -8,7 +8,7 @@ import tiny_models
 
 from tpu_tune.models import Decoder, architecture
 from tpu_tune.tensors import LoraTensor
-from tpu_tune.transforms import LoraSpec, QuantizePolicy, combine, find_targets, lora, quantize, split
+from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
 
 LLAMA_7B = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -25,9 +25,9 @@ def test_the_guides_counts():
     """4,194,304 of 6,742,609,920 at rank 8 on q and v; 267,190,272 for the guide's list at rank 128."""
     arch = architecture(LLAMA_7B)
     base = sum(int(np.prod(shape)) for shape in arch.leaf_shapes().values())
-    small = count(find_targets(arch.modules(), LoraSpec(rank=8, target_modules=["q_proj", "v_proj"])))
+    small = count(find_targets(arch.modules(), LoraConfig(rank=8, target_modules=["q_proj", "v_proj"])))
     assert (small, small + base) == (4_194_304, 6_742_609_920)
-    large = find_targets(arch.modules(), LoraSpec(rank=128, alpha=256, target_modules=GUIDE_TARGETS))
+    large = find_targets(arch.modules(), LoraConfig(rank=128, alpha=256, target_modules=GUIDE_TARGETS))
     assert count(large) == 267_190_272
     ends = sum(target.num_parameters for target in large.adapted if not target.layers)
     assert (count(large) - ends, ends) == (257_949_696, 9_240_576)
@@ -58,7 +58,7 @@ def test_counts_equal_pefts(case, settings, tmp_path):
     path = tiny_models.write(tmp_path, tiny_models.CONFIGS[case])
     model = peft.get_peft_model(tiny_models.torch_model(path), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
     trainable, total = model.get_nb_trainable_parameters()
-    told = inspect_model(path, LoraSpec(rank=4, **settings))["lora"]
+    told = inspect_model(path, LoraConfig(rank=4, **settings))["lora"]
     assert (told["trainable"], told["all"]) == (trainable, total)
 
 
@@ -76,7 +76,7 @@ def prepared(model, spec):
 def test_initial_values_are_pefts(model):
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0; gaussian: N(0, 1/r^2) as peft draws it; an embedding A = 0, B ~ N(0, 1)."""
     arch, params = model
-    targets = find_targets(arch.modules(), LoraSpec(rank=16, target_modules=["down_proj", "embed_tokens"]))
+    targets = find_targets(arch.modules(), LoraConfig(rank=16, target_modules=["down_proj", "embed_tokens"]))
     adapters = lora.init(targets, params, jax.random.key(0))
     a = np.asarray(adapters["model.layers.mlp.down_proj.lora_A"])
     assert a.shape == (2, 48, 16) and np.abs(a).max() <= 1 / np.sqrt(48)
@@ -84,7 +84,7 @@ def test_initial_values_are_pefts(model):
     assert not np.any(adapters["model.layers.mlp.down_proj.lora_B"])
     assert not np.any(adapters["model.embed_tokens.lora_A"])
     assert np.asarray(adapters["model.embed_tokens.lora_B"]).std() == pytest.approx(1, rel=0.1)
-    gaussian = LoraSpec(rank=16, target_modules=["down_proj"], init_lora_weights="gaussian")
+    gaussian = LoraConfig(rank=16, target_modules=["down_proj"], init_lora_weights="gaussian")
     drawn = lora.init(find_targets(arch.modules(), gaussian), params, jax.random.key(0))
     assert np.asarray(drawn["model.layers.mlp.down_proj.lora_A"]).std() == pytest.approx(1 / 16, rel=0.05)
 
@@ -93,7 +93,7 @@ def test_initial_values_do_not_depend_on_what_else_is_targeted(model):
     arch, params = model
     one, two = (
         lora.init(
-            find_targets(arch.modules(), LoraSpec(rank=4, target_modules=names, layers_to_transform=layers)),
+            find_targets(arch.modules(), LoraConfig(rank=4, target_modules=names, layers_to_transform=layers)),
             params,
             jax.random.key(3),
         )
@@ -108,7 +108,7 @@ def test_initial_values_do_not_depend_on_what_else_is_targeted(model):
 def test_a_fresh_adapter_changes_nothing(model, dora):
     arch, params = model
     targets, trainable, frozen = prepared(
-        model, LoraSpec(rank=4, target_modules="all-linear", use_dora=dora, layers_to_transform=[1])
+        model, LoraConfig(rank=4, target_modules="all-linear", use_dora=dora, layers_to_transform=[1])
     )
     ids = jnp.asarray(tiny_models.input_ids("fresh", 1, 6), jnp.int32)
     found = Decoder(arch, combine(trainable, frozen, targets))(ids)
@@ -118,7 +118,7 @@ def test_a_fresh_adapter_changes_nothing(model, dora):
 def test_training_touches_only_the_trainable_tree_and_padding_stays_zero(model):
     """Gradient steps on uneven ranks: padded columns of A and rows of B stay exactly zero, the base is bit-equal."""
     arch, params = model
-    spec = LoraSpec(rank=3, target_modules=["q_proj", "up_proj"], rank_pattern={r"layers.1.self_attn.q_proj": 5})
+    spec = LoraConfig(rank=3, target_modules=["q_proj", "up_proj"], rank_pattern={r"layers.1.self_attn.q_proj": 5})
     targets, trainable, frozen = prepared(model, spec)
     before = {path: np.array(leaf) for path, leaf in params.items()}
     ids = jnp.asarray(tiny_models.input_ids("train", 2, 8), jnp.int32)
@@ -147,7 +147,7 @@ def test_full_training_leaves_nothing_frozen(model):
 
 
 def test_dropout_keys_are_one_a_layer_and_leaf(model):
-    spec = LoraSpec(rank=2, target_modules=["q_proj", "k_proj", "embed_tokens"], dropout=0.5)
+    spec = LoraConfig(rank=2, target_modules=["q_proj", "k_proj", "embed_tokens"], dropout=0.5)
     targets, trainable, frozen = prepared(model, spec)
     tree = combine(trainable, frozen, targets, jax.random.key(5))
     leaves = {path: leaf for path, leaf in tree.items() if isinstance(leaf, LoraTensor)}
@@ -155,8 +155,8 @@ def test_dropout_keys_are_one_a_layer_and_leaf(model):
     keys = {path: np.asarray(jax.random.key_data(leaf.key)) for path, leaf in leaves.items()}
     assert len({tuple(key) for one in keys.values() for key in one}) == 4
     alone = combine(
-        *prepared(model, LoraSpec(rank=2, target_modules=["k_proj"], dropout=0.5))[1:],
-        find_targets(model[0].modules(), LoraSpec(rank=2, target_modules=["k_proj"], dropout=0.5)),
+        *prepared(model, LoraConfig(rank=2, target_modules=["k_proj"], dropout=0.5))[1:],
+        find_targets(model[0].modules(), LoraConfig(rank=2, target_modules=["k_proj"], dropout=0.5)),
         jax.random.key(5),
     )
     path = "model.layers.self_attn.k_proj.weight"
@@ -166,7 +166,7 @@ def test_dropout_keys_are_one_a_layer_and_leaf(model):
 
 def test_dropout_is_reproducible_and_differs_by_key(model):
     arch, _ = model
-    targets, trainable, frozen = prepared(model, LoraSpec(rank=4, target_modules="all-linear", dropout=0.5))
+    targets, trainable, frozen = prepared(model, LoraConfig(rank=4, target_modules="all-linear", dropout=0.5))
     trainable = {path: leaf + 0.1 for path, leaf in trainable.items()}
     ids = jnp.asarray(tiny_models.input_ids("drop", 1, 6), jnp.int32)
     run = jax.jit(lambda key: Decoder(arch, combine(trainable, frozen, targets, key))(ids))
@@ -177,10 +177,10 @@ def test_dropout_is_reproducible_and_differs_by_key(model):
 
 def test_quantize_takes_what_the_policy_names(model):
     arch, params = model
-    tree = quantize(params, arch.modules(), QuantizePolicy("nf4", 16))
+    tree = quantize(params, arch.modules(), QuantizeConfig("nf4", 16))
     changed = {path for path in params if tree[path] is not params[path]}
     assert changed == {m.weight for m in arch.modules() if m.kind == "linear" and not m.is_head}
     tree = quantize(
-        params, arch.modules(), QuantizePolicy("int8", 16, include=["lm_head", "q_proj"], exclude=["q_proj"])
+        params, arch.modules(), QuantizeConfig("int8", 16, include=["lm_head", "q_proj"], exclude=["q_proj"])
     )
     assert {path for path in params if tree[path] is not params[path]} == {"lm_head.weight"}

@@ -16,7 +16,7 @@ from tpu_tune.checkpoints.params import load_params, torch_shapes
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture
 from tpu_tune.tensors import QuantizedTensor
-from tpu_tune.transforms import QuantizePolicy, quantize
+from tpu_tune.transforms import QuantizeConfig, quantize
 
 CONFIG = tiny_models.CONFIGS["llama2"]
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -71,11 +71,9 @@ def test_the_tree_is_the_files_tensors_turned_and_stacked():
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_quantizing_while_loading_equals_quantizing_after(format):
     arch = architecture(CONFIG)
-    policy = QuantizePolicy(format, 16)
-    loaded = load_params(
-        tiny_models.source(CONFIG), arch, quantize=policy.apply, quantized=policy.paths(arch.modules())
-    )
-    after = quantize(load(tiny_models.weights(CONFIG)), arch.modules(), policy)
+    quantization = QuantizeConfig(format, 16)
+    loaded = load_params(tiny_models.source(CONFIG), arch, quantization=quantization)
+    after = quantize(load(tiny_models.weights(CONFIG)), arch.modules(), quantization)
     assert isinstance(loaded["model.layers.mlp.up_proj.weight"], QuantizedTensor)
     assert jax.tree.structure(loaded) == jax.tree.structure(after)
     for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(after), strict=True):
@@ -99,7 +97,7 @@ import jax, jax.numpy as jnp, numpy as np
 from tpu_tune.checkpoints.params import load_params
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.models import architecture
-from tpu_tune.transforms import QuantizePolicy
+from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths
 
 def held():
     for line in open("/proc/self/status"):
@@ -108,10 +106,10 @@ def held():
 
 source = open_source(sys.argv[1])
 arch = architecture(source.config)
-policy = QuantizePolicy(sys.argv[2])
-quantized = policy.paths(arch.modules())
+quantization = QuantizeConfig(sys.argv[2])
+quantized = quantized_paths(arch.modules(), quantization)
 for shape in {module.shape for module in arch.modules() if module.weight in quantized}:  # the quantizer is compiled
-    jax.block_until_ready(policy.apply(jnp.zeros(shape, jnp.bfloat16)))
+    jax.block_until_ready(quantize_weight(jnp.zeros(shape, jnp.bfloat16), quantization))
 jnp.ones((256, 64)).block_until_ready()
 gc.collect()
 start = peak = held()
@@ -123,7 +121,7 @@ def watch():
         time.sleep(0.002)
 thread = threading.Thread(target=watch)
 thread.start()
-tree = load_params(source, arch, jnp.bfloat16, policy.apply, quantized)
+tree = load_params(source, arch, jnp.bfloat16, quantization)
 jax.block_until_ready(tree)
 going = False
 thread.join()

@@ -13,7 +13,7 @@ from tpu_tune.checkpoints.huggingface_write import write_model
 from tpu_tune.checkpoints.peft import adapter_tensors, read_adapter, read_spec, write_adapter
 from tpu_tune.errors import UserError
 from tpu_tune.models import Decoder, architecture
-from tpu_tune.transforms import LoraSpec, QuantizePolicy, combine, find_targets, lora, quantize, split
+from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
 
 # name -> (model, LoRA settings by our names)
 SETTINGS = {
@@ -69,7 +69,7 @@ IDS = tiny_models.input_ids("peft", 2, 10)
 
 
 def spec_of(settings):
-    return LoraSpec(
+    return LoraConfig(
         rank=settings.get("rank", 4), alpha=12.0, **{key: value for key, value in settings.items() if key != "rank"}
     )
 
@@ -172,7 +172,7 @@ def test_peft_s_adapter_loads_here(name, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_over_nf4_works_over_the_exported_base(tmp_path):
-    policy = QuantizePolicy("nf4", group_size=16)
+    policy = QuantizeConfig("nf4", group_size=16)
     config, arch, params, targets, trainable, ours = trained("llama_tied", {}, policy)
     write_model_of(tmp_path / "base", params, config, arch)
     write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, str(tmp_path / "base"), params)

@@ -21,7 +21,7 @@ from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.cli import main
 from tpu_tune.inference import card, export, public_names
-from tpu_tune.transforms import LoraSpec, find_targets, lora
+from tpu_tune.transforms import LoraConfig, find_targets, lora
 
 TOKEN = "hf_" + "Zq7" * 11
 SECRET = "alice-secret"  # a directory of the user's
@@ -78,7 +78,7 @@ def run(home):
     write_run(out, config, [evaluation(4, 2.0), train, evaluation(8, 1.75)])
     source = open_source(str(base))
     arch = open_architecture(source)
-    targets = find_targets(arch.modules(), LoraSpec(rank=2, alpha=16.0), arch.default_targets)
+    targets = find_targets(arch.modules(), LoraConfig(rank=2, alpha=16.0), arch.default_targets)
     random = np.random.default_rng(1)
     fresh = lora.init(targets, {}, jax.random.key(0))
     trained = {name: random.standard_normal(leaf.shape).astype(np.float32) / 4 for name, leaf in fresh.items()}

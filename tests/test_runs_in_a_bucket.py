@@ -21,7 +21,7 @@ from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.cli import main
 from tpu_tune.training.evaluate_only import evaluate_only
-from tpu_tune.transforms import LoraSpec, find_targets, lora
+from tpu_tune.transforms import LoraConfig, find_targets, lora
 
 IDS = np.random.default_rng(0).integers(0, 258, (1, 12))
 
@@ -56,7 +56,7 @@ def write_run(directory: pathlib.Path, base: pathlib.Path, rows: pathlib.Path, m
         trained = {path: leaf + random.standard_normal(leaf.shape).astype(np.float32) for path, leaf in params.items()}
         huggingface_write.write_model(str(directory / "model"), trained, source, arch)
         return
-    targets = find_targets(arch.modules(), LoraSpec(rank=2, alpha=16.0), arch.default_targets)
+    targets = find_targets(arch.modules(), LoraConfig(rank=2, alpha=16.0), arch.default_targets)
     fresh = lora.init(targets, {}, jax.random.key(0))
     trained = {name: random.standard_normal(leaf.shape).astype(np.float32) / 4 for name, leaf in fresh.items()}
     peft.write_adapter(str(directory / "adapter"), trained, targets, arch, str(base))

@@ -5,7 +5,7 @@ import tiny_models
 
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture
-from tpu_tune.transforms import LoraSpec, find_targets
+from tpu_tune.transforms import LoraConfig, find_targets
 from tpu_tune.transforms.select import by_pattern, matches, targeted
 
 LAYERED = r".*layers\.\d+\..*"
@@ -57,7 +57,7 @@ def our_names(family, rule):
     rule = {key: value for key, value in rule.items() if value is not None}
     if isinstance(rule.get("layers_pattern"), list):
         rule["layers_pattern"] = "|".join(rule["layers_pattern"])
-    targets = find_targets(modules, LoraSpec(**rule))
+    targets = find_targets(modules, LoraConfig(**rule))
     return {target.module.name(layer) for target in targets.adapted for layer in (target.layers or (None,))}
 
 
@@ -98,19 +98,19 @@ def test_what_matches_nothing_lists_the_choices():
     modules = modules_of("llama")
     listed = "choose among embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
     with pytest.raises(UserError, match=f"lora.target_modules: 'query' matches no module; {listed}"):
-        find_targets(modules, LoraSpec(target_modules=["q_proj", "query"]))
+        find_targets(modules, LoraConfig(target_modules=["q_proj", "query"]))
     with pytest.raises(UserError, match=listed):
-        find_targets(modules, LoraSpec(target_modules=r"layers\.0"))
+        find_targets(modules, LoraConfig(target_modules=r"layers\.0"))
     with pytest.raises(UserError, match="no target is in the layers 7"):
-        find_targets(modules, LoraSpec(target_modules=["q_proj"], layers_to_transform=[7]))
+        find_targets(modules, LoraConfig(target_modules=["q_proj"], layers_to_transform=[7]))
     with pytest.raises(UserError, match="modules_to_save: 'heads' matches no module.*lm_head"):
-        find_targets(modules, LoraSpec(modules_to_save=["heads"]))
+        find_targets(modules, LoraConfig(modules_to_save=["heads"]))
     with pytest.raises(UserError, match="'proj' takes 'model.layers.self_attn.q_proj', which has an adapter too"):
-        find_targets(modules, LoraSpec(target_modules=["q_proj"], modules_to_save=["proj"]))
+        find_targets(modules, LoraConfig(target_modules=["q_proj"], modules_to_save=["proj"]))
     with pytest.raises(UserError, match="'\\*proj' is not a regular expression"):
-        find_targets(modules, LoraSpec(target_modules="*proj"))
+        find_targets(modules, LoraConfig(target_modules="*proj"))
     with pytest.raises(UserError, match="matches the norm 'model.norm'.*modules_to_save"):
-        find_targets(modules, LoraSpec(target_modules=["norm"]))
+        find_targets(modules, LoraConfig(target_modules=["norm"]))
 
 
 def test_all_linear_keeps_to_the_asked_layers():

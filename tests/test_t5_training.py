@@ -22,7 +22,7 @@ from tpu_tune.data import Batches, load_data
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture
 from tpu_tune.training.loop import _check_widths
-from tpu_tune.transforms import LoraSpec, find_targets
+from tpu_tune.transforms import LoraConfig, find_targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, ACCUMULATION, ROWS, WARMUP = 10, 2, 3, 2
@@ -341,7 +341,7 @@ def test_the_count_in_the_config_file_is_right():
             "tie_word_embeddings": False,
         }
     )
-    spec = LoraSpec.from_config(configuration.from_file(ROOT / "configs" / "t5.py").lora)
+    spec = LoraConfig(**configuration.from_file(ROOT / "configs" / "t5.py").lora)
     trained = sum(target.num_parameters for target in find_targets(arch.modules(), spec).adapted)
     total = sum(int(np.prod(shape)) for shape in arch.leaf_shapes().values())
     words = f"trainable params: {trained:,} || all params: {trained + total:,} || trainable%: {100 * trained / (trained + total):.4f}"

@@ -21,6 +21,7 @@ from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
 from tpu_tune.tensors import Module, QuantizedTensor
+from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,7 @@ def load_params(
     source: WeightSource,
     architecture: Architecture,
     dtype: Any = jnp.float32,
-    quantize: Callable[[jax.Array], QuantizedTensor] | None = None,
-    quantized: frozenset[str] = frozenset(),
+    quantization: QuantizeConfig | None = None,
     place: Callable[[str, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -46,15 +46,15 @@ def load_params(
       source: an opened model.
       architecture: what the tree must look like.
       dtype: storage of the leaves that stay arrays.
-      quantize: float kernel (in, out) -> QuantizedTensor.
-      quantized: paths of the weight leaves to quantize.
+      quantization: which weights are quantized as they are read, and how.
       place: (path, host leaf) -> leaf on its devices; by default the default device.
       progress: called with (tensors read, tensors in all).
 
     Raises:
-      UserError: a tensor is missing, left over, or of the wrong shape; it is named.
+      UserError: a tensor is missing, left over, or of the wrong shape, or a name to quantize matches nothing.
     """
     names = check_names(source, architecture)
+    quantized = quantized_paths(architecture.modules(), quantization) if quantization else frozenset()
     place = place or (lambda path, leaf: jax.tree.map(jnp.asarray, leaf))
     params: dict[str, Any] = {}
     done = 0
@@ -67,8 +67,8 @@ def load_params(
                 value = source.read(names[_name(module, path, layer)])
                 value = module.from_torch(value) if path == module.weight else module.interleave(value)
                 if not isinstance(value, QuantizedTensor):
-                    if path in quantized and quantize is not None:
-                        value = quantize(jnp.asarray(value))
+                    if path in quantized:
+                        value = quantize_weight(jnp.asarray(value), quantization)
                     else:
                         value = np.asarray(value).astype(dtype, copy=False)
                 value = jax.tree.map(np.asarray, value)

@@ -24,7 +24,7 @@ from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
-from tpu_tune.transforms import LoraSpec, Target, Targets, find_targets
+from tpu_tune.transforms import LoraConfig, Target, Targets, find_targets
 
 PREFIX = "base_model.model."
 _NEOX_HEAD = ("embed_out", "lm_head")  # in files of weights; as transformers 5, and thus PEFT, calls it in memory
@@ -177,7 +177,7 @@ def _whole_modules(trainable: Mapping[str, Any], targets: Targets, architecture:
     return tensors
 
 
-def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, dict[str, Any]]:
+def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraConfig, dict[str, Any]]:
     """Read a PEFT directory into a spec and the trainable tree that `split` takes.
 
     Raises:
@@ -245,7 +245,7 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraSpec, 
     return spec, trainable
 
 
-def read_spec(directory: str) -> LoraSpec:
+def read_spec(directory: str) -> LoraConfig:
     """Read `adapter_config.json`.
 
     Raises:
@@ -266,7 +266,7 @@ def read_spec(directory: str) -> LoraSpec:
     how = config.get("init_lora_weights", True)
     layers = config.get("layers_to_transform")
     pattern = config.get("layers_pattern") or ""
-    return LoraSpec(
+    return LoraConfig(
         rank=config.get("r", 8),
         alpha=float(config.get("lora_alpha", 8)),
         dropout=float(config.get("lora_dropout", 0.0)),
@@ -285,7 +285,7 @@ def read_spec(directory: str) -> LoraSpec:
     )
 
 
-def _read_target(target: Target, spec: LoraSpec, take: Any) -> dict[str, Any]:
+def _read_target(target: Target, spec: LoraConfig, take: Any) -> dict[str, Any]:
     module = target.module
     inner, outer = module.shape
     form = (

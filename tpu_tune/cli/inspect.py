@@ -25,10 +25,10 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
     from tpu_tune.inference.inspection import inspect_model
-    from tpu_tune.transforms import LoraSpec
+    from tpu_tune.transforms import LoraConfig
 
     config = read_config(options)
-    facts = inspect_model(options.model, LoraSpec.from_config(config.lora))
+    facts = inspect_model(options.model, LoraConfig(**config.lora))
     if options.json:
         print(json.dumps(facts, indent=2))
         return 0

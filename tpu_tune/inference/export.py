@@ -27,7 +27,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
 from tpu_tune.inference.run_model import open_base
 from tpu_tune.models import Architecture
-from tpu_tune.transforms import QuantizePolicy, combine, find_targets, split, unties_head
+from tpu_tune.transforms import QuantizeConfig, combine, find_targets, split, unties_head
 
 _PROBE_TOKENS = 64
 
@@ -113,14 +113,12 @@ def _trained(
 ) -> tuple[WeightSource, Architecture, Callable[[bool], dict[str, Any]]]:
     """A run's base, its architecture, and what loads the tree with the adapter over the quantized base or the plain."""
     source = open_base(run, config)
-    arch, policy = open_architecture(source), QuantizePolicy.from_config(config.quantize)
+    arch, quantization = open_architecture(source), QuantizeConfig(**config.quantize)
     spec, adapters = peft.read_adapter(run.finished_result(config.method), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
 
     def load_tree(quantized: bool) -> dict[str, Any]:
-        params = load_params(
-            source, arch, jnp.float32, policy.apply, policy.paths(arch.modules()) if quantized else frozenset()
-        )
+        params = load_params(source, arch, jnp.float32, quantization if quantized else None)
         return combine(*split(params, targets, adapters), targets)
 
     return source, arch, load_tree
@@ -166,9 +164,9 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
     directory = RunDirectory(run)
     config = directory.config()
     source = open_base(directory, config)
-    arch, policy = open_architecture(source), QuantizePolicy.from_config(config.quantize)
-    quantized = policy.paths(arch.modules()) if base == "dequantized" else frozenset()
-    write_model(output, load_params(source, arch, jnp.float32, policy.apply, quantized), source, arch, dtype)
+    arch = open_architecture(source)
+    quantization = QuantizeConfig(**config.quantize) if base == "dequantized" else None
+    write_model(output, load_params(source, arch, jnp.float32, quantization), source, arch, dtype)
 
 
 def _copy(result: str, output: str) -> None:

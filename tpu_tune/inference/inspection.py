@@ -9,7 +9,7 @@ from tpu_tune.checkpoints.params import open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
-from tpu_tune.transforms import LoraSpec, find_targets
+from tpu_tune.transforms import LoraConfig, find_targets
 
 ROLES = {
     "embed": "turns token ids into vectors",
@@ -34,7 +34,7 @@ ROLES = {
 }
 
 
-def inspect_model(path: str, spec: LoraSpec) -> dict[str, Any]:
+def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
     """Return the facts that `tpu-tune inspect` prints.
 
     Returns:

@@ -21,7 +21,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode
 from tpu_tune.tensors import FORMATS
-from tpu_tune.transforms import QuantizePolicy, Targets, combine, find_targets, split
+from tpu_tune.transforms import QuantizeConfig, Targets, combine, find_targets, split
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -100,16 +100,16 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     source = open_source(path)
     if adapter:
         source = with_tokens_of(source, adapter)
-    return load_source(source, dtype, QuantizePolicy(quantize or "none"), adapter)
+    return load_source(source, dtype, QuantizeConfig(quantize or "none"), adapter)
 
 
-def load_source(source: WeightSource, dtype: str, policy: QuantizePolicy, adapter: str | None = None) -> Model:
-    """Load an opened model: see `load`; `policy` says in full what is quantized and how."""
+def load_source(source: WeightSource, dtype: str, quantization: QuantizeConfig, adapter: str | None = None) -> Model:
+    """Load an opened model: see `load`; `quantization` says in full what is quantized and how."""
     arch = open_architecture(source)
     # The small things first: what is wrong with them is told before the weights are read.
     tokenizer = source.load_tokenizer()
     spec, trained = peft.read_adapter(adapter, arch) if adapter else (None, None)
-    params = load_params(source, arch, jnp.dtype(dtype), policy.apply, policy.paths(arch.modules()))
+    params = load_params(source, arch, jnp.dtype(dtype), quantization)
     targets = None
     if spec is not None:
         targets = find_targets(arch.modules(), spec, arch.default_targets)

@@ -9,7 +9,7 @@ from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import Model, load, load_source
-from tpu_tune.transforms import QuantizePolicy
+from tpu_tune.transforms import QuantizeConfig
 
 
 def load_any(
@@ -36,12 +36,12 @@ def load_any(
     dtype = dtype or config.model.dtype
     if config.method == "full" and not before:
         return load(run.finished_result("full"), dtype, quantize, adapter)
-    policy = QuantizePolicy.from_config(config.quantize) if quantize is None else QuantizePolicy(quantize)
+    quantization = QuantizeConfig(**config.quantize) if quantize is None else QuantizeConfig(quantize)
     if before:
         adapter = config.model.adapter or None
     else:
         adapter = adapter or run.finished_result(config.method)
-    return load_source(open_base(run, config), dtype, policy, adapter)
+    return load_source(open_base(run, config), dtype, quantization, adapter)
 
 
 def open_base(run: RunDirectory, config: ConfigDict) -> WeightSource:

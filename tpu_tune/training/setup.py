@@ -32,7 +32,18 @@ from tpu_tune.training.loggers import reporters
 from tpu_tune.training.optimizers import canonical_name, loraplus_factor, make_optimizer
 from tpu_tune.training.schedules import make_schedule
 from tpu_tune.training.step import Problem, TrainState, init_state, make_eval_step, make_train_step
-from tpu_tune.transforms import LoraSpec, QuantizePolicy, Targets, find_targets, lora, sharding, split, token_rows
+from tpu_tune.transforms import (
+    LoraConfig,
+    QuantizeConfig,
+    Targets,
+    find_targets,
+    lora,
+    quantize_weight,
+    quantized_paths,
+    sharding,
+    split,
+    token_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +154,7 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
     arch = open_architecture(source)
     check_names(source, arch)
     check_length(arch, config.data.max_length)
-    QuantizePolicy.from_config(config.quantize).paths(arch.modules())
+    quantized_paths(arch.modules(), QuantizeConfig(**config.quantize))
     if config.model.adapter:
         check_tokens(source, config.model.adapter)
     if config.method == "lora":
@@ -171,7 +182,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     """
     source = open_configured(config.model)
     arch = open_architecture(source)
-    targets, adapters, policy = _methods(config, arch, source.added_tokens.values())
+    targets, adapters, quantization = _methods(config, arch, source.added_tokens.values())
     stacked = arch.stacked()
     found: dict[str, Any] = {}
 
@@ -179,9 +190,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
         found[path] = sharding.leaf_sharding(path, leaf, mesh, path in stacked, units=sharding_units(arch))
         return jax.tree.map(put, leaf, found[path])
 
-    params = load_params(
-        source, arch, storage_dtype(config), policy.apply, policy.paths(arch.modules()), place=place, progress=progress
-    )
+    params = load_params(source, arch, storage_dtype(config), quantization, place, progress)
     if targets is not None and adapters is None:
         adapters = lora.init(targets, params, jax.random.key(config.seed))
     trainable, frozen = split(params, targets, adapters)
@@ -201,10 +210,11 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
     """
     arch = architecture(model_config)
     added = range(arch.vocab_size - len(config.model.add_special_tokens), arch.vocab_size)  # which ones says no shape
-    targets, adapters, policy = _methods(config, arch, added)
-    dtype, stacked, quantized = storage_dtype(config), arch.stacked(), policy.paths(arch.modules())
+    targets, adapters, quantization = _methods(config, arch, added)
+    dtype, stacked, quantized = storage_dtype(config), arch.stacked(), quantized_paths(arch.modules(), quantization)
     base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
-    base = {path: jax.eval_shape(policy.apply, leaf) if path in quantized else leaf for path, leaf in base.items()}
+    quantize = functools.partial(quantize_weight, config=quantization)
+    base = {path: jax.eval_shape(quantize, leaf) if path in quantized else leaf for path, leaf in base.items()}
 
     def parts(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         fresh = adapters
@@ -226,9 +236,9 @@ def _at(leaf: Any, home: NamedSharding) -> jax.ShapeDtypeStruct:
 
 def _lora(
     config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]
-) -> tuple[LoraSpec, dict[str, Any] | None]:
+) -> tuple[LoraConfig, dict[str, Any] | None]:
     """Return the LoRA settings, with the added tokens among the trained ones if they shall be, and the adapter."""
-    spec, adapters = LoraSpec.from_config(config.lora), None
+    spec, adapters = LoraConfig(**config.lora), None
     if config.model.adapter:
         spec, adapters = peft.read_adapter(config.model.adapter, arch)
         spec = dataclasses.replace(spec, dropout=config.lora.dropout)
@@ -252,7 +262,7 @@ def _lora(
 
 def _methods(
     config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]
-) -> tuple[Targets | None, dict[str, Any] | None, QuantizePolicy]:
+) -> tuple[Targets | None, dict[str, Any] | None, QuantizeConfig]:
     """Return what is trained, the adapter to start from, and what is quantized."""
     modules = arch.modules()
     spec, adapters = _lora(config, arch, added_tokens)
@@ -262,14 +272,11 @@ def _methods(
             config.model.adapter,
         )
     targets = find_targets(modules, spec, arch.default_targets) if config.method == "lora" else None
-    policy = QuantizePolicy.from_config(config.quantize)
-    if config.quantize.format != "none" and targets is not None:
-        # What is trained in full cannot be quantized.
-        saved = tuple(module.path for module in targets.saved)
-        exclude = (policy.exclude,) if isinstance(policy.exclude, str) else tuple(policy.exclude)
-        if saved and not isinstance(policy.exclude, str):
-            policy = dataclasses.replace(policy, exclude=(*exclude, *[path.rsplit(".")[-1] for path in saved]))
-    return targets, adapters, policy
+    quantization = QuantizeConfig(**config.quantize)
+    if targets is not None and not isinstance(quantization.exclude, str):  # what is trained in full cannot be quantized
+        saved = [module.path.rsplit(".")[-1] for module in targets.saved]
+        quantization = dataclasses.replace(quantization, exclude=[*quantization.exclude, *saved])
+    return targets, adapters, quantization
 
 
 def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | None) -> Steps:

@@ -1,14 +1,14 @@
 """Pure transforms of the parameter tree: select, quantize, lora, split and combine, merge, sharding."""
 
 from tpu_tune.transforms import lora, sharding
-from tpu_tune.transforms.lora import LoraSpec, Target, Targets, TokenRows, find_targets, token_rows
+from tpu_tune.transforms.lora import LoraConfig, Target, Targets, TokenRows, find_targets, token_rows
 from tpu_tune.transforms.merge import merge, merged_tensors, unties_head
-from tpu_tune.transforms.quantize import QuantizePolicy, quantize
+from tpu_tune.transforms.quantize import QuantizeConfig, quantize, quantize_weight, quantized_paths
 from tpu_tune.transforms.split import combine, split
 
 __all__ = [
-    "LoraSpec",
-    "QuantizePolicy",
+    "LoraConfig",
+    "QuantizeConfig",
     "Target",
     "Targets",
     "TokenRows",
@@ -18,6 +18,8 @@ __all__ = [
     "merge",
     "merged_tensors",
     "quantize",
+    "quantize_weight",
+    "quantized_paths",
     "sharding",
     "split",
     "token_rows",

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, dense
@@ -26,7 +25,7 @@ TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embed
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraSpec:
+class LoraConfig:
     """What PEFT calls LoraConfig; the fields are the config's `lora.*` keys (see `tpu_tune.config`)."""
 
     rank: int = 8
@@ -44,11 +43,6 @@ class LoraSpec:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str = "true"
-
-    @classmethod
-    def from_config(cls, config: ConfigDict) -> LoraSpec:
-        """Build the spec from `config.lora`."""
-        return cls(**{key: list(value) if isinstance(value, (list, tuple)) else value for key, value in config.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +104,11 @@ class Targets:
     adapted: tuple[Target, ...]
     saved: tuple[Module, ...]
     biases: tuple[str, ...]
-    spec: LoraSpec
+    spec: LoraConfig
     tokens: tuple[TokenRows, ...] = ()
 
 
-def find_targets(modules: Sequence[Module], spec: LoraSpec, default_targets: Sequence[str] = ()) -> Targets:
+def find_targets(modules: Sequence[Module], spec: LoraConfig, default_targets: Sequence[str] = ()) -> Targets:
     """Resolve a spec against a model's modules by PEFT's rules.
 
     Args:
@@ -227,7 +221,7 @@ def _tied(modules: Sequence[Module], embedding: Module) -> list[str]:
     return [module.path for module in modules if module.tied_to == embedding.path]
 
 
-def _target(module: Module, layers: tuple[int | None, ...], spec: LoraSpec) -> Target:
+def _target(module: Module, layers: tuple[int | None, ...], spec: LoraConfig) -> Target:
     if module.kind == "norm":
         raise UserError(
             f"lora.target_modules matches the norm '{module.path}', which has no matrix to adapt; "

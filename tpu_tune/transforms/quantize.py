@@ -1,7 +1,7 @@
-"""`quantize(params, policy)`: some leaves of the tree become `QuantizedTensor`.
+"""`quantize(params, modules, config)`: some leaves of the tree become `QuantizedTensor`.
 
-The policy says by name which; loading applies it to one tensor at a time, so that a float model never stands in
-memory whole, and `quantize` applies it to a tree that is already there.
+`QuantizeConfig`, the config's `quantize.*` keys, says by name which. Loading quantizes one tensor at a time, so that a
+float model never stands in memory whole; `quantize` takes a tree that is already there.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, QuantizedTensor, pack_block, quantize_tensor
 from tpu_tune.transforms.select import Pattern, choices, matches, targeted
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizePolicy:
+class QuantizeConfig:
     """What to quantize and how; the fields are the config's `quantize.*` keys.
 
     Attributes:
@@ -31,53 +29,50 @@ class QuantizePolicy:
     format: str = "none"
     group_size: int = 64
     double_quant: bool = True
-    include: Pattern = ("all-linear",)
+    include: Pattern = "all-linear"
     exclude: Pattern = ()
 
-    @classmethod
-    def from_config(cls, config: ConfigDict) -> QuantizePolicy:
-        """Build the policy from `config.quantize`."""
-        values = {key: tuple(value) if isinstance(value, (list, tuple)) else value for key, value in config.items()}
-        return cls(**values)
 
-    def paths(self, modules: Sequence[Module]) -> frozenset[str]:
-        """Return the paths of the weight leaves to quantize.
+def quantized_paths(modules: Sequence[Module], config: QuantizeConfig) -> frozenset[str]:
+    """Return the paths of the weight leaves to quantize.
 
-        Raises:
-          UserError: a name matches nothing, matches a norm, or matches only some layers of a stack.
-        """
-        if self.format == "none":
-            return frozenset()
-        include = self.include if isinstance(self.include, str) else list(self.include)
-        for entry in [self.exclude] if isinstance(self.exclude, str) else self.exclude:
-            pattern = entry if isinstance(self.exclude, str) else [entry]
-            if entry and not any(matches(name, pattern) for module in modules for name in module.names()):
-                raise UserError(
-                    f"quantize.exclude: '{entry}' matches no module; choose among {', '.join(choices(modules))}"
-                )
-        chosen = targeted(modules, include, exclude=self.exclude, key="quantize.include")
-        by_path = {module.path: module for module in modules}
-        for path, layers in chosen.items():
-            module = by_path[path]
-            if module.kind == "norm":
-                raise UserError(f"quantize.include names the norm '{path}'; only matrices can be quantized")
-            if len(layers) < module.layers:
-                raise UserError(
-                    f"quantize.include takes only {len(layers)} of the {module.layers} layers of '{path}'; "
-                    "stacked layers are quantized together: name the module without its layer index"
-                )
-            pack_block(module.shape[0], self.format)
-        return frozenset(by_path[path].weight for path in chosen if not by_path[path].tied_to)
-
-    def apply(self, weight: Any) -> QuantizedTensor:
-        """Quantize one kernel (..., in, out); a tensor that is quantized already stays as it is."""
-        if isinstance(weight, QuantizedTensor):
-            return weight
-        double = self.double_quant and self.format != "int8"
-        return quantize_tensor(weight, self.format, self.group_size, double)
+    Raises:
+      UserError: a name matches nothing, matches a norm, or matches only some layers of a stack.
+    """
+    if config.format == "none":
+        return frozenset()
+    for entry in [config.exclude] if isinstance(config.exclude, str) else config.exclude:
+        pattern = entry if isinstance(config.exclude, str) else [entry]
+        if entry and not any(matches(name, pattern) for module in modules for name in module.names()):
+            raise UserError(
+                f"quantize.exclude: '{entry}' matches no module; choose among {', '.join(choices(modules))}"
+            )
+    chosen = targeted(modules, config.include, exclude=config.exclude, key="quantize.include")
+    by_path = {module.path: module for module in modules}
+    for path, layers in chosen.items():
+        module = by_path[path]
+        if module.kind == "norm":
+            raise UserError(f"quantize.include names the norm '{path}'; only matrices can be quantized")
+        if len(layers) < module.layers:
+            raise UserError(
+                f"quantize.include takes only {len(layers)} of the {module.layers} layers of '{path}'; "
+                "stacked layers are quantized together: name the module without its layer index"
+            )
+        pack_block(module.shape[0], config.format)
+    return frozenset(by_path[path].weight for path in chosen if not by_path[path].tied_to)
 
 
-def quantize(params: Mapping[str, Any], modules: Sequence[Module], policy: QuantizePolicy) -> dict[str, Any]:
-    """Return the tree with the policy's leaves quantized; the other leaves are the same objects."""
-    chosen = policy.paths(modules)
-    return {path: policy.apply(leaf) if path in chosen else leaf for path, leaf in params.items()}
+def quantize_weight(weight: Any, config: QuantizeConfig) -> QuantizedTensor:
+    """Quantize one kernel (..., in, out); a tensor that is quantized already stays as it is.
+
+    int8 codes gain nothing by scales of 8 bits and keep float32 ones.
+    """
+    if isinstance(weight, QuantizedTensor):
+        return weight
+    return quantize_tensor(weight, config.format, config.group_size, config.double_quant and config.format != "int8")
+
+
+def quantize(params: Mapping[str, Any], modules: Sequence[Module], config: QuantizeConfig) -> dict[str, Any]:
+    """Return the tree with the named leaves quantized; the other leaves are the same objects."""
+    paths = quantized_paths(modules, config)
+    return {path: quantize_weight(leaf, config) if path in paths else leaf for path, leaf in params.items()}

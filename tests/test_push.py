@@ -332,7 +332,7 @@ def test_a_base_and_data_of_the_hub(run, tmp_path):
     config.model.path, config.data.train = "HuggingFaceTB/SmolLM2-135M-Instruct", "acme/chats"
     base = public_names.base_of(config, str(run))
     assert (base.name, base.hub_id, base.kind) == ("HuggingFaceTB/SmolLM2-135M-Instruct",) * 2 + ("hub",)
-    found = ModelCard(card.model_card(card.Facts("me/x", "adapter", config, str(run), base, [])))
+    found = ModelCard(card.model_card(card.CardFacts("me/x", "adapter", config, str(run), base, [])))
     assert found.data.base_model == base.hub_id and found.data.datasets == ["acme/chats"]
     assert f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" in found.text
 
@@ -343,7 +343,7 @@ def test_many_evaluations_are_thinned_and_the_best_is_the_one_that_was_kept(run)
     rows = [evaluation(step, 1 + abs(step - 33) / 100) for step in range(1, 101)]
     base = public_names.Base("b")
     text = card.model_card(
-        card.Facts("me/x", "adapter", config, str(run), base, [*rows, {"step": 100, "eval_loss": None}])
+        card.CardFacts("me/x", "adapter", config, str(run), base, [*rows, {"step": 100, "eval_loss": None}])
     )
     table = [line for line in text.splitlines() if re.match(r"\| \**\d", line)]
     assert 20 <= len(table) <= 21 and table[0].startswith("| 1 |") and table[-1].startswith("| 100 |")

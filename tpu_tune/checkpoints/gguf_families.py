@@ -76,8 +76,8 @@ def split_layer(name: str, block: str) -> tuple[str, str]:
       name: a tensor's or module's name.
       block: what stands before the index, `blk` in GGUF; several are separated by `|`.
     """
-    found = re.match(rf"((?:.*\.)?(?:{block}))\.(\d+)\.", name)
-    return (f"{found[1]}.{{}}.{name[found.end() :]}", found[2]) if found else (name, "")
+    matched = re.match(rf"((?:.*\.)?(?:{block}))\.(\d+)\.", name)
+    return (f"{matched[1]}.{{}}.{name[matched.end() :]}", matched[2]) if matched else (name, "")
 
 
 def _same(name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray:

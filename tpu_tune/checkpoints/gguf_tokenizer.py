@@ -110,8 +110,8 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
         padding = next((index for index, token in enumerate(tokens) if token == f"[PAD{index}]"), len(tokens))
         if len(tokens) - padding >= _SENTINELS:
             for number in range(_SENTINELS):
-                place = padding + _SENTINELS - 1 - number
-                tokens[place], types[place] = f"<extra_id_{number}>", CONTROL
+                index = padding + _SENTINELS - 1 - number
+                tokens[index], types[index] = f"<extra_id_{number}>", CONTROL
     while tokens and types[len(tokens) - 1] in (UNUSED, USER_DEFINED) and re.fullmatch(r"\[PAD-?\d+\]", tokens[-1]):
         tokens.pop()
     return tokens, types[: len(tokens)]

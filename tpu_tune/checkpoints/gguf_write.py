@@ -1,7 +1,7 @@
 """Writing a GGUF file, as llama.cpp's convert_hf_to_gguf.py writes it.
 
-Tensors come one at a time; their bytes are put into a temporary file beside the output until all are known, since GGUF's header
-stands first and holds their sizes. The file appears whole or not at all.
+Tensors come one at a time; their bytes are put into a temporary file beside the output until all are known, since
+GGUF's header stands first and holds their sizes. The file appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -113,23 +113,23 @@ def write_tokenizer(directory: str, source: WeightSource) -> None:
 
 def _write_shards(directory: str, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
     shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
+    shard: dict[str, np.ndarray] = {}
     size = total = 0
 
     def flush() -> None:
-        nonlocal held, size
-        if held:
+        nonlocal shard, size
+        if shard:
             file = os.path.join(directory, f"part-{len(shards)}.safetensors")
             save_file(
-                {name: np.ascontiguousarray(value) for name, value in held.items()}, file, metadata={"format": "pt"}
+                {name: np.ascontiguousarray(value) for name, value in shard.items()}, file, metadata={"format": "pt"}
             )
-            shards.append(list(held))
-            held, size = {}, 0
+            shards.append(list(shard))
+            shard, size = {}, 0
 
     for name, value in tensors:
         if size + value.nbytes > shard_bytes:
             flush()
-        held[name] = value
+        shard[name] = value
         size += value.nbytes
         total += value.nbytes
     flush()

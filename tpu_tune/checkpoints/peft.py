@@ -29,7 +29,7 @@ from tpu_tune.transforms import LoraConfig, Target, Targets, find_targets
 PREFIX = "base_model.model."
 _NEOX_HEAD = ("embed_out", "lm_head")  # in files of weights; as transformers 5, and thus PEFT, calls it in memory
 _TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
-# Keys of adapter_config.json that change the mathematics and are not implemented; others that we do not know are ignored.
+# Keys of adapter_config.json that change the mathematics and are not implemented; other unknown keys are ignored.
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
     "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "target_parameters",

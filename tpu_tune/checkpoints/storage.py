@@ -2,12 +2,12 @@
 
 A path with `scheme://` goes through fsspec, which knows gs:// by gcsfs, s3:// by s3fs and memory:// for tests; anything
 else is a local file. What is written appears whole or not at all: `whole_file` and `whole_directory` write beside the
-target and rename, or upload. An object appears when its upload is complete; a directory of objects has no rename, so the
-file that marks a result as complete is uploaded last. Readers that need a local file take `local_copy`.
+target and rename, or upload. An object appears when its upload is complete; a directory of objects has no rename, so
+the file that marks a result as complete is uploaded last. Readers that need a local file take `local_copy`.
 
-Why not `etils.epath`, which Orbax brings: it writes local files in place, so that a kill leaves half of one; it hands on
-whatever its clients raise; it switches to TensorFlow's client, with other credentials, where TensorFlow is installed; and
-it takes a scheme that it does not know (memory://) for a local path.
+Why not `etils.epath`, which Orbax brings: it writes local files in place, so that a kill leaves half of one; it hands
+on whatever its clients raise; it switches to TensorFlow's client, with other credentials, where TensorFlow is
+installed; and it takes a scheme that it does not know (memory://) for a local path.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def check_writable(path: str) -> None:
 def whole_directory(directory: str) -> Iterator[str]:
     """Yield a local directory to fill, which becomes `directory` when the block ends well and disappears when not.
 
-    On a disk it lies beside `directory` and is renamed; for a bucket it is a temporary one, uploaded at the end with one of
-    `COMPLETE_MARKERS` last: see `is_complete`.
+    On a disk it lies beside `directory` and is renamed; for a bucket it is a temporary one, uploaded at the end with
+    one of `COMPLETE_MARKERS` last: see `is_complete`.
 
     Raises:
       UserError: it cannot be written.

@@ -34,7 +34,7 @@ _PROTOCOL_VERSION = 1001
 _ENCRYPTED = 1  # a bit of a zip member's flags
 
 # Where each storage's bytes lie: key -> absolute offset, length.
-_Places = dict[str, tuple[int, int]]
+_Locations = dict[str, tuple[int, int]]
 
 
 def read_torch_header(path: str) -> dict[str, StoredTensor]:
@@ -53,17 +53,17 @@ def read_torch_header(path: str) -> dict[str, StoredTensor]:
         start = file.read(4)
     try:
         if start == _ZIP_START:
-            content, places = _read_zip(path)
+            content, locations = _read_zip(path)
         elif start.startswith(_PICKLE_START):
-            content, places = _read_legacy(path)
+            content, locations = _read_legacy(path)
         else:
             raise Refused("cut short or not a file that torch.save wrote; fetch it again")
-        return {name: _stored(path, name, tensor, places) for name, tensor in _named(content).items()}
+        return {name: _stored(path, name, tensor, locations) for name, tensor in _named(content).items()}
     except Refused as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _read_zip(path: str) -> tuple[Any, _Places]:
+def _read_zip(path: str) -> tuple[Any, _Locations]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {member.filename: member for member in archive.infolist()}
@@ -78,12 +78,12 @@ def _read_zip(path: str) -> tuple[Any, _Places]:
                 raise Refused("its numbers are big-endian, which is not read here; save it again on another machine")
             with io.BufferedReader(archive.open(_plain(members[pickles[0]]))) as stream:
                 content, storages = read_pickle(stream)
-        places = {}
+        locations = {}
         with open(path, "rb") as file:
             for key in storages:
                 if (member := members.get(f"{root}data/{key}")) is not None:
-                    places[key] = _place(file, _plain(member))
-        return content, places
+                    locations[key] = _location(file, _plain(member))
+        return content, locations
     except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, OSError, ValueError) as error:
         raise Refused(f"cut short or a damaged zip file ({printable(error)}); fetch it again") from error
 
@@ -99,7 +99,7 @@ def _plain(member: zipfile.ZipInfo) -> zipfile.ZipInfo:
     return member
 
 
-def _place(file: io.BufferedReader, member: zipfile.ZipInfo) -> tuple[int, int]:
+def _location(file: io.BufferedReader, member: zipfile.ZipInfo) -> tuple[int, int]:
     file.seek(member.header_offset)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     offset = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
@@ -108,7 +108,7 @@ def _place(file: io.BufferedReader, member: zipfile.ZipInfo) -> tuple[int, int]:
     return offset, member.file_size
 
 
-def _read_legacy(path: str) -> tuple[Any, _Places]:
+def _read_legacy(path: str) -> tuple[Any, _Locations]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         if read_pickle(file)[0] != _MAGIC_NUMBER:
@@ -123,7 +123,7 @@ def _read_legacy(path: str) -> tuple[Any, _Places]:
         keys = read_pickle(file)[0]
         if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
             raise Refused("its list of storages does not fit its content; fetch it again")
-        places = {}
+        locations = {}
         at = file.tell()
         for key in keys:
             file.seek(at)
@@ -134,8 +134,8 @@ def _read_legacy(path: str) -> tuple[Any, _Places]:
                 raise Refused(f"cut short: its content promises {at} bytes or more, it has {size}; fetch it again")
             if elements != storages[key].elements:
                 raise Refused(f"storage {key} has {elements} elements, not the {storages[key].elements} promised")
-            places[key] = at - length, length
-    return content, places
+            locations[key] = at - length, length
+    return content, locations
 
 
 def _named(content: Any) -> dict[str, Described]:
@@ -164,11 +164,11 @@ def _kind(entry: Any) -> str:
     return "dict" if isinstance(entry, dict) else type(entry).__name__.strip("_")
 
 
-def _stored(path: str, name: str, tensor: Described, places: _Places) -> StoredTensor:
+def _stored(path: str, name: str, tensor: Described, locations: _Locations) -> StoredTensor:
     storage: Storage = tensor.storage
-    if storage.key not in places:
+    if storage.key not in locations:
         raise Refused(f"the bytes of {name} (storage {storage.key}) are missing; fetch the file again")
-    offset, length = places[storage.key]
+    offset, length = locations[storage.key]
     promised = storage.elements * _width(storage.dtype)
     if promised > length:
         raise Refused(f"the bytes of {name} (storage {storage.key}) are {length}, not {promised}; fetch the file again")

@@ -146,12 +146,12 @@ def _load_tokenizer(source: WeightSource, tokens: Sequence[str]) -> Any:
 
 def _per_token(architecture: Architecture) -> list[str]:
     """Return the Hugging Face names of the tensors with a row for each token."""
-    found = [f"{architecture.names.embed}.weight"]
+    names = [f"{architecture.names.embed}.weight"]
     for module in architecture.modules():
         if module.is_head:
-            found += [] if module.tied_to else [module.weight]
-            found += [f"{module.path}.bias"] if module.bias else []
-    return found
+            names += [] if module.tied_to else [module.weight]
+            names += [f"{module.path}.bias"] if module.bias else []
+    return names
 
 
 def _read(source: WeightSource, growing: frozenset[str], fresh: Sequence[int], size: int, name: str) -> Any:

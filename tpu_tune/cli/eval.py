@@ -193,7 +193,7 @@ def _report(settings: Any, names: list[str], outcomes: list[Any]) -> dict[str, A
     """The figures of each model with their intervals, and of two the differences."""
     from tpu_tune.training.tasks import compare, interval
 
-    given = {key: value for key, value in dataclasses.asdict(settings).items() if value not in ("", 0, False)}
+    chosen = {key: value for key, value in dataclasses.asdict(settings).items() if value not in ("", 0, False)}
     models = [
         {
             "model": name,
@@ -202,7 +202,7 @@ def _report(settings: Any, names: list[str], outcomes: list[Any]) -> dict[str, A
         }
         for name, outcome in zip(names, outcomes, strict=True)
     ]
-    report = {**given, **models[0]}
+    report = {**chosen, **models[0]}
     if len(models) == 2:
         report["against"] = models[1]
         report["difference"] = {
@@ -212,8 +212,8 @@ def _report(settings: Any, names: list[str], outcomes: list[Any]) -> dict[str, A
     return report
 
 
-def _pair(found: Any) -> list[float]:
-    return [found.low, found.high]
+def _pair(interval: Any) -> list[float]:
+    return [interval.low, interval.high]
 
 
 def _table(report: dict[str, Any]) -> str:

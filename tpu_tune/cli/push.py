@@ -26,7 +26,8 @@ def add(commands: Commands) -> None:
         "--repo",
         required=True,
         metavar="NAMESPACE/NAME",
-        help="repository, made if it is not there, else it gets a new commit; a NAME alone is put under the token's owner",
+        help="repository, made if it does not exist, else it gets a new commit; a NAME alone goes under the token's "
+        "owner",
     )
     add_forms(parser)
     parser.add_argument("--private", action="store_true", help="make the repository a private one")

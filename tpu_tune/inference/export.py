@@ -2,7 +2,7 @@
 
 There are two schools of merging a QLoRA adapter: into the original weights, as peft's own advice goes, or into the
 dequantized ones it was trained over, which is exact to training. Both are offered, the original by default, and the
-difference in logits from the trained model is measured and told; nothing is requantized silently.
+difference in logits from the trained model is measured and reported; nothing is requantized silently.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
 
     Returns:
       `max_logit_difference` (largest absolute difference from the model as it was trained, over one probe text),
-      `relative_logit_difference` (the same over the largest logit), `same_first_guesses` (share of places).
+      `relative_logit_difference` (the same over the largest logit), `same_first_guesses` (share of positions).
     """
     directory = RunDirectory(run)
     config = directory.config()

@@ -46,7 +46,7 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
     arch = open_architecture(source)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
     total = sum(math.prod(shape) for shape in arch.leaf_shapes().values())
-    whole = sum(
+    saved = sum(
         math.prod(arch.leaf_shapes()[f"{module.path}.{suffix}"])
         for module in targets.saved
         for suffix in ("weight", "bias")[: 1 + module.bias]
@@ -71,9 +71,9 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
                 {"name": t.module.path, "layers": len(t.layers) or 1, "rank": t.rank, "trainable": t.num_parameters}
                 for t in targets.adapted
             ],
-            "trainable": added + whole + biases,
+            "trainable": added + saved + biases,
             # PEFT counts a saved module twice: the frozen original stays beside the trained copy.
-            "all": total + added + whole,
+            "all": total + added + saved,
         },
     }
 
@@ -95,9 +95,9 @@ def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
 
 def _roles(arch: Architecture) -> dict[str, str]:
     """Return module path -> what it does, of the decoder and of its encoder, if there is one."""
-    found = _roles(arch.encoder) if arch.encoder else {}
+    roles = _roles(arch.encoder) if arch.encoder else {}
     for role, meaning in ROLES.items():
         name = getattr(arch.names, role)
         if name:
-            found |= {name: meaning, f"{arch.names.layers}.{name}": meaning}
-    return found
+            roles |= {name: meaning, f"{arch.names.layers}.{name}": meaning}
+    return roles

@@ -1,7 +1,7 @@
-"""What a run may tell the world: hub ids as they are; of everything local its own name, never the directories above it.
+"""What a pushed run may say in public: hub ids as they are; of a local path its last part, never the directories above.
 
-A path in a configuration says how a user has arranged a disk, and often who the user is. `push` publishes, so that every
-name it writes, into the card or into a JSON file beside the weights, goes through here.
+A path in a configuration says how a user has arranged a disk, and often who the user is. `push` publishes, so that
+every name it writes, into the card or into a JSON file beside the weights, goes through here.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PATH_KEYS = (
     "data.chat_template",
 )
 _JSON_PATHS = (
-    "_name_or_path", "name_or_path", "base_model_name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file",
-    "merges_file",
+    "_name_or_path", "name_or_path", "base_model_name_or_path", "special_tokens_map_file", "tokenizer_file",
+    "vocab_file", "merges_file",
 )  # fmt: skip
 _LICENSE = ("license", "license_name", "license_link")
 _LARGEST_JSON = 1 << 20  # beyond it a file is a vocabulary, which holds no paths
@@ -65,18 +65,18 @@ def base_of(config: ConfigDict, run: str, hub: str = "") -> Base:
       hub: the base's hub id, where the user gives it.
     """
     path = config.model.path
-    name, found = base_name(path), hub_id(path, run, config.output_dir)
+    name, hub_name = base_name(path), hub_id(path, run, config.output_dir)
     where = next(
         (one for one in (path, os.path.join(_started_in(run, config.output_dir), path)) if os.path.exists(one)), path
     )
     if path.endswith(".gguf"):
         return Base(hub or name, hub, "gguf", _license_of_gguf(where))
-    if found:
-        license = {} if hub not in ("", found) else _license_of_directory(where) or _license_in_cache(found)
-        return Base(hub or found, hub or found, "hub", license)
-    told = _json(os.path.join(where, "config.json")).get("_name_or_path", "")
-    told = hub or (hub_id(told, run, config.output_dir) if isinstance(told, str) else "")
-    return Base(hub or name, told, "hub" if hub else "directory", _license_of_directory(where))
+    if hub_name:
+        license = {} if hub not in ("", hub_name) else _license_of_directory(where) or _license_in_cache(hub_name)
+        return Base(hub or hub_name, hub or hub_name, "hub", license)
+    stated = _json(os.path.join(where, "config.json")).get("_name_or_path", "")
+    stated = hub or (hub_id(stated, run, config.output_dir) if isinstance(stated, str) else "")
+    return Base(hub or name, stated, "hub" if hub else "directory", _license_of_directory(where))
 
 
 def hub_id(path: str, run: str = "", output_dir: str = "") -> str:
@@ -112,11 +112,11 @@ def base_name(path: str) -> str:
 def private_directories(config: ConfigDict, run: str) -> list[str]:
     """Return the directories that must not be told, the longest first."""
     paths = [run, *(value for key in _PATH_KEYS for value in [_get(config, key)] if value)]
-    found = {os.path.expanduser("~"), os.getcwd()}
+    directories = {os.path.expanduser("~"), os.getcwd()}
     for path in paths:
         if len(path) < 4096 and not _is_template(path) and "://" not in path:
-            found.add(os.path.dirname(os.path.abspath(os.path.expanduser(path))))
-    return sorted((path for path in found if len(path) > 1), key=len, reverse=True)
+            directories.add(os.path.dirname(os.path.abspath(os.path.expanduser(path))))
+    return sorted((path for path in directories if len(path) > 1), key=len, reverse=True)
 
 
 def scrubbed(value: Any, private: Sequence[str], key: str = "") -> Any:
@@ -166,9 +166,9 @@ def _started_in(run: str, output_dir: str) -> str:
     """Return the directory in which a run was started, as far as its own path tells."""
     if storage.is_remote(run):
         return os.getcwd()
-    run, told = os.path.abspath(run), os.path.normpath(output_dir) if output_dir else ""
-    known = told and not os.path.isabs(told) and run.endswith(os.sep + told)
-    return run[: -len(told)] if known else os.getcwd()
+    run, recorded = os.path.abspath(run), os.path.normpath(output_dir) if output_dir else ""
+    known = recorded and not os.path.isabs(recorded) and run.endswith(os.sep + recorded)
+    return run[: -len(recorded)] if known else os.getcwd()
 
 
 def _get(config: ConfigDict, key: str) -> Any:
@@ -204,8 +204,8 @@ def _license_of_gguf(path: str) -> dict[str, str]:
 
 
 def _license_of_directory(directory: str) -> dict[str, str]:
-    found = _license_of_card(os.path.join(directory, "README.md"))
-    return found or _checked({"license": _json(os.path.join(directory, "config.json")).get("license")})
+    license = _license_of_card(os.path.join(directory, "README.md"))
+    return license or _checked({"license": _json(os.path.join(directory, "config.json")).get("license")})
 
 
 def _license_in_cache(hub: str) -> dict[str, str]:
@@ -227,10 +227,10 @@ def _license_of_card(file: str) -> dict[str, str]:
     return _checked({key: data.get(key) for key in _LICENSE})
 
 
-def _checked(found: Mapping[str, Any]) -> dict[str, str]:
+def _checked(license: Mapping[str, Any]) -> dict[str, str]:
     """Keep what is plain text; a link without a name of the license, or a name without one, says nothing."""
-    kept = {key: value for key, value in found.items() if isinstance(value, str) and value and not _PATH.match(value)}
-    link = found.get("license_link")
+    kept = {key: value for key, value in license.items() if isinstance(value, str) and value and not _PATH.match(value)}
+    link = license.get("license_link")
     if isinstance(link, str) and link.startswith("https://"):
         kept["license_link"] = link
     return kept if "license" in kept else {}

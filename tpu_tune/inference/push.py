@@ -1,8 +1,9 @@
 """From a run to a repository on the Hugging Face hub: its adapter, its merged model or a GGUF file, with a model card.
 
-`prepared` gathers what would be uploaded, `upload` makes one commit of it. The files of a run go up from where they lie;
-only a merged model is written, into a temporary directory that is removed whatever happens. So a push that fails or is
-stopped leaves the run as it was, and the repository at its last commit. The token goes into the client and nowhere else.
+`prepared` gathers what would be uploaded, `upload` makes one commit of it. The files of a run go up from where they
+lie; only a merged model is written, into a temporary directory that is removed whatever happens. So a push that fails
+or is stopped leaves the run as it was, and the repository at its last commit. The token goes into the client and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.vocabulary import RECORD
 from tpu_tune.errors import UserError
 from tpu_tune.inference import export
-from tpu_tune.inference.card import Facts, model_card
+from tpu_tune.inference.card import CardFacts, model_card
 from tpu_tune.inference.public_names import base_of, is_hub_id, scrubbed_json
 
 _SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")  # a token has 34 letters and digits
@@ -85,7 +86,8 @@ def check(run: str, request: PushRequest) -> tuple[ConfigDict, PushRequest, str]
         validate_repo_id(request.repo)
     except HFValidationError:
         raise UserError(
-            f"--repo is '{request.repo}'; it must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', as in me/my-model"
+            f"--repo is '{request.repo}'; it must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', "
+            "as in me/my-model"
         ) from None
     if request.base_model and not is_hub_id(request.base_model):
         raise UserError(f"--base-model is '{request.base_model}'; it must be a hub id, NAMESPACE/NAME")
@@ -109,11 +111,12 @@ def find_token() -> str:
     """
     from huggingface_hub import get_token
 
-    with told("the token cannot be had"):
+    with one_line_errors("the token cannot be had"):
         token = get_token()
     if not token:
         raise UserError(
-            f"no Hugging Face token: make one with write access at {_TOKENS_AT}, then set HF_TOKEN or run `hf auth login`"
+            f"no Hugging Face token: make one with write access at {_TOKENS_AT}, then set HF_TOKEN or run "
+            "`hf auth login`"
         )
     return token
 
@@ -134,7 +137,7 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
     directory = RunDirectory(run)
     curves = directory.file("curves.png")
     beside = [File("curves.png", storage.read_bytes(curves))] if storage.exists(curves) else []
-    facts = Facts(
+    facts = CardFacts(
         request.repo,
         request.form,
         config,
@@ -169,7 +172,7 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
 
 
 def _aside(run: str) -> tempfile.TemporaryDirectory:
-    """A directory for a merged model: in $TMPDIR if that is set, else beside the run, where there is room for models."""
+    """A directory for a merged model: in $TMPDIR if that is set, else beside the run, where models have room."""
     beside = tempfile.gettempdir() if storage.is_remote(run) else os.path.dirname(os.path.abspath(run))
     place = os.environ.get("TMPDIR") or beside
     try:
@@ -181,14 +184,14 @@ def _aside(run: str) -> tempfile.TemporaryDirectory:
 
 
 def open_repo(token: str, request: PushRequest, private: bool = False) -> PushRequest:
-    """Make the repository and the branch where they are not there yet; return the request with the repository's full name.
+    """Make the repository and the branch if they do not exist; return the request with the repository's full name.
 
     Raises:
       UserError: the hub cannot be reached or refuses, or a repository that should be private is public.
     """
     from huggingface_hub import HfApi
 
-    with told(f"{request.repo} cannot be made", token, request.repo):
+    with one_line_errors(f"{request.repo} cannot be made", token, request.repo):
         api = HfApi(token=token)
         url = api.create_repo(request.repo, private=private or None, exist_ok=True)
         if private and api.model_info(url.repo_id).private is False:
@@ -208,7 +211,7 @@ def upload(token: str, request: PushRequest, files: Sequence[File], message: str
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    with told(f"the upload to {request.repo} failed, and the repository is as it was", token, request.repo):
+    with one_line_errors(f"the upload to {request.repo} failed, and the repository is as it was", token, request.repo):
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content) for file in files]
         commit = HfApi(token=token).create_commit(
             request.repo, operations, commit_message=masked(message, token), revision=request.revision or None
@@ -222,7 +225,7 @@ def masked(text: str, token: str = "") -> str:
 
 
 @contextlib.contextmanager
-def told(what: str, token: str = "", repo: str = "") -> Iterator[None]:
+def one_line_errors(what: str, token: str = "", repo: str = "") -> Iterator[None]:
     """Turn whatever the client raises into one line without the token.
 
     Raises:
@@ -248,8 +251,8 @@ def _reason(error: Exception, repo: str) -> str:
         return f"the hub does not accept the token (401); make a new one with write access at {_TOKENS_AT}"
     if status == 403:
         return (
-            f"the token may not write to {repo} (403: {said}); give it write access at {_TOKENS_AT}, or choose a --repo of "
-            "your own"
+            f"the token may not write to {repo} (403: {said}); give it write access at {_TOKENS_AT}, or "
+            "choose a --repo of your own"
         )
     if status is not None:
         return f"the hub answered {status}: {said}"
@@ -260,15 +263,15 @@ def _reason(error: Exception, repo: str) -> str:
 
 def _files(directory: str, base: Any) -> list[File]:
     """The files of a directory, sorted; JSON that would tell a local path is replaced by bytes that do not."""
-    found = []
+    files = []
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(folder, name)
             inside = os.path.relpath(path, directory).replace(os.sep, "/")
             if not name.startswith(".") and inside != "README.md":  # the card takes its place
-                found.append(File(inside, scrubbed_json(path, base) or path))
-    return found
+                files.append(File(inside, scrubbed_json(path, base) or path))
+    return files
 
 
 def _is_encoder_decoder(result: str) -> bool:

@@ -1,4 +1,4 @@
-"""Open what a user names, a model or a run directory, for use: a run is its model as it was trained, adapter included."""
+"""Load what a user names, a model or a run directory; a run is its model as it was trained, with its adapter."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_a_config_that_is_not_json(refused, copy):
         ({"train__report_to": ["tensorbord"]}, "unknown train.report_to 'tensorbord'; did you mean 'tensorboard'?"),
         ({"mesh__fsdp": 3}, "does not make 8 devices"),
         ({"mesh__tensor": 3}, "does not make 8 devices"),
-        ({"mesh__fsdp": 0}, "mesh.fsdp=0"),
+        ({"mesh__fsdp": 0}, "config key 'mesh.fsdp' is 0; it must be -1 or positive"),
         (
             {"mesh__sequence": 8, "mesh__fsdp": 1, "data__max_length": 30},
             "data.max_length=30 does not divide over mesh.sequence=8",

@@ -1,7 +1,7 @@
 """The configuration: the contract's keys, what the command line and config files may write, and what is refused."""
 
-import inspect
 import json
+import math
 import pathlib
 import re
 
@@ -42,14 +42,26 @@ def test_every_key_of_the_contract_exists(key):
 
 
 def test_every_key_is_explained():
-    for key in dict(configuration.flatten(configuration.default())):
-        room, _, name = key.rpartition(".")
-        if room == "mesh":  # four keys on one line
-            continue
-        source = inspect.getsource(getattr(configuration, f"_{room}") if room else configuration.default)
-        line = re.search(rf'^ +"{name}": .*$', source, re.M).group()
-        assert "#" in line or room == "train", key  # Hugging Face's own names need no words
-    assert "# one may be -1" in inspect.getsource(configuration._mesh)
+    assert set(configuration.SCHEMA.keys) == set(dict(configuration.flatten(configuration.default())))
+    for name, key in configuration.SCHEMA.keys.items():
+        assert key.meaning, name
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, key in configuration.SCHEMA.keys.items() if re.search(r"\bfloat\b", str(key.type))]
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_number_is_without_end(name, value):
+    value = {"a": float(value)} if "Mapping" in str(configuration.SCHEMA.keys[name].type) else value
+    with pytest.raises(UserError, match=f"^config key '{name}' .*finite"):
+        assigned(name, value)
+
+
+@pytest.mark.parametrize("name", [name for name, key in configuration.SCHEMA.keys.items() if key.type is int])
+@pytest.mark.parametrize("value", [2**80, -(2**80), -2, 1e300, "1e999"])
+def test_no_whole_number_is_larger_than_a_computer_s(name, value):
+    with pytest.raises(UserError, match=f"^config key '{name}' is "):
+        assigned(name, value)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +156,9 @@ def test_what_is_no_key(key):
         ("lora.rank_pattern", '{"q_proj": "big"}', "numbers"),
         ("lora.target_modules", '["q_proj"', "is not JSON"),
         ("data.columns", "{question: input}", "is not JSON"),
+        ("lora.modules_to_save", "[" * 50_000, "is not JSON (nested too deep)"),
+        ("train.learning_rate", 10**400, "type float"),
+        ("lora.trainable_token_indices", {"lm_head": 3.5}, "its entries must be lists"),
     ],
 )
 def test_wrong_types_name_the_key(key, value, says):
@@ -167,7 +182,19 @@ def test_wrong_types_name_the_key(key, value, says):
         ("data.eval_ratio", -0.1, "at least 0"),
         ("train.learning_rate", -1e-4, "negative"),
         ("train.learning_rate", "nan", "negative"),
-        ("train.warmup_ratio", -0.1, "negative"),
+        ("train.warmup_ratio", -0.1, "at least 0 and at most 1"),
+        ("train.warmup_ratio", 1.1, "at least 0 and at most 1"),
+        ("train.adam_beta1", 1.0, "at least 0 and below 1"),
+        ("train.adam_epsilon", 0, "positive"),
+        ("train.max_steps", -2, "at least -1"),
+        ("lora.rank", 2**31, "positive and at most 2147483647"),
+        ("lora.rank_pattern", {"q_proj": 0}, "its entries must be positive"),
+        ("lora.layers_to_transform", [-1], "its entries must not be negative"),
+        ("lora.trainable_token_indices", {"lm_head": [-1]}, "its entries must not be negative"),
+        ("train.lr_scheduler_kwargs", {"power": math.inf}, "its entries must be finite"),
+        ("seed", 2**32, "at least -1 and at most 4294967295"),
+        ("mesh.tensor", 0, "-1 or positive"),
+        ("mesh.tensor", -2, "-1 or positive"),
         ("train.num_train_epochs", 0, "positive"),
     ],
 )
@@ -190,6 +217,19 @@ def test_values_out_of_bounds_name_the_key_and_what_is_allowed(key, value, says)
 def test_settings_that_exclude_each_other(values, says):
     with pytest.raises(UserError, match=says):
         configuration.from_dict(values)
+
+
+def test_a_value_set_past_assign_is_checked_too():
+    config = configuration.default()
+    config.train.max_steps = "ten"
+    with pytest.raises(UserError, match="'train.max_steps' is 'ten'; it must be of type int"):
+        configuration.check(config)
+
+
+def test_a_section_s_dataclass_has_the_defaults_of_its_keys():
+    config = configuration.default()
+    assert configuration.LoraConfig(**config.lora) == configuration.LoraConfig()
+    assert configuration.QuantizeConfig(**config.quantize) == configuration.QuantizeConfig()
 
 
 def test_a_round_trip_through_json():

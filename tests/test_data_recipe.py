@@ -244,7 +244,9 @@ def test_text_from_the_command_line_gets_its_type() -> None:
         ({"steps": ["clean", "ingest"]}, "in this order"),
         ({"steps": ["wash"]}, "names 'wash'"),
         ({"inputs": []}, "'inputs' is empty"),
-        ({"runner": "spark"}, "local or beam"),
+        ({"runner": "spark"}, "one of local, beam"),
+        ({"num_workers": -1}, "'num_workers' is -1; it must not be negative"),
+        ({"clean": {"near_duplicates": float("nan")}}, "'clean.near_duplicates' is nan; it must be finite"),
         ({"tokenize": {"tokenizer_path": ""}}, "tokenizer_path' is empty"),
     ],
 )

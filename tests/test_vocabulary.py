@@ -362,8 +362,8 @@ def test_going_on_from_an_adapter(run_of, tmp_path):
         ({"model.add_special_tokens": ["<a>", 5]}, "'model.add_special_tokens' holds 5; its entries must be text"),
         ({"model.add_special_tokens": 5}, "'model.add_special_tokens' is 5; it must be of type list"),
         ({"model.train_added_tokens": True}, "there are no tokens to train"),
-        ({"lora.trainable_token_indices": ["a"]}, "holds 'a'; its entries must be token ids"),
-        ({"lora.trainable_token_indices": {"embed_tokens": [1, 2.5]}}, "holds 2.5; its entries must be token ids"),
+        ({"lora.trainable_token_indices": ["a"]}, "holds 'a'; its entries must be whole numbers"),
+        ({"lora.trainable_token_indices": {"embed_tokens": [1, 2.5]}}, "holds 2.5; its entries must be whole numbers"),
     ],
 )
 def test_wrong_keys_are_named(keys, message):

@@ -7,24 +7,33 @@ model.generate(["What is AI?"])
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
 
 from tpu_tune import config
 from tpu_tune.errors import UserError
+
+if TYPE_CHECKING:  # jax is imported where a function is called
+    from tpu_tune.inference import Model
+    from tpu_tune.training.loop import Run
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "config", "load", "plan", "train"]
 
 
-def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Any:
+def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Model:
     """Load a model: see `tpu_tune.inference.load`."""
     from tpu_tune.inference import load as load_model
 
     return load_model(path, dtype, quantize, adapter)
 
 
-def plan(config: Any, device: str) -> dict[str, Any]:
-    """Return what a job needs of a device, by the device's own compiler where it is installed; see `tpu_tune.planning.plan`.
+def plan(config: ConfigDict | Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Return what a job needs of a device, by the device's own compiler where it is installed.
+
+    See `tpu_tune.planning.plan`.
 
     Args:
       config: a `ConfigDict` from `tpu_tune.config`, or nested dicts of what differs from the defaults. Neither weights
@@ -39,11 +48,11 @@ def plan(config: Any, device: str) -> dict[str, Any]:
     return plan_job(config, device)
 
 
-def train(config: Any) -> Any:
+def train(config: ConfigDict | Mapping[str, Any]) -> Run:
     """Train by a configuration, draw its curves and judge them on the way: see `tpu_tune.training.loop.train`.
 
-    `curves.png` grows and a line says how it goes after every evaluation, and another where the learning rate looks wrong;
-    `report.html` is written at the end.
+    `curves.png` grows and a line says how it goes after every evaluation, and another where the learning rate looks
+    wrong; `report.html` is written at the end.
 
     Args:
       config: a `ConfigDict` from `tpu_tune.config`, or nested dicts of what differs from the defaults.

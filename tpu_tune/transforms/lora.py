@@ -1,4 +1,4 @@
-"""LoRA as a transform of the parameter tree: `find_targets`, `init`, and the spec that both read.
+"""LoRA as a transform of the parameter tree: `find_targets`, `init`; `LoraConfig`, the config's `lora` section, says which.
 
 An adapter is a few entries of a flat tree: `PATH.lora_A` (layers, in, rank), `PATH.lora_B` (layers, rank, out) and,
 under DoRA, `PATH.lora_magnitude_vector` (layers, out). Only the selected layers are stored; where ranks differ between
@@ -17,32 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tpu_tune.config import LoraConfig, TokenIndices
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, dense
-from tpu_tune.transforms.select import Pattern, by_pattern, choose, targeted
-
-TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embedding, or by module
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """What PEFT calls LoraConfig; the fields are the config's `lora.*` keys (see `tpu_tune.config`)."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: Pattern = "all-linear"
-    exclude_modules: Pattern = ()
-    bias: str = "none"
-    modules_to_save: Sequence[str] = ()
-    trainable_token_indices: TokenIndices = ()
-    layers_to_transform: Sequence[int] = ()
-    layers_pattern: str = ""
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: str = "true"
+from tpu_tune.transforms.select import by_pattern, choose, targeted
 
 
 @dataclasses.dataclass(frozen=True)

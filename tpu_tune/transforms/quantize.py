@@ -6,31 +6,13 @@ float model never stands in memory whole; `quantize` takes a tree that is alread
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpu_tune.config import QuantizeConfig
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module, QuantizedTensor, pack_block, quantize_tensor
-from tpu_tune.transforms.select import Pattern, choices, matches, targeted
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizeConfig:
-    """What to quantize and how; the fields are the config's `quantize.*` keys.
-
-    Attributes:
-      format: none | int8 | int4 | nf4.
-      group_size: input rows that share a scale.
-      double_quant: keep the scales in 8 bits; int8 codes gain nothing by it and keep float32 scales.
-      include, exclude: names as in `lora.target_modules`; "all-linear" leaves the head and the embedding alone.
-    """
-
-    format: str = "none"
-    group_size: int = 64
-    double_quant: bool = True
-    include: Pattern = "all-linear"
-    exclude: Pattern = ()
+from tpu_tune.transforms.select import choices, matches, targeted
 
 
 def quantized_paths(modules: Sequence[Module], config: QuantizeConfig) -> frozenset[str]:

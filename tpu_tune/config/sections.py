@@ -1,0 +1,170 @@
+"""Every key of the configuration: its type, default, meaning and bounds, one dataclass a section.
+
+Keys keep Hugging Face's names where Hugging Face has one, and PEFT's in `lora` but for `rank` (r) and `alpha`.
+`Literal` lists the choices. Numbers are finite, and whole numbers below 2^31, unless a line says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tpu_tune.config.engine import key
+
+Names = str | Sequence[str]  # module names or ends of names; or one text: a regular expression, or "all-linear"
+TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embedding, or by module
+Float = Literal["bfloat16", "float16", "float32"]
+Attention = Literal["auto", "reference", "blockwise", "splash", "cudnn", "pallas"]
+Rows = Literal[
+    "auto", "text", "input-output", "prompt-generation", "prompt-completion", "alpaca", "sharegpt", "messages"
+]
+When = Literal["no", "steps", "epoch"]
+SEED = {"at_least": -1, "at_most": 2**32 - 1}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model to start from, and how it computes."""
+
+    path: str = key("", "Hugging Face id, a local directory, or a .gguf file")
+    dtype: Float = key("bfloat16", "of activations; float16 brings dynamic loss scaling")
+    param_dtype: Literal["auto", Float] = key("auto", "of base weights: float32 under full, else model.dtype")
+    attention: Attention = key("auto", "splash: TPU v4 and later; cudnn, pallas: GPUs of compute capability 8.0")
+    # xla dequantizes whole matrices, pieces parts of them, pallas (TPUs) inside the matmul.
+    quantized_matmul: Literal["auto", "xla", "pieces", "pallas"] = key("auto", "how quantized weights are multiplied")
+    # full keeps each layer's input, offload keeps it on the host, dots the results of linear layers.
+    remat: Literal["none", "full", "dots", "offload"] = key("full", "what the backward pass computes again")
+    token_chunk_size: int = key(0, "a device's tokens in a layer at a time; 0: all to 8,192, then 4,096", at_least=0)
+    adapter: str = key("", "start from this PEFT adapter directory instead of a fresh one")
+    add_special_tokens: Sequence[str] = key([], 'e.g. ["<|im_start|>"]; new rows are the mean of the old ones')
+    train_added_tokens: bool = key(False, "train their rows under method=lora too; full trains every row anyway")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Storage of the frozen base weights, under method=lora."""
+
+    format: Literal["none", "int8", "int4", "nf4"] = key("none", "number format of the weights")
+    group_size: int = key(64, "rows of the input dimension that share one scale", above=0)
+    double_quant: bool = key(True, "store the scales themselves in 8 bits (nf4 and int4)")
+    include: Names = key(["all-linear"], "names to quantize, matched like lora.target_modules")
+    exclude: Names = key([], "names to leave alone; head and embeddings are only taken when included by name")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters: what PEFT calls LoraConfig."""
+
+    rank: int = key(8, "PEFT's r", above=0)
+    alpha: float = key(16.0, "PEFT's lora_alpha; the update is scaled by alpha / rank", at_least=0)
+    dropout: float = key(0.0, "on the adapter's input only", at_least=0, below=1)
+    target_modules: Names = key("all-linear", 'names or ends of names, a regex, "all-linear", or "": PEFT\'s default')
+    exclude_modules: Names = key([], "list or regex, taken out of target_modules")
+    bias: Literal["none", "all", "lora_only"] = key("none", "which biases are trained")
+    modules_to_save: Sequence[str] = key([], "modules trained in full and saved with the adapter")
+    trainable_token_indices: TokenIndices = key([], "token ids, or {module: ids}, whose rows are trained", at_least=0)
+    layers_to_transform: Sequence[int] = key([], "layer indices; empty means every layer", at_least=0)
+    layers_pattern: str = key("", "name of the layer list, where PEFT's general pattern does not find the index")
+    rank_pattern: Mapping[str, int] = key({}, "name or regex -> rank, overrides rank", above=0)
+    alpha_pattern: Mapping[str, float] = key({}, "name or regex -> alpha, overrides alpha", at_least=0)
+    use_rslora: bool = key(False, "scale by alpha / sqrt(rank)")
+    use_dora: bool = key(False, "weight-decomposed LoRA")
+    init_lora_weights: Literal["true", "gaussian"] = key("true", "of A: Kaiming uniform, or normal; B is zero")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows, and how they become tokens."""
+
+    # .jsonl, .json, .csv, .parquet, .arrow (also tokenized), a directory of them (local or gs://), or a hub id.
+    train: str = key("", "file, directory or hub id of the rows")
+    eval: str = key("", "the same; empty: a seeded split of data.train that is never trained on")
+    eval_ratio: float = key(0.05, "share of the rows taken for that split; 0: no evaluation", at_least=0, below=1)
+    format: Rows = key("auto", "of the rows; auto goes by the keys of the first")
+    columns: Mapping[str, str] = key({}, 'the file\'s key -> the format\'s key, e.g. {"question": "input"}')
+    chat_template: str = key("", "Jinja text or file; empty: the tokenizer's own")
+    response_markers: Sequence[str] = key([], "text rows: loss only after one of these, up to an instruction marker")
+    instruction_markers: Sequence[str] = key([], "strings that end a response")
+    max_length: int = key(2048, "tokens a row; of an encoder-decoder, of the input and of the output each", above=0)
+    packing: bool = key(True, "several documents a row, each attending to itself; an encoder-decoder has one a row")
+    train_on_source: bool = key(False, "loss on the prompt too")
+    source_max_len: int = key(0, "truncate prompts (on the right) to this; 0: only max_length", at_least=0)
+    target_max_len: int = key(0, "truncate answers to this; 0: only max_length", at_least=0)
+    skip_bad_rows: bool = key(False, "go on at rows that cannot be read, and count them")
+    data_seed: int = key(42, "order of the rows; -1 draws one and records it", **SEED)
+    num_workers: int = key(0, "processes that tokenize; 0: one a core", at_least=0)
+    cache_dir: str = key("", "tokenized data; empty: $TPU_TUNE_CACHE or ~/.cache/tpu_tune")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised."""
+
+    name: str = key("sft", "sft: cross-entropy of the marked tokens")
+
+
+@dataclass(frozen=True)
+class Train:
+    """The training itself: length, optimizer, and what is logged, evaluated and saved when."""
+
+    num_train_epochs: float = key(3.0, "passes over the data", at_least=0)
+    max_steps: int = key(-1, "updates; overrides num_train_epochs when positive", at_least=-1)
+    per_device_train_batch_size: int = key(8, "rows a device and micro-batch", above=0)
+    per_device_eval_batch_size: int = key(8, "rows a device and evaluation batch", above=0)
+    gradient_accumulation_steps: int = key(1, "micro-batches an update", above=0)
+    learning_rate: float = key(5e-5, "its highest value; the schedule does the rest", at_least=0)
+    lr_scheduler_type: str = key("linear", "Hugging Face's names: constant, linear, cosine, ...")
+    lr_scheduler_kwargs: Mapping[str, Any] = key({}, 'e.g. {"min_lr_rate": 0.1} for cosine_with_min_lr')
+    warmup_steps: int = key(0, "updates in which the learning rate rises; 0: by warmup_ratio", at_least=0)
+    warmup_ratio: float = key(0.0, "the same, as a share of all updates", at_least=0, at_most=1)
+    optim: str = key("adamw", "adamw | adamw_8bit | adafactor | sgd | lion, and Hugging Face's spellings of them")
+    adam_beta1: float = key(0.9, "decay of the gradient's mean", at_least=0, below=1)
+    adam_beta2: float = key(0.999, "decay of its square's mean", at_least=0, below=1)
+    adam_epsilon: float = key(1e-8, "added to the divisor", above=0)
+    weight_decay: float = key(0.0, "not on biases and norm weights", at_least=0)
+    loraplus_lr_ratio: float = key(0.0, "LoRA+: lora_B learns so much faster (16 is usual); 0: as fast", at_least=0)
+    loraplus_lr_embedding: float = key(1e-6, "LoRA+: the rate of adapters of embeddings, as in PEFT", at_least=0)
+    neftune_noise_alpha: float = key(0.0, "noise on training's embeddings (5 to 15 are usual); 0: none", at_least=0)
+    max_grad_norm: float = key(1.0, "global norm, after accumulation; 0 turns clipping off", at_least=0)
+    optim_offload: bool = key(False, "optimizer state waits in host memory and comes layer by layer; slower")
+    loss_chunk_size: int = key(0, "a device's tokens with logits at a time; 0: 256 MiB, at most 1,024", at_least=0)
+    max_nonfinite_steps: int = key(10, "end after so many updates in a row with a non-finite loss or gradient", above=0)
+    logging_steps: int = key(10, "updates between rows of metrics.jsonl", above=0)
+    logging_first_step: bool = key(True, "a row for the first update too")
+    eval_strategy: When = key("steps", "when to evaluate")
+    eval_steps: int = key(100, "updates between evaluations", above=0)
+    save_strategy: When = key("steps", "when to save a checkpoint")
+    save_steps: int = key(100, "updates between checkpoints", above=0)
+    save_total_limit: int = key(2, "checkpoints to keep; 0: all", at_least=0)
+    load_best_model_at_end: bool = key(False, "end with the weights of the smallest eval_loss, saved at once")
+    early_stopping_patience: int = key(0, "evaluations without improvement; 0: never stop early", at_least=0)
+    early_stopping_threshold: float = key(0.0, "improvements up to this do not count for the patience", at_least=0)
+    sample_prompts: Sequence[str] = key([], "the report shows the model's answers to these before and after training")
+    report_to: Sequence[str] = key([], "tensorboard, wandb; metrics.jsonl is always written")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; one may be -1: the rest of the devices."""
+
+    data: int = key(1, "the batch is split, weights are copied", above=0, also=-1)
+    fsdp: int = key(-1, "the batch is split, and so are the weights", above=0, also=-1)
+    tensor: int = key(1, "each matrix is split", above=0, also=-1)
+    sequence: int = key(1, "the tokens of each row are split", above=0, also=-1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it."""
+
+    output_dir: str = key("output", "the run directory, may be gs://: config.json, metrics.jsonl, checkpoints/...")
+    method: Literal["full", "lora"] = key("lora", "train every weight, or adapters beside frozen ones")
+    seed: int = key(42, "adapters' initial values and dropout; -1 draws one and records it", **SEED)
+    model: Model = Model()
+    quantize: QuantizeConfig = QuantizeConfig()
+    lora: LoraConfig = LoraConfig()
+    data: Data = Data()
+    objective: Objective = Objective()
+    train: Train = Train()
+    mesh: Mesh = Mesh()

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -162,7 +163,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
             with _as_os_error(path, "cannot be written") as fs:
                 fs.put_file(local, path)
         return
-    aside = f"{path}.{os.getpid()}.tmp"
+    aside = f"{path}.{secrets.token_hex(4)}.tmp"  # its own, should two threads or hosts write the same
     try:
         yield aside
         with open(aside, "rb") as stream:

@@ -60,7 +60,7 @@ def measure(rounds: int, megabytes: float) -> dict[str, Any]:
 
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.data.pretokenize import tokenize_file
-    from tpu_tune.data.tokenizing import Options
+    from tpu_tune.data.tokenize_options import TokenizeOptions
 
     datasets.disable_progress_bars()
     folder, cores = fetch.fetch("text"), os.cpu_count() or 1
@@ -74,7 +74,7 @@ def measure(rounds: int, megabytes: float) -> dict[str, Any]:
 
         def ours() -> int:
             return tokenize_file(
-                file, pathlib.Path(place, "ours.arrow"), tokenizer, Options(format="auto", max_length=2048)
+                file, pathlib.Path(place, "ours.arrow"), tokenizer, TokenizeOptions(format="auto", max_length=2048)
             )["tokens"]
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:

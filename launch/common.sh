@@ -166,6 +166,13 @@ set_up_jax() {
   esac
 }
 
+# extras_of BUILD [EXTRAS]: the extras to install, comma-separated: the jax build's own, `data` for `tpu-tune data`, more.
+extras_of() {
+  local build="$1" more="${2:-}"
+  [ "$build" = cpu ] && build=""
+  printf '%s\n' "${build:+$build,}data${more:+,$more}"
+}
+
 # install_stamp EXTRAS: a hash of all that decides what an installation holds.
 install_stamp() {
   python - "$1" "$project" <<'PYTHON'

@@ -16,7 +16,7 @@ esac
 use_environment
 jax=$(choose_jax)
 set_up_jax "$jax"
-install_project "$([ "$jax" = cpu ] || echo "$jax")"
+install_project "$(extras_of "$jax")"
 
 say "fetching"
 python launch/fetch.py "$name" base >/dev/null || die "fetching failed; the reason is above"

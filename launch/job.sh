@@ -34,14 +34,13 @@ read_secrets() {
 }
 
 install_job() {
-  local build extras
+  local build
   TPU_TUNE_UV=$(bring_uv) || die "uv could not be had; see https://docs.astral.sh/uv"
   export TPU_TUNE_UV
   use_environment
   build=$(choose_jax)
   echo "jax build: $build"
-  extras=$([ "$build" = cpu ] || echo "$build")
-  install_project "$extras${TPU_TUNE_EXTRAS:+${extras:+,}$TPU_TUNE_EXTRAS}"
+  install_project "$(extras_of "$build" "${TPU_TUNE_EXTRAS:-}")"
 }
 
 # record TEXT: the job's state, whole or not at all.

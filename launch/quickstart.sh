@@ -23,7 +23,7 @@ use_environment
 jax=$(choose_jax)
 echo "jax build: $jax"
 set_up_jax "$jax"
-install_project "$([ "$jax" = cpu ] || echo "$jax")"
+install_project "$(extras_of "$jax")"
 
 say "fetching the model and the conversations"
 folders=$(python launch/fetch.py base chats) || die "fetching failed; the reason is above"

@@ -11,10 +11,9 @@ import pyarrow as pa
 import pytest
 from helpers_training import make_config, write_tiny_llama
 
-import tpu_tune.data
 from tpu_tune.checkpoints.tokenizers import open_tokenizer
 from tpu_tune.cli import main
-from tpu_tune.data import arrow, eval_batches, load_data, pretokenize, streams
+from tpu_tune.data import arrow, eval_batches, load_data, pretokenize, streams, training_sets
 from tpu_tune.errors import UserError
 
 PAIRS = [
@@ -301,8 +300,8 @@ def test_rows_22_and_25_a_run_on_it_tokenizes_nothing(tiny, tmp_path, capsys, mo
     def refuse(*_, **__):
         raise AssertionError("tokenizes again")
 
-    monkeypatch.setattr(tpu_tune.data, "tokenize_parallel", refuse)
-    monkeypatch.setattr(tpu_tune.data, "read_rows", refuse)
+    monkeypatch.setattr(training_sets, "tokenize_parallel", refuse)
+    monkeypatch.setattr(training_sets, "read_rows", refuse)
     load_data(config_for(tmp_path / "rows.jsonl.arrow", tmp_path), tokenizer, VOCABULARY)
     load_data(config_for(source, tmp_path), tokenizer, VOCABULARY)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tpu_tune.cli import main
 from tpu_tune.data import clean
-from tpu_tune.data.clean import Options, row_cleaner, rules
+from tpu_tune.data.clean import CleanOptions, row_cleaner, rules
 from tpu_tune.data.clean.language import other_language
 from tpu_tune.data.clean.phrases import LISTS, compile_lists
 from tpu_tune.data.formats import RowError
@@ -31,7 +31,7 @@ def read(path):
 
 
 def cleaned(row, **options):
-    return row_cleaner(Options(**options))(row)
+    return row_cleaner(CleanOptions(**options))(row)
 
 
 def user(text):
@@ -240,7 +240,7 @@ def test_patterns(monkeypatch):
 )
 def test_options_that_cannot_be_meant(options, message):
     with pytest.raises(UserError) as error:
-        row_cleaner(Options(**options))
+        row_cleaner(CleanOptions(**options))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -252,14 +252,14 @@ def test_a_missing_library_is_named(monkeypatch):
     language._identifier.cache_clear()
     repair._phonenumbers.cache_clear()
     for asked, package in (
-        ({"fix_unicode": True}, "pip install ftfy"),
-        ({"mask_phone": True}, "pip install phonenumbers"),
-        ({"languages": ("en",)}, "pip install py3langid"),
+        ({"fix_unicode": True}, "ftfy"),
+        ({"mask_phone": True}, "phonenumbers"),
+        ({"languages": ("en",)}, "py3langid"),
     ):
-        with pytest.raises(UserError, match=package):
-            row_cleaner(Options(**asked))
-    with pytest.raises(UserError, match="pip install rensa"):
-        clean.Duplicates(Options(near_duplicates=0.8))
+        with pytest.raises(UserError, match=rf"needs {package}, .*pip install 'tpu_tune\[data\]'"):
+            row_cleaner(CleanOptions(**asked))
+    with pytest.raises(UserError, match=r"needs rensa, .*pip install 'tpu_tune\[data\]'"):
+        clean.Duplicates(CleanOptions(near_duplicates=0.8))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_languages(text, other):
 
 
 def test_the_row_function_pickles_and_needs_no_jax():
-    function = row_cleaner(Options(patterns=("x+y",), lists=("guide", "refusals"), phrases=("foo bar",)))
+    function = row_cleaner(CleanOptions(patterns=("x+y",), lists=("guide", "refusals"), phrases=("foo bar",)))
     copy = pickle.loads(pickle.dumps(function))
     for text in ("xxy", "Foo  bar", "fine", NOISE):
         assert copy({"text": text}) == function({"text": text})
@@ -347,7 +347,7 @@ any_row = st.one_of(
 def test_rows_in_are_rows_out_and_dropped(tmp_path_factory, rows, action, near, repairs, prompts, min_chars):
     directory = tmp_path_factory.mktemp("law")
     source = write(directory / "in.jsonl", [{**row, "id": number} for number, row in enumerate(rows)])
-    options = Options(
+    options = CleanOptions(
         action=action,
         near_duplicates=near,
         fix_unicode=repairs,

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tpu_tune.data import clean
-from tpu_tune.data.clean import Duplicates, Options
+from tpu_tune.data.clean import CleanOptions, Duplicates
 from tpu_tune.data.clean.duplicates import bands
 
 
@@ -44,7 +44,7 @@ def planted(count, seed):
 
 def keep(texts, **options):
     """Numbers of the texts that are kept."""
-    options = Options(exact_duplicates=False, **options)
+    options = CleanOptions(exact_duplicates=False, **options)
     found = Duplicates(options)
     kept = [number for number, text in enumerate(texts) if found.check({"text": text}, f"row {number}") is None]
     found.close()
@@ -88,7 +88,7 @@ def test_the_first_of_a_group_stays_and_the_hit_names_it():
         base.replace(" ", "  \n"),
         base + " ok",
     ]
-    found = Duplicates(Options(near_duplicates=0.8))
+    found = Duplicates(CleanOptions(near_duplicates=0.8))
     hits = [found.check({"text": text}, f"f:{number}") for number, text in enumerate(texts)]
     assert [hit and hit.rule for hit in hits] == [None, None, "near duplicate", "exact duplicate", "near duplicate"]
     assert hits[2].snippet.startswith(f"{jaccard(base, base + '!'):.2f} like f:1: the quick")
@@ -134,7 +134,7 @@ def test_exact_duplicates_look_at_roles_texts_and_tools_only():
         ({"text": "caf\u00e9 \ud83d"}, True),
         ({"text": "cafe\u0301 \ud83d"}, False),
     ]
-    found = Duplicates(Options())
+    found = Duplicates(CleanOptions())
     assert [found.check(row) is None for row, _ in rows] == [new for _, new in rows]
 
 
@@ -142,9 +142,9 @@ def test_the_texts_compared_are_those_after_the_repairs(tmp_path):
     source = tmp_path / "in.jsonl"
     rows = [{"text": f"Write to {name}@example.com, please."} for name in ("joe", "jane")]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = clean.clean([source], tmp_path / "out.jsonl", Options(mask_email=True))
+    figures = clean.clean([source], tmp_path / "out.jsonl", CleanOptions(mask_email=True))
     assert figures["rows_out"] == 1 and figures["rules"][0]["rule"] == "e-mail masked"
-    assert clean.clean([source], None, Options(), dry_run=True)["rows_out"] == 2
+    assert clean.clean([source], None, CleanOptions(), dry_run=True)["rows_out"] == 2
 
 
 def test_the_benchmark_on_few_rows(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpu_tune.data.clean import Options, row_cleaner
+from tpu_tune.data.clean import CleanOptions, row_cleaner
 from tpu_tune.data.clean.repair import fix_unicode, mask_emails, mask_phones
 
 
@@ -121,7 +121,7 @@ def test_unicode(broken, fixed):
 
 
 def test_all_texts_of_a_row_are_repaired_and_nothing_else():
-    options = Options(fix_unicode=True, mask_email=True, mask_phone=True)
+    options = CleanOptions(fix_unicode=True, mask_email=True, mask_phone=True)
     row = {
         "messages": [
             {"role": "user", "content": "schÃ¶n joe@example.com"},

@@ -13,8 +13,8 @@ from helpers_training import write_tiny_llama
 
 from tpu_tune.cli import main
 from tpu_tune.data.cluster import ClusterOptions, cluster
+from tpu_tune.data.cluster.cluster_map import project, top_words
 from tpu_tune.data.cluster.features import tfidf_features, wordless
-from tpu_tune.data.cluster.map import project, top_words
 from tpu_tune.errors import UserError
 
 TOPICS = {
@@ -272,7 +272,7 @@ def test_bad_rows_are_counted_and_left_out(source, folder):
     ],
 )
 def test_the_text_of_a_row(tmp_path, row, text):
-    from tpu_tune.data.cluster.rows import read_texts
+    from tpu_tune.data.cluster.row_texts import read_texts
     from tpu_tune.data.streams import Skipped
 
     assert list(read_texts(write(tmp_path / "rows.jsonl", [row]), "", Skipped())) == [(row, text)]

@@ -1,7 +1,6 @@
 """k-means against a plain Lloyd in NumPy and against scikit-learn; the same on one device and on eight."""
 
 import functools
-import importlib
 
 import jax
 import numpy as np
@@ -9,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpu_tune.data.cluster import kmeans as module
 from tpu_tune.data.cluster import subset
-from tpu_tune.data.cluster.kmeans import kmeans
+from tpu_tune.data.cluster.kmeans import Clusters, KMeansOptions, kmeans
 from tpu_tune.data.cluster.seeding import first_centers
 from tpu_tune.errors import UserError
 
-module = importlib.import_module("tpu_tune.data.cluster.kmeans")  # the package's `kmeans` is the function
 K, COLUMNS = 8, 16
 
 
@@ -39,7 +38,7 @@ def lloyd(data, centers, steps):
 def test_lloyd_from_the_same_start_as_numpys(offset):
     data = blobs() + np.float32(offset)
     start = data[:: len(data) // K][:K]
-    found = kmeans(data, K, mini_batch=False, start=start, max_iterations=4, tolerance=0)
+    found = kmeans(data, K, 0, KMeansOptions(mini_batch=False, max_iterations=4, tolerance=0), start=start)
     centers, labels, squared = lloyd(data, start, 4)
     assert found.iterations == 4 and not found.converged
     np.testing.assert_allclose(found.centers, centers, atol=1e-5 * np.abs(centers).max())
@@ -50,7 +49,7 @@ def test_lloyd_from_the_same_start_as_numpys(offset):
 
 def test_stops_when_nothing_moves_and_is_then_at_rest():
     data = blobs()
-    found = kmeans(data, K, seed=1, mini_batch=False, tolerance=0)
+    found = kmeans(data, K, 1, KMeansOptions(mini_batch=False, tolerance=0))
     assert found.converged and found.iterations < 100
     centers, labels, _ = lloyd(data, found.centers, 1)
     np.testing.assert_array_equal(found.labels, labels)
@@ -61,10 +60,10 @@ def test_as_good_as_scikit_learns():
     sklearn = pytest.importorskip("sklearn.cluster")
     data = blobs(12_000, 40)
     theirs = min(sklearn.KMeans(K, n_init=1, random_state=seed).fit(data).inertia_ for seed in range(3))
-    exact = kmeans(data, K, mini_batch=False)
+    exact = kmeans(data, K, 0, KMeansOptions(mini_batch=False))
     assert exact.inertia <= 1.02 * theirs
     theirs = sklearn.MiniBatchKMeans(K, random_state=0, n_init=3).fit(data).inertia_
-    found = kmeans(data, K, mini_batch=True, batch_size=1024)
+    found = kmeans(data, K, 0, KMeansOptions(mini_batch=True, batch_size=1024))
     assert found.inertia <= 1.02 * theirs
     _, labels, squared = lloyd(data, found.centers, 0)
     assert (found.labels == labels).mean() > 0.9999
@@ -89,11 +88,11 @@ def test_first_centers_are_rows_and_better_spread_than_scikit_learns():
 def test_eight_devices_find_what_one_finds(mini_batch, tmp_path):
     assert jax.device_count() == 8
     data = blobs()
-    options = {"seed": 3, "mini_batch": mini_batch, "batch_size": 256}
-    alone = kmeans(data, K, devices=jax.devices()[:1], **options)
-    together = kmeans(data, K, **options)
+    options = KMeansOptions(mini_batch=mini_batch, batch_size=256)
+    alone = kmeans(data, K, 3, options, devices=jax.devices()[:1])
+    together = kmeans(data, K, 3, options)
     np.save(tmp_path / "data.npy", data)
-    mapped = kmeans(np.load(tmp_path / "data.npy", mmap_mode="r"), K, **options)
+    mapped = kmeans(np.load(tmp_path / "data.npy", mmap_mode="r"), K, 3, options)
     for other in (together, mapped):
         assert other.centers.tobytes() == alone.centers.tobytes()
         assert other.labels.tobytes() == alone.labels.tobytes()
@@ -119,12 +118,12 @@ def test_rows_are_read_block_by_block(monkeypatch):
         shape = property(lambda self: self.rows.shape)
 
     data = blobs(4000)
-    whole = kmeans(data, K, mini_batch=False, start=data[:K], max_iterations=3)
+    whole = kmeans(data, K, 0, KMeansOptions(mini_batch=False, max_iterations=3), start=data[:K])
     monkeypatch.setattr(module, "BLOCK_BYTES", 1024 * 4 * COLUMNS)
     monkeypatch.setattr(module, "_SAMPLE", 500)
     monkeypatch.setattr(module, "CHUNK", 64)
     watched = Watched(data)
-    parts = kmeans(watched, K, mini_batch=False, start=data[:K], max_iterations=3)
+    parts = kmeans(watched, K, 0, KMeansOptions(mini_batch=False, max_iterations=3), start=data[:K])
     assert 500 <= watched.most <= 1024
     np.testing.assert_array_equal(parts.labels, whole.labels)
     np.testing.assert_allclose(parts.centers, whole.centers, atol=1e-5)
@@ -133,7 +132,7 @@ def test_rows_are_read_block_by_block(monkeypatch):
 def test_a_centre_that_lost_its_rows_begins_anew():
     data = blobs()
     start = np.concatenate([data[: K - 2], np.full((2, COLUMNS), 1e4, np.float32)])
-    found = kmeans(data, K, start=start, mini_batch=False)
+    found = kmeans(data, K, 0, KMeansOptions(mini_batch=False), start=start)
     assert np.bincount(found.labels, minlength=K).min() > 0
 
 
@@ -178,9 +177,10 @@ def test_what_is_kept(sizes, way, count, in_all, seed):
     data = random.standard_normal((len(labels), 3)).astype(np.float32)
     distances = np.linalg.norm(data, axis=1)
     left_out = random.random(len(labels)) < 0.2
-    limits = (None, count) if in_all else (count, None)
-    kept = subset.kept(way, data, labels, distances, len(sizes), left_out, *limits, seed)
-    again = subset.kept(way, data, labels, distances, len(sizes), left_out, *limits, seed)
+    limits = subset.Limits(total=count) if in_all else subset.Limits(per_cluster=count)
+    clusters = Clusters(np.zeros((len(sizes), 3)), labels, distances, 0.0, 1, True)
+    kept = subset.kept(way, data, clusters, left_out, limits, seed)
+    again = subset.kept(way, data, clusters, left_out, limits, seed)
     np.testing.assert_array_equal(kept, again)
     assert not (kept & left_out).any()
     left = np.bincount(labels[~left_out], minlength=len(sizes))

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpu_tune.cli import main
-from tpu_tune.data.ingest import Options, Tally, find_sources, ingest, read_source
+from tpu_tune.data.ingest import IngestOptions, Tally, find_sources, ingest, read_source
 from tpu_tune.data.streams import Skipped
 from tpu_tune.errors import UserError
 
@@ -41,7 +41,7 @@ NASTY = [
 
 
 def rows_of(path, skip_bad=False, **options):
-    return list(read_source(str(path), Options(skip_bad=skip_bad, **options)))
+    return list(read_source(str(path), IngestOptions(skip_bad=skip_bad, **options)))
 
 
 def texts(path, **options):
@@ -150,7 +150,7 @@ def test_arrow_and_parquet(tmp_path, name, write):
     write(tmp_path / name)
     tally = Tally()
     columns = (("n", "n"), ("day", "day"), ("f", "f"))
-    rows = list(read_source(str(tmp_path / name), Options(column="body", columns=columns), tally))
+    rows = list(read_source(str(tmp_path / name), IngestOptions(column="body", columns=columns), tally))
     assert [row["text"] for row in rows] == NASTY and tally.empty == 1  # NULL is no text
     assert rows[3] == {"text": "NaN", "n": 3, "day": "2024-02-29", "f": None, "source": f"{tmp_path / name}:4"}
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
@@ -521,8 +521,10 @@ def test_the_output_does_not_depend_on_the_workers(tmp_path, python_docs_dir):
     files = sorted(str(path) for path in (python_docs_dir / "library").glob("a*.html"))
     make_folder(tmp_path / "in")
     (tmp_path / "in" / "bad.jsonl").write_text("{\n")
-    alone = ingest([*files, str(tmp_path / "in")], str(tmp_path / "one.jsonl"), Options(skip_bad=True), workers=1)
-    several = ingest([*files, str(tmp_path / "in")], str(tmp_path / "two.jsonl"), Options(skip_bad=True), workers=2)
+    alone = ingest([*files, str(tmp_path / "in")], str(tmp_path / "one.jsonl"), IngestOptions(skip_bad=True), workers=1)
+    several = ingest(
+        [*files, str(tmp_path / "in")], str(tmp_path / "two.jsonl"), IngestOptions(skip_bad=True), workers=2
+    )
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
     assert alone.as_dict() == several.as_dict() and alone.skipped.count == 1
     (tmp_path / "two.jsonl").unlink()
@@ -597,7 +599,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):
 
 
 def test_jax_is_not_imported():
-    code = "import sys, tpu_tune.data.ingest.reading as r; [r._reader(k) for k in r.KINDS]; print('jax' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, tpu_tune.data.ingest.reading as r; [r.reader_of(k) for k in r.KINDS]; print('jax' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
@@ -653,7 +655,7 @@ def test_a_directory_of_tensorflow_datasets_without_tensorflow(tmp_path):
 def test_skipped_is_counted_by_the_one_who_reads(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"text": "a"}\n[]\n{"no": 1}\n{"text": "b"}\n{"text": null}\n')
     tally = Tally(Skipped(allowed=True))
-    assert [row["text"] for row in read_source(str(tmp_path / "r.jsonl"), Options(), tally)] == ["a", "b"]
+    assert [row["text"] for row in read_source(str(tmp_path / "r.jsonl"), IngestOptions(), tally)] == ["a", "b"]
     assert [str(bad).removeprefix(str(tmp_path)) for bad in tally.skipped.examples] == [
         "/r.jsonl:2: not a JSON object but a list",
         "/r.jsonl:3: no 'text'; its keys: no",

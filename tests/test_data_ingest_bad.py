@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from test_data_ingest import add, tar_of, write_epub
 
-from tpu_tune.data.ingest import Options, Tally, ingest, read_source
+from tpu_tune.data.ingest import IngestOptions, Tally, ingest, read_source
 from tpu_tune.data.streams import Skipped
 from tpu_tune.errors import UserError
 
@@ -27,12 +27,12 @@ def fails(path, message, expected=(), **options):
     folder = path.parent
     before = sorted(os.listdir(folder))
     with pytest.raises(UserError) as error:
-        ingest([str(path)], str(folder / "out.jsonl"), Options(**options), workers=1)
+        ingest([str(path)], str(folder / "out.jsonl"), IngestOptions(**options), workers=1)
     assert re.search(message, str(error.value)), str(error.value)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     assert sorted(os.listdir(folder)) == before
     tally = Tally(Skipped(allowed=True))
-    assert [row["text"] for row in read_source(str(path), Options(**options), tally)] == list(expected)
+    assert [row["text"] for row in read_source(str(path), IngestOptions(**options), tally)] == list(expected)
     assert tally.skipped.count and re.search(message, str(tally.skipped.examples[0]))
     return tally
 
@@ -151,7 +151,7 @@ def test_a_dictionary_that_is_cut_short(tmp_path):
     (tmp_path / "d.index").write_text("one\tA\tM\nbad line\ntwo\tM\tBA\n")
     (tmp_path / "d.dict").write_text("one\n  first\n" + "x")
     tally = Tally(Skipped(allowed=True))
-    assert [(row["input"], row["output"]) for row in read_source(str(tmp_path / "d.dict"), Options(), tally)] == [
+    assert [(row["input"], row["output"]) for row in read_source(str(tmp_path / "d.dict"), IngestOptions(), tally)] == [
         ("one", "first")
     ]
     assert [bad.reason.partition(",")[0] for bad in tally.skipped.examples] == [
@@ -196,7 +196,7 @@ def test_a_line_without_an_end_is_not_held(tmp_path, monkeypatch, name, start, e
             file.write(b"x" * 1_000_000)
         file.write(end)
     column = {"column": "text"} if name in ("a.csv", "a.sql") else {}
-    list(read_source(str(tmp_path / name), Options(skip_bad=True, **column)))  # imports are no memory of its own
+    list(read_source(str(tmp_path / name), IngestOptions(skip_bad=True, **column)))  # imports are no memory of its own
     tracemalloc.start()
     try:
         fails(tmp_path / name, message, expected, **column)
@@ -239,7 +239,7 @@ def test_archives_that_are_cut_short(tmp_path, name, content):
     with pytest.raises(UserError, match=rf"{name}.*: is cut short or damaged \("):
         ingest([str(tmp_path / name)], str(tmp_path / "out.jsonl"), workers=1)
     tally = Tally(Skipped(allowed=True))
-    rows = list(read_source(str(tmp_path / name), Options(), tally))
+    rows = list(read_source(str(tmp_path / name), IngestOptions(), tally))
     assert tally.skipped.count and all(row["text"].encode() == noise(40_000) for row in rows)
     assert len(rows) == (1 if ".t" in name and "txt" not in name else 0)  # what came before the cut is whole
     assert sorted(os.listdir(tmp_path)) == [name]
@@ -335,7 +335,7 @@ def test_bombs(tmp_path, monkeypatch, name, pack):
         max_unpacked_bytes=3_000_000,
         max_ratio=1e9,
     )
-    whole = [len(row["text"]) for row in read_source(str(path), Options(max_ratio=1e9))]
+    whole = [len(row["text"]) for row in read_source(str(path), IngestOptions(max_ratio=1e9))]
     assert whole == {
         "a.zip": [4, 4_000_000, 10],
         "a.tar.xz": [4, 4_000_000],
@@ -360,7 +360,7 @@ def test_archives_in_archives_have_an_end(tmp_path):
         content = zip_of({f"level{level}.zip": content})
     (tmp_path / "a.zip").write_bytes(content)
     fails(tmp_path / "a.zip", r"level0\.zip: is an archive inside 3 others; --max-depth allows more")
-    rows = list(read_source(str(tmp_path / "a.zip"), Options(max_depth=4)))
+    rows = list(read_source(str(tmp_path / "a.zip"), IngestOptions(max_depth=4)))
     assert [row["source"].partition("!")[2] for row in rows] == ["level2.zip!level1.zip!level0.zip!deep.txt"]
 
 
@@ -388,12 +388,12 @@ def test_nothing_half_written_is_left(tmp_path):
         with pytest.raises(UserError, match=r"z\.txt: not valid UTF-8"):
             ingest([str(tmp_path / "in")], str(output), workers=workers)
     assert output.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["in", "out.jsonl"]
-    assert ingest([str(tmp_path / "in")], str(output), Options(skip_bad=True), workers=1).skipped.count == 1
+    assert ingest([str(tmp_path / "in")], str(output), IngestOptions(skip_bad=True), workers=1).skipped.count == 1
     assert output.read_bytes() == before
 
 
 def test_only_bad_rows_is_an_error_too(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"there is no row in it \(1 bad, first .*a\.txt: not valid UTF-8"):
-        ingest([str(tmp_path / "a.txt")], str(tmp_path / "out.jsonl"), Options(skip_bad=True))
+        ingest([str(tmp_path / "a.txt")], str(tmp_path / "out.jsonl"), IngestOptions(skip_bad=True))
     assert not (tmp_path / "out.jsonl").exists()

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpu_tune.data.ingest import html as pages
+from tpu_tune.data.ingest.blobs import BadSource
 from tpu_tune.data.ingest.html import html_text, xhtml_text
-from tpu_tune.data.ingest.options import BadSource
 
 GUIDE = """
 <title>Example HTML Page</title>

@@ -8,7 +8,7 @@ import sqlparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpu_tune.data.ingest import Options, Tally, read_source, sql, sql_tokens
+from tpu_tune.data.ingest import IngestOptions, Tally, read_source, sql, sql_tokens
 from tpu_tune.data.streams import Skipped
 from tpu_tune.errors import UserError
 
@@ -39,7 +39,7 @@ def dump(tmp_path, text, **options):
     path = tmp_path / "dump.sql"
     path.write_bytes(text.encode("utf-8"))
     tally = Tally(Skipped(options.pop("skip_bad", False)))
-    return list(read_source(str(path), Options(**options), tally)), tally
+    return list(read_source(str(path), IngestOptions(**options), tally)), tally
 
 
 def texts(tmp_path, text, **options):

@@ -12,7 +12,7 @@ from tpu_tune.checkpoints.tokenizers import open_tokenizer
 from tpu_tune.cli import main
 from tpu_tune.data import load_data
 from tpu_tune.data.look import look, show
-from tpu_tune.data.tokenizing import Options
+from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.errors import UserError
 
 CHAT = [
@@ -34,7 +34,7 @@ def write(path, rows):
 
 
 def options(**keys):
-    return Options(**{"format": "auto", "max_length": 200, **keys})
+    return TokenizeOptions(**{"format": "auto", "max_length": 200, **keys})
 
 
 def out(capsys, *words):

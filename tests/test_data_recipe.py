@@ -176,7 +176,7 @@ def test_beam_writes_the_same_bytes(
 
 def test_beams_first_bad_row_is_the_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("apache_beam")
-    from tpu_tune.data.clean import Options
+    from tpu_tune.data.clean import CleanOptions
 
     monkeypatch.setattr(beam, "BLOCK_BYTES", 100)
     file, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
@@ -184,9 +184,9 @@ def test_beams_first_bad_row_is_the_error(tmp_path: pathlib.Path, monkeypatch: p
     rows[7] = rows[15] = "{"
     file.write_text("\n".join(rows))
     with pytest.raises(UserError, match=r"rows\.jsonl:8: not valid JSON"):
-        beam.clean([str(file)], str(output), Options(), False, [])
+        beam.clean([str(file)], str(output), CleanOptions(), False, [])
     assert not output.exists()
-    report = beam.clean([str(file)], str(output), Options(), True, [])
+    report = beam.clean([str(file)], str(output), CleanOptions(), True, [])
     assert (report["rows_in"], report["rows_out"]) == (20, 18) and len(read_rows(output)) == 18
 
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import tpu_tune.data
 from tpu_tune import config as configuration
-from tpu_tune.data import Batches, PackedRows, eval_batches, load_data, num_target_tokens, prefetch, split_rows
+from tpu_tune.data import Batches, PackedRows, eval_batches, load_data, num_target_tokens, prefetch, training_sets
 from tpu_tune.data import cache as cache_module
 from tpu_tune.data.packing import one_per_row, pack
-from tpu_tune.data.tokenizing import TokenizedSet
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.training_sets import split_rows
 from tpu_tune.errors import UserError
 
 
@@ -276,8 +277,8 @@ def test_several_files_are_one_set(load, tmp_path):
 @pytest.fixture
 def count_calls(monkeypatch):
     calls = []
-    inner = tpu_tune.data.tokenize_parallel
-    monkeypatch.setattr(tpu_tune.data, "tokenize_parallel", lambda *a, **k: calls.append(1) or inner(*a, **k))
+    inner = training_sets.tokenize_parallel
+    monkeypatch.setattr(training_sets, "tokenize_parallel", lambda *a, **k: calls.append(1) or inner(*a, **k))
     return calls
 
 
@@ -301,7 +302,7 @@ def test_tokens_are_cached(load, count_calls, tmp_path, caplog):
 
 
 def test_another_tokenizer_is_another_cache_entry(tokenizer):
-    options = tpu_tune.data.Options("text", 8)
+    options = TokenizeOptions("text", 8)
     key = cache_module.fingerprint([], None, tokenizer, options)
     tokenizer(["w1 w2", "w3"], truncation=True, max_length=1)  # leaves its mark in the serialized tokenizer
     assert cache_module.fingerprint([], None, tokenizer, options) == key

@@ -10,7 +10,7 @@ from test_data_tokens import make_tokenizer
 
 from tpu_tune.cli import main
 from tpu_tune.data import stats
-from tpu_tune.data.tokenizing import Options
+from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.errors import UserError
 
 ROWS = [{"input": f"Question {i}? ", "output": "yes " * (i % 9), "id": i} for i in range(50)]
@@ -82,7 +82,7 @@ def test_words_and_characters_that_the_tokenizer_breaks(tmp_path):
     tokenizer = make_tokenizer()
     rows = [{"text": "hell hell, world! \U0001f600 zażółć"}, {"text": "(hell) an 漢 \U0001f600 can"}]
     file = write(tmp_path / "rows.jsonl", rows)
-    found = stats.describe(file, tokenizer, Options(format="auto", max_length=64))["tokens"]
+    found = stats.describe(file, tokenizer, TokenizeOptions(format="auto", max_length=64))["tokens"]
     words = Counter({"hell": 3, "world": 1, "zażółć": 1, "an": 1, "漢": 1, "can": 1})
     # A blank goes with the word after it, as everywhere in a text: "Ġw" is a token, otherwise the blank is one more.
     tokens = {"hell": 2, "world": 5, "zażółć": 11, "an": 2, "漢": 4, "can": 3}
@@ -112,7 +112,7 @@ def test_unknown_tokens(tmp_path, capsys):
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", eos_token="</s>")
     file = write(tmp_path / "rows.jsonl", [{"text": "hello strange hello world"}])
-    found = stats.describe(file, tokenizer, Options(format="auto", max_length=64), method="lora")
+    found = stats.describe(file, tokenizer, TokenizeOptions(format="auto", max_length=64), method="lora")
     assert found["tokens"]["unknown_tokens"] == 2
     assert found["warnings"] == ["2 tokens are unknown to the tokenizer: their text is lost"]
 
@@ -143,7 +143,7 @@ def test_complaints(tiny, tmp_path, capsys):
     with pytest.raises(UserError, match="rows.jsonl: no rows"):
         stats.describe(file)
     with pytest.raises(UserError, match="data.format is 'messages' but the first row has no 'messages'"):
-        stats.describe(write(file, ROWS), options=Options(format="messages", max_length=9))
+        stats.describe(write(file, ROWS), options=TokenizeOptions(format="messages", max_length=9))
     assert main(["data", "tokenize", "-i", str(file), "-o", str(tmp_path / "a.arrow"), "-t", str(tiny)]) == 0
     with pytest.raises(UserError, match="a.arrow: is tokenized already; give the rows"):
         stats.describe(tmp_path / "a.arrow")

@@ -7,7 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tpu_tune.data import chat as chats
 from tpu_tune.data.formats import Chat
-from tpu_tune.data.tokenizing import Options, merge, response_spans, tokenize_rows
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import merge
+from tpu_tune.data.tokenizing import response_spans, tokenize_rows
 from tpu_tune.data.workers import tokenize_parallel
 from tpu_tune.errors import UserError
 
@@ -99,7 +101,9 @@ def test_pairs_equal_qloras_collator(train_on_source, bos, adds_bos):
     if bos is None and adds_bos:
         return
     tokenizer = make_tokenizer(bos=bos, adds_bos=adds_bos)
-    options = Options("input-output", 512, train_on_source=train_on_source, source_max_len=16, target_max_len=12)
+    options = TokenizeOptions(
+        "input-output", 512, train_on_source=train_on_source, source_max_len=16, target_max_len=12
+    )
     data = tokenize_rows(PAIRS, tokenizer, options)
     expected = [qlora_collator(row, tokenizer, 16, 12, train_on_source) for row in PAIRS]
     for (ids, mask), (wanted_ids, labels) in zip(examples(data), expected, strict=True):
@@ -113,14 +117,16 @@ def test_pairs_equal_qloras_collator(train_on_source, bos, adds_bos):
 
 def test_a_pair_ends_with_eos_and_has_no_word_none():
     tokenizer = make_tokenizer(bos=None)
-    ids, mask = examples(tokenize_rows([{"input": "a", "output": "b"}], tokenizer, Options("input-output", 8)))[0]
+    ids, mask = examples(tokenize_rows([{"input": "a", "output": "b"}], tokenizer, TokenizeOptions("input-output", 8)))[
+        0
+    ]
     assert tokenizer.decode(ids) == "ab</s>" and mask == [False, True, True]
 
 
 def test_pairs_within_max_length():
     tokenizer = make_tokenizer()
     rows = [{"input": "x" * 40, "output": "y"}, {"input": "x", "output": "y" * 40}, {"input": "x", "output": ""}]
-    data = tokenize_rows(rows, tokenizer, Options("input-output", 10))
+    data = tokenize_rows(rows, tokenizer, TokenizeOptions("input-output", 10))
     assert tokenizer.decode(examples(data)[0][0]) == "<s>x" + "y" * 8
     assert data.summary["dropped"] == {"empty answer": 1, "no room for the answer within max_length": 1}
     assert data.summary["eos_lost"] == 2
@@ -134,7 +140,7 @@ def test_text_has_eos_and_the_bos_that_the_tokenizer_adds(adds_bos):
     tokenizer = make_tokenizer(adds_bos=adds_bos)
     start = "<s>" if adds_bos else ""
     rows = [{"text": "hello"}, {"text": start + "hello</s>"}, {"text": ""}]
-    data = tokenize_rows(rows, tokenizer, Options("text", 64))
+    data = tokenize_rows(rows, tokenizer, TokenizeOptions("text", 64))
     assert [tokenizer.decode(ids) for ids, _ in examples(data)] == [start + "hello</s>"] * 2
     assert all(mask == [False] + [True] * (len(mask) - 1) for _, mask in examples(data))
     assert data.summary["dropped"] == {"empty text": 1}
@@ -142,7 +148,7 @@ def test_text_has_eos_and_the_bos_that_the_tokenizer_adds(adds_bos):
 
 def test_long_text_is_cut_into_blocks():
     tokenizer = make_tokenizer()
-    data = tokenize_rows([{"text": "a"}, {"text": "xyz" * 7}], tokenizer, Options("text", 8))
+    data = tokenize_rows([{"text": "a"}, {"text": "xyz" * 7}], tokenizer, TokenizeOptions("text", 8))
     assert [len(ids) for ids, _ in examples(data)] == [2, 8, 8, 6]
     assert tokenizer.decode(data.tokens[2:]) == "xyz" * 7 + "</s>"
     assert data.source_rows.tolist() == [0, 1, 1, 1] and data.summary["split"] == 1
@@ -150,7 +156,7 @@ def test_long_text_is_cut_into_blocks():
 
 def test_response_markers():
     tokenizer = make_tokenizer()
-    options = Options("text", 99, response_markers=("B:", "Bot:"), instruction_markers=("A:",))
+    options = TokenizeOptions("text", 99, response_markers=("B:", "Bot:"), instruction_markers=("A:",))
     rows = [{"text": "A: hello\nB: hell\nA: and\nBot: wet"}, {"text": "A: hello"}]
     data = tokenize_rows(rows, tokenizer, options)
     assert said(tokenizer, data) == " hell\n wet</s>"
@@ -174,8 +180,10 @@ SYSTEM = [{"role": "system", "content": "Be brief."}]
 @pytest.mark.parametrize("messages", [TURNS, TURNS[:2], SYSTEM + TURNS, TURNS[1:], [*TURNS, TURNS[0]]])
 def test_prefixes_find_what_generation_tags_say(messages):
     tokenizer = make_tokenizer()
-    plain = tokenize_rows([{"messages": messages}], tokenizer, Options("messages", 512, chat_template=CHATML))
-    tagged = tokenize_rows([{"messages": messages}], tokenizer, Options("messages", 512, chat_template=CHATML_TAGGED))
+    plain = tokenize_rows([{"messages": messages}], tokenizer, TokenizeOptions("messages", 512, chat_template=CHATML))
+    tagged = tokenize_rows(
+        [{"messages": messages}], tokenizer, TokenizeOptions("messages", 512, chat_template=CHATML_TAGGED)
+    )
     reference = tokenizer.apply_chat_template(
         messages, chat_template=CHATML_TAGGED, return_assistant_tokens_mask=True, return_dict=True
     )
@@ -187,7 +195,9 @@ def test_prefixes_find_what_generation_tags_say(messages):
 
 def test_no_second_bos():
     tokenizer = make_tokenizer(adds_bos=True)
-    data = tokenize_rows([{"messages": TURNS}], tokenizer, Options("messages", 512, chat_template=ALWAYS_HEADER))
+    data = tokenize_rows(
+        [{"messages": TURNS}], tokenizer, TokenizeOptions("messages", 512, chat_template=ALWAYS_HEADER)
+    )
     assert examples(data)[0][0].count(tokenizer.bos_token_id) == 1
 
 
@@ -208,7 +218,7 @@ def test_a_template_without_an_end_token_is_reported():
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = make_tokenizer()
-    data = tokenize_rows([{"messages": TURNS[:2]}], tokenizer, Options("messages", 512, chat_template=template))
+    data = tokenize_rows([{"messages": TURNS[:2]}], tokenizer, TokenizeOptions("messages", 512, chat_template=template))
     # The token " w" lies across the border and counts as the assistant's, as it does in Hugging Face's masks.
     assert said(tokenizer, data) == " well\n\nhell\n" and data.summary["open_ended"] == 1
 
@@ -217,12 +227,12 @@ def test_conversational_prompt_is_context_only():
     tokenizer = make_tokenizer()
     row = {"prompt": TURNS[:3], "completion": TURNS[3:]}
     for template in (CHATML, CHATML_TAGGED):
-        data = tokenize_rows([row], tokenizer, Options("prompt-completion", 512, chat_template=template))
+        data = tokenize_rows([row], tokenizer, TokenizeOptions("prompt-completion", 512, chat_template=template))
         assert said(tokenizer, data) == "\nwand ü<|im_end|>"
 
 
 def test_train_on_source_takes_all_of_a_chat():
-    options = Options("messages", 512, chat_template=CHATML, train_on_source=True)
+    options = TokenizeOptions("messages", 512, chat_template=CHATML, train_on_source=True)
     mask = examples(tokenize_rows([{"messages": TURNS}], make_tokenizer(), options))[0][1]
     assert mask == [False] + [True] * (len(mask) - 1)
 
@@ -230,11 +240,11 @@ def test_train_on_source_takes_all_of_a_chat():
 def test_chats_without_a_target_are_dropped_and_counted():
     tokenizer = make_tokenizer()
     data = tokenize_rows(
-        [{"messages": TURNS[:1]}, {"messages": TURNS}], tokenizer, Options("messages", 20, chat_template=CHATML)
+        [{"messages": TURNS[:1]}, {"messages": TURNS}], tokenizer, TokenizeOptions("messages", 20, chat_template=CHATML)
     )
     assert len(data) == 0 and data.summary["truncated"] == 2
     assert data.summary["dropped"] == {"nothing said by the assistant within max_length": 2}
-    data = tokenize_rows([{"messages": TURNS[:1]}], tokenizer, Options("messages", 512, chat_template=CHATML))
+    data = tokenize_rows([{"messages": TURNS[:1]}], tokenizer, TokenizeOptions("messages", 512, chat_template=CHATML))
     assert data.summary["dropped"] == {"nothing said by the assistant": 1}
 
 
@@ -256,7 +266,7 @@ def test_chats_without_a_target_are_dropped_and_counted():
 )
 def test_templates_that_do_not_tell(template, message):
     with pytest.raises(UserError, match=message) as error:
-        tokenize_rows([{"messages": TURNS}], make_tokenizer(), Options("messages", 512, chat_template=template))
+        tokenize_rows([{"messages": TURNS}], make_tokenizer(), TokenizeOptions("messages", 512, chat_template=template))
     assert "\n" not in str(error.value)
 
 
@@ -275,10 +285,10 @@ def test_template_sources(tmp_path):
 def test_bad_rows():
     refusing = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users begin') }}{% endif %}" + CHATML
     rows = [{"messages": TURNS}, {"messages": TURNS[1:]}, {"messages": "hello"}]
-    options = Options("messages", 512, chat_template=refusing)
+    options = TokenizeOptions("messages", 512, chat_template=refusing)
     with pytest.raises(UserError, match=r"f\.jsonl, row 2: the chat template refuses it \(users begin\); fix it"):
         tokenize_rows(rows, make_tokenizer(), options, "f.jsonl, row")
-    skipping = Options("messages", 512, chat_template=refusing, skip_bad_rows=True)
+    skipping = TokenizeOptions("messages", 512, chat_template=refusing, skip_bad_rows=True)
     data = tokenize_rows(rows, make_tokenizer(), skipping, "f.jsonl, row")
     assert len(data) == 1 and data.summary["bad_rows"] == 2 and data.summary["rows"] == 3
 
@@ -286,7 +296,7 @@ def test_bad_rows():
 def test_processes_give_what_one_gives():
     tokenizer = make_tokenizer(chat_template=CHATML)
     rows = [{"messages": TURNS[:2]}, {"messages": TURNS}, {"messages": TURNS[:1]}, {"messages": TURNS[2:]}]
-    options = Options("messages", 512, chat_template=CHATML)
+    options = TokenizeOptions("messages", 512, chat_template=CHATML)
     one, two = tokenize_rows(rows, tokenizer, options), tokenize_parallel(rows, tokenizer, options, num_workers=2)
     parts = merge([tokenize_rows(rows[i : i + 1], tokenizer, options, first=i) for i in range(4)])
     for other in (two, parts):
@@ -309,7 +319,7 @@ def test_what_a_tokenizers_class_does_to_texts_is_done():
 
     plain = make_tokenizer()
     loud = Loud(tokenizer_object=plain.backend_tokenizer, bos_token="<s>", eos_token="</s>")
-    rows, options = [{"text": "quiet hello"}], Options(format="text", max_length=64)
+    rows, options = [{"text": "quiet hello"}], TokenizeOptions(format="text", max_length=64)
     plain("something long", truncation=True, max_length=2)
     for tokenizer, text in ((plain, "quiet hello</s>"), (loud, "LOUD hello</s>")):
         ids = tokenize_rows(rows, tokenizer, options).tokens.tolist()

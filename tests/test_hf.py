@@ -614,11 +614,14 @@ def test_mmlu_is_said_to_come_afterwards():
 
 def test_the_guides_example_row(tiny):
     from tpu_tune.checkpoints.source import open_source
-    from tpu_tune.data.tokenizing import Options, tokenize_rows
+    from tpu_tune.data.tokenize_options import TokenizeOptions
+    from tpu_tune.data.tokenizing import tokenize_rows
 
     row = guide_scripts.EXAMPLE
     tokenizer = open_source(str(tiny)).load_tokenizer()
-    data = tokenize_rows([row], tokenizer, Options("input-output", 5000, source_max_len=2500, target_max_len=2500))
+    data = tokenize_rows(
+        [row], tokenizer, TokenizeOptions("input-output", 5000, source_max_len=2500, target_max_len=2500)
+    )
     assert tokenizer.decode(data.tokens) == f"<s>{row['input']}{row['output']}</s>"  # every word, and nothing between
     assert tokenizer.decode(data.tokens[data.loss_mask]) == f"{row['output']}</s>"
 

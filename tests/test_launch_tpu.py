@@ -181,7 +181,7 @@ def test_the_whole_way_on_two_workers(world):
     assert done.stderr.count("Connection refused") == 2
     for number in (0, 1):
         assert (world.folder / f"home{number}" / "tpu_tune" / "tpu_tune" / "cli" / "__init__.py").is_file()
-    assert "--editable" in (world.folder / "uv").read_text() and "[tpu]" in (world.folder / "uv").read_text()
+    assert "--editable" in (world.folder / "uv").read_text() and "[tpu,data]" in (world.folder / "uv").read_text()
     done = world.tpu("start", "--bucket", "gs://b/", *TRAIN)
     assert done.returncode == 0, done.stderr
     expected = ["train", "--json", *TRAIN[1:], "--config.output_dir=gs://b/tpu-tune"]
@@ -336,7 +336,7 @@ def test_gpu_installs_for_the_driver_and_trains_with_nearly_all_memory(world, gp
         done = gpu(world, gpus, *TRAIN[1:], WANDB_API_KEY=SECRET)
         assert done.returncode == 0, done.stderr
     installed = (world.folder / "uv").read_text()
-    assert installed.count("\n") == 1 and f"[{build}]" in installed
+    assert installed.count("\n") == 1 and f"[{build},data]" in installed
     first, second = world.trained()
     assert first == second and first["words"] == ["train", "--json", *TRAIN[1:]]
     assert first["given"] == {"WANDB_API_KEY": SECRET, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "TPU_TUNE_JAX": build}
@@ -348,7 +348,7 @@ def test_gpu_installs_for_the_driver_and_trains_with_nearly_all_memory(world, gp
         '"status": "finished"' in done.stdout
         and world.trained()[-1]["given"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     )
-    assert f"[{build},gcs]" in (world.folder / "uv").read_text()
+    assert f"[{build},data,gcs]" in (world.folder / "uv").read_text()
 
 
 def test_gpu_says_what_is_missing(world):

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from tpu_tune.data.loading import IGNORE
 from tpu_tune.data.sources import open_arrow
-from tpu_tune.data.tokenizing import TokenizedSet
+from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.errors import UserError
 
 METADATA = b"tpu_tune"  # key of the schema's metadata, and of a batch's
@@ -62,7 +62,7 @@ def is_tokenized(source: str) -> bool:
 
 
 def read_about(source: str) -> dict[str, Any]:
-    """What the file says of itself: `max_length`, `tokenizer` (a hash), `format`; empty where another program wrote it."""
+    """The file's own metadata: `max_length`, `tokenizer` (a hash), `format`; empty where another program wrote it."""
     return _about(open_arrow(source)[0].metadata)
 
 
@@ -72,9 +72,9 @@ class Values:
 
     Attributes:
       columns: the values of each record batch, as they lie in the file.
-      column, starts: (examples,) in which of them an example is, and where in it.
-      offsets: (examples + 1,) where the example is in this array.
-      masks: give what is predicted, of labels, instead of the values.
+      column, starts: (examples,) the record batch of each example, and its first value's index there.
+      offsets: (examples + 1,) the index of each example's first value in this array, and the total.
+      masks: return whether each token is predicted (a label other than -100), instead of the values.
     """
 
     columns: list[np.ndarray]
@@ -103,8 +103,8 @@ class Values:
 
 
 @dataclass
-class _Found:
-    """What has been found in the files so far; `starts` and the like are lists of arrays, one a batch."""
+class _Loaded:
+    """What has been read of the files so far; `starts` and the like are lists of arrays, one a record batch."""
 
     ids: list[np.ndarray] = field(default_factory=list)
     labels: list[np.ndarray] = field(default_factory=list)
@@ -134,79 +134,101 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
     Raises:
       UserError: a file that cannot be read, or holds something else than token ids and labels.
     """
-    found, formats = _Found(), []
+    loaded, formats = _Loaded(), []
     for source in sources:
         schema, batches = open_arrow(source)
         about = _about(schema.metadata)
         plain = pa.types.is_integer(schema.field("input_ids").type)
         formats.append(about.get("format", "text" if plain else ""))
-        first = found.rows
+        first = loaded.rows
         for batch, metadata in batches:
-            ids, labels, bounds = _columns(source, batch, found.rows - first)
+            ids, labels, bounds = _columns(source, batch, loaded.rows - first)
             if len(bounds) < 2:
                 continue
             per_row = _about(metadata).get("examples_per_row") or np.ones(len(bounds) - 1, np.int64)
             if sum(per_row) != len(bounds) - 1:
                 raise UserError(f"{source}: its metadata does not fit its rows; tokenize it again")
-            rows = found.sources + np.repeat(np.arange(len(per_row)), per_row)
-            found.sources += len(per_row)
-            _add(found, source, first, ids, labels, bounds, rows, max_length, formats[-1] == "text")
-    return _finish(found, formats)
+            rows = loaded.sources + np.repeat(np.arange(len(per_row)), per_row)
+            loaded.sources += len(per_row)
+            batch_rows = _Batch(source, loaded.rows - first, ids, labels, bounds)
+            _add(loaded, batch_rows, rows, max_length, formats[-1] == "text")
+    return _finish(loaded, formats)
 
 
-def _add(
-    found: _Found,
-    source: str,
-    first: int,
-    ids: np.ndarray,
-    labels: np.ndarray,
-    bounds: np.ndarray,
-    rows: np.ndarray,
-    max_length: int,
-    is_text: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Batch:
+    """One record batch.
+
+    Attributes:
+      source: the file.
+      rows_before: how many rows of the file come before it.
+      ids, labels: (values,) of all its rows.
+      bounds: (rows + 1,) where each row begins in them, and the last one ends.
+    """
+
+    source: str
+    rows_before: int
+    ids: np.ndarray
+    labels: np.ndarray
+    bounds: np.ndarray
+
+
+def _add(loaded: _Loaded, batch: _Batch, rows: np.ndarray, max_length: int, is_text: bool) -> None:
     """Take in one record batch: cut what is too long, check values, count targets, and leave out what has none."""
+    bounds = batch.bounds
     lengths = np.diff(bounds)
     pieces = np.maximum(1, -(-lengths // max_length)) if is_text else np.ones_like(lengths)
     example = np.repeat(np.arange(len(lengths)), pieces)
-    place = np.arange(len(example)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, ... within an example
-    starts = bounds[:-1][example] + place * max_length
+    piece = np.arange(len(example)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, ... within an example
+    starts = bounds[:-1][example] + piece * max_length
     kept = np.minimum(bounds[1:][example] - starts, max_length)
-    targets = np.zeros(len(starts), np.int64)
-    for begin, end in _pieces(starts, kept):
-        low, high = starts[begin], starts[end - 1] + kept[end - 1]
-        here, marked = ids[low:high], labels[low:high] != IGNORE
-        wrong = (here < 0) | (marked & (labels[low:high] != here))
-        if wrong.any():
-            at = low + int(np.argmax(wrong))
-            row = found.rows - first + int(np.searchsorted(bounds, at, side="right"))
-            raise UserError(
-                f"{source}, row {row}: input_ids {ids[at]} with the label {labels[at]}; a label must be the token's own "
-                "id, or -100 where it is not predicted"
-            )
-        found.largest = max(found.largest, int(here.max(initial=-1)))
-        marked[starts[begin:end][kept[begin:end] > 0] - low] = False  # the first of each example
-        sums = np.concatenate([[0], np.cumsum(marked)])
-        inner = starts[begin:end] - low
-        targets[begin:end] = sums[inner + kept[begin:end]] - sums[inner]
+    targets, largest = _count_targets(batch, starts, kept)
+    loaded.largest = max(loaded.largest, largest)
     cut = ~np.bool_(is_text) & (lengths > max_length)
-    found.truncated += int(cut.sum())
-    found.eos_lost += int((labels[bounds[1:][cut] - 1] != IGNORE).sum())
-    found.split += int((pieces > 1).sum())
+    loaded.truncated += int(cut.sum())
+    loaded.eos_lost += int((batch.labels[bounds[1:][cut] - 1] != IGNORE).sum())
+    loaded.split += int((pieces > 1).sum())
     for reason, of in (("no room for the answer within max_length", cut), ("nothing to predict", ~cut)):
         count = int(((targets == 0) & of[example]).sum())
         if count:
-            found.dropped[reason] = found.dropped.get(reason, 0) + count
+            loaded.dropped[reason] = loaded.dropped.get(reason, 0) + count
     good = targets > 0
-    found.column.append(np.full(good.sum(), len(found.ids), np.int32))
-    found.ids.append(ids)
-    found.labels.append(labels)
+    loaded.column.append(np.full(good.sum(), len(loaded.ids), np.int32))
+    loaded.ids.append(batch.ids)
+    loaded.labels.append(batch.labels)
     for name, array in (("starts", starts), ("lengths", kept), ("targets", targets), ("source_rows", rows[example])):
-        getattr(found, name).append(array[good])
-    found.rows += len(lengths)
+        getattr(loaded, name).append(array[good])
+    loaded.rows += len(lengths)
 
 
-def _pieces(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+def _count_targets(batch: _Batch, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the tokens to be predicted of each example, and the largest token id.
+
+    Raises:
+      UserError: a token id is negative, or a label is another token's.
+    """
+    targets, largest = np.zeros(len(starts), np.int64), -1
+    for begin, end in _runs(starts, lengths):
+        low, high = starts[begin], starts[end - 1] + lengths[end - 1]
+        ids, labels = batch.ids[low:high], batch.labels[low:high]
+        marked = labels != IGNORE
+        wrong = (ids < 0) | (marked & (labels != ids))
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            row = batch.rows_before + int(np.searchsorted(batch.bounds, low + at, side="right"))
+            raise UserError(
+                f"{batch.source}, row {row}: input_ids {ids[at]} with the label {labels[at]}; a label must be the "
+                "token's own id, or -100 where it is not predicted"
+            )
+        largest = max(largest, int(ids.max(initial=-1)))
+        marked[starts[begin:end][lengths[begin:end] > 0] - low] = False  # the first of each example
+        sums = np.concatenate([[0], np.cumsum(marked)])
+        inner = starts[begin:end] - low
+        targets[begin:end] = sums[inner + lengths[begin:end]] - sums[inner]
+    return targets, largest
+
+
+def _runs(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
     """Cut examples, in order, into runs of about `_PIECE` values."""
     ends = starts + lengths
     begin = 0
@@ -216,34 +238,34 @@ def _pieces(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]
         begin = end
 
 
-def _finish(found: _Found, formats: list[str]) -> TokenizedSet:
+def _finish(loaded: _Loaded, formats: list[str]) -> TokenizedSet:
     def join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
 
-    offsets = np.concatenate([[0], np.cumsum(join(found.lengths, np.int64))]).astype(np.int64)
-    place = (join(found.column, np.int32), join(found.starts, np.int64), offsets)
-    targets = join(found.targets, np.int64)
+    offsets = np.concatenate([[0], np.cumsum(join(loaded.lengths, np.int64))]).astype(np.int64)
+    positions = (join(loaded.column, np.int32), join(loaded.starts, np.int64), offsets)
+    targets = join(loaded.targets, np.int64)
     name = formats[0] if len(set(formats)) == 1 else ""
     summary = {
-        "rows": found.rows,
+        "rows": loaded.rows,
         "examples": len(targets),
         "tokens": int(offsets[-1]),
         "target_tokens": int(targets.sum()),
-        "truncated": found.truncated,
-        "eos_lost": found.eos_lost,
-        "split": found.split,
+        "truncated": loaded.truncated,
+        "eos_lost": loaded.eos_lost,
+        "split": loaded.split,
         "open_ended": 0,
-        "dropped": dict(sorted(found.dropped.items())),
+        "dropped": dict(sorted(loaded.dropped.items())),
         "bad_rows": 0,
         "bad_examples": [],
-        "max_token_id": found.largest,
+        "max_token_id": loaded.largest,
         "format": f"tokenized {name}".rstrip(),
     }
     return TokenizedSet(
-        Values(found.ids, *place, masks=False),
-        Values(found.labels, *place, masks=True),
+        Values(loaded.ids, *positions, masks=False),
+        Values(loaded.labels, *positions, masks=True),
         offsets,
-        join(found.source_rows, np.int64),
+        join(loaded.source_rows, np.int64),
         summary,
         targets,
     )

@@ -18,7 +18,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Breakage:
-    """Counts words and characters; `figures` asks the tokenizer about each once."""
+    """Counts words and characters; `figures` tokenizes each distinct one once."""
 
     def __init__(self) -> None:
         self.words: Counter[str] = Counter()
@@ -43,7 +43,7 @@ class Breakage:
 
         Returns:
           `words`; `tokens_per_word`; `unknown_tokens`; `byte_tokens`, pieces of a character, of all tokens;
-          `broken_words` and `broken_characters`, the ones with most tokens a character (words of several tokens, then by
+          `broken_words` and `broken_characters`, those with most tokens a character (words of several tokens, then by
           how often they occur), each as `text`, `count` and `tokens`.
         """
         words = list(self.words)

@@ -20,7 +20,8 @@ import numpy as np
 
 from tpu_tune.checkpoints import storage
 from tpu_tune.data.sources import is_hub
-from tpu_tune.data.tokenizing import Options, TokenizedSet
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def directory(cache_dir: str = "") -> Path:
     return Path(cache_dir or os.environ.get("TPU_TUNE_CACHE") or Path.home() / ".cache" / "tpu_tune").expanduser()
 
 
-def fingerprint(sources: list[str], rows: list[dict] | None, tokenizer: Any, options: Options) -> str:
+def fingerprint(sources: list[str], rows: list[dict] | None, tokenizer: Any, options: TokenizeOptions) -> str:
     """Hash the content of the sources, the tokenizer and the options.
 
     Args:

@@ -1,7 +1,7 @@
 """Cut long text into rows of so many tokens: what the guide asks of unsupervised data.
 
-Text is cut at the character where a token begins, and each piece is tokenized again by itself, so that it is known to
-fit: at a cut a tokenizer may come to other tokens. The pieces one after the other are the text, character for character.
+Text is cut at the character where a token begins, and each piece is tokenized again by itself to see that it fits: next
+to a cut a tokenizer may find other tokens. The pieces joined are the text, character for character.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def chunk_file(
             for piece in progress(_pieces(_read(path), tokenizer, tokens), "chunk", unit="pieces"):
                 out.write({"text": piece})
         else:
-            for place, row in progress(read_any(path, skipped), "chunk"):
+            for where, row in progress(read_any(path, skipped), "chunk"):
                 text = row.get(key)
                 if not isinstance(text, str):
-                    skipped.add(place, f"no text in '{key}'; its keys: {', '.join(row)}")
+                    skipped.add(where, f"no text in '{key}'; its keys: {', '.join(row)}")
                     continue
                 rows += 1
                 for piece in _pieces(iter([text]), tokenizer, tokens):
@@ -85,8 +85,8 @@ def _pieces(blocks: Iterator[str], tokenizer: Any, tokens: int) -> Iterator[str]
     """Cut a text that comes in blocks; the last piece of a block goes on in the next."""
     rest = ""
     for block in blocks:
-        *whole, rest = cut_text(rest + block, tokenizer, tokens)
-        yield from whole
+        *complete, rest = cut_text(rest + block, tokenizer, tokens)
+        yield from complete
     if rest:
         yield rest
 

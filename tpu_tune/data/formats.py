@@ -1,4 +1,4 @@
-"""What a row means: the known row formats, their detection, and their conversion to text, a pair or a chat.
+"""Row formats: their detection, and the conversion of a row to text, a pair or a chat.
 
 A format is recognised by its keys. `data.format` names one outright, and `data.columns` renames a file's own keys
 first (`{"question": "input", "answer": "output"}`).
@@ -116,10 +116,10 @@ def detect(row: Mapping[str, Any], format: str = "auto", columns: Mapping[str, s
                 f"its keys: {', '.join(map(str, keys))} (data.columns can rename them)"
             )
         return format
-    for name, wanted in FORMATS.items():
-        if all(key in keys for key in wanted):
+    for name, required in FORMATS.items():
+        if all(key in keys for key in required):
             return name
-    known = "; ".join(f"{name} ({', '.join(wanted)})" for name, wanted in FORMATS.items())
+    known = "; ".join(f"{name} ({', '.join(required)})" for name, required in FORMATS.items())
     raise UserError(
         f"the format of the data is not known from its keys: {', '.join(map(str, keys)) or 'none'}; "
         f"known formats: {known}; data.columns can rename keys"

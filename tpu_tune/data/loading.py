@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data.packing import Packing
-from tpu_tune.data.tokenizing import TokenizedSet
+from tpu_tune.data.tokenized_set import TokenizedSet
 
 IGNORE = -100  # a target that counts for nothing, as in torch and Hugging Face
 
@@ -94,14 +94,15 @@ class Batches:
       batch_rows: rows of a micro-batch, over all devices.
       accumulation: micro-batches of a step.
       data_seed: with the epoch it decides the order of the rows.
-      mine: (batch_rows,) bool, the rows of a micro-batch that this process reads; the others stay empty. None: all.
+      local_rows: (batch_rows,) bool, the rows of a micro-batch that this process reads; the others stay empty. None:
+        all.
     """
 
     rows: Any
     batch_rows: int
     accumulation: int
     data_seed: int
-    mine: np.ndarray | None = None
+    local_rows: np.ndarray | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -119,13 +120,13 @@ class Batches:
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step (0-based): the arrays of `PackedRows.take`, (accumulation, batch_rows, T) int32."""
-        numbers = _only(self.row_numbers(step), self.mine)
+        numbers = _local(self.row_numbers(step), self.local_rows)
         flat = self.rows.take(numbers.reshape(-1))
         return {name: array.reshape(*numbers.shape, -1) for name, array in flat.items()}
 
 
 def steps_per_epoch(rows: int, batch_rows: int, accumulation: int) -> int:
-    """Return the steps that see every row once: ceil(ceil(rows / batch_rows) / accumulation), as Hugging Face counts."""
+    """Return the steps of an epoch: ceil(ceil(rows / batch_rows) / accumulation), as Hugging Face counts them."""
     micro_batches = -(-rows // batch_rows)
     return -(-micro_batches // accumulation)
 
@@ -137,20 +138,20 @@ def _permutation(data_seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
-def _only(numbers: np.ndarray, mine: np.ndarray | None) -> np.ndarray:
+def _local(numbers: np.ndarray, local_rows: np.ndarray | None) -> np.ndarray:
     """Row numbers (..., batch_rows) with -1 in place of those that another process reads."""
-    return numbers if mine is None else np.where(mine, numbers, -1)
+    return numbers if local_rows is None else np.where(local_rows, numbers, -1)
 
 
-def eval_batches(rows: Any, batch_rows: int, mine: np.ndarray | None = None) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(rows: Any, batch_rows: int, local_rows: np.ndarray | None = None) -> Iterator[dict[str, np.ndarray]]:
     """Yield all rows in order, (batch_rows, T) int32 each; the last batch is filled with empty rows.
 
     Args:
-      mine: as in `Batches`.
+      local_rows: as in `Batches`.
     """
     for start in range(0, len(rows), batch_rows):
         numbers = np.arange(start, start + batch_rows)
-        yield rows.take(_only(np.where(numbers < len(rows), numbers, -1), mine))
+        yield rows.take(_local(np.where(numbers < len(rows), numbers, -1), local_rows))
 
 
 def num_target_tokens(batch: dict[str, np.ndarray]) -> int:

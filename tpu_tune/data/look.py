@@ -1,7 +1,7 @@
 """Rows as the model will see them: which tokens are trained on, which are only read, and what was cut off.
 
-The rows go through the very code and options of a run (`tokenizing`, `options_of`), so that a wrong template, a mask
-over the wrong words or a lost end of text is seen before it is trained on.
+The rows go through the code and options of a run (`tokenizing`, `options_from_config`), so that a wrong template, a
+mask over the wrong words or a lost end of text shows before anything is trained on it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from tpu_tune.data import arrow
 from tpu_tune.data.formats import detect
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
-from tpu_tune.data.tokenizing import Options, TokenizedSet, tokenize_rows
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.tokenizing import tokenize_rows
 from tpu_tune.errors import UserError
 
-_WHOLE = 2**40  # a max_length that cuts nothing
+_UNCUT = 2**40  # a max_length that cuts nothing
 _LONGEST_CHARACTER = 8  # tokens that one character may be in pieces of
 _GREEN, _DIM, _BOLD, _REVERSE, _STRUCK, _RESET = (f"\x1b[{code}m" for code in ("32", "2", "1", "7", "31;9", "0"))
 
@@ -52,13 +54,13 @@ class View:
 
 
 def look(
-    path: str, tokenizer: Any, options: Options, count: int = 3, seed: int = 0, row: int | None = None
+    path: str, tokenizer: Any, options: TokenizeOptions, count: int = 3, seed: int = 0, row: int | None = None
 ) -> list[View]:
     """Draw some rows, in their order, and see them as a run would.
 
     Args:
       path: a data file, tokenized or not, or a directory, of which the training files are read.
-      options: as `options_of` has them; `format` may be `auto`.
+      options: as `options_from_config` returns them; `format` may be `auto`.
       count: rows to draw.
       seed: decides which.
       row: this one instead, from 1.
@@ -73,7 +75,7 @@ def look(
         chosen = _draw(range(len(data)), path, count, seed, row)
         return [view for index in chosen for view in _views(data, f"{path}, example {index + 1}", tokenizer, [index])]
     skipped = Skipped(options.skip_bad_rows)
-    rows = ((place, found) for file in files for place, found in read_any(file, skipped))
+    rows = ((where, found) for file in files for where, found in read_any(file, skipped))
     first = next(rows, None)
     if first is None:
         raise UserError(f"{path}: no rows")
@@ -82,7 +84,7 @@ def look(
     except UserError as error:
         raise UserError(f"{files[0]}: {error}") from error
     chosen = _draw(progress(_chain(first, rows), "look"), path, count, seed, row)
-    return [view for place, found in chosen for view in _row_views(place, found, tokenizer, options)]
+    return [view for where, found in chosen for view in _row_views(where, found, tokenizer, options)]
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -99,35 +101,35 @@ def _draw(items: Iterable[Any], path: str, count: int, seed: int, row: int | Non
                 return [item]
         elif len(kept) < count:
             kept.append((number, item))
-        elif (place := generator.randrange(number)) < count:
-            kept[place] = (number, item)
+        elif (index := generator.randrange(number)) < count:
+            kept[index] = (number, item)
     if row is not None:
         raise UserError(f"{path}: has no row {row}; it has {number}")
     return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
-def _row_views(place: str, row: dict[str, Any], tokenizer: Any, options: Options) -> list[View]:
-    data = tokenize_rows([row], tokenizer, options, [place])
+def _row_views(where: str, row: dict[str, Any], tokenizer: Any, options: TokenizeOptions) -> list[View]:
+    data = tokenize_rows([row], tokenizer, options, [where])
     if data.summary["bad_rows"]:
-        return [View(place, [], np.zeros(0, bool), np.zeros(0, bool), notes=[data.summary["bad_examples"][0]])]
+        return [View(where, [], np.zeros(0, bool), np.zeros(0, bool), notes=[data.summary["bad_examples"][0]])]
     # As it would be if there were room for everything.
-    uncut = dataclasses.replace(options, max_length=_WHOLE, source_max_len=0, target_max_len=0, drop_long=False)
-    whole = tokenize_rows([row], tokenizer, uncut, [place])
-    views = _views(data, place, tokenizer, range(len(data)))
+    uncut = dataclasses.replace(options, max_length=_UNCUT, source_max_len=0, target_max_len=0, drop_long=False)
+    complete = tokenize_rows([row], tokenizer, uncut, [where])
+    views = _views(data, where, tokenizer, range(len(data)))
     reasons = [f"not trained on: {reason}" for reason in data.summary["dropped"]]
     if not views:
-        if not len(whole):
+        if not len(complete):
             everything = dataclasses.replace(uncut, train_on_source=True, response_markers=())
-            whole = tokenize_rows([row], tokenizer, everything, [place])
-        nothing = [View(place, [], np.zeros(0, bool), np.zeros(0, bool))]
-        views = _views(whole, place, tokenizer, range(len(whole))) or nothing
+            complete = tokenize_rows([row], tokenizer, everything, [where])
+        nothing = [View(where, [], np.zeros(0, bool), np.zeros(0, bool))]
+        views = _views(complete, where, tokenizer, range(len(complete))) or nothing
         for view in views:
             view.trained = np.zeros_like(view.trained)
     else:
-        cut = len(whole.tokens) - len(data.tokens)
+        cut = len(complete.tokens) - len(data.tokens)
         views[-1].cut = cut
-        if cut and np.array_equal(whole.tokens[: len(data.tokens)], data.tokens):
-            views[-1].cut_text = "".join(_texts(tokenizer, whole.tokens.tolist())[len(data.tokens) :])
+        if cut and np.array_equal(complete.tokens[: len(data.tokens)], data.tokens):
+            views[-1].cut_text = "".join(_texts(tokenizer, complete.tokens.tolist())[len(data.tokens) :])
     if data.summary["eos_lost"]:
         reasons.append("the end of an answer is cut off")
     if data.summary["open_ended"]:

@@ -1,7 +1,7 @@
 """Rows for an encoder-decoder: the input goes to the encoder, the output is the decoder's target.
 
-`tokenizing` has made each example as one run of tokens, input and EOS, then output and EOS, with a mask over the output.
-Here it is cut where the mask begins. The decoder reads its targets moved by one behind a start token.
+`tokenizing` makes each example one run of tokens: the input and EOS, then the output and EOS, with a mask over the
+output. This module cuts it where the mask begins. The decoder reads its targets shifted right behind a start token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from tpu_tune.data.loading import IGNORE
 from tpu_tune.data.packing import one_per_row
-from tpu_tune.data.tokenizing import TokenizedSet
+from tpu_tune.data.tokenized_set import TokenizedSet
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class PairRows:
 
     Attributes:
       data: tokens, loss mask and offsets of all examples.
-      documents: (rows,) which examples these are, in order.
-      cuts: (examples,) tokens of each example's input, EOS included.
+      documents: (rows,) the example of each row.
+      input_lengths: (examples,) tokens of each example's input, EOS included.
       encoder_width, width: tokens a row, of the encoder's and of the decoder's side.
       start_token: id before the first token of an answer.
     """
 
     data: TokenizedSet
     documents: np.ndarray
-    cuts: np.ndarray
+    input_lengths: np.ndarray
     encoder_width: int
     width: int
     start_token: int
@@ -64,7 +64,7 @@ class PairRows:
                 continue
             document = self.documents[row]
             first, last = self.data.offsets[document], self.data.offsets[document + 1]
-            cut = first + self.cuts[document]
+            cut = first + self.input_lengths[document]
             source, target = self.data.tokens[first:cut], self.data.tokens[cut:last]
             batch["encoder_ids"][i, : len(source)] = source
             batch["encoder_segment_ids"][i, : len(source)] = 1
@@ -86,6 +86,8 @@ def pair_rows(data: TokenizedSet, documents: np.ndarray, max_length: int, start_
       start_token: id before the first token of an answer.
     """
     starts = np.flatnonzero(data.loss_mask)
-    cuts = starts[np.searchsorted(starts, data.offsets[:-1])] - data.offsets[:-1]
-    encoder_width, width = (one_per_row(lengths, max_length).width for lengths in (cuts, data.lengths - cuts))
-    return PairRows(data, documents, cuts, encoder_width, width, start_token)
+    input_lengths = starts[np.searchsorted(starts, data.offsets[:-1])] - data.offsets[:-1]
+    encoder_width, width = (
+        one_per_row(lengths, max_length).width for lengths in (input_lengths, data.lengths - input_lengths)
+    )
+    return PairRows(data, documents, input_lengths, encoder_width, width, start_token)

@@ -1,8 +1,8 @@
 """Tokenize a file once, beforehand, into an Arrow file that trainers map into memory (`arrow`).
 
 The rows go through `tokenizing`, as in a run, a batch at a time: no JSON Lines file is held whole. Only what does not
-fit differs: a pair or a chat that is longer than `max_length` is left out and counted, as PygmalionAI's script has it.
-How large the output will be is worked out beforehand from a sample, so that a full disk is said first.
+fit differs: a pair or a chat longer than `max_length` is left out and counted, as PygmalionAI's script does. The
+output's size is estimated beforehand from a sample, so that a disk too small is reported at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from tpu_tune.data import arrow, cache
 from tpu_tune.data.formats import detect
 from tpu_tune.data.processes import Engine
 from tpu_tune.data.streams import JSON_LINES, Skipped, aside, progress, read_any
-from tpu_tune.data.tokenizing import Options, TokenizedSet, tokenize_rows
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.tokenizing import tokenize_rows
 from tpu_tune.data.workers import Batch, num_processes, tokenize_batch, tokenize_batches
 from tpu_tune.errors import UserError
 
@@ -35,14 +37,14 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 2**21
 _SAMPLE_BYTES, _SAMPLE_PLACES = 2**19, 64
 _FILE_BYTES, _BATCH_BYTES = 900, 376  # what a file and a record batch take beside their numbers
 
-Row = tuple[str, dict[str, Any]]  # where it stands, and the row
+Row = tuple[str, dict[str, Any]]  # (file and line, the row)
 
 
 def tokenize_file(
     path: str | os.PathLike,
     output: str | os.PathLike,
     tokenizer: Any,
-    options: Options,
+    options: TokenizeOptions,
     num_workers: int = 0,
     skip_bad: bool = False,
     engine: Engine | None = None,
@@ -51,12 +53,13 @@ def tokenize_file(
 
     Args:
       options: `format` may be `auto`; pairs and chats that are too long are left out whatever `drop_long` says.
-      num_workers: processes; 0 picks threads here, or processes where they are worth their start.
+      num_workers: processes; 0 picks threads in this process, or processes where the rows are many enough.
       skip_bad: leave out and count rows that cannot be read or used.
       engine: tokenizes the batches in place of these processes.
 
     Returns:
-      Counts as in `TokenizedSet.summary`, and `format`, `max_length`, `bytes`, `predicted_bytes`, `input_bytes`, `output`.
+      Counts as in `TokenizedSet.summary`, and `format`, `max_length`, `bytes`, `predicted_bytes`, `input_bytes`,
+      `output`.
 
     Raises:
       UserError: a bad row, nothing to learn, a format that is not known, or no room on the disk.
@@ -77,9 +80,9 @@ def tokenize_file(
     batches = make_batches(read_any(path, skipped) if rows is None else rows)
     about = {"max_length": options.max_length, "format": format, "tokenizer": cache.tokenizer_hash(tokenizer)}
     if engine is None:
-        parts = tokenize_batches(batches, tokenizer, options, processes)
+        sets = tokenize_batches(batches, tokenizer, options, processes)
     else:
-        parts = engine(functools.partial(tokenize_batch, tokenizer=tokenizer, options=options), batches)
+        sets = engine(functools.partial(tokenize_batch, tokenizer=tokenizer, options=options), batches)
     counts, dropped = Counter(), Counter()
     with aside(output) as temporary:
         with (
@@ -87,19 +90,19 @@ def tokenize_file(
             pa.ipc.new_file(file, arrow.schema(about)) as writer,
             progress(None, "tokenize", total=expected) as bar,
         ):
-            for part in parts:
-                _count(part, counts, dropped, skipped)
-                if len(part):
-                    arrow.write_batch(writer, part)
-                bar.update(part.summary["rows"])
+            for one in sets:
+                _count(one, counts, dropped, skipped)
+                if len(one):
+                    arrow.write_batch(writer, one)
+                bar.update(one.summary["rows"])
         if not counts["examples"]:
             reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
             raise UserError(
                 f"{path}: none of the {counts['rows']} rows has anything to learn ({reasons or 'bad rows'})"
             )
-    found = {name: counts[name] for name in ("examples", "tokens", "target_tokens", "split", "open_ended")}
-    return found | {
-        "rows": counts["rows"] + skipped.count - counts["bad_rows"],  # those that could not even be read are rows too
+    report = {name: counts[name] for name in ("examples", "tokens", "target_tokens", "split", "open_ended")}
+    return report | {
+        "rows": counts["rows"] + skipped.count - counts["bad_rows"],  # rows that could not be read count as rows too
         "dropped": dict(sorted(dropped.items())),
         "bad_rows": skipped.count,
         "bad_examples": [str(row) for row in skipped.examples],
@@ -112,7 +115,7 @@ def tokenize_file(
     }
 
 
-def _format(path: str, rows: Iterable[Row], options: Options) -> str:
+def _format(path: str, rows: Iterable[Row], options: TokenizeOptions) -> str:
     _, first = next(iter(rows), ("", None))
     if first is None:
         raise UserError(f"{path}: no rows")
@@ -124,16 +127,16 @@ def _format(path: str, rows: Iterable[Row], options: Options) -> str:
 
 def make_batches(rows: Iterable[Row]) -> Iterator[Batch]:
     """Group rows by number and size; the groups depend on nothing else, so that the same rows give the same file."""
-    batch, places, size, first = [], [], 0, 0
-    for place, row in rows:
+    batch, where_each, size, first = [], [], 0, 0
+    for where, row in rows:
         batch.append(row)
-        places.append(place)
+        where_each.append(where)
         size += count_characters(row)
         if len(batch) == _BATCH_ROWS or size >= _BATCH_CHARACTERS:
-            yield batch, places, first
-            batch, places, size, first = [], [], 0, first + len(batch)
+            yield batch, where_each, first
+            batch, where_each, size, first = [], [], 0, first + len(batch)
     if batch:
-        yield batch, places, first
+        yield batch, where_each, first
 
 
 def count_characters(value: Any) -> int:
@@ -147,8 +150,8 @@ def count_characters(value: Any) -> int:
     return sum(count_characters(item) for item in value)
 
 
-def _count(part: TokenizedSet, counts: Counter, dropped: Counter, skipped: Skipped) -> None:
-    summary = part.summary
+def _count(one: TokenizedSet, counts: Counter, dropped: Counter, skipped: Skipped) -> None:
+    summary = one.summary
     for text in summary["bad_examples"]:
         where, _, reason = text.partition(": ")
         skipped.add(where, reason)
@@ -162,10 +165,10 @@ def _check_room(path: str, output: str, predicted: int) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    said = f"{output} will take about {_size(predicted)}, {predicted / max(1, os.path.getsize(path)):.1f} x its input"
+    size = f"{output} will take about {_size(predicted)}, {predicted / max(1, os.path.getsize(path)):.1f} x its input"
     if predicted > free:
-        raise UserError(f"{said}, and only {_size(free)} are free there; name an --output-file on another disk")
-    logger.warning("%s (%s are free there)", said, _size(free))
+        raise UserError(f"{size}, and only {_size(free)} are free there; name an --output-file on another disk")
+    logger.warning("%s (%s are free there)", size, _size(free))
 
 
 def _size(count: int) -> str:
@@ -173,7 +176,7 @@ def _size(count: int) -> str:
     return f"{count / unit:.2f} {name}"
 
 
-def _predict(path: str, rows: list[Row] | None, tokenizer: Any, options: Options) -> tuple[int, int]:
+def _predict(path: str, rows: list[Row] | None, tokenizer: Any, options: TokenizeOptions) -> tuple[int, int]:
     """Estimate the output's bytes, and the number of rows, from rows of all parts of the input."""
     if rows is None:
         sample, factor = _sample_lines(path)
@@ -200,16 +203,16 @@ def _sample_lines(path: str) -> tuple[list[dict[str, Any]], float]:
             lines, read = file.readlines(), size
     else:
         with open(path, "rb") as file:
-            for place in range(_SAMPLE_PLACES):
-                start = size * place // _SAMPLE_PLACES
+            for number in range(_SAMPLE_PLACES):
+                start = size * number // _SAMPLE_PLACES
                 if start < file.tell():
-                    continue  # the last place's line reached further than this
+                    continue  # the last sample's line reached further than this
                 file.seek(start)
                 if start:
                     file.readline()
-                here = file.readlines(_SAMPLE_BYTES // _SAMPLE_PLACES)
-                lines += here
-                read += sum(map(len, here))
+                block = file.readlines(_SAMPLE_BYTES // _SAMPLE_PLACES)
+                lines += block
+                read += sum(map(len, block))
     return list(_parsed(lines)), size / max(1, read)
 
 

@@ -1,8 +1,8 @@
 """One function over many tasks in several processes, the results in the order of the tasks.
 
-Each process is a fresh `python -c`: unlike `multiprocessing`, that never runs the user's own script or notebook again and
-never forks a process in which JAX has threads. It serves one task after another, so that its start is paid once; the
-function, which may carry a tokenizer, travels once too.
+Each process is a fresh `python -c`: unlike `multiprocessing`, that never runs the user's own script or notebook again
+and never forks a process in which JAX has threads. It serves one task after another, so that it is started once; the
+function, which may hold a tokenizer, is sent to it once too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 
-# An engine runs one function over many tasks and yields the results in their order: `in_order` on a number of processes,
-# or `recipe.beam.run_in_order`.
+# An engine runs one function over many tasks and yields the results in their order: `in_order` on a number of
+# processes, or `recipe.beam.run_in_order`.
 Engine = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
-AHEAD = 4  # tasks under way or done for each process, before the first of them has been taken
+AHEAD = 4  # tasks for each process that are running or whose result has not been taken yet
 
 
 def in_order(function: Callable[[Any], Any], tasks: Iterable[Any], processes: int) -> Iterator[Any]:
@@ -91,7 +91,7 @@ class _Worker:
         )
         return self
 
-    def __exit__(self, *unused: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):

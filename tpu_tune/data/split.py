@@ -91,14 +91,14 @@ def split_file(
       `strata`, value -> rows for validation.
 
     Raises:
-      UserError: the input cannot be read or would be overwritten, a bad line, or a wish that cannot be met.
+      UserError: the input cannot be read or would be overwritten, a bad line, or options that cannot be met.
     """
     path = os.fspath(path)
     outputs = [Path(output_dir, name) for name in (TRAIN, VALIDATION)]
     for output in outputs:
         if output.exists() and os.path.exists(path) and os.path.samefile(output, path):
             raise UserError(f"{path}: the split would overwrite its own input; name another --output-dir")
-    choose, found = _plan(path, options, skip_bad)
+    choose, figures = _plan(path, options, skip_bad)
     skipped, counts = Skipped(skip_bad), [0, 0]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(stack.enter_context(aside(output)), "wb")) for output in outputs]
@@ -124,7 +124,7 @@ def split_file(
         "seed": options.seed,
         "train": str(outputs[0]),
         "val": str(outputs[1]),
-        **found,
+        **figures,
     }
 
 
@@ -167,17 +167,17 @@ def _plan(path: str, options: SplitOptions, skip_bad: bool) -> tuple[_Choose, di
     if options.share is not None and not options.stratify_key:
         train_share = 1 - options.share
         if options.group_key:
-            return lambda value: _place(value, options.seed) >= train_share, {}
+            return lambda value: _position(value, options.seed) >= train_share, {}
         return lambda _: generator.random() >= train_share, {}
     sizes = Counter(value for _, value in progress(_rows(path, options, Skipped(skip_bad)), "count"))
     total = sizes.total()
     try:
-        wanted = _wanted(total, options)
+        count = _validation_rows(total, options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if options.group_key:
-        return _whole_groups(path, sizes, wanted, options), {"groups": len(sizes)}
-    left, quota = dict(sizes), _shares(sizes, wanted)
+        return _whole_groups(path, sizes, count, options), {"groups": len(sizes)}
+    left, quota = dict(sizes), _shares(sizes, count)
 
     def choose(value: str) -> bool:
         # Selection sampling (Knuth, volume 2, 3.4.2, algorithm S): exact, and every choice is equally likely.
@@ -189,7 +189,7 @@ def _plan(path: str, options: SplitOptions, skip_bad: bool) -> tuple[_Choose, di
     return choose, {"strata": dict(quota)} if options.stratify_key else {}
 
 
-def _wanted(total: int, options: SplitOptions) -> int:
+def _validation_rows(total: int, options: SplitOptions) -> int:
     if options.count is None:
         return rule(total) if options.share is None else round(options.share * total)
     if not 0 < options.count < total:
@@ -197,31 +197,31 @@ def _wanted(total: int, options: SplitOptions) -> int:
     return options.count
 
 
-def _place(value: str, seed: int) -> float:
+def _position(value: str, seed: int) -> float:
     """Where a group stands in [0, 1): it depends on nothing but the value and the seed."""
     digest = hashlib.blake2b(f"{seed}:{value}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def _whole_groups(path: str, sizes: Counter, wanted: int, options: SplitOptions) -> _Choose:
+def _whole_groups(path: str, sizes: Counter, count: int, options: SplitOptions) -> _Choose:
     chosen, rows = set(), 0
-    for value in sorted(sizes, key=lambda value: _place(value, options.seed), reverse=True):
-        if rows >= wanted:
+    for value in sorted(sizes, key=lambda value: _position(value, options.seed), reverse=True):
+        if rows >= count:
             break
         chosen.add(value)
         rows += sizes[value]
     if len(chosen) == len(sizes):
         raise UserError(
-            f"{path}: {wanted} validation rows take all {len(sizes)} values of '{options.group_key}'; ask for fewer"
+            f"{path}: {count} validation rows take all {len(sizes)} values of '{options.group_key}'; ask for fewer"
         )
     return chosen.__contains__
 
 
-def _shares(sizes: Counter, wanted: int) -> dict[str, int]:
+def _shares(sizes: Counter, count: int) -> dict[str, int]:
     """Divide `wanted` in proportion to the sizes, by largest remainders."""
     total = sizes.total()
-    shares = {value: size * wanted // total for value, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda value: (-(sizes[value] * wanted % total), value))
-    for value in by_remainder[: wanted - sum(shares.values())]:
+    shares = {value: size * count // total for value, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda value: (-(sizes[value] * count % total), value))
+    for value in by_remainder[: count - sum(shares.values())]:
         shares[value] += 1
     return shares

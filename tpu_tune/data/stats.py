@@ -23,21 +23,21 @@ from tpu_tune.data.formats import Chat, Pair, RowError, Sample, convert, detect
 from tpu_tune.data.pretokenize import Row, make_batches
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
-from tpu_tune.data.tokenizing import Options
+from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.workers import tokenize_batches
 from tpu_tune.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LEAST_BYTES = 100 * 2**20  # the guide's rule of thumb for a full fine-tune
-_WHOLE = 2**40  # a max_length that cuts nothing
+_UNCUT = 2**40  # a max_length that cuts nothing
 _PERCENTILES = (50, 90, 95, 99)
 
 
 def describe(
     path: str | os.PathLike,
     tokenizer: Any = None,
-    options: Options | None = None,
+    options: TokenizeOptions | None = None,
     method: str = "full",
     skip_bad: bool = False,
 ) -> dict[str, Any]:
@@ -55,60 +55,60 @@ def describe(
     Raises:
       UserError: a file that cannot be read, a bad row, or no rows.
     """
-    options = options or Options(format="auto", max_length=2048)
+    options = options or TokenizeOptions(format="auto", max_length=2048)
     files, skipped = _files(os.fspath(path)), Skipped(skip_bad)
-    seen = _Seen(_format(files, options), options, skipped)
-    found: dict[str, Any] = {"files": files, "format": seen.format or "unknown"}
-    rows = seen.look(progress(_rows(files, skipped), "stats"))
+    row_counts = _RowCounts(_format(files, options), options, skipped)
+    figures: dict[str, Any] = {"files": files, "format": row_counts.format or "unknown"}
+    rows = row_counts.count(progress(_rows(files, skipped), "stats"))
     tokens = None
-    if tokenizer is None or not seen.format:
+    if tokenizer is None or not row_counts.format:
         for _ in rows:
             pass
     else:
-        tokens = _Tokens(tokenizer, Breakage())
-        whole = dataclasses.replace(
+        tokens = _TokenCounts(tokenizer, Breakage())
+        uncut = dataclasses.replace(
             options,
-            format=seen.format,
-            max_length=_WHOLE,
+            format=row_counts.format,
+            max_length=_UNCUT,
             skip_bad_rows=True,
             drop_long=False,
             source_max_len=0,
             target_max_len=0,
         )
-        for part in tokenize_batches(make_batches(tokens.look(rows, seen)), tokenizer, whole):
-            tokens.add(part)
-    if not seen.rows:
+        for tokenized in tokenize_batches(make_batches(tokens.count(rows, row_counts)), tokenizer, uncut):
+            tokens.add(tokenized)
+    if not row_counts.rows:
         raise UserError(f"{path}: no rows")
-    found |= seen.figures(skipped)
-    lengths = np.frombuffer(seen.lengths, np.int64)
+    figures |= row_counts.figures(skipped)
+    lengths = np.frombuffer(row_counts.lengths, np.int64)
     if tokens is not None:
         lengths = np.concatenate([np.zeros(0, np.int64), *tokens.lengths])
-        found["tokens"] = tokens.figures(seen.characters)
+        figures["tokens"] = tokens.figures(row_counts.characters)
     unit = "characters" if tokens is None else "tokens"
-    found["lengths"] = {"unit": unit, **_distribution(lengths, options.max_length if tokens is not None else 0)}
-    found["warnings"] = _warnings(found, method, options.max_length)
-    return found
+    figures["lengths"] = {"unit": unit, **_distribution(lengths, options.max_length if tokens is not None else 0)}
+    figures["warnings"] = _warnings(figures, method, options.max_length)
+    return figures
 
 
-class _Seen:
-    """What can be said of rows without a tokenizer."""
+class _RowCounts:
+    """Counts of rows, without a tokenizer."""
 
-    def __init__(self, format: str, options: Options, skipped: Skipped):
+    def __init__(self, format: str, options: TokenizeOptions, skipped: Skipped):
         self.format, self.columns, self.skipped = format, options.columns, skipped
         self.rows = self.characters = self.bytes = self.empty_answers = 0
         self.keys: Counter[str] = Counter()
         self.hashes, self.lengths = array.array("Q"), array.array("q")
         self.text = ""  # of the last row
 
-    def look(self, rows: Iterable[Row]) -> Iterator[Row]:
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Pass rows on, but those that cannot be used, and count."""
-        for place, row in rows:
+        for where, row in rows:
             try:
                 texts, empty = (
                     _texts(convert(row, self.format, self.columns)) if self.format else (_strings(row), False)
                 )
             except RowError as error:
-                self.skipped.add(place, str(error))
+                self.skipped.add(where, str(error))
                 continue
             self.text = "\n".join(texts)
             encoded = self.text.encode("utf-8", "surrogatepass")
@@ -120,7 +120,7 @@ class _Seen:
             self.keys.update(row.keys())
             self.hashes.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little"))
             self.lengths.append(characters)
-            yield place, row
+            yield where, row
 
     def figures(self, skipped: Skipped) -> dict[str, Any]:
         return {
@@ -135,8 +135,8 @@ class _Seen:
         }
 
 
-class _Tokens:
-    """What a tokenizer makes of the rows."""
+class _TokenCounts:
+    """Counts of the rows' tokens."""
 
     def __init__(self, tokenizer: Any, breakage: Breakage):
         self.tokenizer, self.breakage = tokenizer, breakage
@@ -145,18 +145,18 @@ class _Tokens:
         self.ids = np.zeros(len(tokenizer), np.int64)
         self.dropped: Counter[str] = Counter()
 
-    def look(self, rows: Iterable[Row], seen: _Seen) -> Iterator[Row]:
-        for place, row in rows:
-            self.breakage.read(seen.text)
-            yield place, row
+    def count(self, rows: Iterable[Row], row_counts: _RowCounts) -> Iterator[Row]:
+        for where, row in rows:
+            self.breakage.read(row_counts.text)
+            yield where, row
 
-    def add(self, part: Any) -> None:
-        if part.summary["bad_rows"]:
-            raise UserError(part.summary["bad_examples"][0])
-        self.lengths.append(part.lengths)
-        self.targets += part.summary["target_tokens"]
-        self.dropped.update(part.summary["dropped"])
-        counts = np.bincount(part.tokens, minlength=len(self.ids))
+    def add(self, tokenized: Any) -> None:
+        if tokenized.summary["bad_rows"]:
+            raise UserError(tokenized.summary["bad_examples"][0])
+        self.lengths.append(tokenized.lengths)
+        self.targets += tokenized.summary["target_tokens"]
+        self.dropped.update(tokenized.summary["dropped"])
+        counts = np.bincount(tokenized.tokens, minlength=len(self.ids))
         self.ids = counts + np.pad(self.ids, (0, len(counts) - len(self.ids)))
 
     def figures(self, characters: int) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _rows(files: Sequence[str], skipped: Skipped) -> Iterator[Row]:
         yield from read_any(file, skipped)
 
 
-def _format(files: list[str], options: Options) -> str:
+def _format(files: list[str], options: TokenizeOptions) -> str:
     """The format of the first row, or "" where its keys are not known."""
     _, first = next(_rows(files, Skipped(allowed=True)), ("", None))
     if first is None:
@@ -238,47 +238,50 @@ def _distribution(lengths: np.ndarray, max_length: int) -> dict[str, Any]:
     return figures
 
 
-def _warnings(found: dict[str, Any], method: str, max_length: int) -> list[str]:
+def _warnings(figures: dict[str, Any], method: str, max_length: int) -> list[str]:
     warnings = []
-    if method == "full" and found["bytes"] < LEAST_BYTES:
+    if method == "full" and figures["bytes"] < LEAST_BYTES:
         warnings.append(
-            f"{_bytes(found['bytes'])} of text: for a full fine-tune have at least 100 MiB, as a rule of thumb (a LoRA needs "
-            "less: --method lora)"
+            f"{_bytes(figures['bytes'])} of text: for a full fine-tune have at least 100 MiB, as a rule of thumb "
+            "(a LoRA needs less: --method lora)"
         )
-    if found["duplicates"]:
-        warnings.append(f"{found['duplicates']:,} rows have the text of another row; tpu-tune data clean removes them")
-    if found["empty_answers"]:
-        warnings.append(f"{found['empty_answers']:,} rows have an empty answer or text; nothing is learnt from them")
-    over = found["lengths"].get("over_max_length", 0)
+    if figures["duplicates"]:
+        warnings.append(
+            f"{figures['duplicates']:,} rows have the text of another row; tpu-tune data clean removes them"
+        )
+    if figures["empty_answers"]:
+        warnings.append(f"{figures['empty_answers']:,} rows have an empty answer or text; nothing is learnt from them")
+    over = figures["lengths"].get("over_max_length", 0)
     if over:
-        what = "cut into blocks" if found["format"] == "text" else "cut, or left out by tpu-tune data tokenize"
+        what = "cut into blocks" if figures["format"] == "text" else "cut, or left out by tpu-tune data tokenize"
         warnings.append(
-            f"{over:,} rows ({over / found['rows']:.1%}) are longer than {max_length} tokens: they are {what}"
+            f"{over:,} rows ({over / figures['rows']:.1%}) are longer than {max_length} tokens: they are {what}"
         )
-    if found.get("tokens", {}).get("unknown_tokens"):
+    if figures.get("tokens", {}).get("unknown_tokens"):
         warnings.append(
-            f"{found['tokens']['unknown_tokens']:,} tokens are unknown to the tokenizer: their text is lost"
+            f"{figures['tokens']['unknown_tokens']:,} tokens are unknown to the tokenizer: their text is lost"
         )
     return warnings
 
 
-def table(found: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """The figures of `describe` as text."""
     lines = [
-        f"rows          {found['rows']:,} ({found['format']})"
-        + f", {found['bad_rows']:,} bad ones" * bool(found["bad_rows"]),
-        f"keys          {', '.join(f'{key} ({count:,})' for key, count in found['keys'].items())}",
-        f"text          {found['characters']:,} characters, {_bytes(found['bytes'])}",
-        f"duplicates    {found['duplicates']:,} rows; empty answers {found['empty_answers']:,}",
+        f"rows          {figures['rows']:,} ({figures['format']})"
+        + f", {figures['bad_rows']:,} bad ones" * bool(figures["bad_rows"]),
+        f"keys          {', '.join(f'{key} ({count:,})' for key, count in figures['keys'].items())}",
+        f"text          {figures['characters']:,} characters, {_bytes(figures['bytes'])}",
+        f"duplicates    {figures['duplicates']:,} rows; empty answers {figures['empty_answers']:,}",
     ]
-    tokens = found.get("tokens")
+    tokens = figures.get("tokens")
     if tokens:
         lines += [
-            f"tokens        {tokens['total']:,}, {tokens['targets']:,} of them targets; {tokens['characters_per_token']} "
-            f"characters a token; {tokens['vocabulary_used']:,} of {tokens['vocabulary']:,} in use",
+            f"tokens        {tokens['total']:,}, {tokens['targets']:,} of them targets; "
+            f"{tokens['characters_per_token']} characters a token; "
+            f"{tokens['vocabulary_used']:,} of {tokens['vocabulary']:,} in use",
         ]
         lines += [f"left out      {count:,} rows: {reason}" for reason, count in tokens["dropped"].items()]
-    lengths = found["lengths"]
+    lengths = figures["lengths"]
     shares = ", ".join(f"{p}% up to {lengths[f'p{p}']:,}" for p in _PERCENTILES if f"p{p}" in lengths)
     lines.append(f"length        in {lengths['unit']}: mean {lengths['mean']:,}; {shares}; longest {lengths['max']:,}")
     most = max((count for *_, count in lengths["histogram"]), default=1)
@@ -286,17 +289,16 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"  {low:>9,} - {high:<9,} {count:>9,} {'#' * -(-40 * count // most)}")
     if tokens:
         lines.append(
-            f"words         {tokens['words']:,}, {tokens['tokens_per_word']} tokens each; bytes without a character of their "
-            f"own {tokens['byte_tokens']:,}, unknown {tokens['unknown_tokens']:,}"
+            f"words         {tokens['words']:,}, {tokens['tokens_per_word']} tokens each; bytes without a character of "
+            f"their own {tokens['byte_tokens']:,}, unknown {tokens['unknown_tokens']:,}"
         )
         for kind in ("words", "characters"):
             if tokens[f"broken_{kind}"]:
                 lines.append(f"{kind} with the most tokens a character:")
             for broken in tokens[f"broken_{kind}"]:
-                lines.append(
-                    f"  {broken['count']:>9,} x {broken['text']}: {len(broken['tokens'])} tokens, {' '.join(broken['tokens'])}"
-                )
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in found["warnings"])])
+                pieces = broken["tokens"]
+                lines.append(f"  {broken['count']:>9,} x {broken['text']}: {len(pieces)} tokens, {' '.join(pieces)}")
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in figures["warnings"])])
 
 
 def _bytes(count: int) -> str:

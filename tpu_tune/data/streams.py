@@ -1,8 +1,9 @@
 """Rows in and rows out, one at a time: what every step of data preparation reads and writes.
 
-A step never holds a whole file: `read_json_lines` yields rows with where they stand, `writing` takes them aside and
-renames at the end, so that a step that fails or is stopped leaves no half of an output. `Skipped` is how a step treats
-what it cannot read: the first is an error that names file and row, or all are counted where the user said so.
+A step never holds a whole file: `read_json_lines` yields rows with their line numbers; `writing` writes to a temporary
+file and renames it at the end, so that a step that fails or is stopped leaves no half of an output. `Skipped` is how a
+step treats what it cannot read: the first bad row is an error that names file and row, or, with `--skip-bad`, bad rows
+are counted.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def json_rows(
 
 
 def read_any(path: str | os.PathLike, skipped: Skipped) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where it stands, row) of a data file of any kind; JSON Lines are streamed, the others are read whole.
+    """Yield (file and line, row) of a data file of any kind; JSON Lines are streamed, the others are read whole.
 
     Raises:
       UserError: the file cannot be read, is of no known kind, or holds a bad row and those are not allowed.

@@ -1,8 +1,7 @@
 """Rows to token ids with a loss mask.
 
-`tokenize_rows` is a plain function of (rows, tokenizer, options). Its result is flat: the tokens of all examples one
-after the other, a loss mask beside them, and the offsets where each example begins, which is what packing reads and
-what the cache stores. What is left out or cut is counted by reason, and never silently trained on.
+`tokenize_rows` is a plain function of (rows, tokenizer, options). What is left out or cut is counted by reason, and
+never silently trained on.
 
 The mask says which tokens are to be predicted:
 * text: every one (or, with response markers, those of the responses);
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,66 +24,11 @@ import numpy as np
 from tpu_tune.data import chat as chats
 from tpu_tune.data.formats import Chat, Pair, RowError, Sample, Text, convert
 from tpu_tune.data.sources import BadRow
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.errors import UserError
 
 _BATCH = 1024  # rows whose texts go to the tokenizer together; its own threads share them
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the tokens, besides rows and tokenizer. Everything here is part of the cache's key."""
-
-    format: str
-    max_length: int
-    columns: Mapping[str, str] = field(default_factory=dict)
-    chat_template: str = ""  # the Jinja text itself
-    response_markers: tuple[str, ...] = ()
-    instruction_markers: tuple[str, ...] = ()
-    train_on_source: bool = False
-    source_max_len: int = 0  # 0: only max_length
-    target_max_len: int = 0
-    skip_bad_rows: bool = False
-    encoder_decoder: bool = False
-    drop_long: bool = False  # leave out pairs and chats that are too long, instead of cutting them
-    num_eos: int = 1  # ends of text after an answer or a text
-
-
-@dataclass
-class TokenizedSet:
-    """Examples in flat form.
-
-    Attributes:
-      tokens: (total,) int32, the examples one after the other. From an Arrow file both are `arrow.Values`, which are
-        read as they are sliced.
-      loss_mask: (total,) bool, the tokens to be predicted.
-      offsets: (examples + 1,) int64; example i is tokens[offsets[i]:offsets[i + 1]].
-      source_rows: (examples,) int64, the row that each example was made from (a long text makes several).
-      summary: counts of rows, examples, tokens, target tokens, and of what was cut, dropped or bad, by reason.
-      targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    offsets: np.ndarray
-    source_rows: np.ndarray
-    summary: dict[str, Any]
-    targets: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, (examples,) int64."""
-        return np.diff(self.offsets)
-
-    def count_targets(self) -> np.ndarray:
-        """Tokens to be predicted of each example, (examples,) int64."""
-        if self.targets is None:
-            self.targets = np.zeros(0, np.int64)
-            if len(self):  # no example is empty
-                self.targets = np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
-        return self.targets
 
 
 @dataclass(frozen=True)
@@ -111,7 +55,7 @@ def _read_marks(tokenizer: Any) -> _Marks:
 def tokenize_rows(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Any,
-    options: Options,
+    options: TokenizeOptions,
     where: str | Sequence[str] = "row",
     first: int = 0,
 ) -> TokenizedSet:
@@ -132,7 +76,7 @@ def tokenize_rows(
         if not tokenizer.is_fast:
             raise UserError("chats and response markers need a fast tokenizer (tokenizer.json), for its offsets")
 
-    def place(index: int) -> str:
+    def where_is(index: int) -> str:
         return f"{where} {index + 1}" if isinstance(where, str) else where[index - first]
 
     marks = _read_marks(tokenizer)
@@ -144,10 +88,10 @@ def tokenize_rows(
             try:
                 sample = convert(row, options.format, options.columns)
                 if options.encoder_decoder and not isinstance(sample, Pair):
-                    raise UserError(_no_pair(sample, place(index)))
+                    raise UserError(_no_pair(sample, where_is(index)))
                 samples.append((index, _prepare(sample, tokenizer, options)))
             except RowError as error:
-                bad.append(BadRow(place(index), str(error)))
+                bad.append(BadRow(where_is(index), str(error)))
                 if not options.skip_bad_rows:
                     raise UserError(f"{bad[-1]}; fix it or set data.skip_bad_rows=True") from error
         for index, ids, mask in _encode(samples, tokenizer, marks, options, counts, dropped):
@@ -188,7 +132,7 @@ class _Encoded:
     mask: np.ndarray
 
 
-def _prepare(sample: Sample, tokenizer: Any, options: Options) -> Text | Pair | _Spans | _Encoded:
+def _prepare(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> Text | Pair | _Spans | _Encoded:
     if isinstance(sample, Chat):
         if chats.has_generation_tag(options.chat_template):
             return _Encoded(*chats.encode_tagged(tokenizer, options.chat_template, sample))
@@ -201,7 +145,7 @@ def _encode(
     samples: Sequence[tuple[int, Any]],
     tokenizer: Any,
     marks: _Marks,
-    options: Options,
+    options: TokenizeOptions,
     counts: Counter,
     dropped: Counter,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -248,14 +192,14 @@ def _length(sample: Any, pieces: list) -> int:
 
 
 def _no_pair(sample: Sample, where: str) -> str:
-    found = "plain text" if isinstance(sample, Text) else "a chat"
+    kind = "plain text" if isinstance(sample, Text) else "a chat"
     return (
-        f"{where}: this is {found}, and an encoder-decoder learns from rows with an input and an output; "
+        f"{where}: this is {kind}, and an encoder-decoder learns from rows with an input and an output; "
         "use input/output, prompt/completion or alpaca rows"
     )
 
 
-def _texts(sample: Any, marks: _Marks, options: Options) -> list[str]:
+def _texts(sample: Any, marks: _Marks, options: TokenizeOptions) -> list[str]:
     if options.encoder_decoder:  # its pairs are read as Hugging Face's tokenizers read one text each
         return [(marks.bos if marks.adds_bos else "") + sample.source, sample.target]
     if isinstance(sample, Pair):
@@ -291,7 +235,7 @@ def _is_plain(tokenizer: Any) -> bool:
 
 
 def _text_examples(
-    sample: Text, ids: np.ndarray, offsets: Any, marks: _Marks, options: Options, counts: Counter
+    sample: Text, ids: np.ndarray, offsets: Any, marks: _Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     if not len(ids):
         return []
@@ -311,13 +255,13 @@ def _text_examples(
 
 
 def _pair_examples(
-    source: np.ndarray, target: np.ndarray, marks: _Marks, options: Options, counts: Counter
+    source: np.ndarray, target: np.ndarray, marks: _Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    whole = len(source) + len(target)
+    uncut = len(source) + len(target)
     source = source[: options.source_max_len or None]
     room = max(0, options.max_length - len(source))
     kept = target[: min(options.target_max_len or room, room)]
-    counts["truncated"] += len(source) + len(kept) < whole
+    counts["truncated"] += len(source) + len(kept) < uncut
     counts["eos_lost"] += len(kept) < len(target) and marks.eos_id is not None
     ids = np.concatenate([source, kept])[: options.max_length]
     mask = np.ones(len(ids), bool)
@@ -327,24 +271,24 @@ def _pair_examples(
 
 
 def _two_sides(
-    source: np.ndarray, target: np.ndarray, marks: _Marks, options: Options, counts: Counter
+    source: np.ndarray, target: np.ndarray, marks: _Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     end = np.asarray([] if marks.eos_id is None else [marks.eos_id], np.int32)
 
     def cut(ids: np.ndarray, limit: int) -> np.ndarray:
         return np.append(ids[: min(limit or options.max_length, options.max_length) - len(end)], end)
 
-    read, said = cut(source, options.source_max_len), cut(target, options.target_max_len)
-    if not len(read):
+    prompt, answer = cut(source, options.source_max_len), cut(target, options.target_max_len)
+    if not len(prompt):
         return []
-    lost = len(said) < len(target) + len(end)
-    counts["truncated"] += lost or len(read) < len(source) + len(end)
+    lost = len(answer) < len(target) + len(end)
+    counts["truncated"] += lost or len(prompt) < len(source) + len(end)
     counts["eos_lost"] += lost  # not EOS itself, but what stood before it
-    return [_example(np.append(read, said), np.arange(len(read) + len(said)) >= len(read))]
+    return [_example(np.append(prompt, answer), np.arange(len(prompt) + len(answer)) >= len(prompt))]
 
 
 def _chat_examples(
-    sample: _Spans | _Encoded, pieces: list, marks: _Marks, options: Options, counts: Counter
+    sample: _Spans | _Encoded, pieces: list, marks: _Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     if isinstance(sample, _Encoded):
         ids, mask = sample.ids, sample.mask
@@ -381,27 +325,3 @@ def response_spans(
         end = min(ends, default=len(text))
         spans.append((start, end))
         position = end
-
-
-def merge(parts: Sequence[TokenizedSet]) -> TokenizedSet:
-    """Join the sets of consecutive rows into one; counts add up."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
-    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
-    summary: dict[str, Any] = {}
-    for key in parts[0].summary:
-        values = [part.summary[key] for part in parts]
-        if key == "dropped":
-            summary[key] = dict(sorted(sum((Counter(value) for value in values), Counter()).items()))
-        elif key == "bad_examples":
-            summary[key] = [text for value in values for text in value][:5]
-        else:
-            summary[key] = max(values) if key == "max_token_id" else sum(values)
-    return TokenizedSet(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.loss_mask for part in parts]),
-        np.concatenate([*offsets, starts[-1:]]).astype(np.int64),
-        np.concatenate([part.source_rows for part in parts]),
-        summary,
-    )

@@ -2,7 +2,7 @@
 
 Threads are enough where the tokenizer's own code, which runs without Python's lock, does nearly all the work: texts and
 pairs through a fast tokenizer. Chats are rendered in Python, and slow tokenizers are Python: those need processes
-(`processes`). One costs a few seconds to start, so small sets are tokenized here.
+(`processes`). A process takes a few seconds to start, so small sets are tokenized in this one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tpu_tune.data.processes import in_order
-from tpu_tune.data.tokenizing import Options, TokenizedSet, merge, tokenize_rows
+from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import TokenizedSet, merge
+from tpu_tune.data.tokenizing import tokenize_rows
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ Batch = tuple[Sequence[Mapping[str, Any]], str | Sequence[str], int]  # `rows`, 
 def tokenize_parallel(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Any,
-    options: Options,
+    options: TokenizeOptions,
     where: str = "row",
     first: int = 0,
     num_workers: int = 0,
@@ -53,18 +55,18 @@ def tokenize_parallel(
 
 
 def num_processes(rows: int, num_workers: int = 0) -> int:
-    """How many processes to tokenize so many rows in; see `tokenize_parallel`. One means this one."""
+    """How many processes to tokenize this many rows in; see `tokenize_parallel`. 1 means this process."""
     return min(num_workers, rows) if num_workers else min(os.cpu_count() or 1, rows // MIN_ROWS)
 
 
 def tokenize_batches(
-    batches: Iterable[Batch], tokenizer: Any, options: Options, processes: int = 1
+    batches: Iterable[Batch], tokenizer: Any, options: TokenizeOptions, processes: int = 1
 ) -> Iterator[TokenizedSet]:
     """Tokenize batches as they come, a few ahead, and yield their sets in order.
 
     Args:
       batches: read only as far as there is room for; each is what `tokenize_rows` takes.
-      processes: one tokenizes here, in threads.
+      processes: 1 tokenizes in this process, in threads.
 
     Raises:
       UserError: as `tokenize_rows`, of the first batch in order.
@@ -89,7 +91,7 @@ def tokenize_batches(
             yield waiting.popleft().result()
 
 
-def tokenize_batch(batch: Batch, tokenizer: Any, options: Options) -> TokenizedSet:
+def tokenize_batch(batch: Batch, tokenizer: Any, options: TokenizeOptions) -> TokenizedSet:
     """Do what `tokenize_rows` does, as a function of one batch."""
     rows, where, first = batch
     return tokenize_rows(rows, tokenizer, options, where, first)
@@ -97,7 +99,7 @@ def tokenize_batch(batch: Batch, tokenizer: Any, options: Options) -> TokenizedS
 
 @contextlib.contextmanager
 def _without_inner_threads() -> Iterator[None]:
-    """Keep the tokenizer from sharing out each batch: here, batches are shared out, which costs no waiting."""
+    """Turn the tokenizer's own threads off: batches are shared out over ours, which leaves none waiting."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

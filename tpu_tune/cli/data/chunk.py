@@ -43,12 +43,13 @@ def run(options: argparse.Namespace) -> int:
     if options.tokens < 1:
         raise UserError(f"--tokens is {options.tokens}; it must be at least 1")
     tokenizer = open_tokenizer(options.tokenizer_path)
-    found = chunk_file(options.input, options.output, tokenizer, options.tokens, options.text_key, options.skip_bad)
+    report = chunk_file(options.input, options.output, tokenizer, options.tokens, options.text_key, options.skip_bad)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
     else:
-        bad = f"; {found['bad_rows']:,} bad rows left out" if found["bad_rows"] else ""
+        bad = f"; {report['bad_rows']:,} bad rows left out" if report["bad_rows"] else ""
         print(
-            f"{found['output']}: {found['pieces']:,} rows of at most {found['tokens']} tokens, of {found['rows']:,} texts{bad}"
+            f"{report['output']}: {report['pieces']:,} rows of at most {report['tokens']} tokens, "
+            f"of {report['rows']:,} texts{bad}"
         )
     return 0

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from tpu_tune.cli.common import Commands
+from tpu_tune.cli.data.arguments import same_names
 from tpu_tune.errors import UserError
 
 
@@ -25,8 +26,18 @@ def add(commands: Commands) -> None:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--format", default="auto", help="of the rows; default: told from the keys of each row")
     rows.add_argument(
-        "--columns", metavar="JSON", help="the rows' keys -> the format's, as '{\"question\": \"input\"}'"
+        "--columns",
+        dest="rows_columns",
+        metavar="JSON",
+        help="the rows' keys -> the format's, as '{\"question\": \"input\"}'",
     )
+    _add_noise(parser)
+    _add_duplicates(parser)
+    _add_bounds(parser)
+    _add_repairs(parser)
+
+
+def _add_noise(parser: argparse.ArgumentParser) -> None:
     noise = parser.add_argument_group(
         "noise",
         "Phrases are found whatever their case, white space and kind of apostrophe, in what is trained on:\n"
@@ -47,6 +58,7 @@ def add(commands: Commands) -> None:
     )
     noise.add_argument(
         "--phrases",
+        dest="phrase_files",
         metavar="FILE",
         action="append",
         default=[],
@@ -68,24 +80,30 @@ def add(commands: Commands) -> None:
     noise.add_argument(
         "--prompts", action="store_true", help="look into prompts and context too; a match there drops the row"
     )
-    twice = parser.add_argument_group("duplicates", "The first of its like stays.")
-    twice.add_argument(
+
+
+def _add_duplicates(parser: argparse.ArgumentParser) -> None:
+    duplicates = parser.add_argument_group("duplicates", "The first of its like stays.")
+    duplicates.add_argument(
         "--exact-duplicates",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="drop rows with the same roles and texts, white space apart (default)",
     )
-    twice.add_argument(
+    duplicates.add_argument(
         "--near-duplicates",
         metavar="SIMILARITY",
         type=float,
         help="drop rows whose shingles have this Jaccard similarity or more with an earlier row's; 0.8 is usual",
     )
-    twice.add_argument(
+    duplicates.add_argument(
         "--shingle", choices=("chars", "words"), default="chars", help="what a shingle is made of (default chars)"
     )
-    twice.add_argument("--shingle-size", type=int, default=5, metavar="N", help="how many of them (default 5)")
-    twice.add_argument("--seed", type=int, default=0, help="of the hashes that find near duplicates (default 0)")
+    duplicates.add_argument("--shingle-size", type=int, default=5, metavar="N", help="how many of them (default 5)")
+    duplicates.add_argument("--seed", type=int, default=0, help="of the hashes that find near duplicates (default 0)")
+
+
+def _add_bounds(parser: argparse.ArgumentParser) -> None:
     bounds = parser.add_argument_group("bounds", "On the whole text of a row, prompt and answer together.")
     bounds.add_argument("--min-chars", type=int, default=0, metavar="N", help="drop rows with fewer characters")
     bounds.add_argument("--max-chars", type=int, metavar="N", help="drop rows with more characters")
@@ -98,6 +116,9 @@ def add(commands: Commands) -> None:
         default=[],
         help="drop rows in other languages (ISO 639: en, or en,de); rows too short to tell, and code, stay",
     )
+
+
+def _add_repairs(parser: argparse.ArgumentParser) -> None:
     repairs = parser.add_argument_group("repairs", "Of the texts that the format names; other keys stay as they are.")
     repairs.add_argument("--fix-unicode", action="store_true", help="repair mojibake and broken characters")
     repairs.add_argument("--mask-email", action="store_true", help="write [EMAIL] for e-mail addresses")
@@ -112,7 +133,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
-    from tpu_tune.data import clean
+    from tpu_tune.data.clean import CleanOptions, clean, read_phrases, table
 
     lists = [
         name
@@ -123,30 +144,15 @@ def run(options: argparse.Namespace) -> int:
         )
         if asked
     ]
-    rules = clean.Options(
+    rules = CleanOptions(
+        **same_names(CleanOptions, options),
         lists=tuple(lists),
-        phrases=tuple(phrase for file in options.phrases for phrase in clean.read_phrases(file)),
+        phrases=tuple(phrase for file in options.phrase_files for phrase in read_phrases(file)),
         patterns=tuple(options.pattern),
-        action=options.action,
-        prompts=options.prompts,
-        exact_duplicates=options.exact_duplicates,
-        near_duplicates=options.near_duplicates,
-        shingle=options.shingle,
-        shingle_size=options.shingle_size,
-        seed=options.seed,
-        min_chars=options.min_chars,
-        max_chars=options.max_chars,
-        min_words=options.min_words,
-        max_words=options.max_words,
         languages=tuple(code for codes in options.language for code in codes.split(",") if code),
-        fix_unicode=options.fix_unicode,
-        mask_email=options.mask_email,
-        mask_phone=options.mask_phone,
-        phone_region=options.phone_region,
-        format=options.format,
-        columns=_columns(options.columns),
+        columns=_columns(options.rows_columns),
     )
-    figures = clean.clean(
+    figures = clean(
         options.inputs,
         options.output,
         rules,
@@ -157,7 +163,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(figures, indent=2, ensure_ascii=False))
     else:
-        print(clean.table(figures))
+        print(table(figures))
         print("nothing was written (--dry-run)" if options.dry_run else f"wrote {options.output}")
     return 0
 

@@ -7,6 +7,7 @@ import json
 import sys
 
 from tpu_tune.cli.common import DTYPES, Commands
+from tpu_tune.cli.data.arguments import same_names
 from tpu_tune.errors import UserError
 
 _SHOWN = 20  # clusters in the printed table
@@ -25,8 +26,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--output",
         required=True,
-        help="the rows that are kept, in their order, with two keys more: cluster (0 is the largest) and distance (from "
-        "its centre)",
+        help="the rows that are kept, in their order, with two keys more: cluster (0 is the largest) and distance "
+        "(from its centre)",
     )
     parser.add_argument("--k", default="auto", help="how many clusters; auto (default) tries some on a sample")
     parser.add_argument(
@@ -51,8 +52,8 @@ def add(commands: Commands) -> None:
         "--select",
         choices=("balanced", "farthest", "random"),
         default="balanced",
-        help="which: at even steps of distance from the centre (balanced, default), those most different from each other "
-        "(farthest), or any",
+        help="which: at even steps of distance from the centre (balanced, default), those most different from each "
+        "other (farthest), or any",
     )
     parser.add_argument("--drop-outliers", action="store_true", help="leave outliers out of the output")
     parser.add_argument("--outliers", default="", metavar="FILE", help="list outliers here, each with its reason")
@@ -74,9 +75,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.k != "auto" and not options.k.isdecimal():
         raise UserError(f"--k is '{options.k}'; give a number, or auto")
-    asked = {name: getattr(options, name) for name in ClusterOptions.__dataclass_fields__}
-    asked["k"] = options.k if options.k == "auto" else int(options.k)
-    report = cluster(options.input, options.output, ClusterOptions(**asked))
+    k = options.k if options.k == "auto" else int(options.k)
+    cluster_options = ClusterOptions(**{**same_names(ClusterOptions, options), "k": k})
+    report = cluster(options.input, options.output, cluster_options)
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return 0
@@ -92,9 +93,9 @@ def run(options: argparse.Namespace) -> int:
     if report["tried"]:
         print("silhouette by k: " + ", ".join(f"{k}: {score:.3f}" for k, score in report["tried"].items()))
     print("cluster    rows    kept  outliers  words")
-    for told in report["clusters"][:_SHOWN]:
-        words = " ".join(told["words"][:6])
-        print(f"{told['cluster']:>7} {told['rows']:>7,} {told['kept']:>7,} {told['outliers']:>9,}  {words}")
+    for row in report["clusters"][:_SHOWN]:
+        words = " ".join(row["words"][:6])
+        print(f"{row['cluster']:>7} {row['rows']:>7,} {row['kept']:>7,} {row['outliers']:>9,}  {words}")
     if report["k"] > _SHOWN:
         print(f"    and {report['k'] - _SHOWN} smaller ones")
     print(f"{report['kept']:,} rows kept in {options.output}; {report['outliers']:,} outliers")

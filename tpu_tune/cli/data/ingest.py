@@ -6,9 +6,11 @@ import argparse
 import json
 
 from tpu_tune.cli.common import Commands
+from tpu_tune.cli.data.arguments import same_names
 
 _FORMATS = (
-    "html", "text", "markdown", "csv", "tsv", "jsonl", "json", "discord", "parquet", "arrow", "sql", "sqlite", "epub", "dictd",
+    "html", "text", "markdown", "csv", "tsv", "jsonl", "json", "discord", "parquet", "arrow", "sql", "sqlite", "epub",
+    "dictd",
 )  # fmt: skip
 
 
@@ -41,7 +43,13 @@ def add(commands: Commands) -> None:
     picks.add_argument("--column", default="", metavar="NAME", help="the column that becomes text")
     picks.add_argument("--input-column", default="", metavar="NAME", help="the column that becomes input")
     picks.add_argument("--output-column", default="", metavar="NAME", help="the column that becomes output")
-    picks.add_argument("--columns", default="", metavar="NAMES", help="columns to keep besides: a,b or a=new_name,b")
+    picks.add_argument(
+        "--columns",
+        dest="kept_columns",
+        default="",
+        metavar="NAMES",
+        help="columns to keep besides: a,b or a=new_name,b",
+    )
     picks.add_argument("--table", default="", metavar="NAME", help="the table of a SQLite file or SQL dump")
     picks.add_argument("--split", default="train", metavar="NAME", help="the split of a named dataset (default train)")
     chats = parser.add_argument_group("chat exports")
@@ -90,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
     import codecs
 
-    from tpu_tune.data.ingest import Options, ingest
+    from tpu_tune.data.ingest import IngestOptions, ingest
     from tpu_tune.errors import UserError
 
     if options.encoding:
@@ -99,27 +107,15 @@ def run(options: argparse.Namespace) -> int:
         except LookupError as error:
             raise UserError(f"--encoding {options.encoding} is unknown; e.g. utf-8, cp1252, shift_jis") from error
     columns = []
-    for word in filter(None, (word.strip() for word in options.columns.split(","))):
+    for word in filter(None, (word.strip() for word in options.kept_columns.split(","))):
         old, _, new = word.partition("=")
         columns.append((old, new or old))
-    asked = Options(
-        format=options.format,
-        column=options.column,
-        input_column=options.input_column,
-        output_column=options.output_column,
+    ingest_options = IngestOptions(
+        **same_names(IngestOptions, options),
         columns=tuple(columns),
-        table=options.table,
-        encoding=options.encoding,
-        split=options.split,
-        assistant=options.assistant,
-        gap_minutes=options.gap_minutes,
-        keep_conversations=options.keep_conversations,
-        skip_bad=options.skip_bad,
         max_unpacked_bytes=int(options.max_unpacked_gb * 1e9),
-        max_ratio=options.max_ratio,
-        max_depth=options.max_depth,
     )
-    report = ingest(options.inputs, options.output, asked, options.workers).as_dict()
+    report = ingest(options.inputs, options.output, ingest_options, options.workers).as_dict()
     if options.json:
         print(json.dumps({"output": options.output, **report}, indent=2, ensure_ascii=False))
         return 0

@@ -8,6 +8,7 @@ import os
 import sys
 
 from tpu_tune.cli.common import Commands, read_config, spellings
+from tpu_tune.cli.data.tokenize import add_tokenizer
 from tpu_tune.errors import UserError
 
 
@@ -20,15 +21,7 @@ def add(commands: Commands) -> None:
         "tpu-tune data look chats.jsonl --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct -n 3",
     )
     parser.add_argument("input", nargs="?", metavar="INPUT", help="a data file, or a directory (default: data.train)")
-    parser.add_argument(
-        "-t",
-        "--tokenizer",
-        *spellings("--tokenizer-path"),
-        dest="tokenizer",
-        default="",
-        metavar="PATH",
-        help="Hugging Face id or directory, .gguf file, or tokenizer.json (default: model.path)",
-    )
+    add_tokenizer(parser, " (default: model.path)")
     parser.add_argument(
         "--config", metavar="FILE", help="the run's config file; --config.KEY=VALUE overrides a key, with or without it"
     )
@@ -49,22 +42,22 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
     config = read_config(options)
-    path, model = options.input or config.data.train, options.tokenizer or config.model.path
+    path, model = options.input or config.data.train, options.tokenizer_path or config.model.path
     if not path or not model:
         raise UserError("give INPUT and --tokenizer, or a --config that sets data.train and model.path")
     if options.count < 1 or (options.row is not None and options.row < 1):
         raise UserError("-n and --row must be at least 1")
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.checkpoints.vocabulary import add_tokens
-    from tpu_tune.data import options_of
     from tpu_tune.data.look import look, show
+    from tpu_tune.data.tokenize_options import options_from_config
 
     tokenizer = open_tokenizer(model)
     add_tokens(tokenizer, list(config.model.add_special_tokens))
-    wish = options_of(config.data, tokenizer, _is_encoder_decoder(model))
-    views = look(os.path.expanduser(path), tokenizer, wish, options.count, options.seed, options.row)
+    tokenize_options = options_from_config(config.data, tokenizer, _is_encoder_decoder(model))
+    views = look(os.path.expanduser(path), tokenizer, tokenize_options, options.count, options.seed, options.row)
     if options.json:
-        found = [
+        shown = [
             {
                 "where": view.where,
                 "tokens": len(view.texts),
@@ -76,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
             }
             for view in views
         ]
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(shown, ensure_ascii=False))
         return 0
     in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     color = options.color == "always" or (options.color == "auto" and in_color)

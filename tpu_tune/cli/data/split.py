@@ -17,9 +17,9 @@ def add(commands: Commands) -> None:
         "write train.jsonl and val.jsonl, seeded, line by line",
         "tpu-tune data split --input dataset.jsonl --split_ratio 0.99,0.01",
     )
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--input", dest="input", metavar="FILE", help="the .jsonl file (or .jsonl.gz) to split")
-    given.add_argument("positional", nargs="?", metavar="FILE", help="the same, without --input")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", dest="input", metavar="FILE", help="the .jsonl file (or .jsonl.gz) to split")
+    source.add_argument("positional", nargs="?", metavar="FILE", help="the same, without --input")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         *spellings("--split-ratio"),
@@ -35,8 +35,8 @@ def add(commands: Commands) -> None:
     size.add_argument(
         "--auto",
         action="store_true",
-        help="the guide's rule of thumb, and what is done without any of these three: 0.1%% for validation, 0.01%% from "
-        "a million rows on; at least one row",
+        help="the guide's rule of thumb, and what is done without any of these three: 0.1%% for validation, 0.01%% "
+        "from a million rows on; at least one row",
     )
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument(
@@ -60,13 +60,13 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.data.split import SplitOptions, parse_ratio, split_file
 
     share = None if options.split_ratio is None else parse_ratio(options.split_ratio)
-    wish = SplitOptions(share, options.val_count, options.group_key, options.stratify, options.seed)
-    found = split_file(options.input or options.positional, options.output_dir, wish, options.skip_bad)
+    split_options = SplitOptions(share, options.val_count, options.group_key, options.stratify, options.seed)
+    report = split_file(options.input or options.positional, options.output_dir, split_options, options.skip_bad)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return 0
     for side in ("train", "val"):
-        print(f"{found[side]}: {found[f'{side}_rows']} of {found['rows']} rows")
-    if found["bad_rows"]:
-        print(f"{found['bad_rows']} bad rows left out", file=sys.stderr)
+        print(f"{report[side]}: {report[f'{side}_rows']} of {report['rows']} rows")
+    if report["bad_rows"]:
+        print(f"{report['bad_rows']} bad rows left out", file=sys.stderr)
     return 0

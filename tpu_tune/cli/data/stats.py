@@ -6,7 +6,7 @@ import argparse
 import json
 
 from tpu_tune.cli.common import Commands, spellings
-from tpu_tune.cli.data.tokenize import add_format, columns
+from tpu_tune.cli.data.tokenize import add_format, add_tokenizer, columns
 
 
 def add(commands: Commands) -> None:
@@ -18,15 +18,7 @@ def add(commands: Commands) -> None:
         "tpu-tune data stats chats.jsonl --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct",
     )
     parser.add_argument("input", metavar="INPUT", help="a data file, or a directory of them")
-    parser.add_argument(
-        "-t",
-        "--tokenizer",
-        *spellings("--tokenizer-path"),
-        dest="tokenizer",
-        default="",
-        metavar="PATH",
-        help="Hugging Face id or directory, .gguf file, or tokenizer.json; without it lengths are in characters",
-    )
+    add_tokenizer(parser, "; without it lengths are in characters")
     parser.add_argument(
         "-l",
         *spellings("--max-length"),
@@ -48,15 +40,15 @@ def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.data import chat, stats
-    from tpu_tune.data.tokenizing import Options
+    from tpu_tune.data.tokenize_options import TokenizeOptions
 
-    tokenizer = open_tokenizer(options.tokenizer) if options.tokenizer else None
-    wish = Options(
+    tokenizer = open_tokenizer(options.tokenizer_path) if options.tokenizer_path else None
+    tokenize_options = TokenizeOptions(
         format=options.format,
         max_length=options.max_length,
         columns=columns(options),
         chat_template=chat.read_template(tokenizer, options.chat_template),
     )
-    found = stats.describe(options.input, tokenizer, wish, options.method, options.skip_bad)
-    print(json.dumps(found, ensure_ascii=False) if options.json else stats.table(found))
+    figures = stats.describe(options.input, tokenizer, tokenize_options, options.method, options.skip_bad)
+    print(json.dumps(figures, ensure_ascii=False) if options.json else stats.table(figures))
     return 0

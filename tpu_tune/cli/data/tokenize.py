@@ -22,8 +22,8 @@ def add(commands: Commands) -> None:
         *spellings("--input-file"),
         required=True,
         metavar="FILE",
-        help=".jsonl (or .jsonl.gz), .json, .csv, .tsv or .parquet with text, input/output, prompt/generation, alpaca or "
-        "chat rows",
+        help=".jsonl (or .jsonl.gz), .json, .csv, .tsv or .parquet with text, input/output, prompt/generation, alpaca "
+        "or chat rows",
     )
     parser.add_argument(
         "-o", *spellings("--output-file"), required=True, metavar="FILE", help="the .arrow file to write"
@@ -42,7 +42,8 @@ def add(commands: Commands) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="ends of text after an answer or a text (default 1; 3 as PygmalionAI's script; chats end as their template)",
+        help="ends of text after an answer or a text (default 1; 3 as PygmalionAI's script; chats end as their "
+        "template)",
     )
     add_format(parser)
     parser.add_argument(*spellings("--train-on-source"), action="store_true", help="label the prompt too")
@@ -54,16 +55,17 @@ def add(commands: Commands) -> None:
     )
 
 
-def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    """Add `--tokenizer-path`."""
+def add_tokenizer(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
+    """Add `--tokenizer-path`; `otherwise` says what happens without it, else it is required."""
     parser.add_argument(
         "-t",
         *spellings("--tokenizer-path"),
         "--tokenizer",
         dest="tokenizer_path",
-        required=True,
+        default="",
+        required=not otherwise,
         metavar="PATH",
-        help="Hugging Face id or directory, .gguf file, or tokenizer.json",
+        help="Hugging Face id or directory, .gguf file, or tokenizer.json" + otherwise,
     )
 
 
@@ -98,14 +100,14 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.data import chat
     from tpu_tune.data.pretokenize import tokenize_file
-    from tpu_tune.data.tokenizing import Options
+    from tpu_tune.data.tokenize_options import TokenizeOptions
     from tpu_tune.errors import UserError
 
     for name, least in (("max_length", 2), ("num_eos", 0), ("workers", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}")
     tokenizer = open_tokenizer(options.tokenizer_path)
-    wish = Options(
+    tokenize_options = TokenizeOptions(
         format=options.format,
         max_length=options.max_length,
         columns=columns(options),
@@ -113,18 +115,20 @@ def run(options: argparse.Namespace) -> int:
         train_on_source=options.train_on_source,
         num_eos=options.num_eos,
     )
-    found = tokenize_file(options.input_file, options.output_file, tokenizer, wish, options.workers, options.skip_bad)
+    report = tokenize_file(
+        options.input_file, options.output_file, tokenizer, tokenize_options, options.workers, options.skip_bad
+    )
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
         return 0
     print(
-        f"{found['output']}: {found['examples']:,} examples ({found['format']}) of {found['rows']:,} rows, "
-        f"{found['tokens']:,} tokens, {found['target_tokens']:,} of them targets; {found['bytes'] / 1e6:,.2f} MB"
+        f"{report['output']}: {report['examples']:,} examples ({report['format']}) of {report['rows']:,} rows, "
+        f"{report['tokens']:,} tokens, {report['target_tokens']:,} of them targets; {report['bytes'] / 1e6:,.2f} MB"
     )
-    if found["split"]:
-        print(f"{found['split']:,} texts cut into blocks of {found['max_length']} tokens")
-    for reason, count in found["dropped"].items():
+    if report["split"]:
+        print(f"{report['split']:,} texts cut into blocks of {report['max_length']} tokens")
+    for reason, count in report["dropped"].items():
         print(f"{count:,} rows left out: {reason}")
-    if found["bad_rows"]:
-        print(f"{found['bad_rows']:,} bad rows left out, first {found['bad_examples'][0]}")
+    if report["bad_rows"]:
+        print(f"{report['bad_rows']:,} bad rows left out, first {report['bad_examples'][0]}")
     return 0

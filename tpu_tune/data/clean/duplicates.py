@@ -1,4 +1,4 @@
-"""Rows that were there before: the same text again, or nearly the same.
+"""Duplicate rows: the same text as an earlier row's, or nearly the same.
 
 Exact: 16 bytes of a hash of the row's roles, texts and tools (white space apart, Unicode in NFC) are remembered a row.
 
@@ -25,10 +25,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from tpu_tune.data.clean.libraries import library
-from tpu_tune.data.clean.options import Options
+from tpu_tune.data.clean.clean_options import CleanOptions
 from tpu_tune.data.clean.rules import Hit, snippet
 from tpu_tune.data.clean.texts import fields, format_of, parts, visible
+from tpu_tune.data.extra import extra_library
 
 MAX_HASHES = 160
 FOUND = 0.995  # of pairs at the threshold, by the theory of the index
@@ -51,7 +51,7 @@ def bands(threshold: float) -> tuple[int, int]:
     return best
 
 
-def identity(row: Mapping[str, Any], options: Options) -> bytes:
+def identity(row: Mapping[str, Any], options: CleanOptions) -> bytes:
     """16 bytes that are the same for rows of the same format, roles, texts and tools, white space apart."""
     format = format_of(row, options.format, options.columns)
     digest = hashlib.blake2b(format.encode(), digest_size=16)
@@ -81,7 +81,7 @@ def _feed(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode() + b"\0")
 
 
-def near_text(row: Mapping[str, Any], options: Options) -> str:
+def near_text(row: Mapping[str, Any], options: CleanOptions) -> str:
     """What near duplicates are compared by: all texts of the row, in small letters, white space as single blanks."""
     found = parts(row, format_of(row, options.format, options.columns), options.columns)
     return " ".join(unicodedata.normalize("NFKC", visible(row, found)).casefold().split())
@@ -96,17 +96,17 @@ def shingles(text: str, unit: str, size: int) -> set[str]:
 
 
 class Duplicates:
-    """Tells of each row, in turn, whether it was there before.
+    """Says of each row, in turn, whether an equal or similar one came before it.
 
     Args:
-      options: of the cleaning.
+      options: the rules of the cleaning.
       scratch: directory for the file of texts; None for the system's own. Only near duplicates need it.
 
     Raises:
       UserError: rensa is not installed.
     """
 
-    def __init__(self, options: Options, scratch: str | os.PathLike | None = None):
+    def __init__(self, options: CleanOptions, scratch: str | os.PathLike | None = None):
         self._options = options
         self._digests: set[bytes] = set()
         self._near = _Near(options, scratch) if options.near_duplicates is not None else None
@@ -138,9 +138,9 @@ class Duplicates:
 class _Near:
     """The kept rows' signatures in memory, their texts in a file."""
 
-    def __init__(self, options: Options, scratch: str | os.PathLike | None):
+    def __init__(self, options: CleanOptions, scratch: str | os.PathLike | None):
         self.options = options
-        self.rensa = library("rensa", "rensa", "--near-duplicates")
+        self.rensa = extra_library("rensa", "rensa", "--near-duplicates")
         count, hashes = bands(options.near_duplicates)
         self.hashes = count * hashes
         self.index = self.rensa.RMinHashLSH(options.near_duplicates, self.hashes, count)

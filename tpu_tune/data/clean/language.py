@@ -1,8 +1,9 @@
-"""Which language a text is in, where that can be told.
+"""Which language a text is in, where that can be determined.
 
-py3langid (a small model inside the package, 140 languages) gives probabilities. A text counts as told where it has at
-least 20 bytes of letters (20 Latin ones, 7 Chinese), its likeliest language has at least half of the probability, and
-the languages asked for have less than a tenth together: short answers, code, numbers and names are kept.
+py3langid (a small model inside the package, 140 languages) gives probabilities. A text counts as being in another
+language where it has at least 20 bytes of letters (20 Latin ones, 7 Chinese), its likeliest language has at least half
+of the probability, and the allowed languages have less than a tenth together: short answers, code, numbers and names
+are kept.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from tpu_tune.data.clean.libraries import library
+from tpu_tune.data.extra import extra_library
 from tpu_tune.errors import UserError
 
 MIN_LETTER_BYTES = 20
 MIN_PROBABILITY = 0.5  # of the likeliest
-MAX_WANTED = 0.1  # of the languages asked for, together
+MAX_ALLOWED = 0.1  # of the allowed languages, together
 MAX_CHARS = 2000  # read of a text; more tells no more
 
 
 @functools.cache
 def _identifier() -> Any:
-    langid = library("py3langid.langid", "py3langid", "--language")
+    langid = extra_library("py3langid.langid", "py3langid", "--language")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
@@ -39,14 +40,14 @@ def check_languages(languages: Sequence[str]) -> None:
 
 
 def other_language(text: str, languages: Sequence[str]) -> str:
-    """The ISO 639 code of the text's language where it can be told and is none of `languages`, else ""."""
+    """The ISO 639 code of the text's language where it can be determined and is none of `languages`, else ""."""
     text = text[:MAX_CHARS]
     letters = sum(len(character.encode("utf-8", "replace")) for character in text if character.isalpha())
     if letters < MIN_LETTER_BYTES:
         return ""
     ranked = _identifier().rank(text)
     best, probability = ranked[0]
-    wanted = sum(share for language, share in ranked if language in languages)
+    share = sum(share for language, share in ranked if language in languages)
     # "zxx" is what the model calls text without any language.
-    told = best != "zxx" and probability >= MIN_PROBABILITY and wanted < MAX_WANTED
-    return best if told and best not in languages else ""
+    is_certain = best != "zxx" and probability >= MIN_PROBABILITY and share < MAX_ALLOWED
+    return best if is_certain and best not in languages else ""

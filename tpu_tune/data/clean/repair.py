@@ -6,7 +6,7 @@ import functools
 import re
 from typing import Any
 
-from tpu_tune.data.clean.libraries import library
+from tpu_tune.data.extra import extra_library
 from tpu_tune.errors import UserError
 
 EMAIL, PHONE = "[EMAIL]", "[PHONE]"
@@ -33,7 +33,7 @@ def fix_unicode(text: str) -> str:
     Curly quotes, full-width characters and HTML entities stay: they are no damage, and entities may be what a text is
     about.
     """
-    ftfy = library("ftfy", "ftfy", "--fix-unicode")
+    ftfy = extra_library("ftfy", "ftfy", "--fix-unicode")
     return ftfy.fix_text(text, uncurl_quotes=False, fix_character_width=False, unescape_html=False)
 
 
@@ -65,7 +65,7 @@ def mask_phones(text: str, region: str) -> str:
 
 @functools.cache
 def _phonenumbers() -> Any:
-    return library("phonenumbers", "phonenumbers", "--mask-phone")
+    return extra_library("phonenumbers", "phonenumbers", "--mask-phone")
 
 
 def check_region(region: str) -> None:

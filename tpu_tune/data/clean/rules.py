@@ -3,8 +3,8 @@
 `row_cleaner(options)` compiles them into a function from a row to (the row or None, the rules that it met). It pickles,
 so that any engine may run it in any process; finding duplicates (`duplicates`) is a pass of its own behind it.
 
-The rules come in this order: unicode repair, masks (so that no report shows what they hide), phrases and patterns,
-bounds, language. What drops a row ends its way.
+The rules are applied in this order: unicode repair, masks (so that no report shows what they hide), phrases, patterns,
+bounds, language. A row that one of them drops is not looked at by the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import regex
 
 from tpu_tune.data.clean import language, repair
-from tpu_tune.data.clean.options import Options, check
+from tpu_tune.data.clean.clean_options import CleanOptions, check
 from tpu_tune.data.clean.phrases import Phrase, compile_lists
 from tpu_tune.data.clean.texts import Part, cut, format_of, parts, replace, visible
 from tpu_tune.data.formats import RowError
@@ -47,9 +47,9 @@ class Hit:
 
 @dataclass(frozen=True)
 class Rules:
-    """Options, checked and compiled. Pickles."""
+    """CleanOptions, checked and compiled. Pickles."""
 
-    options: Options
+    options: CleanOptions
     phrases: tuple[Phrase, ...]
     patterns: tuple[Any, ...]
 
@@ -57,7 +57,7 @@ class Rules:
 Cleaner = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any] | None, list[Hit]]]
 
 
-def row_cleaner(options: Options) -> Cleaner:
+def row_cleaner(options: CleanOptions) -> Cleaner:
     """Compile the rules.
 
     Returns:
@@ -127,7 +127,7 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
     return row, hits
 
 
-def _edits(options: Options) -> list[tuple[str, Callable[[str], str]]]:
+def _edits(options: CleanOptions) -> list[tuple[str, Callable[[str], str]]]:
     edits = []
     if options.fix_unicode:
         edits.append(("unicode repaired", repair.fix_unicode))
@@ -176,7 +176,7 @@ def _sentence_start(text: str, position: int) -> int:
     return start
 
 
-def _out_of_bounds(row: Mapping[str, Any], found: list[Part], options: Options) -> str:
+def _out_of_bounds(row: Mapping[str, Any], found: list[Part], options: CleanOptions) -> str:
     bounded = options.min_chars or options.min_words or not (options.max_chars is options.max_words is None)
     if not (bounded or options.languages):
         return ""

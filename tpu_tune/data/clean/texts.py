@@ -64,26 +64,26 @@ def parts(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> li
     Raises:
       RowError: a key holds something that the format does not know.
     """
-    found, wanted, chat = [], FORMATS[format], format in CHATS
+    found, required, chat = [], FORMATS[format], format in CHATS
     names = fields(row, format, columns)
-    for key in wanted:
+    for key in required:
         if key not in names:
             raise RowError(f"'{key}' is null")
     for key, name in names.items():
         if key == "tools":
             continue
-        value, answer = row[name], key == wanted[-1]
-        if chat and key in wanted:
+        value, answer = row[name], key == required[-1]
+        if chat and key in required:
             value = _opened(value)
             if not isinstance(value, list | tuple):
                 raise RowError(f"'{name}' must be a non-empty list of messages")
-        if isinstance(value, list | tuple) and key in wanted:
+        if isinstance(value, list | tuple) and key in required:
             found += _messages(value, name, answer, strict=format == "sharegpt")
         elif isinstance(value, str):
             found.append(Part((name,), value, answer))
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found.append(Part((name,), str(value), answer))
-        elif key in wanted:
+        elif key in required:
             raise RowError(f"'{name}' must be text, not a {type(value).__name__}")
     return found
 

@@ -1,8 +1,8 @@
 """Rows as vectors of one length, written to a memory-mapped .npy file: by a model's hidden states, or by their words.
 
 The words: TF-IDF with the vocabulary and the reduction (truncated SVD) learned on a sample of the rows, so that two
-passes do for any number of them. All vectors have length 1, so that Euclidean distances, which k-means needs, go by their
-angles.
+passes do for any number of them. All vectors have length 1, so that Euclidean distances, which k-means needs, go by
+their angles.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from tpu_tune.data.extra import extra_library
 from tpu_tune.data.streams import progress
 from tpu_tune.errors import UserError
 
@@ -59,10 +60,9 @@ def tfidf_features(
     Raises:
       UserError: the sample has no words.
     """
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    words = TfidfVectorizer(
+    decomposition = extra_library("sklearn.decomposition", "scikit-learn", "data cluster")
+    extraction = extra_library("sklearn.feature_extraction.text", "scikit-learn", "data cluster")
+    words = extraction.TfidfVectorizer(
         token_pattern=WORD,
         max_features=_WORDS,
         min_df=2 if len(sample) >= 1000 else 1,
@@ -82,12 +82,12 @@ def tfidf_features(
     if dimensions < 2:  # a row or two, or a word or two
         dimensions, reduce = counted.shape[1], lambda counts: counts.toarray()
     else:
-        reduce = TruncatedSVD(dimensions, random_state=seed).fit(counted).transform
+        reduce = decomposition.TruncatedSVD(dimensions, random_state=seed).fit(counted).transform
     features, at = open_features(path, rows, dimensions + 1), 0
     for texts in _counted(windows, rows, "words"):
-        here = features[at : at + len(texts)]
-        here[:, :-1] = _unit(reduce(words.transform(texts)))
-        here[:, -1] = ~here[:, :-1].any(axis=1)
+        block = features[at : at + len(texts)]
+        block[:, :-1] = _unit(reduce(words.transform(texts)))
+        block[:, -1] = ~block[:, :-1].any(axis=1)
         at += len(texts)
     features.flush()
     return features

@@ -36,7 +36,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST  # TPUs would round to bfloat16 otherwise, 
 
 @dataclass(frozen=True)
 class Clusters:
-    """What `kmeans` found.
+    """The clusters that `kmeans` finds.
 
     Attributes:
       centers: (k, d) float32.
@@ -54,15 +54,36 @@ class Clusters:
     iterations: int
     converged: bool
 
+    @property
+    def k(self) -> int:
+        """How many clusters."""
+        return len(self.centers)
+
+
+@dataclass(frozen=True)
+class KMeansOptions:
+    """How `kmeans` searches.
+
+    Attributes:
+      mini_batch: follow seeded batches instead of passing over all rows each time; by default from `MINI_BATCH_FROM`.
+      batch_size: rows of a mini-batch.
+      max_iterations: most passes over the rows, of either way.
+      tolerance: stop when the centres' squared moves add up to less than this share of the columns' mean variance (as
+        scikit-learn's); mini-batches also stop when their smoothed inertia no longer falls.
+    """
+
+    mini_batch: bool | None = None
+    batch_size: int = BATCH_SIZE
+    max_iterations: int = 100
+    tolerance: float = 1e-4
+
 
 def kmeans(
     data: Float[np.ndarray, "n d"],
     k: int,
     seed: int = 0,
-    mini_batch: bool | None = None,
-    batch_size: int = BATCH_SIZE,
-    max_iterations: int = 100,
-    tolerance: float = 1e-4,
+    options: KMeansOptions = KMeansOptions(),  # noqa: B008
+    *,
     start: Float[np.ndarray, "k d"] | None = None,
     slots: int = 0,
     devices: Sequence[jax.Device] | None = None,
@@ -73,11 +94,7 @@ def kmeans(
       data: in memory or memory-mapped.
       k: how many clusters.
       seed: of the first centres and of the order of mini-batches.
-      mini_batch: follow seeded batches instead of passing over all rows each time; by default from `MINI_BATCH_FROM`.
-      batch_size: rows of a mini-batch.
-      max_iterations: most passes over the rows, of either way.
-      tolerance: stop when the centres' squared moves add up to less than this share of the columns' mean variance (as
-        scikit-learn's); mini-batches also stop when their smoothed inertia no longer falls.
+      options: mini-batches or not, and when to stop.
       start: the first centres, instead of those of `first_centers`.
       slots: room for at least so many centres, so that runs with several k share what is compiled.
       devices: by default all.
@@ -93,13 +110,12 @@ def kmeans(
         raise UserError("the vectors to cluster are not all finite numbers")
     slots = -(-max(slots, k) // 8) * 8
     passes = _Passes(devices or jax.devices(), slots, sample.mean(axis=0))
-    least = tolerance * float(sample.var(axis=0, dtype=np.float64).mean())
+    least = options.tolerance * float(sample.var(axis=0, dtype=np.float64).mean())
     centers = np.asarray(first_centers(sample, k, seed, slots) if start is None else start, np.float64)
-    if mini_batch or (mini_batch is None and rows >= MINI_BATCH_FROM):
-        found = _mini_batches(data, centers, passes, batch_size, max_iterations, least, seed)
+    if options.mini_batch or (options.mini_batch is None and rows >= MINI_BATCH_FROM):
+        centers, iterations, converged = _mini_batches(data, centers, passes, options, least, seed)
     else:
-        found = _lloyd(data, centers, passes, max_iterations, least)
-    centers, iterations, converged = found
+        centers, iterations, converged = _lloyd(data, centers, passes, options.max_iterations, least)
     labels, squared = passes.labels(data, centers)
     if not np.isfinite(squared).all():
         raise UserError("the vectors to cluster are not all finite numbers")
@@ -122,32 +138,32 @@ class _Passes:
         """Return each cluster's sum of rows (float64) and number of rows, and each row's squared distance."""
         k = len(centers)
         sums, counts, squared = np.zeros_like(centers, np.float64), np.zeros(k, np.int64), []
-        for _, distances, part, number in self._over(data, centers, sums=True):
-            squared.append(distances)
-            sums += part[:k]
-            counts += number[:k]
+        for _, block_squared, block_sums, block_counts in self._over(data, centers, sums=True):
+            squared.append(block_squared)
+            sums += block_sums[:k]
+            counts += block_counts[:k]
         return sums + counts[:, None] * self.offset.astype(np.float64), counts, np.concatenate(squared)
 
     def labels(
         self, data: Float[np.ndarray, "n d"], centers: Float[np.ndarray, "k d"]
     ) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
         """Return each row's nearest centre and the squared distance to it."""
-        found = list(self._over(data, centers, sums=False))
-        return np.concatenate([part[0] for part in found]), np.concatenate([part[1] for part in found])
+        blocks = list(self._over(data, centers, sums=False))
+        return np.concatenate([labels for labels, _ in blocks]), np.concatenate([squared for _, squared in blocks])
 
     def _over(self, data: np.ndarray, centers: np.ndarray, sums: bool) -> Iterator[list[np.ndarray]]:
-        placed = np.zeros((self.slots, data.shape[1]), np.float32)
-        placed[: len(centers)] = centers - self.offset
-        # Infinitely long, a slot without a centre is no row's nearest.
+        padded = np.zeros((self.slots, data.shape[1]), np.float32)
+        padded[: len(centers)] = centers - self.offset
+        # An unused slot counts as infinitely far away.
         halves = np.full(self.slots, np.inf, np.float32)
-        halves[: len(centers)] = np.square(placed[: len(centers)]).sum(axis=1) / 2
-        waiting = None
+        halves[: len(centers)] = np.square(padded[: len(centers)]).sum(axis=1) / 2
+        previous = None
         for block, count in self._blocks(data):
-            found = _pass(block, np.int32(count), self.offset, placed, halves, mesh=self.mesh, sums=sums)
-            if waiting is not None:  # the devices work on this block while the last one's results are fetched
-                yield _fetched(*waiting)
-            waiting = found, count
-        yield _fetched(*waiting)
+            results = _pass(block, np.int32(count), self.offset, padded, halves, mesh=self.mesh, sums=sums)
+            if previous is not None:  # the devices work on this block while the last one's results are fetched
+                yield _fetched(*previous)
+            previous = results, count
+        yield _fetched(*previous)
 
     def _blocks(self, data: np.ndarray) -> Iterator[tuple[Array, int]]:
         """Yield (lanes, chunks, rows, d) arrays on the devices and how many of their rows are real."""
@@ -165,8 +181,8 @@ class _Passes:
             yield jax.device_put(part.reshape(shape), sharding), count
 
 
-def _fetched(found: tuple[Array, ...], count: int) -> list[np.ndarray]:
-    labels, squared, *rest = jax.device_get(found)
+def _fetched(results: tuple[Array, ...], count: int) -> list[np.ndarray]:
+    labels, squared, *rest = jax.device_get(results)
     return [labels.reshape(-1)[:count], squared.reshape(-1)[:count], *rest]
 
 
@@ -193,23 +209,23 @@ def _pass(
         label = jnp.min(jnp.where(scores == best, index, len(centers) - 1), axis=1)
         squared = jnp.sum(jnp.square(x - centers[label]), axis=1)
         if sums:
-            mine = ((label[:, None] == index) & (number < count)[:, None]).astype(jnp.float32)
+            members = ((label[:, None] == index) & (number < count)[:, None]).astype(jnp.float32)
             # A sum over rows as a product: it runs at full speed, and in one order, on every kind of device.
-            totals = (totals[0] + jnp.matmul(mine.T, x, precision=_HIGHEST), totals[1] + jnp.sum(mine, axis=0))
+            totals = (totals[0] + jnp.matmul(members.T, x, precision=_HIGHEST), totals[1] + jnp.sum(members, axis=0))
         return totals, (label, squared)
 
     def one_lane(lane: tuple[Array, Array]) -> tuple[Array, ...]:
         empty = (jnp.zeros_like(centers), jnp.zeros_like(halves)) if sums else ()
-        totals, found = jax.lax.scan(one_chunk, empty, lane)
-        return *found, *totals
+        totals, per_row = jax.lax.scan(one_chunk, empty, lane)
+        return *per_row, *totals
 
     each = PartitionSpec("data")
-    found = jax.shard_map(
+    results = jax.shard_map(
         lambda *lanes: jax.lax.map(one_lane, lanes), mesh=mesh, in_specs=(each, each), out_specs=each, check_vma=False
     )(block, numbers)
     if not sums:
-        return found
-    labels, squared, totals, counts = jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec()))
+        return results
+    labels, squared, totals, counts = jax.lax.with_sharding_constraint(results, NamedSharding(mesh, PartitionSpec()))
     return labels, squared, functools.reduce(jnp.add, list(totals)), counts.sum(axis=0).astype(jnp.int32)
 
 
@@ -218,7 +234,7 @@ def _lloyd(
 ) -> tuple[np.ndarray, int, bool]:
     for iteration in progress(range(1, max_iterations + 1), "k-means", unit="passes"):
         sums, counts, squared = passes.sums(data, centers)
-        moved = _anew(sums / np.maximum(counts, 1)[:, None], counts, squared, data)
+        moved = _restarted(sums / np.maximum(counts, 1)[:, None], counts, squared, data)
         shift = float(np.square(moved - centers).sum())
         centers = moved
         if shift <= least:
@@ -227,36 +243,36 @@ def _lloyd(
 
 
 def _mini_batches(
-    data: np.ndarray, centers: np.ndarray, passes: _Passes, batch_size: int, max_passes: int, least: float, seed: int
+    data: np.ndarray, centers: np.ndarray, passes: _Passes, options: KMeansOptions, least: float, seed: int
 ) -> tuple[np.ndarray, int, bool]:
     """Mini-batches (Sculley, WWW 2010): every centre is the mean of all rows that it ever was nearest to."""
-    rows, batch_size = len(data), min(batch_size, len(data))
+    rows, batch_size = len(data), min(options.batch_size, len(data))
     random = np.random.default_rng(seed)
-    seen = np.zeros(len(centers), np.int64)
+    totals = np.zeros(len(centers), np.int64)
     weight = min(1.0, 2 * batch_size / (rows + 1))  # of a batch in the smoothed inertia, as scikit-learn's
     smoothed = best = math.inf
-    waited = taken = 0
-    for number in progress(range(max_passes), "k-means", unit="passes"):
+    without_gain = batches = 0
+    for number in progress(range(options.max_iterations), "k-means", unit="passes"):
         order = random.permutation(rows)
         for begin in range(0, rows - batch_size + 1, batch_size):
             batch = data[np.sort(order[begin : begin + batch_size])]  # in the order in which they lie in a file
             sums, counts, squared = passes.sums(batch, centers)
-            taken += 1
-            seen += counts
-            moved = centers + (sums - counts[:, None] * centers) / np.maximum(seen, 1)[:, None]
+            batches += 1
+            totals += counts
+            moved = centers + (sums - counts[:, None] * centers) / np.maximum(totals, 1)[:, None]
             shift = float(np.square(moved - centers).sum())
             centers = moved
             inertia = float(squared.mean(dtype=np.float64))
-            smoothed = inertia if taken == 1 else smoothed * (1 - weight) + inertia * weight
-            best, waited = (smoothed, 0) if smoothed < best * (1 - _GAIN) else (best, waited + 1)
-            if shift <= least or waited >= _PATIENCE:
-                return centers, taken, True
+            smoothed = inertia if batches == 1 else smoothed * (1 - weight) + inertia * weight
+            best, without_gain = (smoothed, 0) if smoothed < best * (1 - _GAIN) else (best, without_gain + 1)
+            if shift <= least or without_gain >= _PATIENCE:
+                return centers, batches, True
         if number == 0:
-            centers = _anew(centers, seen, squared, batch)
-    return centers, taken, False
+            centers = _restarted(centers, totals, squared, batch)
+    return centers, batches, False
 
 
-def _anew(centers: np.ndarray, counts: np.ndarray, squared: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _restarted(centers: np.ndarray, counts: np.ndarray, squared: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Put centres without any row at the rows furthest from theirs."""
     empty = np.flatnonzero(counts == 0)
     if len(empty):

@@ -1,11 +1,14 @@
-"""What of each cluster to keep, and what in it is an outlier."""
+"""Which rows of each cluster to keep, and which are outliers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from tpu_tune.data.cluster.kmeans import Clusters
 
 SELECTIONS = ("balanced", "farthest", "random")
 _DEVIATIONS = 5.0
@@ -27,20 +30,22 @@ def outliers(labels: Int[np.ndarray, "n"], distances: Float[np.ndarray, "n"], k:
       distances: of each row from its centre.
       k: number of clusters.
     """
-    found: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     least = _LEAST_DEVIATION * float(np.median(distances))
     # The average is over clusters that have rows: k may be more than there are different rows.
     tiny = _TINY * len(labels) / max(1, len(np.unique(labels)))
     for cluster, rows in enumerate(members(labels, k)):
         if len(rows) < tiny:
-            found |= dict.fromkeys(rows.tolist(), f"cluster {cluster} has only {len(rows)} rows")
+            reasons |= dict.fromkeys(rows.tolist(), f"cluster {cluster} has only {len(rows)} rows")
         elif len(rows) >= _JUDGED_FROM:
-            here = distances[rows].astype(np.float64)
-            median = float(np.median(here))
-            bound = median + _DEVIATIONS * max(float(np.median(np.abs(here - median))), least)
-            for row, distance in zip(rows[here > bound].tolist(), here[here > bound], strict=True):
-                found[row] = f"distance {distance:.4g} from the centre of cluster {cluster}, whose bound is {bound:.4g}"
-    return dict(sorted(found.items()))
+            own = distances[rows].astype(np.float64)
+            median = float(np.median(own))
+            bound = median + _DEVIATIONS * max(float(np.median(np.abs(own - median))), least)
+            for row, distance in zip(rows[own > bound].tolist(), own[own > bound], strict=True):
+                reasons[row] = (
+                    f"distance {distance:.4g} from the centre of cluster {cluster}, whose bound is {bound:.4g}"
+                )
+    return dict(sorted(reasons.items()))
 
 
 def members(labels: Int[np.ndarray, "n"], k: int) -> list[np.ndarray]:
@@ -54,12 +59,12 @@ def shares(sizes: Sequence[int], total: int) -> list[int]:
 
     The shares add up to `total`, or to all there is. No cluster gets less than another one unless it has no more.
     """
-    given, left = [0] * len(sizes), min(total, sum(sizes))
-    for place, cluster in enumerate(order := sorted(range(len(sizes)), key=lambda cluster: (sizes[cluster], cluster))):
-        # From the smallest on: each gets its even part of what is left, or all that it has.
-        given[cluster] = min(sizes[cluster], left // (len(order) - place))
-        left -= given[cluster]
-    return given
+    counts, left = [0] * len(sizes), min(total, sum(sizes))
+    for done, cluster in enumerate(sorted(range(len(sizes)), key=lambda cluster: (sizes[cluster], cluster))):
+        # From the smallest on: each gets an even share of what is left, or all that it has.
+        counts[cluster] = min(sizes[cluster], left // (len(sizes) - done))
+        left -= counts[cluster]
+    return counts
 
 
 def select(
@@ -75,7 +80,7 @@ def select(
     Args:
       way: balanced: the one nearest the centre, then at even steps of rank by distance out to the furthest. farthest:
         the one nearest the centre, then always the one furthest from all chosen (greedy k-center, Gonzalez 1985).
-        random: any.
+        random: any rows.
       data: the vectors of all rows.
       distances: of all rows from their centres.
       rows: of the cluster, ascending.
@@ -98,41 +103,51 @@ def _farthest(data: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     vectors = np.asarray(data[np.sort(rows)], np.float32)[np.argsort(np.argsort(rows))]
     chosen = np.zeros(count, np.int64)
     nearest = np.full(len(rows), np.inf, np.float32)
-    for place in range(count):
-        if place:
-            chosen[place] = int(np.argmax(nearest))
+    for number in range(count):
+        if number:
+            chosen[number] = int(np.argmax(nearest))
         for begin in range(0, len(rows), _BLOCK):
-            part = slice(begin, begin + _BLOCK)
-            away = np.square(vectors[part] - vectors[chosen[place]]).sum(axis=1)
-            nearest[part] = np.minimum(nearest[part], away)
-        nearest[chosen[place]] = -1  # copies of it are as near, but it is taken
+            block = slice(begin, begin + _BLOCK)
+            squared = np.square(vectors[block] - vectors[chosen[number]]).sum(axis=1)
+            nearest[block] = np.minimum(nearest[block], squared)
+        nearest[chosen[number]] = -1  # copies of it are as near, but it is taken
     return rows[chosen]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many rows to keep: at most `per_cluster` of each cluster, or `total` shared over them; neither: all."""
+
+    per_cluster: int | None = None
+    total: int | None = None
 
 
 def kept(
     way: str,
     data: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, "n"],
-    distances: Float[np.ndarray, "n"],
-    k: int,
+    clusters: Clusters,
     left_out: Bool[np.ndarray, "n"],
-    per_cluster: int | None,
-    total: int | None,
+    limits: Limits,
     seed: int,
 ) -> Bool[np.ndarray, "n"]:
-    """Return which rows to keep: at most `per_cluster` of each cluster, or `total` shared over them; else all.
+    """Return which rows to keep.
 
     Args:
       way: see `select`.
+      data: the vectors of all rows.
+      clusters: of all rows.
       left_out: rows that are not kept in any case.
+      limits: how many to keep.
+      seed: of `random`.
     """
-    candidates = [rows[~left_out[rows]] for rows in members(labels, k)]
+    candidates = [rows[~left_out[rows]] for rows in members(clusters.labels, clusters.k)]
     sizes = [len(rows) for rows in candidates]
-    if per_cluster is not None:
-        counts = [min(size, per_cluster) for size in sizes]
+    if limits.per_cluster is not None:
+        counts = [min(size, limits.per_cluster) for size in sizes]
     else:
-        counts = sizes if total is None else shares(sizes, total)
-    chosen = np.zeros(len(labels), bool)
+        counts = sizes if limits.total is None else shares(sizes, limits.total)
+    chosen = np.zeros(len(clusters.labels), bool)
     for cluster, (rows, count) in enumerate(zip(candidates, counts, strict=True)):
-        chosen[select(way, data, distances, rows, count, np.random.default_rng([seed, cluster]))] = True
+        random = np.random.default_rng([seed, cluster])
+        chosen[select(way, data, clusters.distances, rows, count, random)] = True
     return chosen

@@ -1,7 +1,8 @@
-"""Compressed files and archives, read as streams: nothing is unpacked to the disk that can be read on its way.
+"""Compressed files and archives, read as streams: nothing is unpacked to the disk that can be read as it is unpacked.
 
 A path that climbs out of its archive, a link, a device, an encrypted member, an archive that unpacks to more than it
-may: each is a bad source of its own, named as `archive!member`. What a member is called is only ever said, never opened.
+may: each is a bad source of its own, named as `archive!member`. Members' names appear in messages only; no path is made
+of them.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 from tpu_tune.data import streams
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.encodings import too_long
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 RATIO_FREE_BYTES = 64 * 2**20  # what unpacks to less is no bomb, however small it was
 HEADER_BYTES = 64 * 2**20  # of a tar archive between two files
-SPOOL_BYTES = (
-    16 * 2**20
-)  # a member that must be read back and forth is held in memory up to this, then in a temporary file
+# A member that must be read back and forth is held in memory up to this size, above it in a temporary file.
+SPOOL_BYTES = 16 * 2**20
 # What the decompressors raise at data that is damaged or cut short.
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, OSError)
 _ARCHIVES = (".zip", ".tar")
@@ -60,7 +61,7 @@ class Budget:
     Attributes:
       name: the file.
       size: its own bytes.
-      limit, ratio: of `Options`.
+      limit, ratio: of `IngestOptions`.
       used: bytes unpacked so far.
     """
 
@@ -71,7 +72,7 @@ class Budget:
     used: int = 0
 
     @classmethod
-    def of(cls, blob: Blob, options: Options) -> Budget:
+    def of(cls, blob: Blob, options: IngestOptions) -> Budget:
         """The budget of a file, by its size on the disk (a member of an archive has its archive's budget already)."""
         size = os.path.getsize(blob.path) if blob.path else 2**62
         return cls(blob.name, size, options.max_unpacked_bytes, options.max_ratio)
@@ -95,7 +96,7 @@ class Bomb(BadSource):
     """An archive unpacks to more than it may; nothing more of it is read."""
 
 
-class _Counted:
+class CountedStream:
     """A stream whose bytes draw on a budget.
 
     Attributes:
@@ -109,7 +110,7 @@ class _Counted:
         self.allowed = 2**62
 
     def read(self, size: int = -1) -> bytes:
-        """So many bytes, fewer only at the end; the budget is asked on the way, before all of them are held."""
+        """Read `size` bytes, fewer only at the end; the budget is checked before all of them are held."""
         pieces: list[bytes] = []
         while size:
             piece = self._file.read(2**20 if size < 0 else min(size, 2**20))
@@ -128,17 +129,11 @@ class _Counted:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> _Counted:
+    def __enter__(self) -> CountedStream:
         return self
 
-    def __exit__(self, *unused: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def is_packed(name: str) -> bool:
-    """Whether a name says archive or compressed file."""
-    suffix = suffix_of(name)
-    return suffix in _ARCHIVES or suffix in _COMPRESSED or suffix in _SHORT
 
 
 def inner_name(name: str) -> str:
@@ -161,11 +156,11 @@ def _peeled(name: str) -> tuple[str, list[str]]:
 
 
 def unpacked(
-    blob: Blob, options: Options, tally: Tally, budget: Budget | None = None, depth: int = 1
+    blob: Blob, options: IngestOptions, tally: Tally, budget: Budget | None = None, depth: int = 1
 ) -> Iterator[Blob]:
     """Yield the plain files inside a file, archives in archives included; the file itself where it is not packed.
 
-    Each is to be read before the next is asked for.
+    Read each before asking for the next.
 
     Raises:
       BadSource, or one of `DAMAGED`: the file is damaged, or unpacks to more than it may.
@@ -192,7 +187,7 @@ def unpacked(
 
 
 def _opened(blob: Blob, opener: Callable[[IO[bytes]], IO[bytes]], budget: Budget) -> Callable[[], IO[bytes]]:
-    return lambda: _Counted(opener(blob.open()), budget)
+    return lambda: CountedStream(opener(blob.open()), budget)
 
 
 def damage(error: BaseException) -> str:
@@ -218,13 +213,13 @@ def _zip_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
             except BadSource as error:
                 tally.skipped.add(name, str(error))
                 continue
-            yield Blob(name, lambda entry=entry: _Counted(archive.open(entry), budget))
+            yield Blob(name, lambda entry=entry: CountedStream(archive.open(entry), budget))
 
 
 def _tar_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
     with blob.open() as file:
         # A compressed archive's bytes are counted as they are unpacked; those of a plain one are what the disk holds.
-        stream = file if isinstance(file, _Counted) else _Counted(file, Budget(blob.name, 2**62, 2**62, 1.0))
+        stream = file if isinstance(file, CountedStream) else CountedStream(file, Budget(blob.name, 2**62, 2**62, 1.0))
         stream.allowed = HEADER_BYTES
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for entry in archive:
@@ -252,7 +247,7 @@ def _tar_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
 
 def _tar_file(archive: tarfile.TarFile, entry: tarfile.TarInfo, budget: Budget | None) -> IO[bytes]:
     file = archive.extractfile(entry)
-    return _Counted(file, budget) if budget else file
+    return CountedStream(file, budget) if budget else file
 
 
 def checked_member(name: str) -> None:

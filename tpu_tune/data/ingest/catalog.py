@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tpu_tune.data.ingest.options import Options, Tally
+from tpu_tune.data.ingest.blobs import Tally
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 from tpu_tune.errors import UserError
 
@@ -28,7 +29,7 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
-def read(source: str, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(source: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of one split; `source` is `name:split:row`.
 
     Raises:
@@ -55,14 +56,14 @@ def _tfds_rows(name: str, source: str, split: str) -> Iterator[Mapping[str, Any]
             rows = builder.as_data_source(split=split)
             number = len(rows)
     except Exception as error:  # no network, no such dataset, a package it wants: these have no common type
-        raise _not_had(source, error) from error
+        raise _unavailable(source, error) from error
     if split not in splits:
         raise _no_split(source, split, splits)
     for index in range(number):
         try:
             row = rows[index]
         except Exception as error:
-            raise _not_had(source, error) from error
+            raise _unavailable(source, error) from error
         yield row
 
 
@@ -75,20 +76,20 @@ def _hub_rows(name: str, source: str, split: str) -> Iterator[Mapping[str, Any]]
         splits = list(found)
         rows = iter(found[split]) if split in splits else iter(())
     except Exception as error:  # as above
-        raise _not_had(source, error) from error
+        raise _unavailable(source, error) from error
     if split not in splits:
         raise _no_split(source, split, splits)
     while True:
         try:
             row = next(rows, None)
         except Exception as error:
-            raise _not_had(source, error) from error
+            raise _unavailable(source, error) from error
         if row is None:
             return
         yield row
 
 
-def _not_had(source: str, error: Exception) -> UserError:
+def _unavailable(source: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200] or "no reason given"
     return UserError(f"{source}: the dataset cannot be had ({type(error).__name__}: {reason})")
 

@@ -1,8 +1,8 @@
 """Chat exports to `messages` rows: a Discord channel, as DiscordChatExporter writes it in JSON.
 
-(ShareGPT's `conversations` are rows as they are; `picking` turns them into `messages`.) A channel has no turns. What one
-author writes in a row is one turn, a long silence ends a conversation, and one author is the assistant: who is named, or
-the channel's only bot, or, between two people, who answers.
+(ShareGPT's `conversations` are rows as they are; `picking` turns them into `messages`.) A channel has no turns. An
+author's consecutive messages are one turn, a long silence ends a conversation, and one author is the assistant: the one
+named by `assistant`, or the channel's only bot, or, of two people, the one who answers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tpu_tune.data.ingest.options import Options, Tally, row_of
+from tpu_tune.data.ingest.blobs import Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.errors import UserError
 
 _SPOKEN = ("Default", "Reply", "0", "19")  # other types are notices: who joined, what was pinned
@@ -24,7 +25,7 @@ def is_discord(header: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
 
 
 def discord_rows(
-    name: str, header: Mapping[str, Any], messages: Iterator[tuple[str, Any]], options: Options, tally: Tally
+    name: str, header: Mapping[str, Any], messages: Iterator[tuple[str, Any]], options: IngestOptions, tally: Tally
 ) -> Iterator[dict[str, Any]]:
     """Yield the conversations of a channel as `messages`, those in which somebody asks and the assistant answers.
 
@@ -47,7 +48,7 @@ def discord_rows(
 
 
 def _conversations(
-    messages: Iterator[tuple[str, Any]], options: Options, tally: Tally, authors: Counter
+    messages: Iterator[tuple[str, Any]], options: IngestOptions, tally: Tally, authors: Counter
 ) -> Iterator[list[tuple[dict[str, Any], list[str]]]]:
     """Yield conversations as turns: (author, the texts written in a row)."""
     turns: list[tuple[dict[str, Any], list[str]]] = []
@@ -79,7 +80,7 @@ def _conversations(
 
 
 def _chat(
-    turns: list[tuple[dict[str, Any], list[str]]], options: Options, title: str, authors: Counter
+    turns: list[tuple[dict[str, Any], list[str]]], options: IngestOptions, title: str, authors: Counter
 ) -> list[dict[str, str]]:
     """Turns as messages that begin with a user's and end with the assistant's; [] where there is no such part."""
     answers = _assistant(turns, options, title, authors)
@@ -102,7 +103,7 @@ def _chat(
 
 
 def _assistant(
-    turns: list[tuple[dict[str, Any], list[str]]], options: Options, title: str, authors: Counter
+    turns: list[tuple[dict[str, Any], list[str]]], options: IngestOptions, title: str, authors: Counter
 ) -> str | None:
     """The id of the assistant in a conversation, None where it does not speak."""
     people = {_id(author): author for author, _ in turns}

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import streams
-from tpu_tune.data.ingest.archives import Budget, _Counted
+from tpu_tune.data.ingest.archives import Budget, CountedStream
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.encodings import too_long
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 _DIGITS = {
     character: value
@@ -30,11 +31,11 @@ def index_of(path: str) -> str:
     return path.removesuffix(".dz").removesuffix(".dict") + ".index"
 
 
-def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield a row for each entry, in the order of the index; `source` is `file:line of the index`.
 
-    An entry that has several headwords gives a row for each. The first line of an entry repeats the headword and is left
-    out; entries about the dictionary itself (`00-database-...`) too.
+    An entry that has several headwords gives a row for each. The first line of an entry repeats the headword and is
+    left out; entries about the dictionary itself (`00-database-...`) too.
 
     Raises:
       BadSource: the index is missing, or the dictionary is too large.
@@ -60,7 +61,7 @@ def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]
                 word, entry = fields[0].decode("utf-8"), entries[start : start + length].decode("utf-8")
             except (IndexError, KeyError):
                 tally.skipped.add(
-                    where, "not an entry of an index: a word, its place and its length, with tabs between"
+                    where, "not an entry of an index: a word, its offset and its length, with tabs between"
                 )
                 continue
             except UnicodeDecodeError:
@@ -76,10 +77,10 @@ def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]
                 tally.empty += 1
 
 
-def _entries(blob: Blob, options: Options) -> bytes:
+def _entries(blob: Blob, options: IngestOptions) -> bytes:
     with open(blob.path, "rb") as raw:
         packed = blob.path.endswith(".dz")
-        file = _Counted(gzip.GzipFile(fileobj=raw) if packed else raw, Budget.of(blob, options))
+        file = CountedStream(gzip.GzipFile(fileobj=raw) if packed else raw, Budget.of(blob, options))
         pieces, size = [], 0
         while piece := file.read(2**20):
             pieces.append(piece)

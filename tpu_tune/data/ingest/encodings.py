@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from tpu_tune.data import streams
-from tpu_tune.data.ingest.options import BadSource, Blob
+from tpu_tune.data.ingest.blobs import BadSource, Blob
 
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte that does not fit
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -53,44 +53,11 @@ def decode(content: bytes, encoding: str = "") -> str:
     try:
         return content.decode(name)
     except UnicodeDecodeError as error:
-        raise BadSource(_does_not_fit(content, error, name)) from error
+        raise BadSource(does_not_fit(content, error, name)) from error
 
 
-def decode_markup(content: bytes, encoding: str = "") -> str:
-    """Decode a page: by `encoding`, its byte order mark, what it declares, UTF-8, or what charset-normalizer finds.
-
-    Raises:
-      BadSource: it does not fit what it declares, or nothing is found.
-    """
-    from bs4.dammit import EncodingDetector
-
-    if encoding or byte_order_mark(content)[0]:
-        return decode(content, encoding)
-    declared = EncodingDetector.find_declared_encoding(content, is_html=True)
-    if declared:
-        try:
-            name = codecs.lookup(declared).name
-        except LookupError:
-            name = ""
-        if name in ("iso8859-1", "ascii"):  # as every browser reads them; HTML's standard says so
-            name = "cp1252"
-        if name and not name.startswith(("utf-16", "utf-32")):  # else the declaration could not have been read
-            try:
-                return content.decode(name)
-            except UnicodeDecodeError as error:
-                raise BadSource(f"{_does_not_fit(content, error, name)}, which it declares") from error
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        from charset_normalizer import from_bytes
-
-        found = from_bytes(content).best()
-        if found is None:
-            raise BadSource(f"{_does_not_fit(content, error, 'utf-8')}, and no other encoding fits") from error
-        return str(found)
-
-
-def _does_not_fit(content: bytes, error: UnicodeDecodeError, name: str) -> str:
+def does_not_fit(content: bytes, error: UnicodeDecodeError, name: str) -> str:
+    """Where a text does not fit an encoding, in words."""
     line = content.count(b"\n", 0, error.start) + 1
     byte = error.start - content.rfind(b"\n", 0, error.start)
     shown = {"utf-8": "UTF-8"}.get(name, name)

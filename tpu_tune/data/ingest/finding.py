@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tpu_tune.data.ingest import catalog, dictd
-from tpu_tune.data.ingest.options import suffix_of
+from tpu_tune.data.ingest.blobs import suffix_of
 from tpu_tune.data.ingest.reading import is_readable, kind_of
 from tpu_tune.errors import UserError
 
@@ -31,18 +31,19 @@ class Found:
 def find_sources(inputs: Sequence[str], format: str = "auto", exclude: str = "") -> Found:
     """Find what to read.
 
-    A folder is searched to its depths, in the order of names; what begins with a dot is left out, and so are files of no
-    known kind, or not of the kind `format`. A file that is named outright, or by a pattern
-    together with a `format`, is read whatever it is called.
+    A folder is searched recursively, in the order of names; hidden files are left out, and so are files of no known
+    kind, or not of the kind `format`. A file that is named outright, or by a pattern together with a `format`, is read
+    whatever its name.
 
     Args:
-      inputs: files, folders, patterns with `*`, `?`, `[`, and names: `tfds:NAME`, `datasets:NAME`, OWNER/NAME of the hub.
+      inputs: files, folders, patterns with `*`, `?`, `[`, and names: `tfds:NAME`, `datasets:NAME`, OWNER/NAME of the
+        hub.
       exclude: a path that is not read: the output.
 
     Raises:
       UserError: nothing is there.
     """
-    found, seen = Found(), {os.path.abspath(exclude)} if exclude else set()
+    found, known = Found(), {os.path.abspath(exclude)} if exclude else set()
     for word in inputs:
         before = len(found.sources) + sum(found.passed_over.values())
         if catalog.is_named(word):
@@ -51,10 +52,10 @@ def find_sources(inputs: Sequence[str], format: str = "auto", exclude: str = "")
             paths, named = _paths(word, format)
         for path in paths:
             key = path if catalog.is_named(path) else os.path.abspath(path)
-            if key in seen:
+            if key in known:
                 before -= 1  # it is there, only not again
                 continue
-            seen.add(key)
+            known.add(key)
             if _is_index(path):
                 continue
             if named or is_readable(path, format):

@@ -1,88 +1,41 @@
 """HTML to text: what a reader of the page sees, block by block.
 
-lxml's parser, the one that Beautiful Soup drives with `features="lxml"`, is read as a stream of events, so that no soup
-has to be built: the same text, several times as fast. Beautiful Soup's detector finds the encoding that a page declares.
-Scripts, styles, templates, navigation and all of the head but the title are dropped. Paragraphs and headings are set
-apart by an empty line, list items and table rows stand in a line each (cells between ` | `), `pre` is kept as it is.
+lxml's parser, the one behind Beautiful Soup's `features="lxml"`, is read as a stream of events: the same text, several
+times as fast as building a tree. Beautiful Soup's detector finds the encoding that a page declares. Scripts, styles,
+templates, navigation and all of the head but the title are dropped. Paragraphs and headings are set apart by an empty
+line, list items and table rows have a line each (cells are joined by ` | `), `pre` is kept as it is.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from bs4.dammit import EncodingDetector
+from charset_normalizer import from_bytes
 from lxml import etree
 
-from tpu_tune.data.ingest.encodings import decode_markup, read_document
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
+from tpu_tune.data.ingest.encodings import byte_order_mark, decode, does_not_fit, read_document
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 _DROPPED = frozenset(
-    "script style template nav noscript iframe object embed applet svg canvas audio video select datalist textarea".split()
+    "script style template nav noscript iframe object embed applet svg canvas audio video select datalist "
+    "textarea".split()
 )
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-# Element -> line breaks around it: two leave an empty line. What is not here runs on in its line.
-_BREAKS = {
-    **dict.fromkeys(
-        (
-            "title",
-            "p",
-            *_HEADINGS,
-            "pre",
-            "blockquote",
-            "ul",
-            "ol",
-            "dl",
-            "menu",
-            "dir",
-            "table",
-            "figure",
-            "hr",
-            "form",
-            "section",
-            "article",
-            "aside",
-            "header",
-            "footer",
-            "main",
-            "body",
-            "fieldset",
-            "address",
-            "details",
-            "center",
-            "listing",
-            "xmp",
-        ),
-        2,
-    ),
-    **dict.fromkeys(
-        (
-            "div",
-            "li",
-            "dt",
-            "dd",
-            "caption",
-            "figcaption",
-            "legend",
-            "summary",
-            "br",
-            "tr",
-            "td",
-            "th",
-            "thead",
-            "tbody",
-            "tfoot",
-            "option",
-            "html",
-            "head",
-            "dialog",
-            "hgroup",
-            "frameset",
-            "noframes",
-        ),
-        1,
-    ),
-}
+# Line breaks around a block element: 2 leave an empty line. Elements in neither list run on in their line.
+_APART = (
+    "title p pre blockquote ul ol dl menu dir table figure hr form section article aside header footer main body "
+    "fieldset address details center listing xmp"
+)
+_OWN_LINE = (
+    "div li dt dd caption figcaption legend summary br tr td th thead tbody tfoot option html head dialog hgroup "
+    "frameset noframes"
+)
+_BREAKS = {**dict.fromkeys((*_APART.split(), *_HEADINGS), 2), **dict.fromkeys(_OWN_LINE.split(), 1)}
 _LISTS = frozenset(("ul", "ol", "menu", "dir"))
 _VERBATIM = frozenset(("pre", "listing", "xmp"))
 _STRUCTURE = frozenset(("table", *_HEADINGS, *_VERBATIM, "blockquote"))  # in a cell: the table arranges a page
@@ -92,7 +45,7 @@ _BLANK_ENDS = " \t\n\f\r"
 
 
 class _Row:
-    """A table row under way: what stood before it, and its finished cells, each a list of blocks."""
+    """An unfinished table row: the blocks before it, and its finished cells, each a list of blocks."""
 
     __slots__ = ("before", "breaks", "cells", "in_cell", "plain")
 
@@ -108,7 +61,7 @@ class _Page:
 
     def __init__(self) -> None:
         self.blocks: list[tuple[int, str]] = []  # (line breaks before it, text)
-        self.words: list[str] = []  # of the block under way
+        self.words: list[str] = []  # of the current block
         self.breaks = 0  # line breaks owed to the next block
         self.dropped = 0  # how deep inside something that is dropped
         self.verbatim = 0  # how deep inside `pre`
@@ -195,7 +148,7 @@ class _Page:
         return any(word.strip(_BLANK_ENDS) for word in self.words)
 
     def _flush(self, breaks: int) -> None:
-        """End the block under way; `breaks` line breaks are owed after it, or all the same if it is empty."""
+        """End the current block; `breaks` line breaks are owed after it, also where it is empty."""
         if self.words:
             self._add(_SPACES.sub(" ", "".join(self.words)).strip(" "))
             self.words = []
@@ -252,16 +205,47 @@ def _is_navigation(tag: str, attributes: Any) -> bool:
     return attributes.get("role") == "navigation" or (tag == "a" and attributes.get("class") == "headerlink")
 
 
+def _decode_markup(content: bytes, encoding: str = "") -> str:
+    """Decode a page: by `encoding`, its byte order mark, what it declares, UTF-8, or what charset-normalizer finds.
+
+    Raises:
+      BadSource: it does not fit what it declares, or nothing is found.
+    """
+    if encoding or byte_order_mark(content)[0]:
+        return decode(content, encoding)
+    declared = EncodingDetector.find_declared_encoding(content, is_html=True)
+    if declared:
+        try:
+            name = codecs.lookup(declared).name
+        except LookupError:
+            name = ""
+        if name in ("iso8859-1", "ascii"):  # as every browser reads them; HTML's standard says so
+            name = "cp1252"
+        if name and not name.startswith(("utf-16", "utf-32")):  # else the declaration could not have been read
+            try:
+                return content.decode(name)
+            except UnicodeDecodeError as error:
+                raise BadSource(f"{does_not_fit(content, error, name)}, which it declares") from error
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = from_bytes(content).best()
+        if found is None:
+            raise BadSource(f"{does_not_fit(content, error, 'utf-8')}, and no other encoding fits") from error
+        return str(found)
+
+
 def html_text(content: bytes, encoding: str = "") -> str:
     """Return the text of a page, broken or not.
 
     Args:
-      encoding: its encoding; "" takes its byte order mark, the one it declares, UTF-8, or what charset-normalizer finds.
+      encoding: its encoding; "" takes that of its byte order mark, the one it declares, UTF-8, or what
+        charset-normalizer finds.
 
     Raises:
       BadSource: the bytes are not text in any of these.
     """
-    markup = decode_markup(content, encoding).encode("utf-8", "surrogatepass")
+    markup = _decode_markup(content, encoding).encode("utf-8", "surrogatepass")
     return _parse(_html_parser(), markup)
 
 
@@ -274,7 +258,7 @@ def xhtml_text(content: bytes) -> str:
 
     Entities that the page itself declares are left out, so that none can grow without bound.
     """
-    text = decode_markup(content)
+    text = _decode_markup(content)
     named = re.sub(r"&(?!(?:amp|lt|gt|quot|apos);)[A-Za-z][A-Za-z0-9]*;", _entity, text)
     markup = _PROLOGUE.sub("", named, count=1).encode("utf-8", "surrogatepass")
     parser = etree.XMLParser(
@@ -305,7 +289,7 @@ def _parse(parser: Any, markup: bytes) -> str:
         raise BadSource(f"cannot be read as HTML ({error})") from error
 
 
-def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the page as one row with `text`."""
     text = html_text(read_document(blob), options.encoding)
     if text:

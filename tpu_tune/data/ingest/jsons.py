@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import streams
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally
 from tpu_tune.data.ingest.chats import discord_rows, is_discord
 from tpu_tune.data.ingest.encodings import buffered, decoded, misfit, too_long
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\n\r"
 
 
-def read_json_lines(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_json_lines(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with one JSON object a line."""
     with blob.open() as file:
         lines = streams.json_rows(enumerate(streams.cut_lines(buffered(file)), start=1), blob.name, tally.skipped)
@@ -24,11 +25,11 @@ def read_json_lines(blob: Blob, options: Options, tally: Tally) -> Iterator[dict
         yield from picked(rows, options, tally, blob.name)
 
 
-def read_json(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_json(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON file.
 
-    That is an array of objects, an object that holds one under `data`, objects one after the other, or a Discord channel
-    as DiscordChatExporter writes it. `source` has the number of the element.
+    It holds an array of objects, an object with such an array under `data`, objects one after the other, or a Discord
+    channel as DiscordChatExporter writes it. `source` has the number of the element.
     """
     with blob.open() as file:
         scanner = _Scanner(decoded(file, options.encoding))
@@ -36,7 +37,7 @@ def read_json(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, 
             raise BadSource("is empty")
         header: dict[str, Any] = {}
         rows = _elements(blob.name, scanner, header, tally)
-        # A chat export is known once its head is read: what comes first is no row but its place.
+        # Reading the first element fills `header`, which says whether this is a chat export.
         first = next(rows, None)
         if first is None:
             return
@@ -129,7 +130,7 @@ def _object(scanner: _Scanner, header: dict[str, Any]) -> Iterator[Any]:
 
 
 class _Scanner:
-    """JSON values from a stream of text; holds no more than the one under way."""
+    """JSON values from a stream of text; holds no more than the current one."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -154,16 +155,16 @@ class _Scanner:
             if not self._more():
                 return ""
 
-    def take(self, wanted: str) -> str:
+    def take(self, characters: str) -> str:
         """Read over one of the characters `wanted`.
 
         Raises:
           BadSource: something else stands there.
         """
         found = self.peek()
-        if not found or found not in wanted:
-            here = f"'{found}'" if found else "the end of the file"
-            raise BadSource(f"not valid JSON (line {self.line()}: {here} where '{wanted[0]}' should be)")
+        if not found or found not in characters:
+            shown = f"'{found}'" if found else "the end of the file"
+            raise BadSource(f"not valid JSON (line {self.line()}: {shown} where '{characters[0]}' should be)")
         self._at += 1
         return found
 

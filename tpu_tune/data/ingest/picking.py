@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpu_tune.data.formats import FORMATS, RowError, convert
-from tpu_tune.data.ingest.options import Options, Tally, row_of
+from tpu_tune.data.ingest.blobs import Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.errors import UserError
 
 # Further keys that belong to a format, and travel with it.
@@ -18,14 +19,14 @@ MAX_DEPTH = 100  # of lists and objects in a row
 Pick = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 
 
-def picker(columns: Sequence[str], options: Options, where: str) -> Pick:
-    """Return the function that turns one row of these columns into what it gives (without `source`).
+def picker(columns: Sequence[str], options: IngestOptions, where: str) -> Pick:
+    """Return the function that turns one row of these columns into an output row (without `source`).
 
     The columns are those that `options` names; else those of a known format, or the only one there is. The function
     returns None for a row whose picked columns are NULL, and raises `RowError` for one that holds no text there.
 
     Raises:
-      UserError: a named column is missing, or none is named and it is not plain which is meant; lists what is there.
+      UserError: a named column is missing, or none is named and the text column is not obvious; lists the columns.
     """
     named = [(options.column, "text"), (options.input_column, "input"), (options.output_column, "output")]
     main = tuple((old, new) for old, new in named if old)
@@ -53,16 +54,16 @@ def picker(columns: Sequence[str], options: Options, where: str) -> Pick:
 
 def picked(
     rows: Iterable[tuple[str, Mapping[str, Any]]],
-    options: Options,
+    options: IngestOptions,
     tally: Tally,
     name: str,
     columns: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Yield what each row gives, with its `source`.
+    """Yield the output row of each row, with its `source`.
 
     Args:
-      rows: (where it is, the row).
-      name: of the file or table, for what is said about its columns.
+      rows: (file and line, the row).
+      name: the file or table, for messages about its columns.
       columns: of all rows; where rows are objects with keys of their own, those of the first are taken.
 
     Raises:
@@ -103,7 +104,7 @@ def _named(
     return found
 
 
-def _known(row: Mapping[str, Any], format: str, options: Options) -> dict[str, Any] | None:
+def _known(row: Mapping[str, Any], format: str, options: IngestOptions) -> dict[str, Any] | None:
     """A row of a format that the trainer knows, as it is; chats become `messages`."""
     kept = {new: plain(row.get(old), old) for old, new in options.columns}
     if format in ("messages", "sharegpt") and not (format == "sharegpt" and options.keep_conversations):
@@ -141,10 +142,10 @@ def text_of(value: Any, column: str) -> str:
 
 
 def plain(value: Any, column: str, depth: int = 0) -> Any:
-    """Return a value as JSON can say it: bytes as the text they are, dates and decimals in writing, NaN as null.
+    """Return a value that JSON can hold: bytes decoded, dates and decimals as text, NaN as null.
 
     Raises:
-      RowError: bytes that are no text, lists in lists in lists without an end, or what JSON has no word for.
+      RowError: bytes that are no text, a value nested too deeply, or one that JSON cannot hold.
     """
     if depth > MAX_DEPTH:
         raise RowError(f"column '{column}' is nested too deeply")

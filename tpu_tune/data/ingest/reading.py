@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tpu_tune.data.extra import missing
 from tpu_tune.data.formats import RowError
 from tpu_tune.data.ingest import catalog
 from tpu_tune.data.ingest.archives import DAMAGED, Bomb, damage, inner_name, unpacked
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.streams import Skipped
 from tpu_tune.errors import UserError
 
-Reader = Callable[[Blob, Options, Tally], Iterator[dict[str, Any]]]
+Reader = Callable[[Blob, IngestOptions, Tally], Iterator[dict[str, Any]]]
 
 # Kind -> suffixes; `--format` names a kind where the suffix does not say it.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -47,42 +50,49 @@ def kind_of(name: str, format: str = "auto") -> str:
 
 
 def is_readable(name: str, format: str = "auto") -> bool:
-    """Whether there is something to read in a file of a folder, by its name: of a known kind, or an archive."""
+    """Whether a file of a folder is to be read, by its name: it is of a known kind, or an archive."""
     return bool(kind_of(name, format)) or suffix_of(inner_name(name)) in (".zip", ".tar")
 
 
-def _reader(kind: str) -> Reader:
-    """The reader of a kind; each brings its library only when it is needed."""
-    if kind == "html":
-        from tpu_tune.data.ingest.html import read
-    elif kind in ("text", "markdown"):
-        from tpu_tune.data.ingest.documents import read_text as read
-    elif kind == "epub":
-        from tpu_tune.data.ingest.documents import read_epub as read
-    elif kind in ("csv", "tsv"):
-        from tpu_tune.data.ingest.tables import read_csv as read
-    elif kind == "parquet":
-        from tpu_tune.data.ingest.tables import read_parquet as read
-    elif kind == "arrow":
-        from tpu_tune.data.ingest.tables import read_arrow as read
-    elif kind == "jsonl":
-        from tpu_tune.data.ingest.jsons import read_json_lines as read
-    elif kind in ("json", "discord"):
-        from tpu_tune.data.ingest.jsons import read_json as read
-    elif kind == "sql":
-        from tpu_tune.data.ingest.sql import read
-    elif kind == "sqlite":
-        from tpu_tune.data.ingest.sqlite import read
-    else:
-        from tpu_tune.data.ingest.dictd import read
-    return read
+# Kind -> (module, function) of its reader.
+_READERS: dict[str, tuple[str, str]] = {
+    "html": ("html", "read"),
+    "text": ("documents", "read_text"),
+    "markdown": ("documents", "read_text"),
+    "epub": ("epub", "read"),
+    "csv": ("tables", "read_csv"),
+    "tsv": ("tables", "read_csv"),
+    "parquet": ("tables", "read_parquet"),
+    "arrow": ("tables", "read_arrow"),
+    "jsonl": ("jsons", "read_json_lines"),
+    "json": ("jsons", "read_json"),
+    "discord": ("jsons", "read_json"),
+    "sql": ("sql", "read"),
+    "sqlite": ("sqlite", "read"),
+    "dictd": ("dictd", "read"),
+}
 
 
-def read_source(path: str, options: Options = Options(), tally: Tally | None = None) -> Iterator[dict[str, Any]]:  # noqa: B008
+def reader_of(kind: str) -> Reader:
+    """Return the reader of a kind; its libraries are imported only now.
+
+    Raises:
+      UserError: a library of the extra `data` is not installed.
+    """
+    module, function = _READERS[kind]
+    try:
+        return getattr(importlib.import_module(f"tpu_tune.data.ingest.{module}"), function)
+    except ImportError as error:
+        raise missing(error.name or "a library", f"reading {kind}", error) from error
+
+
+def read_source(
+    path: str, options: IngestOptions | None = None, tally: Tally | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of one source: a file, an archive, or a dataset's name.
 
-    It takes and gives nothing but plain values, so that any process can be given a source to read; what is read depends
-    on these two alone.
+    Arguments and rows are plain values, so that a source can be read in any process; the rows depend on `path` and
+    `options` alone.
 
     Args:
       path: as `find_sources` gives it.
@@ -95,6 +105,7 @@ def read_source(path: str, options: Options = Options(), tally: Tally | None = N
     Raises:
       UserError: something cannot be read and that is not allowed, or a column or table is missing.
     """
+    options = options or IngestOptions()
     tally = Tally(Skipped(options.skip_bad)) if tally is None else tally
     if catalog.is_named(path):
         yield from catalog.read(path, options, tally)
@@ -118,9 +129,9 @@ def read_source(path: str, options: Options = Options(), tally: Tally | None = N
         tally.skipped.add(path, damage(error))
 
 
-def _rows(blob: Blob, kind: str, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def _rows(blob: Blob, kind: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     try:
-        yield from _reader(kind)(blob, options, tally)
+        yield from reader_of(kind)(blob, options, tally)
     except Bomb:
         raise
     except (BadSource, RowError) as error:

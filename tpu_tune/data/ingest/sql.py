@@ -1,8 +1,8 @@
 """Rows of SQL dumps: INSERT and COPY, as mysqldump, pg_dump and sqlite3's `.dump` write them; nothing is executed.
 
-A dump is read once, as a stream. Columns are named by the INSERT or COPY itself, or by the CREATE TABLE before it, which
-sqlparse reads. Values are literals; of functions, those that sqlite3 writes for line breaks are understood (`replace`,
-`char`, `unistr`), and `CAST`; a row with any other is a bad row.
+A dump is read once, as a stream. Columns are named by the INSERT or COPY itself, or by the CREATE TABLE before it,
+which sqlparse reads. Values are literals; of functions, those that sqlite3 writes for line breaks are understood
+(`replace`, `char`, `unistr`), and `CAST`; a row with any other is a bad row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import sqlparse
 
 from tpu_tune.data.formats import RowError
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.encodings import decoded, misfit
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, row_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picker
 from tpu_tune.data.ingest.sql_tokens import END, SIGN, WORD, Tokens, copied
 from tpu_tune.data.ingest.sql_values import read_name, read_row
@@ -59,7 +60,7 @@ def _plain_name(name: str) -> str:
     return name[1:-1].replace(name[0] * 2, name[0]) if name[:1] in ('"', "`") else name
 
 
-def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of one table of a dump; `source` is `file!table:row`, rows numbered as they come.
 
     Raises:
@@ -78,7 +79,7 @@ def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]
 class _Dump:
     """One dump being read."""
 
-    def __init__(self, name: str, tokens: Tokens, options: Options, tally: Tally):
+    def __init__(self, name: str, tokens: Tokens, options: IngestOptions, tally: Tally):
         self.name, self.tokens, self.options, self.tally = name, tokens, options, tally
         self.tables: dict[str, list[str]] = {}  # all that were named so far, with their columns
         self.wanted = options.table.rpartition(".")[2]
@@ -112,7 +113,7 @@ class _Dump:
             pass
 
     def _begins(self, token: tuple[str, Any]) -> bool:
-        """Whether another statement begins with this word, which is then given again: SQL Server writes no semicolons."""
+        """Whether this word begins another statement; it is then put back. SQL Server writes no semicolons."""
         begins = self.tokens.batches and token[0] == WORD and token[1].upper() in ("GO", "INSERT")
         if begins:
             self.tokens.give_back(token)
@@ -156,7 +157,7 @@ class _Dump:
         return names
 
     def _take(self, table: str, columns: list[str]) -> list[str] | None:
-        """The columns of the statement under way, None where its rows are not asked for."""
+        """The columns of the current statement, None where its rows are not of the table asked for."""
         known = self.tables.setdefault(table, columns)
         if not known:
             self.tables[table] = known = columns
@@ -186,7 +187,7 @@ class _Dump:
     def _row(self, columns: list[str], values: list[Any], reason: str) -> Iterator[dict[str, Any]]:
         self.count += 1
         where = f"{self.name}!{self.chosen}:{self.count}"
-        if not columns:  # no CREATE TABLE said them
+        if not columns:  # no CREATE TABLE names them
             columns = [f"column{number}" for number in range(1, len(values) + 1)]
             self._pick = self._pick or picker(columns, self.options, f"{self.name}!{self.chosen}")
         if reason or len(values) != len(columns):

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import streams
+from tpu_tune.data.ingest.blobs import BadSource
 from tpu_tune.data.ingest.encodings import too_long
-from tpu_tune.data.ingest.options import BadSource
 
 DIALECTS = ("standard", "mysql", "postgres")
 STRING, NAME, WORD, NUMBER, SIGN, END = "string", "name", "word", "number", "sign", "end"
@@ -70,7 +70,7 @@ class Tokens:
     Attributes:
       dialect: one of `DIALECTS`.
       batches: whether it is SQL Server's, whose statements end where the next begins.
-      text: what was read since it was set to [], as it was written, up to about `MAX_KEPT`; None where nobody asked.
+      text: what was read since `keep_text`, as it was written, up to about `MAX_KEPT` characters; None before.
     """
 
     def __init__(self, file: Any):
@@ -90,7 +90,7 @@ class Tokens:
         return self._lines + self._text.count("\n", 0, self._at)
 
     def peek(self) -> tuple[str, Any]:
-        """The next word, which is given again."""
+        """The next word, without reading over it."""
         if self._waiting is None:
             self._waiting = self.next()
         return self._waiting
@@ -124,7 +124,7 @@ class Tokens:
                 return self._meaning(kind, match)
 
     def give_back(self, token: tuple[str, Any]) -> None:
-        """Have `next` give a word again."""
+        """Put a word back, to be returned by `next`."""
         self._waiting = token
 
     def keep_text(self, start: str) -> None:
@@ -171,7 +171,7 @@ class Tokens:
         return text.replace(mark * 2, mark) if mark in text else text
 
     def rest_of_line(self) -> str:
-        """Read to the end of the line under way."""
+        """Read to the end of the current line."""
         return next(self.raw_lines(), "")
 
     def raw_lines(self) -> Iterator[str]:

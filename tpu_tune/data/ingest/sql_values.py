@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tpu_tune.data.ingest.options import BadSource
+from tpu_tune.data.ingest.blobs import BadSource
 from tpu_tune.data.ingest.sql_tokens import END, NAME, NUMBER, SIGN, STRING, WORD, Tokens
 
 

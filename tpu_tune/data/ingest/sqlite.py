@@ -11,13 +11,14 @@ from typing import Any
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.archives import on_disk
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally
 from tpu_tune.data.ingest.encodings import misfit
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 from tpu_tune.errors import UserError
 
 
-def read(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of one table, in the order in which they are stored; `source` is `file!table:row`.
 
     Raises:
@@ -57,21 +58,21 @@ def _tables(connection: sqlite3.Connection) -> dict[str, list[str]]:
     return {name: [row[1] for row in connection.execute(f"PRAGMA table_info({_quoted(name)})")] for name in names}
 
 
-def choose(where: str, tables: dict[str, list[str]], wanted: str) -> str:
+def choose(where: str, tables: dict[str, list[str]], table: str) -> str:
     """The table that is asked for, or the only one.
 
     Raises:
       UserError: it is missing, or there are several and none is named; lists them with their columns.
     """
-    if wanted in tables:
-        return wanted
-    if len(tables) == 1 and not wanted:
+    if table in tables:
+        return table
+    if len(tables) == 1 and not table:
         return next(iter(tables))
     listed = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in list(tables.items())[:20])
     if len(tables) > 20:
         listed += f"; and {len(tables) - 20} more"
-    if wanted:
-        raise UserError(f"{where}: there is no table '{wanted}'; there is: {listed or 'none'}")
+    if table:
+        raise UserError(f"{where}: there is no table '{table}'; there is: {listed or 'none'}")
     if not tables:
         raise BadSource("holds no table")
     raise UserError(f"{where}: which table? give --table NAME; there is: {listed}")

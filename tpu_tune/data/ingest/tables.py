@@ -1,7 +1,7 @@
 """Tables: CSV and TSV, Parquet, Arrow and Feather, a batch at a time.
 
-CSV is read by Python's own reader and not by pandas: pandas fills a row that is too short with empty cells and says
-nothing, so that a cut or shifted row cannot be told from a whole one. For tables that are whole both give the same cells.
+CSV is read by Python's own reader and not by pandas: pandas silently fills a row that is too short with empty cells, so
+that a cut or shifted row looks like a good one. For undamaged tables both give the same cells.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.archives import inner_name, seekable
+from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.encodings import TextLines, misfit, too_long
-from tpu_tune.data.ingest.options import BadSource, Blob, Options, Tally, suffix_of
+from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 
 BATCH_ROWS = 256
@@ -26,7 +27,7 @@ class _TooLong(Exception):
 
 
 class _Lines:
-    """The lines of a table for `csv.reader`; keeps those of the row under way."""
+    """The lines of a table for `csv.reader`; keeps those of the current row."""
 
     def __init__(self, lines: TextLines):
         self.lines = lines
@@ -43,7 +44,7 @@ class _Lines:
         return line
 
 
-def read_csv(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_csv(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield a table's rows; every cell is text, just as it stands there.
 
     The first line names the columns. `source` has the line on which the row begins.
@@ -138,23 +139,23 @@ def _unique(header: list[str]) -> list[str]:
     return found
 
 
-def read_parquet(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_parquet(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file; only the columns that are picked are read."""
     import pyarrow
     import pyarrow.parquet
 
-    with blob.open() as file, seekable(file) as whole:
+    with blob.open() as file, seekable(file) as source:
         try:
-            table = pyarrow.parquet.ParquetFile(whole)
+            table = pyarrow.parquet.ParquetFile(source)
             columns = table.schema_arrow.names
-            wanted = _wanted(columns, options)
-            batches = table.iter_batches(BATCH_ROWS, columns=wanted)
+            to_read = _columns_to_read(columns, options)
+            batches = table.iter_batches(BATCH_ROWS, columns=to_read)
             yield from picked(_batch_rows(blob.name, batches), options, tally, blob.name, columns)
         except pyarrow.ArrowException as error:
             raise BadSource(f"cannot be read as Parquet ({_first_line(error)})") from error
 
 
-def _wanted(columns: list[str], options: Options) -> list[str] | None:
+def _columns_to_read(columns: list[str], options: IngestOptions) -> list[str] | None:
     """The columns to read, or None for all: a picker of known keys may need any."""
     named = [options.column, options.input_column, options.output_column]
     if not any(named):
@@ -162,13 +163,13 @@ def _wanted(columns: list[str], options: Options) -> list[str] | None:
     return [name for name in columns if name in named or name in dict(options.columns)]
 
 
-def read_arrow(blob: Blob, options: Options, tally: Tally) -> Iterator[dict[str, Any]]:
+def read_arrow(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of an Arrow IPC file or stream, or of a Feather file of either version."""
     import pyarrow
 
-    with blob.open() as file, seekable(file) as whole:
+    with blob.open() as file, seekable(file) as source:
         try:
-            columns, batches = _arrow_batches(whole)
+            columns, batches = _arrow_batches(source)
             yield from picked(_batch_rows(blob.name, batches), options, tally, blob.name, columns)
         except pyarrow.ArrowException as error:
             raise BadSource(f"cannot be read as Arrow ({_first_line(error)})") from error

@@ -1,47 +1,13 @@
 """A recipe: the steps of data preparation in one file, run in order, each kept, with one report at the end.
 
-`settings` is the recipe's configuration, `steps` makes stages of it, `stages` runs them and skips what is there already,
-`beam` gives ingest, clean and tokenize to Apache Beam, `report` writes the page.
+`settings` is the recipe's configuration, `steps` makes stages of it, `stages` runs them and skips finished ones, `beam`
+gives ingest, clean and tokenize to Apache Beam, `recipe_report` writes the page.
 """
 
-from __future__ import annotations
-
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from ml_collections import ConfigDict
-
 from tpu_tune.data.recipe import settings
-from tpu_tune.data.recipe.report import write_report
+from tpu_tune.data.recipe.running import REPORT, run_recipe
 from tpu_tune.data.recipe.settings import default
-from tpu_tune.data.recipe.stages import Done, run_stages
-from tpu_tune.data.recipe.steps import advice, stages_of
+from tpu_tune.data.recipe.stages import Done
+from tpu_tune.data.recipe.steps import advice
 
-__all__ = ["Done", "advice", "default", "run_recipe", "settings"]
-
-REPORT = "report.html"
-_VERSION = "1"  # raise it when a step would give something else from the same input and options
-
-
-def run_recipe(recipe: Mapping[str, Any] | ConfigDict) -> list[Done]:
-    """Run a recipe; steps that were finished before, from the same inputs and options, are not run again.
-
-    Args:
-      recipe: from `default()` or `settings.read`, or nested dicts of what differs from the defaults.
-
-    Returns:
-      The finished steps in their order. `report.html` in the recipe's folder is renewed after each.
-
-    Raises:
-      UserError: a wrong recipe, or a step failed; what was finished before stays.
-    """
-    recipe = settings.from_dict(recipe)
-    folder, finished = Path(recipe.output_dir).expanduser(), []
-
-    def renew(done: Done) -> None:
-        finished.append(done)
-        write_report(folder / REPORT, f"Data: {os.fspath(folder)}", finished)
-
-    return run_stages(stages_of(recipe), list(recipe.inputs), folder, _VERSION, renew)
+__all__ = ["REPORT", "Done", "advice", "default", "run_recipe", "settings"]

@@ -1,9 +1,9 @@
 """Apache Beam as the engine of ingest, clean and tokenize: past one machine, or on this one for trying it out.
 
-Beam runs plain functions over tasks (a source, a block of lines, a batch of rows) and finds equal rows by grouping their
-hashes. Everything a task makes goes to a file in a folder that all workers must share, and is put together here in the
-order of the tasks, so that the output is what one machine would have written, byte for byte. Which engine runs it is
-Beam's own option, e.g. `--runner=FlinkRunner`; without one its local runner does.
+Beam runs plain functions over tasks (a source, a block of lines, a batch of rows) and finds equal rows by grouping
+their hashes. Everything a task makes goes to a file in a folder that all workers must share; this process joins the
+files in the order of the tasks, so that the output is what one machine would have written, byte for byte. Which engine
+runs it is Beam's own option, e.g. `--runner=FlinkRunner`; without one its local runner does.
 """
 
 from __future__ import annotations
@@ -42,43 +42,43 @@ def run_in_order(
     """
     beam = _library()
     own = tempfile.mkdtemp(dir=folder)
-    places = []
+    paths = []
     for number, task in enumerate(tasks):
-        places.append(os.path.join(own, str(number)))
-        _save(places[-1], task)
+        paths.append(os.path.join(own, str(number)))
+        _save(paths[-1], task)
     with beam.Pipeline(options=_options(options)) as pipeline:
-        _ = pipeline | beam.Create(places) | beam.Reshuffle() | beam.Map(_one, function)
-    for place in places:
-        result = _load(f"{place}.result")
-        os.unlink(f"{place}.result")
+        _ = pipeline | beam.Create(paths) | beam.Reshuffle() | beam.Map(_one, function)
+    for path in paths:
+        result = _load(f"{path}.result")
+        os.unlink(f"{path}.result")
         if isinstance(result, UserError):
             raise result
         yield result
 
 
-def _one(place: str, function: Callable[[Any], Any]) -> None:
+def _one(path: str, function: Callable[[Any], Any]) -> None:
     try:
-        result = function(_load(place))
+        result = function(_load(path))
     except UserError as error:  # Beam would wrap it in a page of its own
         result = UserError(str(error))
-    _save(f"{place}.result", result)
+    _save(f"{path}.result", result)
 
 
-def _save(place: str, value: Any) -> None:
+def _save(path: str, value: Any) -> None:
     """Write aside and rename: an engine may run a task twice, also at the same time."""
-    handle, aside = tempfile.mkstemp(dir=os.path.dirname(place))
+    handle, aside = tempfile.mkstemp(dir=os.path.dirname(path))
     with open(handle, "wb") as file:
         pickle.dump(value, file)
-    os.replace(aside, place)
+    os.replace(aside, path)
 
 
-def _load(place: str) -> Any:
-    with open(place, "rb") as file:
+def _load(path: str) -> Any:
+    with open(path, "rb") as file:
         return pickle.load(file)
 
 
-def _read_all(place: str) -> Iterator[Any]:
-    with open(place, "rb") as file:
+def _read_all(path: str) -> Iterator[Any]:
+    with open(path, "rb") as file:
         while file.peek(1):
             yield pickle.load(file)
 
@@ -87,19 +87,20 @@ def _library() -> Any:
     try:
         import apache_beam
     except ImportError as error:
-        raise UserError('the runner beam needs Apache Beam, which is not here: pip install "tpu_tune[beam]"') from error
+        how = "pip install 'tpu_tune[beam]'"
+        raise UserError(f"the runner beam needs Apache Beam, which cannot be imported ({error}): {how}") from error
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     return apache_beam
 
 
-def _options(words: Sequence[str]) -> Any:
+def _options(options: Sequence[str]) -> Any:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     # The local runner by default: Beam's Prism would have to be fetched.
-    given = list(words)
-    if not any(word.startswith("--runner") for word in given):
-        given.append("--runner=DirectRunner")
-    return PipelineOptions(given)
+    arguments = list(options)
+    if not any(word.startswith("--runner") for word in arguments):
+        arguments.append("--runner=DirectRunner")
+    return PipelineOptions(arguments)
 
 
 @contextlib.contextmanager
@@ -113,7 +114,8 @@ def engine(folder: str | os.PathLike, options: Sequence[str]) -> Iterator[Engine
 def clean(
     inputs: Sequence[str], output: str, options: Any, skip_bad: bool, beam_options: Sequence[str]
 ) -> dict[str, Any]:
-    """Do what `tpu_tune.data.clean.clean` does: the rules over blocks of lines, equal rows by grouping, near ones here.
+    """Do what `tpu_tune.data.clean.clean` does: Beam applies the rules to blocks of lines and groups equal rows; near
+    duplicates are found in this process.
 
     Returns:
       The same report.
@@ -121,12 +123,12 @@ def clean(
     Raises:
       UserError: as there, or Apache Beam is missing.
     """
-    from tpu_tune.data.clean import Duplicates, Hit, Report
+    from tpu_tune.data.clean import CleanReport, Duplicates, Hit
     from tpu_tune.data.clean.duplicates import near_text
     from tpu_tune.data.clean.rules import snippet
     from tpu_tune.data.streams import Skipped, writing
 
-    report, skipped = Report(), Skipped(skip_bad)
+    report, skipped = CleanReport(), Skipped(skip_bad)
     near = Duplicates(dataclasses.replace(options, exact_duplicates=False), Path(output).parent)
     with (
         tempfile.TemporaryDirectory(prefix=".beam-", dir=Path(output).absolute().parent) as folder,
@@ -135,15 +137,15 @@ def clean(
     ):
         tasks = [block for path in inputs for block in blocks(os.fspath(path))]
         work = functools.partial(_clean_block, options=options, skip_bad=skip_bad)
-        places = [os.path.join(folder, f"rows-{number}") for number in range(len(tasks))]
-        for part in run_in_order(work, list(zip(tasks, places, strict=True)), folder, beam_options):
+        paths = [os.path.join(folder, f"rows-{number}") for number in range(len(tasks))]
+        for part in run_in_order(work, list(zip(tasks, paths, strict=True)), folder, beam_options):
             skipped.count += part.count
             skipped.examples = (skipped.examples + part.examples)[:5]
         if options.exact_duplicates:
-            _find_equal(places, beam_options)
-        for place in places:
-            equal = _load(f"{place}.equal") if os.path.exists(f"{place}.equal") else set()
-            for index, (where, line, hits, _) in enumerate(_read_all(place)):
+            _find_equal(paths, beam_options)
+        for path in paths:
+            equal = _load(f"{path}.equal") if os.path.exists(f"{path}.equal") else set()
+            for index, (where, line, hits, _) in enumerate(_read_all(path)):
                 hit = None
                 if index in equal:
                     hit = Hit("exact duplicate", "dropped", snippet(near_text(json.loads(line), options)))
@@ -166,8 +168,8 @@ def _clean_block(task: tuple[Block, str], options: Any, skip_bad: bool) -> Any:
     from tpu_tune.data.formats import RowError
     from tpu_tune.data.streams import Skipped, Writer, json_rows
 
-    (block, place), cleaner, skipped = task, row_cleaner(options), Skipped(skip_bad)
-    with open(place, "wb") as file:
+    (block, path), cleaner, skipped = task, row_cleaner(options), Skipped(skip_bad)
+    with open(path, "wb") as file:
         for number, row in json_rows(block.lines(), block.path, skipped):
             where = f"{block.path}:{number}"
             try:
@@ -184,32 +186,32 @@ def _clean_block(task: tuple[Block, str], options: Any, skip_bad: bool) -> Any:
     return skipped
 
 
-def _find_equal(places: Sequence[str], beam_options: Sequence[str]) -> None:
+def _find_equal(paths: Sequence[str], beam_options: Sequence[str]) -> None:
     """Write beside each file of cleaned rows which of them have an equal one before them."""
     beam = _library()
     with beam.Pipeline(options=_options(beam_options)) as pipeline:
         _ = (
             pipeline
-            | "files" >> beam.Create(list(enumerate(places)))
+            | "files" >> beam.Create(list(enumerate(paths)))
             | "shared" >> beam.Reshuffle()
             | "hashes" >> beam.FlatMap(_hashes)
             | "same hash" >> beam.GroupByKey()
             | "all but the first" >> beam.FlatMap(lambda group: sorted(group[1])[1:])
             | "by file" >> beam.GroupByKey()
-            | "written" >> beam.Map(_write_equal, list(places))
+            | "written" >> beam.Map(_write_equal, list(paths))
         )
 
 
 def _hashes(numbered: tuple[int, str]) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    number, place = numbered
-    for index, (_, line, _, digest) in enumerate(_read_all(place)):
+    number, path = numbered
+    for index, (_, line, _, digest) in enumerate(_read_all(path)):
         if line is not None:
             yield digest, (number, index)
 
 
-def _write_equal(group: tuple[int, Iterable[int]], places: Sequence[str]) -> None:
+def _write_equal(group: tuple[int, Iterable[int]], paths: Sequence[str]) -> None:
     number, indices = group
-    _save(f"{places[number]}.equal", set(indices))
+    _save(f"{paths[number]}.equal", set(indices))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from tpu_tune.config.engine import Schema, key
-from tpu_tune.data.clean import Options as CleanOptions
+from tpu_tune.data.clean import CleanOptions
 from tpu_tune.data.cluster import ClusterOptions
-from tpu_tune.data.ingest import Options as IngestOptions
-from tpu_tune.data.recipe.options import SplitStep, TokenizeStep
+from tpu_tune.data.ingest import IngestOptions
+from tpu_tune.data.recipe.step_options import SplitStep, TokenizeStep
 from tpu_tune.errors import UserError
 
 

@@ -30,7 +30,7 @@ class Stage:
 
     Attributes:
       name: of the step, e.g. `clean`.
-      parameters: what it was asked for; JSON can hold it.
+      parameters: the step's options; JSON can hold them.
       run: called with the files it starts from and an empty folder to write to; returns its report, which JSON can
         hold, with the list of the files' names that the next stage reads under `outputs`.
     """
@@ -67,7 +67,7 @@ def run_stages(
         again. What is no local path counts by its name.
       folder: the recipe's folder, made where it is not there.
       version: changes when stages would give something else from the same inputs.
-      then: called after each stage.
+      then: called with each finished stage.
 
     Raises:
       UserError: the folder cannot be written, or a stage fails; finished stages stay.
@@ -77,13 +77,13 @@ def run_stages(
     files, finished = list(inputs), []
     for number, stage in enumerate(stages, start=1):
         key = _hash([key, stage.name, json.dumps(stage.parameters, sort_keys=True, default=str)])
-        place = folder / f"{number}-{stage.name}"
-        done = _find(place, stage, key)
+        stage_folder = folder / f"{number}-{stage.name}"
+        done = _find_finished(stage_folder, stage, key)
         if done is None:
-            logger.info("%s: %s", place.name, _count(files))
-            done = _run(stage, files, place, key)
+            logger.info("%s: %s", stage_folder.name, _count(files))
+            done = _run(stage, files, stage_folder, key)
         else:
-            logger.info("%s: as it was left", place.name)
+            logger.info("%s: unchanged, not run again", stage_folder.name)
         finished.append(done)
         if then is not None:
             then(done)
@@ -91,8 +91,8 @@ def run_stages(
     return finished
 
 
-def _run(stage: Stage, files: list[str], place: Path, key: str) -> Done:
-    aside = place.with_name(f".{place.name}.tmp")
+def _run(stage: Stage, files: list[str], stage_folder: Path, key: str) -> Done:
+    aside = stage_folder.with_name(f".{stage_folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)  # what an interrupted run has left
     _make(aside)
     start = time.monotonic()
@@ -109,39 +109,47 @@ def _run(stage: Stage, files: list[str], place: Path, key: str) -> Done:
             "report": report,
         }
         (aside / "stage.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        os.rename(aside, place)
+        shutil.rmtree(stage_folder, ignore_errors=True)
+        os.rename(aside, stage_folder)
     except OSError as error:
-        raise UserError(f"{place}: {stage.name} cannot write its files ({error.strerror or error})") from error
+        raise UserError(f"{stage_folder}: {stage.name} cannot write its files ({error.strerror or error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Done(stage.name, place, [str(place / name) for name in outputs], stage.parameters, report, seconds, False)
+    return Done(
+        stage.name,
+        stage_folder,
+        [str(stage_folder / name) for name in outputs],
+        stage.parameters,
+        report,
+        seconds,
+        False,
+    )
 
 
-def _find(place: Path, stage: Stage, key: str) -> Done | None:
+def _find_finished(stage_folder: Path, stage: Stage, key: str) -> Done | None:
     try:
-        record = json.loads((place / "stage.json").read_text(encoding="utf-8"))
+        record = json.loads((stage_folder / "stage.json").read_text(encoding="utf-8"))
         if record["key"] != key:
             return None
-        if any(os.path.getsize(place / name) != size for name, size in record["outputs"].items()):
+        if any(os.path.getsize(stage_folder / name) != size for name, size in record["outputs"].items()):
             return None
-        outputs = [str(place / name) for name in record["outputs"]]
-        return Done(stage.name, place, outputs, stage.parameters, record["report"], record["seconds"], True)
+        outputs = [str(stage_folder / name) for name in record["outputs"]]
+        return Done(stage.name, stage_folder, outputs, stage.parameters, record["report"], record["seconds"], True)
     except (OSError, ValueError, KeyError):
         return None
 
 
 def _describe(inputs: Sequence[str]) -> list[str]:
-    found = []
+    described = []
     for name in inputs:
         path = Path(name).expanduser()
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found.append(str(name))
+        described.append(str(name))
         for file in files:
             if file.is_file():
                 status = file.stat()
-                found.append(f"{file} {status.st_size} {status.st_mtime_ns}")
-    return found
+                described.append(f"{file} {status.st_size} {status.st_mtime_ns}")
+    return described
 
 
 def _hash(parts: Sequence[str]) -> str:

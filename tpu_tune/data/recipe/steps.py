@@ -23,19 +23,19 @@ ROWS = "rows.jsonl"
 
 def stages_of(recipe: ConfigDict) -> list[Stage]:
     """Return the stages of a checked recipe, in their order."""
-    found = []
+    stages = []
     for name in recipe.steps:
         run = functools.partial(_RUN[name], recipe)
         options = options_of(recipe, name)
         parameters = asdict(options)
         if name == "tokenize" and os.path.exists(options.tokenizer_path):
-            parameters["tokenizer_files"] = _state(Path(options.tokenizer_path))
-        found.append(Stage(name, {**parameters, "skip_bad": recipe.skip_bad}, run))
-    return found
+            parameters["tokenizer_files"] = _file_states(Path(options.tokenizer_path))
+        stages.append(Stage(name, {**parameters, "skip_bad": recipe.skip_bad}, run))
+    return stages
 
 
-def _state(path: Path) -> list[str]:
-    """Sizes and times of a tokenizer's files, so that another tokenizer in the same place is seen."""
+def _file_states(path: Path) -> list[str]:
+    """Sizes and times of a tokenizer's files, so that another tokenizer under the same path is noticed."""
     files = sorted(path.glob("*token*")) if path.is_dir() else [path]
     return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
@@ -88,11 +88,11 @@ def _split(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, Any]
 
     if len(files) != 1:
         raise UserError(f"split reads one file and there are {len(files)}; have ingest or clean before it in 'steps'")
-    asked = options_of(recipe, "split")
-    if asked.ratio and asked.count is not None:
+    step = options_of(recipe, "split")
+    if step.ratio and step.count is not None:
         raise UserError("recipe keys 'split.ratio' and 'split.count' are both set; give one of them")
-    share = parse_ratio(asked.ratio) if asked.ratio else None
-    options = SplitOptions(share, asked.count, asked.group_key, asked.stratify_key, asked.seed)
+    share = parse_ratio(step.ratio) if step.ratio else None
+    options = SplitOptions(share, step.count, step.group_key, step.stratify_key, step.seed)
     report = split_file(files[0], folder, options, recipe.skip_bad)
     kept = {key: value for key, value in report.items() if key not in ("train", "val")}
     rows_out = kept["train_rows"] + kept["val_rows"]
@@ -103,17 +103,17 @@ def _tokenize(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, A
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.data import chat
     from tpu_tune.data.pretokenize import tokenize_file
-    from tpu_tune.data.tokenizing import Options
+    from tpu_tune.data.tokenize_options import TokenizeOptions
 
-    asked = options_of(recipe, "tokenize")
-    tokenizer = open_tokenizer(asked.tokenizer_path)
-    options = Options(
-        format=asked.format,
-        max_length=asked.max_length,
-        columns=dict(asked.columns),
-        chat_template=chat.read_template(tokenizer, asked.chat_template),
-        train_on_source=asked.train_on_source,
-        num_eos=asked.num_eos,
+    step = options_of(recipe, "tokenize")
+    tokenizer = open_tokenizer(step.tokenizer_path)
+    options = TokenizeOptions(
+        format=step.format,
+        max_length=step.max_length,
+        columns=dict(step.columns),
+        chat_template=chat.read_template(tokenizer, step.chat_template),
+        train_on_source=step.train_on_source,
+        num_eos=step.num_eos,
     )
     reports, outputs = [], []
     with _engine(recipe, folder) as engine:

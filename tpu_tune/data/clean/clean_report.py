@@ -14,7 +14,7 @@ BAD_ROW = "bad row"
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal obeys, and what is no UTF-8
 
 
-class Report:
+class CleanReport:
     """Counts rows and rules; `figures` is the report."""
 
     def __init__(self) -> None:

@@ -1,8 +1,7 @@
-"""The text of each row, for whatever a row is: what `data cluster` reads, as often as it needs to, one row at a time."""
+"""The text of each row, whatever its format: what `data cluster` reads in each of its passes, one row at a time."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +22,11 @@ class Survey:
     Attributes:
       rows: how many have a text.
       sample: texts of a seeded sample of them.
-      fingerprint: of all the texts, in hexadecimal.
       skipped: the bad rows.
     """
 
     rows: int
     sample: list[str]
-    fingerprint: str
     skipped: Skipped
 
 
@@ -68,20 +65,18 @@ def survey(path: str, key: str, skip_bad: bool, sample: int, seed: int) -> Surve
     """
     skipped, random = Skipped(skip_bad), np.random.default_rng(seed)
     kept: list[str] = []
-    digest, count = hashlib.sha256(), 0
+    count = 0
     for _, text in progress(read_texts(path, key, skipped), "reading"):
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-        place = len(kept) if len(kept) < sample else int(random.integers(0, count + 1))
+        slot = len(kept) if len(kept) < sample else int(random.integers(0, count + 1))
         count += 1
-        if place == len(kept):
+        if slot == len(kept):
             kept.append(text[:_SAMPLE_CHARACTERS])
-        elif place < sample:
-            kept[place] = text[:_SAMPLE_CHARACTERS]
+        elif slot < sample:
+            kept[slot] = text[:_SAMPLE_CHARACTERS]
     if not count:
         bad = f"; the first bad row is {skipped.examples[0]}" if skipped.count else ""
         raise UserError(f"{path}: no row with a text{bad}")
-    return Survey(count, kept, digest.hexdigest(), skipped)
+    return Survey(count, kept, skipped)
 
 
 def windows(path: str, key: str, count: int, size: int) -> Iterator[list[str]]:
@@ -91,26 +86,26 @@ def windows(path: str, key: str, count: int, size: int) -> Iterator[list[str]]:
       UserError: the file is no longer what it was then.
     """
     window: list[str] = []
-    found = 0
+    rows = 0
     for _, text in read_texts(path, key, Skipped(allowed=True)):
         window.append(text)
-        found += 1
+        rows += 1
         if len(window) == size:
             yield window
             window = []
     if window:
         yield window
-    check_unchanged(path, found, count)
+    check_unchanged(path, rows, count)
 
 
-def check_unchanged(path: str, found: int, count: int) -> None:
+def check_unchanged(path: str, rows: int, expected: int) -> None:
     """Refuse a file that has changed between two passes.
 
     Raises:
       UserError: it has.
     """
-    if found != count:
-        raise UserError(f"{path}: changed while it was read ({count} rows, then {found}); run again")
+    if rows != expected:
+        raise UserError(f"{path}: changed while it was read ({expected} rows, then {rows}); run again")
 
 
 def _format(path: str, row: Mapping[str, Any]) -> str:
@@ -119,8 +114,8 @@ def _format(path: str, row: Mapping[str, Any]) -> str:
     except UserError:
         known = "; ".join(f"{name} ({', '.join(keys)})" for name, keys in FORMATS.items())
         raise UserError(
-            f"{path}: which of the first row's keys is the text? They are: {', '.join(map(str, row)) or 'none'}; name one "
-            f"with --text-key (known without: {known})"
+            f"{path}: which of the first row's keys is the text? They are: {', '.join(map(str, row)) or 'none'}; "
+            f"name one with --text-key (known without: {known})"
         ) from None
 
 
@@ -133,8 +128,8 @@ def _text(row: Mapping[str, Any], format: str, key: str) -> str:
         except RowError as error:
             raise RowError(str(error).replace("'text'", f"'{key}'")) from None
     if format == "alpaca":  # without the prompt around it, which is the same in every row
-        said = convert(row, "alpaca").target
-        return "\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name)) + f"\n{said}"
+        answer = convert(row, "alpaca").target
+        return "\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name)) + f"\n{answer}"
     sample = convert(row, format)
     if isinstance(sample, Chat):
         return "\n".join(message["content"] for message in sample.messages if message["role"] != "system")

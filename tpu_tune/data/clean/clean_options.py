@@ -14,7 +14,7 @@ SHINGLES = ("chars", "words")
 
 
 @dataclass(frozen=True)
-class Options:
+class CleanOptions:
     """The rules of a cleaning. The defaults drop rows with the guide's phrases, and exact duplicates.
 
     Attributes:
@@ -26,7 +26,7 @@ class Options:
         without an answer left is dropped.
       prompts: look for phrases and patterns in what is not trained on too: prompts, system and user messages. A match
         there drops the row under either action, since a prompt with its end cut off asks something else.
-      exact_duplicates: drop rows whose text, tools and roles were seen before, white space apart.
+      exact_duplicates: drop rows whose text, tools and roles equal an earlier row's, white space apart.
       near_duplicates: drop rows whose set of shingles has at least this Jaccard similarity, in (0, 1], with that of an
         earlier row which was kept. None: do not look.
       shingle: what a shingle is made of, `chars` or `words`.
@@ -34,7 +34,7 @@ class Options:
       seed: of the hashes that find near duplicates.
       min_chars, max_chars, min_words, max_words: bounds on the row's text (prompt and answer together); 0 and None are
         no bound. Words are what white space separates.
-      languages: ISO 639 codes; a row in another language is dropped, one that cannot be told is kept.
+      languages: ISO 639 codes; a row in another language is dropped, one whose language is uncertain is kept.
       fix_unicode: repair mojibake and broken characters.
       mask_email: write [EMAIL] for e-mail addresses.
       mask_phone: write [PHONE] for phone numbers.
@@ -66,7 +66,7 @@ class Options:
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
-def check(options: Options) -> None:
+def check(options: CleanOptions) -> None:
     """Say what cannot be meant; what needs a library to check is checked where the rule is compiled.
 
     Raises:

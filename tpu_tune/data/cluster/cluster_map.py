@@ -1,7 +1,7 @@
 """The map: rows as points in two dimensions, and what each cluster is about.
 
-`project` is PCA on a sample; `top_words` names a cluster by the words that its rows have and others have not; `draw_png`
-and `html.page` show both.
+`project` is PCA on a sample; `top_words` names a cluster by the words that tell its rows from the others; `draw_png`
+and `map_page.page` show both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Map:
 
     Attributes:
       title: what was clustered.
-      points: (m, 2) places of the sampled rows.
+      points: (m, 2) coordinates of the sampled rows.
       labels: (m,) their clusters.
       outliers: (m,) bool.
       texts: (m,) their texts, shortened.
@@ -55,8 +55,8 @@ def project(
     """Project rows and centres onto the sample's two principal components.
 
     Returns:
-      The rows' places, the centres', and the share of the sample's variance in them. A component's sign is such that
-      its largest part is positive.
+      The rows' coordinates, the centres', and the share of the sample's variance in them. A component's sign is such
+      that its largest part is positive.
     """
     mean = sample.mean(axis=0, dtype=np.float64)
     centred = sample - mean
@@ -83,11 +83,11 @@ def top_words(texts: Sequence[str], labels: Int[np.ndarray, "m"], k: int, count:
     total = sum(found, Counter())
     rows = np.bincount(labels, minlength=k)
 
-    def best(words: Counter, count_here: int) -> list[str]:
+    def best(words: Counter, cluster_rows: int) -> list[str]:
         scores = {}
         for word, number in words.items():
-            here, everywhere = number / count_here, total[word] / len(texts)
-            scores[word] = here * np.log(here / everywhere) if k > 1 else here
+            in_cluster, everywhere = number / cluster_rows, total[word] / len(texts)
+            scores[word] = in_cluster * np.log(in_cluster / everywhere) if k > 1 else in_cluster
         return sorted(scores, key=lambda word: (-scores[word], word))[:count]
 
     return [best(words, number) for words, number in zip(found, rows.tolist(), strict=True)]
@@ -149,15 +149,15 @@ _LISTED = 25  # clusters, the largest, beside it
 
 
 def _draw_sizes(axes: Any, clusters: Sequence[dict[str, Any]], count: int) -> None:
-    places = np.arange(len(clusters))
+    positions = np.arange(len(clusters))
     rows = np.array([cluster["rows"] for cluster in clusters])
     colors = [color(cluster["cluster"]) for cluster in clusters]
-    axes.barh(places, rows, color=colors, alpha=0.35, height=0.82)
-    axes.barh(places, [cluster["kept"] for cluster in clusters], color=colors, height=0.82)
-    for place, cluster in zip(places, clusters, strict=True):
+    axes.barh(positions, rows, color=colors, alpha=0.35, height=0.82)
+    axes.barh(positions, [cluster["kept"] for cluster in clusters], color=colors, height=0.82)
+    for position, cluster in zip(positions, clusters, strict=True):
         words = _plain(shorten(" ".join(cluster["words"][:5]), 42))
-        axes.text(rows.max() * 0.01, place, f" {cluster['rows']:,}  {words}", va="center", fontsize=8, color=_INK)
-    axes.set_yticks(places, [str(cluster["cluster"]) for cluster in clusters], fontsize=8, color=_MUTED)
+        axes.text(rows.max() * 0.01, position, f" {cluster['rows']:,}  {words}", va="center", fontsize=8, color=_INK)
+    axes.set_yticks(positions, [str(cluster["cluster"]) for cluster in clusters], fontsize=8, color=_MUTED)
     axes.set_ylim(max(len(clusters), 8) - 0.5, -0.5)
     axes.set_xticks([])
     axes.tick_params(length=0)

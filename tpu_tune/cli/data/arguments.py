@@ -1,0 +1,13 @@
+"""From parsed arguments to a step's options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+
+def same_names(options_class: type, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that are fields of a dataclass of options."""
+    names = [field.name for field in dataclasses.fields(options_class)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}

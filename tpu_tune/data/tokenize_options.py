@@ -1,0 +1,61 @@
+"""What decides the tokens of a row, besides the row and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpu_tune.data import chat
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """How rows become tokens and a loss mask. Every field is part of the cache's key.
+
+    Attributes:
+      format: the rows' format, a key of `formats.FORMATS`; `auto`, where it is allowed, goes by the first row.
+      max_length: most tokens of an example.
+      columns: the rows' own keys -> the format's keys.
+      chat_template: the Jinja text itself.
+      response_markers: of plain text, strings after which the text is trained on.
+      instruction_markers: of plain text, strings that end what is trained on.
+      train_on_source: train on the prompt too.
+      source_max_len: most tokens of a pair's prompt; 0 is no bound but `max_length`.
+      target_max_len: most tokens of a pair's answer; 0 is no bound but `max_length`.
+      skip_bad_rows: count rows that cannot be used, instead of stopping at the first.
+      encoder_decoder: make pairs for an encoder-decoder model (`pairs`).
+      drop_long: leave out pairs and chats that are too long, instead of cutting them.
+      num_eos: end-of-text tokens after an answer or a text.
+    """
+
+    format: str
+    max_length: int
+    columns: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str = ""
+    response_markers: tuple[str, ...] = ()
+    instruction_markers: tuple[str, ...] = ()
+    train_on_source: bool = False
+    source_max_len: int = 0
+    target_max_len: int = 0
+    skip_bad_rows: bool = False
+    encoder_decoder: bool = False
+    drop_long: bool = False
+    num_eos: int = 1
+
+
+def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False) -> TokenizeOptions:
+    """Return the options that `config.data` gives; `format` may still be `auto`."""
+    return TokenizeOptions(
+        format=data.format,
+        max_length=data.max_length,
+        columns=dict(data.columns),
+        chat_template=chat.read_template(tokenizer, data.chat_template),
+        response_markers=tuple(data.response_markers),
+        instruction_markers=tuple(data.instruction_markers),
+        train_on_source=data.train_on_source,
+        source_max_len=data.source_max_len,
+        target_max_len=data.target_max_len,
+        skip_bad_rows=data.skip_bad_rows,
+        encoder_decoder=encoder_decoder,
+    )

@@ -1,0 +1,250 @@
+"""The data of a training run: sources -> formats -> tokens (cached) -> a held-out part -> packed rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tpu_tune.data import arrow, cache
+from tpu_tune.data.formats import detect
+from tpu_tune.data.loading import PackedRows
+from tpu_tune.data.packing import one_per_row, pack
+from tpu_tune.data.pairs import PairRows, pair_rows
+from tpu_tune.data.sources import is_hub, read_rows, resolve
+from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
+from tpu_tune.data.tokenized_set import TokenizedSet, merge
+from tpu_tune.data.workers import tokenize_parallel
+from tpu_tune.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run trains and evaluates on.
+
+    Attributes:
+      train: packed (or padded) rows.
+      eval: the same for the held-out rows, or None.
+      summary: for `train` and `eval`, the format found, and counts of rows, tokens, and of what was cut or dropped.
+        Where the evaluation rows are a split of the training file, counts other than `used_*` are the whole file's.
+    """
+
+    train: PackedRows | PairRows
+    eval: PackedRows | PairRows | None
+    summary: dict[str, Any]
+
+
+def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_token: int | None = None) -> Datasets:
+    """Read, tokenize, split and pack the data of a configuration.
+
+    Args:
+      config: the whole configuration; only `config.data` is read.
+      tokenizer: a Hugging Face tokenizer. It needs no pad token: padding is token 0 in segment 0.
+      vocab_size: rows of the model's embedding, to hold the token ids against.
+      start_token: of an encoder-decoder: the id before its answers. Its rows are `PairRows`, padded and not packed.
+
+    Raises:
+      UserError: data that cannot be read or understood, tokens that the model does not have, or nothing to train on.
+    """
+    data = config.data
+    pairs = start_token is not None
+    if pairs and data.train_on_source:
+        raise UserError(
+            "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
+        )
+    train_sources, eval_sources = resolve(data.train)
+    if data.eval:
+        named, named_eval = resolve(data.eval)
+        eval_sources = named_eval or named
+    train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, pairs)
+    _warn(data.train, train.summary)
+    train_examples = np.arange(len(train))
+    held_out = None
+    if eval_sources:
+        held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, pairs)
+        _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
+        eval_examples = np.arange(len(held_out))
+    elif data.eval_ratio > 0:
+        train_examples, eval_examples = split_rows(train.source_rows, data.eval_ratio, data.data_seed)
+        if len(eval_examples):
+            held_out = train
+        else:
+            logger.warning("%s holds one usable row: there is none to hold out for evaluation", data.train)
+    rows = functools.partial(_rows, config=data, start_token=start_token)
+    train_rows = rows(train, train_examples)
+    eval_rows = None if held_out is None else rows(held_out, eval_examples)
+    summary = {"train": _summarise(train, train_rows)}
+    if eval_rows is not None:
+        summary["eval"] = _summarise(held_out, eval_rows)
+    for name, counts in summary.items():
+        _report(name, counts)
+    return Datasets(train_rows, eval_rows, summary)
+
+
+def split_rows(source_rows: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a seeded share of the rows: at least one, never all (none of a single one).
+
+    Args:
+      source_rows: (examples,) the row that each example comes from; a row's examples stay together.
+      ratio: share of the rows, in (0, 1).
+      seed: decides which.
+
+    Returns:
+      (train examples, eval examples), sorted index arrays.
+    """
+    rows = np.unique(source_rows)
+    if len(rows) < 2:
+        return np.arange(len(source_rows)), np.zeros(0, np.int64)
+    count = int(np.clip(round(len(rows) * ratio), 1, len(rows) - 1))
+    held_out = np.random.default_rng(seed).permutation(rows)[:count]
+    is_eval = np.isin(source_rows, held_out)
+    return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
+
+
+def _tokenized(
+    sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, pairs: bool
+) -> TokenizedSet:
+    """Tokenize sources, or find them in the cache, and check that there is something to learn."""
+    tokenized = [source for source in sources if arrow.is_tokenized(source)]
+    if tokenized:
+        _check_tokenized(sources, tokenized, name, tokenizer, pairs)
+        if data.train_on_source or data.response_markers:
+            logger.warning("%s is tokenized, and its own labels say what is trained on", name)
+        result = arrow.load(sources, data.max_length)
+        _check(result, name, vocab_size)
+        return result
+    options = options_from_config(data, tokenizer, pairs)
+    read = {source: read_rows(source, skip_bad_rows=data.skip_bad_rows) for source in sources if is_hub(source)}
+    root = cache.directory(data.cache_dir)
+    key = cache.fingerprint(sources, [row for rows, _ in read.values() for row in rows], tokenizer, options)
+    result = cache.load(root, key)
+    if result is not None:
+        logger.info("using the tokenized data of %s in %s", name, root / "tokenized" / key)
+    else:
+        result = _tokenize_sources(sources, read, options, tokenizer, data.num_workers)
+        cache.save(root, key, result)
+    _check(result, name, vocab_size)
+    return result
+
+
+def _check_tokenized(sources: list[str], tokenized: list[str], name: str, tokenizer: Any, pairs: bool) -> None:
+    """Refuse or warn before a tokenized file is trained on that was made for something else."""
+    if pairs:
+        raise UserError(f"{name}: an encoder-decoder reads rows with an input and an output, not tokenized ones")
+    others = [source for source in sources if source not in tokenized]
+    if others:
+        raise UserError(
+            f"{name}: holds tokenized rows ({tokenized[0]}) and others ({others[0]}), perhaps the same ones twice; "
+            "name one file"
+        )
+    own = cache.tokenizer_hash(tokenizer)
+    for source in tokenized:
+        stored = arrow.read_about(source).get("tokenizer", own)
+        if stored != own:
+            logger.warning(
+                "%s was tokenized with another tokenizer than this model's, or another version of it", source
+            )
+
+
+def _tokenize_sources(
+    sources: list[str], read: dict[str, tuple], options: TokenizeOptions, tokenizer: Any, num_workers: int
+) -> TokenizedSet:
+    sets, bad, first = [], [], 0
+    format = ""
+    for source in sources:
+        rows, bad_in_source = read.get(source) or read_rows(source, skip_bad_rows=options.skip_bad_rows)
+        if not format:
+            try:
+                format = detect(rows[0], options.format, options.columns)
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from error
+        options = dataclasses.replace(options, format=format)
+        one = tokenize_parallel(rows, tokenizer, options, f"{source}, row", num_workers=num_workers)
+        sets.append(dataclasses.replace(one, source_rows=one.source_rows + first))
+        bad += bad_in_source
+        first += len(rows)
+    result = merge(sets)
+    summary = result.summary
+    summary["format"] = format
+    summary["rows"] += len(bad)
+    summary["bad_rows"] += len(bad)
+    summary["bad_examples"] = [*map(str, bad), *summary["bad_examples"]][:5]
+    return result
+
+
+def _check(data: TokenizedSet, name: str, vocab_size: int | None) -> None:
+    summary = data.summary
+    if not len(data):
+        reasons = [f"{reason}: {count}" for reason, count in summary["dropped"].items()]
+        if summary["bad_rows"]:
+            reasons.append(f"bad: {summary['bad_rows']}, first {summary['bad_examples'][0]}")
+        raise UserError(f"{name}: none of the {summary['rows']} rows has anything to learn ({'; '.join(reasons)})")
+    if vocab_size is not None and summary["max_token_id"] >= vocab_size:
+        raise UserError(
+            f"{name}: token id {summary['max_token_id']} is outside the model's vocabulary of {vocab_size}; "
+            "the tokenizer does not belong to this model"
+        )
+
+
+def _rows(data: TokenizedSet, examples: np.ndarray, config: Any, start_token: int | None) -> PackedRows | PairRows:
+    if start_token is not None:
+        return pair_rows(data, examples, config.max_length, start_token)
+    lengths = data.lengths
+    if config.packing:
+        packing = pack(lengths[examples], config.max_length)
+    else:
+        # One width for training and evaluation: that of the longest of all.
+        width = one_per_row(lengths, config.max_length).width
+        packing = one_per_row(lengths[examples], width)
+        packing = dataclasses.replace(packing, width=width)
+    return PackedRows(data, dataclasses.replace(packing, documents=examples[packing.documents]))
+
+
+def _summarise(data: TokenizedSet, rows: PackedRows | PairRows) -> dict[str, Any]:
+    """The set's counts, and under `packed_*` those of the rows made of this part of it."""
+    documents = rows.documents
+    tokens = int(data.lengths[documents].sum())
+    targets = int(data.count_targets()[documents].sum())
+    return {
+        **data.summary,
+        "used_examples": len(documents),
+        "used_tokens": tokens,
+        "used_target_tokens": targets,
+        "packed_rows": len(rows),
+        "width": rows.width,
+        "fill": round(tokens / max(1, rows.capacity), 4),
+    }
+
+
+def _report(name: str, summary: dict[str, Any]) -> None:
+    logger.info(
+        "%s: %d examples (%s), %d tokens, %d of them targets, in %d rows of %d (%.0f%% full)",
+        name,
+        summary["used_examples"],
+        summary["format"],
+        summary["used_tokens"],
+        summary["used_target_tokens"],
+        summary["packed_rows"],
+        summary["width"],
+        100 * summary["fill"],
+    )
+
+
+def _warn(name: str, summary: dict[str, Any]) -> None:
+    """Say aloud what of a set is not trained on as it was written."""
+    for reason, count in summary["dropped"].items():
+        logger.warning("%s: %d rows left out: %s", name, count, reason)
+    if summary["bad_rows"]:
+        logger.warning("%s: %d bad rows skipped, first %s", name, summary["bad_rows"], summary["bad_examples"][0])
+    if summary["truncated"]:
+        text = "%s: %d rows cut to length, %d of them lost the end of an answer"
+        logger.warning(text, name, summary["truncated"], summary["eos_lost"])
+    if summary["open_ended"]:
+        text = "%s: the chat template ends %d chats without an end token, so the model will not learn to stop"
+        logger.warning(text, name, summary["open_ended"])

@@ -211,7 +211,7 @@ def test_merged_into_the_dequantized_base_is_exact(capsys, run, trained, tmp_pat
     assert "first guess is the same in 100.0% of places" in text and "logits differ by at most" in text
     merged = tpu_tune.load(str(tmp_path / "m"))
     assert np.abs(merged(IDS) - trained).max() < 1e-4 * np.abs(trained).max()
-    assert not (tmp_path / "m.tmp").exists()
+    assert not (tmp_path / ".m.tmp").exists()
 
 
 def test_merged_into_the_original_is_another_model_and_says_by_how_much(capsys, run, trained, tiny, tmp_path):

@@ -163,7 +163,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
             with _as_os_error(path, "cannot be written") as fs:
                 fs.put_file(local, path)
         return
-    aside = f"{path}.{secrets.token_hex(4)}.tmp"  # its own, should two threads or hosts write the same
+    # A name of its own, should two threads or processes write the same file.
+    aside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside
         with open(aside, "rb") as stream:
@@ -214,7 +215,8 @@ def whole_directory(directory: str) -> Iterator[str]:
                 yield local
                 _put_directory(local, directory.rstrip("/"))
             return
-        aside = directory.rstrip("/") + ".tmp"
+        parent, name = os.path.split(os.path.abspath(directory))
+        aside = os.path.join(parent, f".{name}.tmp")
         try:
             shutil.rmtree(aside, ignore_errors=True)
             os.makedirs(aside)

@@ -148,12 +148,12 @@ def _byte_level(path: str, metadata: dict[str, Any], tokens: list[str], types: l
             ignore_merges=pre in WHOLE_WORDS,
         )
     )
-    backend.normalizer, backend.pre_tokenizer = cutting(pre)
+    backend.normalizer, backend.pre_tokenizer = pre_tokenizer_of(pre)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def cutting(pre: str) -> tuple[normalizers.Normalizer | None, pre_tokenizers.PreTokenizer]:
+def pre_tokenizer_of(pre: str) -> tuple[normalizers.Normalizer | None, pre_tokenizers.PreTokenizer]:
     """Return how text is normalized and cut under a name of `PRE_TOKENIZERS`."""
     cut = PRE_TOKENIZERS[pre]
     if cut in (_GPT2, _DIGITS):

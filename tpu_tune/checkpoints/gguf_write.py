@@ -21,7 +21,7 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
-from tpu_tune.checkpoints.gguf_tokenizer_write import fitted, tokenizer_metadata
+from tpu_tune.checkpoints.gguf_tokenizer_write import fit_to_rows, tokenizer_metadata
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
@@ -48,7 +48,7 @@ def write_gguf(
     Args:
       path: file to write; an existing one is replaced when the new one is complete.
       tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out.
-      source: where the model came from; configuration and tokenizer are taken from it.
+      source: the model's origin; configuration and tokenizer are taken from it.
       kind: number format of the matrices: f16, bf16 or q8_0 (matrices whose rows are no multiple of 32 become F16).
         Vectors, norms and learned positions are float32, as in llama.cpp.
       untied: the head has a weight of its own although the source's configuration ties it.
@@ -156,7 +156,7 @@ def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, 
     """The tokenizer's metadata, as the source's where that is a GGUF file."""
     if source.path.endswith(".gguf") and os.path.isfile(source.path):
         metadata = open_gguf_file(source.path).metadata
-        return fitted({key: value for key, value in metadata.items() if key.startswith("tokenizer.")}, rows)
+        return fit_to_rows({key: value for key, value in metadata.items() if key.startswith("tokenizer.")}, rows)
     return tokenizer_metadata(source.load_tokenizer(), rows, architecture)
 
 

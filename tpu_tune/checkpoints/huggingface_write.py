@@ -43,11 +43,11 @@ def write_model(
     """Write a tree as a Hugging Face model.
 
     Args:
-      directory: to write; an existing one is replaced when the new one is complete.
+      directory: the directory to write; an existing one is replaced when the new one is complete.
       params: a tree, adapters and quantized leaves allowed; they are merged and dequantized.
-      source: where the base came from; config and tokenizer files are taken over from it.
-      architecture: of the model.
-      dtype: of the tensors; by default the original's (float32 where the original does not say).
+      source: the opened base model; its config and tokenizer files are taken over.
+      architecture: the model's facts.
+      dtype: the tensors' dtype; by default the original's (float32 where the original does not say).
       shard_bytes: largest shard.
 
     Raises:
@@ -73,7 +73,7 @@ def tensors_with_head(
 
     Args:
       params: a combined tree.
-      architecture: of the model.
+      architecture: the model's facts.
       untied: whether merging unties the head (`unties_head`).
     """
     yield from merged_tensors(params, architecture.modules())

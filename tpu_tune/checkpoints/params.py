@@ -44,7 +44,7 @@ def load_params(
 
     Args:
       source: an opened model.
-      architecture: what the tree must look like.
+      architecture: the model's facts, which the tree must match.
       dtype: storage of the leaves that stay arrays.
       quantization: which weights are quantized as they are read, and how.
       place: (path, host leaf) -> leaf on its devices; by default the default device.

@@ -50,14 +50,14 @@ def write_adapter(
     """Write a PEFT adapter; an existing one is replaced only when the new one is complete.
 
     Args:
-      directory: to write.
+      directory: the directory to write.
       trainable: the trained tree (float32).
-      targets: what it adapts.
-      architecture: of the base model.
+      targets: the modules that it adapts.
+      architecture: the base model's facts.
       base_name: `base_model_name_or_path`.
       params: the base tree; where embeddings or head are targeted, their weights are written beside the adapter as
         PEFT's `save_embedding_layers="auto"` does, if it is given.
-      source: where the base came from; if tokens were added to it, they and the tokenizer are written too.
+      source: the opened base model; if tokens were added to it, they and the tokenizer are written too.
 
     Raises:
       UserError: the directory cannot be written.

@@ -33,7 +33,7 @@ class JsonLines:
     Attributes:
       rows: the JSON objects, in the file's order.
       lines: the text of each.
-      notes: in words, which lines could not be read.
+      notes: sentences that say which lines could not be read.
     """
 
     rows: list[dict[str, Any]]
@@ -46,7 +46,7 @@ class RunDirectory:
     """A run directory; nothing is read or made before a method is called.
 
     Attributes:
-      path: where it is, such as `output/quickstart` or `gs://bucket/run`.
+      path: local or remote, such as `output/quickstart` or `gs://bucket/run`.
     """
 
     path: str | os.PathLike
@@ -241,7 +241,7 @@ class MetricsFile:
 
     Args:
       run: the run directory.
-      seconds: in a bucket, between uploads that nobody asked for; Google allows one a second.
+      seconds: least time between uploads to a bucket by `append`; Google allows one a second.
       clock: seconds; for tests.
     """
 

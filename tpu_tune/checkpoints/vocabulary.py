@@ -49,7 +49,7 @@ def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSour
 
     Args:
       source: an opened model; not changed.
-      tokens: in the order of their ids.
+      tokens: the tokens' texts, in the order of their ids.
 
     Raises:
       UserError: the model is not known, lacks a tensor, or has no usable tokenizer.

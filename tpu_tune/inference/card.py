@@ -41,7 +41,7 @@ class CardFacts:
       run: the run directory.
       base: the model that it began with.
       metrics: the rows of metrics.jsonl.
-      summary: of summary.json, {} where there is none: `data`, `trainable_parameters`.
+      summary: the content of summary.json, {} where there is none: `data`, `trainable_parameters`.
       license: keys of the front matter, {} where nothing is known.
       encoder_decoder: whether the model is one.
       added_tokens: whether the vocabulary was grown.

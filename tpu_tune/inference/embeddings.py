@@ -46,8 +46,8 @@ def embed(
       model: loaded; its weights are held whole on every device.
       windows: texts, some thousands at a time.
       max_length: tokens that are read of each text; at most as many as a model with learned positions has.
-      batch_tokens: of a batch on all devices, padding included.
-      devices: by default all, of a CPU's virtual ones the first: they share its cores.
+      batch_tokens: tokens in a batch on all devices, padding included.
+      devices: the devices to use; by default all, but of a CPU's virtual ones the first: they share its cores.
 
     Raises:
       UserError: `max_length` is less than one.

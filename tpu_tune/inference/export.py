@@ -55,7 +55,7 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
       run: run directory.
       output: directory to write.
       base: original | dequantized.
-      dtype: of the tensors; by default as the original's, float32 from a GGUF.
+      dtype: the tensors' dtype; by default the original's, float32 from a GGUF.
 
     Returns:
       `max_logit_difference` (largest absolute difference from the model as it was trained, over one probe text),
@@ -158,7 +158,7 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
       run: run directory.
       output: directory to write.
       base: dequantized (what the adapter was trained over) | original.
-      dtype: of the tensors; by default as the original's, float32 from a GGUF.
+      dtype: the tensors' dtype; by default the original's, float32 from a GGUF.
     """
     _check_output(output)
     directory = RunDirectory(run)

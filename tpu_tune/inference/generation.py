@@ -29,11 +29,11 @@ class Sampling:
     """How to choose tokens.
 
     Attributes:
-      max_new_tokens: of the answer.
+      max_new_tokens: most tokens of an answer.
       temperature: 0 is greedy.
       top_k: only the k likeliest; 0 for all.
       top_p: only the likeliest that together reach this probability (nucleus sampling, arXiv:1904.09751).
-      seed: of the random choices.
+      seed: the seed of the random choices.
     """
 
     max_new_tokens: int = 128
@@ -104,9 +104,9 @@ def generate_ids(
     Args:
       arch, params: the model.
       prompts: token ids, at least one each.
-      sampling: how to choose.
+      sampling: how tokens are chosen.
       ends: ids that end an answer.
-      dtype: of the activations and the cache.
+      dtype: the dtype of activations and cache.
 
     Raises:
       UserError: an empty prompt, or more tokens than the model has positions for.

@@ -31,12 +31,12 @@ class Model:
     """A loaded model.
 
     Attributes:
-      architecture: what family and sizes.
+      architecture: the model's family and sizes.
       params: path -> leaf; adapters stand in it as `LoraTensor` leaves.
       tokenizer: the Hugging Face tokenizer, chat template included.
-      dtype: of the activations.
-      source: where the weights came from.
-      targets: of the adapter, or None.
+      dtype: the activations' dtype.
+      source: the opened model that the weights were read from.
+      targets: the modules that the adapter changes, or None.
     """
 
     architecture: Architecture
@@ -51,7 +51,7 @@ class Model:
 
         Args:
           input_ids: token ids; of an encoder-decoder, the encoder's.
-          decoder_input_ids: of an encoder-decoder: what it has answered so far, from its start token on, (B, T).
+          decoder_input_ids: for an encoder-decoder, its answer so far, from its start token on, (B, T).
 
         Raises:
           UserError: ids that are not (batch, time), or `decoder_input_ids` where there is no encoder, or none where
@@ -86,7 +86,7 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
 
     Args:
       path: Hugging Face id, local directory, or .gguf file.
-      dtype: of activations and unquantized weights: float32, bfloat16 or float16.
+      dtype: the dtype of activations and unquantized weights: float32, bfloat16 or float16.
       quantize: int8, int4 or nf4 for the linear layers (groups of 64, double quantization at four bits).
       adapter: a PEFT adapter directory; special tokens that its run added are added here too.
 

@@ -44,7 +44,7 @@ class Base:
     """The model that a run began with.
 
     Attributes:
-      name: what it is called in public: its hub id, or the name of a file or directory.
+      name: its public name: its hub id, or the name of a file or directory.
       hub_id: on the Hugging Face hub, "" where that is not known.
       kind: hub | directory | gguf.
       license: the keys of a model card that state its license: license, license_name, license_link; {} if unknown.
@@ -83,9 +83,9 @@ def hub_id(path: str, run: str = "", output_dir: str = "") -> str:
     """Return the hub id that a path is, or whose copy in Hugging Face's cache it is; "" for what is local.
 
     Args:
-      path: as the configuration has it.
+      path: the path in the configuration.
       run: the run directory, and
-      output_dir: what it was called when it was trained: they tell where a relative path began.
+      output_dir: its name when it was trained: together they tell where a relative path began.
     """
     cached = re.search(r"(?:models|datasets)--([^/\\]+)--([^/\\]+)[/\\]snapshots(?:[/\\]|$)", path)
     if cached:
@@ -124,7 +124,7 @@ def scrubbed(value: Any, private: Sequence[str], key: str = "") -> Any:
 
     Args:
       value: text, a number, or lists and dicts of them.
-      private: from `private_directories`.
+      private: the result of `private_directories`.
       key: the value's own; one that holds a path is cut to the path's last part whatever it looks like.
     """
     if isinstance(value, Mapping):
@@ -144,8 +144,8 @@ def scrubbed_json(file: str, base: Base) -> bytes | None:
     """Return a JSON file's content with the paths in it replaced by public names; None where it may stay as it is.
 
     Args:
-      file: such as adapter_config.json, config.json, tokenizer_config.json.
-      base: what `base_model_name_or_path` becomes.
+      file: a path such as that of adapter_config.json, config.json, tokenizer_config.json.
+      base: the base model, whose public name `base_model_name_or_path` becomes.
     """
     if not file.endswith(".json") or os.path.getsize(file) > _LARGEST_JSON:
         return None

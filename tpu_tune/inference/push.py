@@ -39,7 +39,7 @@ class PushRequest:
       repo: NAMESPACE/NAME; a NAME alone is the token's owner's.
       form: adapter | merged | gguf; a run that trained every weight has no adapter, so its model is meant.
       merge_base: original | dequantized.
-      dtype: of a merged model's tensors, "" for the original's.
+      dtype: a merged model's dtype, "" for the original's.
       gguf_type: f16 | bf16 | q8_0.
       revision: branch, "" for the main one.
       license: identifier for the card, "" for the base's own where that is known.
@@ -127,7 +127,7 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
 
     Args:
       run: a finished run's directory; not changed.
-      request: what is asked for.
+      request: what to push, and how.
 
     Raises:
       UserError: as `check` and the exports raise it.

@@ -19,10 +19,10 @@ def load_any(
 
     Args:
       path: run directory, Hugging Face id, model directory or .gguf file.
-      dtype: of the activations and plain weights; by default the run's own, float32 of a model.
+      dtype: the dtype of activations and plain weights; by default the run's own, float32 for a model.
       quantize: none, int8, int4 or nf4; by default as the run stored its base, none of a model.
       adapter: a PEFT adapter directory; of a run, in place of its own.
-      before: of a run, its model as it was before training.
+      before: load a run's model as it was before training.
 
     Raises:
       UserError: nothing usable there, a run that has not finished, or `before` of what is no run.

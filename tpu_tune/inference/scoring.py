@@ -33,9 +33,9 @@ class Row:
     """One text to score.
 
     Attributes:
-      ids: what the (decoder's) model reads, at least one token.
-      targets: as many: the token to be predicted at each position, `IGNORED` where none is.
-      encoder: of an encoder-decoder, what its encoder reads.
+      ids: the token ids that the model (or its decoder) reads, at least one.
+      targets: as many ids: the token to be predicted at each position, `IGNORED` where none is.
+      encoder: the ids that an encoder-decoder's encoder reads.
     """
 
     ids: Sequence[int]
@@ -74,7 +74,7 @@ def score(model: Model, rows: Sequence[Row], tokens: Sequence[int] = (), batch_t
     """Score rows, in any order of length.
 
     Args:
-      model: whose dtype is that of the activations; logits are reduced in float32.
+      model: the model to score with; its dtype is the activations', and logits are reduced in float32.
       rows: at least one target each.
       tokens: ids whose logits at each row's first target are returned.
       batch_tokens: positions of all rows in one pass; a row that is longer goes alone.

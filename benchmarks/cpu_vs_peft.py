@@ -80,7 +80,8 @@ def ours(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     from tpu_tune.data import Batches, load_data
     from tpu_tune.models import architecture
-    from tpu_tune.training.setup import prepare_model, prepare_steps
+    from tpu_tune.training.prepare_model import prepare_model
+    from tpu_tune.training.prepare_steps import prepare_steps
     from tpu_tune.transforms import sharding
 
     config = run_config(options.model, options.chats, options.dtype)
@@ -113,7 +114,7 @@ def load_times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
     import jax
 
-    from tpu_tune.training.setup import prepare_model
+    from tpu_tune.training.prepare_model import prepare_model
     from tpu_tune.transforms import sharding
 
     config = run_config(options.model, options.chats, options.dtype, "nf4")

@@ -105,7 +105,7 @@ def random_model(options: argparse.Namespace, method: str) -> Any:
     import jax.numpy as jnp
 
     from tpu_tune.models import architecture
-    from tpu_tune.training.setup import PreparedModel, put, sharding_units, stacked_trainable, storage_dtype
+    from tpu_tune.training.prepare_model import PreparedModel, put, sharding_units, stacked_trainable, storage_dtype
     from tpu_tune.transforms import (
         LoraConfig,
         QuantizeConfig,
@@ -155,8 +155,7 @@ def ours(options: argparse.Namespace, method: str) -> Iterator[dict[str, Any]]:
 
     from tpu_tune.planning import device_of
     from tpu_tune.planning.flops import step_work
-    from tpu_tune.training.loop import count_parameters
-    from tpu_tune.training.setup import prepare_steps
+    from tpu_tune.training.prepare_steps import prepare_steps
 
     config, model = run_config(options, method), random_model(options, method)
     steps = prepare_steps(config, model, 1_000_000)
@@ -171,7 +170,7 @@ def ours(options: argparse.Namespace, method: str) -> Iterator[dict[str, Any]]:
     first = {
         "device": device.device_kind,
         "jax": jax.__version__,
-        "parameters": count_parameters(model),
+        "parameters": model.num_parameters,
         "trainable": model.num_trainable,
         "layers": model.architecture.num_layers,
         "flops": work.model,

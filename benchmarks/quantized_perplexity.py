@@ -100,14 +100,15 @@ def measure(source: Any, ids: Any, targets: Any, variant: tuple[str, str, bool],
 
     from tpu_tune.checkpoints.params import load_params
     from tpu_tune.models import Execution, architecture
-    from tpu_tune.training.step import Problem, make_eval_step
+    from tpu_tune.training.objectives import CrossEntropy
+    from tpu_tune.training.step import ModelLoss, make_eval_step
     from tpu_tune.transforms import QuantizeConfig, quantized_paths
 
     dtype, format, double_quant = variant
     arch = architecture(source.config)
     quantization = QuantizeConfig(format, double_quant=double_quant)
     params = load_params(source, arch, jnp.dtype(dtype), quantization)
-    step = jax.jit(make_eval_step(Problem(arch, Execution(jnp.float32), None, 256)))
+    step = jax.jit(make_eval_step(ModelLoss(arch, Execution(jnp.float32), None, CrossEntropy(256))))
     loss = tokens = 0
     for start in range(0, len(ids), batch):
         rows = [
@@ -120,7 +121,8 @@ def measure(source: Any, ids: Any, targets: Any, variant: tuple[str, str, bool],
             {},
             {"input_ids": rows[0], "targets": rows[1], "positions": places, "segment_ids": np.ones_like(rows[0])},
         )
-        loss, tokens = loss + float(sums["loss"]), tokens + int(sums["num_targets"])
+        batch_loss, batch_tokens = sums["loss"]
+        loss, tokens = loss + float(batch_loss), tokens + int(batch_tokens)
     linear = quantized_paths(arch.modules(), QuantizeConfig("int8"))
     size = sum(params[path].nbytes for path in linear)
     weights = sum(max(1, m.layers) * math.prod(m.shape) for m in arch.modules() if m.weight in linear)

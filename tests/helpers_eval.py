@@ -12,7 +12,7 @@ from helpers_training import make_config, write_rows
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import peft
-from tpu_tune.training.setup import prepare_model
+from tpu_tune.training.prepare_model import prepare_model
 from tpu_tune.transforms import sharding
 
 WIDTH = 192

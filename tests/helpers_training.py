@@ -20,7 +20,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tpu_tune import config as configuration
-from tpu_tune.training.setup import PreparedModel, Steps, prepare_model, prepare_steps
+from tpu_tune.training.prepare_model import PreparedModel, prepare_model
+from tpu_tune.training.prepare_steps import Steps, prepare_steps
 from tpu_tune.training.step import TrainState
 from tpu_tune.transforms import sharding
 

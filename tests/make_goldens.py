@@ -116,7 +116,7 @@ def eval_smollm2(path, questions):
     """Return SmolLM2's log-likelihoods of the first four of the 100 HellaSwag questions, and the accuracies."""
     from tpu_tune.checkpoints.source import open_source
     from tpu_tune.training.tasks.questions import read_questions
-    from tpu_tune.training.tasks.rows import read_task_rows
+    from tpu_tune.training.tasks.task_rows import read_task_rows
 
     asked = read_questions(read_task_rows(questions, limit=4))
     scores, figures = torch_multiple_choice(torch_smollm2(path), open_source(str(path)).load_tokenizer(), asked)

@@ -14,7 +14,7 @@ import pytest
 from helpers_training import write_rows, write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
-import tpu_tune.training.loop
+import tpu_tune.training.opening
 from tpu_tune.cli import main
 
 
@@ -45,7 +45,7 @@ def refused(place, capsys, monkeypatch):
         def too_late(*_):
             raise AssertionError("the model is being loaded before this is found")
 
-        monkeypatch.setattr(tpu_tune.training.loop, "prepare_model", too_late)
+        monkeypatch.setattr(tpu_tune.training.opening, "prepare_model", too_late)
         before = sorted(place.iterdir())
         line = refusal(capsys, "train", "--config", place / "config.py", *words(keys))
         assert [path for path in sorted(place.iterdir()) if path.name != "cache"] == before
@@ -411,6 +411,6 @@ def test_a_device_that_is_full(place, capsys, monkeypatch):
     def full(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore lines")
 
-    monkeypatch.setattr(tpu_tune.training.loop, "prepare_model", full)
+    monkeypatch.setattr(tpu_tune.training.opening, "prepare_model", full)
     line = refusal(capsys, "train", "--config", place / "config.py")
     assert "memory does not suffice" in line and "train.per_device_train_batch_size" in line

@@ -16,7 +16,8 @@ from tpu_tune.kernels.chunks import over_tokens, piece
 from tpu_tune.models import Execution
 from tpu_tune.tensors import LoraTensor, matmul
 from tpu_tune.training.execution import loss_chunk, token_chunk
-from tpu_tune.training.step import Problem
+from tpu_tune.training.objectives import CrossEntropy
+from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import LoraConfig, find_targets, lora, split
 
 # One of each way that a layer can be: norms before and behind, parallel, fused, of kinds, with an encoder.
@@ -108,10 +109,10 @@ def test_every_family_gives_the_same_loss_and_gradients_in_chunks(case: str) -> 
     batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
     def run(chunk: int):
-        problem = Problem(arch, Execution(remat="full", chunk=chunk), targets, 7)
+        model_loss = ModelLoss(arch, Execution(remat="full", chunk=chunk), targets, CrossEntropy(7))
 
         def mean(trainable):
-            return problem.loss(trainable, frozen, batch, jax.random.key(3))[0] / ids.size
+            return model_loss(trainable, frozen, batch, jax.random.key(3))[0] / ids.size
 
         return jax.jit(jax.value_and_grad(mean))(trainable)
 

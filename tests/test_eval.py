@@ -19,7 +19,7 @@ from tpu_tune.training.tasks import Measure, compare, exact_match, interval, mml
 from tpu_tune.training.tasks.intervals import wilson
 from tpu_tune.training.tasks.multiple_choice import by_letter, by_likelihood, letter_tokens
 from tpu_tune.training.tasks.questions import TRUTHFULQA_PRIMER, read_questions, with_shots
-from tpu_tune.training.tasks.rows import read_task_rows
+from tpu_tune.training.tasks.task_rows import read_task_rows
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +406,7 @@ def test_the_bootstraps_are_the_normal_ones_of_many_questions():
     assert found.value - found.low == pytest.approx(half, rel=0.1)
     loss = Measure.ratio("eval_loss", random.random(3000), np.ones(3000))
     spread = interval(loss)
-    assert spread.high - spread.low == pytest.approx(2 * 1.96 * np.std(loss.parts) / math.sqrt(3000), rel=0.1)
+    assert spread.high - spread.low == pytest.approx(2 * 1.96 * np.std(loss.terms) / math.sqrt(3000), rel=0.1)
 
 
 def test_a_mean_over_subjects_is_resampled_within_each():

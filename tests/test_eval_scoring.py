@@ -16,7 +16,7 @@ from tpu_tune.inference import scoring
 from tpu_tune.inference.run_model import load_any
 from tpu_tune.training.tasks.multiple_choice import by_likelihood
 from tpu_tune.training.tasks.questions import read_questions
-from tpu_tune.training.tasks.rows import read_task_rows
+from tpu_tune.training.tasks.task_rows import read_task_rows
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "eval_smollm2.json"  # by `python tests/make_goldens.py FILE.gguf`
 

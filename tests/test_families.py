@@ -22,7 +22,8 @@ from tpu_tune.inference.inspection import inspect_model
 from tpu_tune.models import Execution, architecture
 from tpu_tune.models.architecture import RelativePositions
 from tpu_tune.models.layers import buckets_of
-from tpu_tune.training.step import Problem
+from tpu_tune.training.objectives import CrossEntropy
+from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import LoraConfig, combine, find_targets, lora, split
 
 CASES = tiny_models.FAMILY_CASES
@@ -136,10 +137,10 @@ def loss_and_gradients(case, directory):
     if arch.encoder:
         batch |= dict(zip(("encoder_ids", "encoder_segment_ids"), tiny_models.encoder_input(case), strict=True))
     batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
-    problem = Problem(arch, Execution(remat="full"), targets, 7)
+    model_loss = ModelLoss(arch, Execution(remat="full"), targets, CrossEntropy(7))
 
     def mean_loss(trainable):
-        return problem.loss(trainable, frozen, batch, None)[0] / np.sum(labels != -100)
+        return model_loss(trainable, frozen, batch, None)[0] / np.sum(labels != -100)
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(trainable)
     base = tiny_models.write(directory / "base", tiny_models.CONFIGS[case])

@@ -461,7 +461,7 @@ def test_keys(flags, keys):
     ],
 )
 def test_what_cannot_be_is_refused(flags, says):
-    from tpu_tune.training.setup import check_settings
+    from tpu_tune.training.opening import check_settings
 
     with pytest.raises(UserError, match=says):
         check_settings(config_of(*flags), with_data=False)

@@ -113,10 +113,11 @@ def test_loraplus_rates_are_pefts(tiny: pathlib.Path) -> None:
         train__optim="sgd",
         train__max_grad_norm=0.0,
     )
-    from tpu_tune.training import setup
+    from tpu_tune.training.prepare_model import stacked_trainable
+    from tpu_tune.training.prepare_steps import _rate_factor
 
     model, _ = helpers.prepare(config, 2)
-    factor = setup._rate_factor(config, model, setup.stacked_trainable(model.targets, model.architecture.stacked()))
+    factor = _rate_factor(config, model, stacked_trainable(model.targets, model.architecture.stacked()))
     found = {path: 1e-3 * factor(path) for path in model.trainable}
     assert set(found) == set(wanted)
     for path, rate in wanted.items():

@@ -18,7 +18,7 @@ from tpu_tune.curves.learning_rate.bracket import bracket
 from tpu_tune.curves.learning_rate.hint import hint_of, rate_hint, teller
 from tpu_tune.curves.learning_rate.range_test import ramp, range_test, smooth, suggest
 from tpu_tune.errors import UserError
-from tpu_tune.training.setup import prepare_steps
+from tpu_tune.training.prepare_steps import prepare_steps
 
 CURVATURE = np.geomspace(0.01, 1, 20)  # of the quadratic: gradient descent diverges above a rate of 2
 
@@ -238,7 +238,7 @@ def test_a_tiny_models_suggestion_against_a_sweep_and_its_hints(trials, found):
     assert last[1] < 1.15 * min(last.values())
     assert hint_of(ends[1]) is None
     assert hint_of(ends[1e3]).verdict == "too fast"
-    assert not os.path.exists(trials.config.output_dir)
+    assert not os.path.exists(trials.session.config.output_dir)
 
 
 def test_every_trial_begins_alike_and_follows_the_schedule(trials, tiny):
@@ -254,10 +254,10 @@ def test_every_trial_begins_alike_and_follows_the_schedule(trials, tiny):
 
 
 def test_the_losses_are_those_of_the_run_itself(trials, tiny):
-    steps = prepare_steps(trials.config, trials.model, 4)
-    rates = tr.scheduled(trials, trials.config.train.learning_rate, 4)
-    state, batches = steps.initial_state, [trials.batches.batch(step) for step in range(4)]
-    _, rows = run_steps(trials.model, steps, batches, state)
+    steps = prepare_steps(trials.session.config, trials.session.model, 4)
+    rates = tr.scheduled(trials, trials.session.config.train.learning_rate, 4)
+    state, batches = steps.initial_state, [trials.session.batches.batch(step) for step in range(4)]
+    _, rows = run_steps(trials.session.model, steps, batches, state)
     assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in tr.train(trials, rates)], rel=1e-6)
 
 

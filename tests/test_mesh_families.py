@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_tune.models import architecture
 from tpu_tune.tensors import QuantizedTensor, quantize_tensor
-from tpu_tune.training.setup import abstract_model, prepare_model, sharding_units
+from tpu_tune.training.prepare_model import abstract_model, prepare_model, sharding_units
 from tpu_tune.transforms import sharding
 
 WIDTH, HEADS, GROUPS, INNER = 1024, 8, 4, 1024  # four pack blocks of `in`: every matrix can be cut both ways

@@ -67,9 +67,9 @@ def test_accumulation_over_ragged_rows_changes_nothing(tiny: pathlib.Path) -> No
         state, metrics = helpers.run_steps(model, steps, [helpers.window(held, accumulation)] * 2, state)
         results.append((state, metrics))
     (state, metrics), *others = results
-    assert metrics[0]["num_targets"] == (rows["targets"] != -100).sum()
+    assert metrics[0]["weight"] == (rows["targets"] != -100).sum()
     for other, other_metrics in others:
-        for name in ("loss", "grad_norm", "num_targets", "num_tokens", "accuracy", "finite"):
+        for name in ("loss", "grad_norm", "weight", "num_tokens", "token_accuracy", "finite"):
             assert other_metrics[1][name] == pytest.approx(metrics[1][name], rel=1e-5), name
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.trainable, other.trainable

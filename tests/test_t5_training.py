@@ -21,7 +21,7 @@ from tpu_tune.cli import main
 from tpu_tune.data import Batches, load_data
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture
-from tpu_tune.training.loop import _check_widths
+from tpu_tune.training.opening import check_widths
 from tpu_tune.transforms import LoraConfig, find_targets
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def test_losses_follow_torch(tmp_path: pathlib.Path, method: str, case: str, rat
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        assert metrics[step]["num_targets"] == count
+        assert metrics[step]["weight"] == count
         np.testing.assert_allclose([ours[step], metrics[step]["grad_norm"]], [total / count, norm], rtol=1e-4)
 
 
@@ -296,9 +296,9 @@ def test_rows_that_do_not_divide_over_the_sequence_axis(run):
         data__train=str(run["folder"] / "rows.jsonl"), data__cache_dir=str(run["folder"] / "cache")
     )
     data = load_data(config, tpu_tune.load(str(run["model"])).tokenizer, start_token=0)
-    _check_widths(data, types.SimpleNamespace(shape={"sequence": 8}))
+    check_widths(data, types.SimpleNamespace(shape={"sequence": 8}))
     with pytest.raises(UserError, match="the rows are 64 tokens wide, which does not divide over mesh.sequence=3"):
-        _check_widths(data, types.SimpleNamespace(shape={"sequence": 3}))  # of eight devices there is no such mesh
+        check_widths(data, types.SimpleNamespace(shape={"sequence": 3}))  # of eight devices there is no such mesh
 
 
 def test_inspect_tells_encoder_decoder_and_cross_attention_apart(run, capsys):

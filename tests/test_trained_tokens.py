@@ -12,7 +12,7 @@ from test_vocabulary import TOKENS, nested, write_models
 
 from tpu_tune import UserError
 from tpu_tune.checkpoints.huggingface_write import write_model
-from tpu_tune.training.setup import abstract_model, prepare_model
+from tpu_tune.training.prepare_model import abstract_model, prepare_model
 from tpu_tune.transforms import combine, sharding
 
 

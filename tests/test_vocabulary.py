@@ -29,7 +29,7 @@ from tpu_tune.checkpoints.vocabulary import with_added_tokens, with_tokens_of
 from tpu_tune.cli import main
 from tpu_tune.config import from_dict
 from tpu_tune.models import Decoder, architecture
-from tpu_tune.training.setup import prepare_model
+from tpu_tune.training.prepare_model import prepare_model
 from tpu_tune.transforms import sharding
 
 TOKENS = ["<|im_start|>", "<|im_end|>"]

@@ -29,7 +29,8 @@ from jax.experimental import topologies
 from tpu_tune import config as configuration
 from tpu_tune.planning import find_device
 from tpu_tune.tensors import QuantizedTensor
-from tpu_tune.training.setup import PreparedModel, abstract_model, prepare_steps
+from tpu_tune.training.prepare_model import PreparedModel, abstract_model
+from tpu_tune.training.prepare_steps import prepare_steps
 from tpu_tune.transforms import sharding
 
 LOADING = threading.Lock()  # two threads must not load a compiler at one time

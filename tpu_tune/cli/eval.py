@@ -87,9 +87,9 @@ def run(options: argparse.Namespace) -> int:
     if not options.model:
         return _without_model(options)
     from tpu_tune.inference.run_model import load_any
-    from tpu_tune.training.tasks.run import Settings, run_task
+    from tpu_tune.training.tasks.run import TaskSettings, run_task
 
-    settings = Settings(
+    settings = TaskSettings(
         options.task,
         options.data,
         options.shots,
@@ -177,9 +177,9 @@ def _data_config(options: argparse.Namespace) -> Any:
 def _check_rows(settings: Any) -> None:
     """Find what is wrong with the questions while it costs nothing."""
     from tpu_tune.training.tasks import exact_match, mmlu, questions
-    from tpu_tune.training.tasks.run import read_rows_of
+    from tpu_tune.training.tasks.run import read_rows_for
 
-    rows, examples = read_rows_of(settings)
+    rows, examples = read_rows_for(settings)
     if settings.task == "mmlu":
         mmlu.prompts_of(rows, settings.shots, examples)
         return

@@ -21,7 +21,7 @@ IGNORED = -100  # Hugging Face's label for "no loss here"
 def token_losses(
     logits: Float[Array, "*N V"], targets: Int[Array, "*N"]
 ) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
-    """Return each token's cross-entropy (float32, 0 where the target is `IGNORED`) and whether its first guess is right."""
+    """Return each token's cross-entropy (float32, 0 where the target is `IGNORED`), and whether it is the first guess."""
     logits = logits.astype(jnp.float32)
     counted = targets != IGNORED
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
@@ -57,8 +57,8 @@ def chunked_cross_entropy(
     targets = jnp.pad(targets, [(0, 0), (0, short)], constant_values=IGNORED).reshape(batch, -1, chunk)
     hidden, targets = jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)
 
-    def chunk_loss(weights: Any, rows: Array, goals: Array) -> tuple[Array, Array]:
-        losses, right = token_losses(head(weights, rows), goals)
+    def chunk_loss(weights: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
+        losses, right = token_losses(head(weights, hidden), targets)
         return jnp.sum(losses), jnp.sum(right)
 
     return _sum_of_chunks(chunk_loss, weights, hidden, targets)
@@ -69,43 +69,44 @@ def _sum_of_chunks(chunk_loss: Callable, weights: Any, hidden: Array, targets: A
 
     @jax.custom_vjp
     def total(leaves: list[Array], hidden: Array) -> tuple[Array, Array]:
-        def one(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        def add_chunk(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
             def counted(carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 loss, right = chunk_loss(structure.unflatten(leaves), *chunk)
                 return carry[0] + loss, carry[1] + right
 
             return jax.lax.cond(jnp.any(chunk[1] != IGNORED), counted, lambda carry: carry, carry), None
 
-        return jax.lax.scan(one, (jnp.float32(0), jnp.int32(0)), (hidden, targets))[0]
+        return jax.lax.scan(add_chunk, (jnp.float32(0), jnp.int32(0)), (hidden, targets))[0]
 
     def forward(leaves: list[Any], hidden: Any) -> tuple[tuple[Array, Array], tuple[list[Array | None], Array]]:
-        trained = [leaf.perturbed for leaf in leaves]  # frozen leaves get no gradient at all
+        is_trained = [leaf.perturbed for leaf in leaves]  # frozen leaves get no gradient at all
         values = [leaf.value for leaf in leaves]
-        moving = [value for value, is_trained in zip(values, trained, strict=True) if is_trained]
+        trained = [value for value, flag in zip(values, is_trained, strict=True) if flag]
 
-        def rebuilt(moving: list[Array]) -> Any:
-            source = iter(moving)
-            return structure.unflatten(
-                [next(source) if is_trained else value for value, is_trained in zip(values, trained, strict=True)]
-            )
+        def with_trained(trained: list[Array]) -> Any:
+            source = iter(trained)
+            merged = [next(source) if flag else value for value, flag in zip(values, is_trained, strict=True)]
+            return structure.unflatten(merged)
 
-        def one(carry: tuple, chunk: tuple[Array, Array]) -> tuple[tuple, Array]:
-            rows, goals = chunk
+        def add_chunk(carry: tuple, chunk: tuple[Array, Array]) -> tuple[tuple, Array]:
+            rows, targets = chunk
 
             def counted(carry: tuple) -> tuple[tuple, Array]:
-                loss, pull, right = jax.vjp(
-                    lambda moving, rows: chunk_loss(rebuilt(moving), rows, goals), moving, rows, has_aux=True
+                loss, vjp, right = jax.vjp(
+                    lambda trained, rows: chunk_loss(with_trained(trained), rows, targets), trained, rows, has_aux=True
                 )
-                moving_grads, row_grads = pull(jnp.ones_like(loss))
-                sums = [total + grad.astype(jnp.float32) for total, grad in zip(carry[2], moving_grads, strict=True)]
+                trained_grads, row_grads = vjp(jnp.ones_like(loss))
+                sums = [total + grad.astype(jnp.float32) for total, grad in zip(carry[2], trained_grads, strict=True)]
                 return (carry[0] + loss, carry[1] + right, sums), row_grads
 
-            return jax.lax.cond(jnp.any(goals != IGNORED), counted, lambda carry: (carry, jnp.zeros_like(rows)), carry)
+            return jax.lax.cond(
+                jnp.any(targets != IGNORED), counted, lambda carry: (carry, jnp.zeros_like(rows)), carry
+            )
 
-        start = (jnp.float32(0), jnp.int32(0), [jnp.zeros(leaf.shape, jnp.float32) for leaf in moving])
-        (loss, right, sums), row_grads = jax.lax.scan(one, start, (hidden.value, targets))
+        start = (jnp.float32(0), jnp.int32(0), [jnp.zeros(leaf.shape, jnp.float32) for leaf in trained])
+        (loss, right, sums), row_grads = jax.lax.scan(add_chunk, start, (hidden.value, targets))
         source = iter(sums)
-        grads = [next(source) if is_trained else None for is_trained in trained]
+        grads = [next(source) if flag else None for flag in is_trained]
         return (loss, right), (grads, row_grads)
 
     def backward(kept: tuple[list[Array | None], Array], cotangent: tuple[Array, Any]) -> tuple[list, Array]:

@@ -30,15 +30,9 @@ from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
 from tpu_tune.planning.scratch import scratch_bytes
 from tpu_tune.training import offload
-from tpu_tune.training.loop import count_parameters
-from tpu_tune.training.setup import (
-    PreparedModel,
-    abstract_model,
-    check_settings,
-    micro_batch_rows,
-    prepare_steps,
-    stacked_trainable,
-)
+from tpu_tune.training.opening import check_settings, micro_batch_rows
+from tpu_tune.training.prepare_model import PreparedModel, abstract_model, stacked_trainable
+from tpu_tune.training.prepare_steps import prepare_steps
 from tpu_tune.transforms import sharding
 
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}  # packages, by platform
@@ -57,9 +51,9 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       `compiler` (its name and version; "" where it was not used), `why` (no compiler), `held` (bytes a device: frozen,
       trainable, optimizer, batch; of the shapes), `gradients`, `train` and `evaluate` (arguments, peak, host, fits, and
-      capacity where it does not; of the compiler or of the estimate), `parameters`, `trainable`, `rows` (of a step), `width` and
-      `encoder_width` (tokens a row), `mesh`, `host_state` ("computed": the optimizer's state in host memory is not in the
-      compiled program, but taken off its figures).
+      capacity where it does not; of the compiler or of the estimate), `parameters`, `trainable`, `rows` (of a step),
+      `width` and `encoder_width` (tokens a row), `mesh`, `host_state` ("computed": the optimizer's state in host memory
+      is not in the compiled program, but taken off its figures).
 
     Raises:
       UserError: settings that do not fit the model or the devices.
@@ -85,7 +79,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         "why": why,
         "held": held,
         "gradients": device_bytes(model.trainable),
-        "parameters": count_parameters(model),
+        "parameters": model.num_parameters,
         "trainable": model.num_trainable,
         "rows": rows * accumulation,
         "width": batch["input_ids"].shape[-1],

@@ -21,10 +21,10 @@ from tpu_tune.planning.process import TIMEOUT, run_job
 from tpu_tune.planning.rows import guess_rows
 from tpu_tune.training import arithmetic
 from tpu_tune.training.arithmetic import run_length
-from tpu_tune.training.setup import check_settings
+from tpu_tune.training.opening import check_settings
 from tpu_tune.transforms.sharding import mesh_sizes
 
-# The Novice's LLM Training Guide: "multiply the size of the model file by 1.2", and what a 6B or 7B model takes in full.
+# The Novice's LLM Training Guide: "multiply the size of the model file by 1.2"; full training of a 6B or 7B model.
 INFERENCE_FACTOR = 1.2
 GUIDE_FULL_GB = (160, 192)
 FULL_BYTES, FULL_16_BIT_BYTES = 16, 12  # float32 weight, gradient, two moments; the same with a 16-bit weight, gradient
@@ -102,8 +102,8 @@ def figures(
         notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']})")
     if measured.get("host_state"):
         notes.append(
-            "the optimizer's state in host memory is taken off the compiler's figure, and one leaf of it left for what is "
-            "under way: this compiler knows no host memory for arguments"
+            "the optimizer's state in host memory is taken off the compiler's figure, and one leaf of it left for what "
+            "is under way: this compiler knows no host memory for arguments"
         )
     if not config.data.packing or arch.encoder:
         notes.append("rows are as wide as the longest example; here as wide as data.max_length allows")

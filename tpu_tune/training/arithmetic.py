@@ -20,10 +20,10 @@ class RunLength:
     Attributes:
       rows: training rows; of packed data, packed ones.
       per_device: rows of a device in a micro-batch.
-      devices: that take rows of their own.
+      devices: devices that take rows of their own.
       accumulation: micro-batches of a step.
       steps_per_epoch: steps that see every row once; the last one may have fewer rows.
-      total_steps: of the whole run.
+      total_steps: steps of the whole run.
       epochs: passes over the rows in so many steps.
     """
 
@@ -81,6 +81,11 @@ def words(length: RunLength) -> str:
         f"{length.accumulation:,} accumulation{few}): {length.steps_per_epoch:,} steps an epoch, "
         f"{length.total_steps:,} steps in {_epochs(length.epochs)}; {length.kind} gradient descent"
     )
+
+
+def trainable_words(trained: int, total: int) -> str:
+    """Return PEFT's line on how many parameters are trained."""
+    return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
 
 
 def _epochs(epochs: float) -> str:

@@ -36,11 +36,11 @@ _MESSAGE_BYTES = 1000
 
 
 class MissingHosts(UserError):
-    """Some hosts have not come; there is no use in a farewell to them."""
+    """Some hosts have not come, so this process ends without waiting for them."""
 
 
 class SharedError(UserError):
-    """A mistake that every process knows of: all of them end now, in good order."""
+    """A mistake that every process knows of: all end now, and jax can shut down as usual."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Cluster:
     """The processes of a run.
 
     Attributes:
-      kind: how they were found: tpu | slurm | multislice | address.
+      kind: how the processes were found: tpu | slurm | multislice | address.
       coordinator: host:port of process 0; "" where jax is to find it itself (SLURM's steps, TPU multislice).
-      num_processes: all of them.
-      process_id: this one.
-      hosts: names or addresses by process, where they are known.
+      num_processes: number of processes of the run.
+      process_id: number of this process, from 0.
+      hosts: host names or addresses by process, where they are known.
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Cluster:
     hosts: tuple[str, ...] = ()
 
     def name(self, process: int) -> str:
-        """A process in the user's words."""
+        """Return a process as the user knows it: its number and its host."""
         host = f" ({self.hosts[process]})" if process < len(self.hosts) else ""
         return f"process {process}{host}"
 
@@ -86,7 +86,7 @@ def find_cluster(
       has_tpu: whether there is one.
 
     Raises:
-      UserError: an address without number of processes or place among them, or ones that make no sense.
+      UserError: an address without the number of processes or of this one, or numbers that make no sense.
     """
     if environ.get("JAX_COORDINATOR_ADDRESS"):
         return _from_address(environ)
@@ -100,21 +100,22 @@ def find_cluster(
     if environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return Cluster("multislice", "", 0, 0)  # jax adds up the slices
     if environ.get("TPU_WORKER_HOSTNAMES"):
-        hosts, place = environ["TPU_WORKER_HOSTNAMES"], environ.get("TPU_WORKER_ID")
+        hosts, number = environ["TPU_WORKER_HOSTNAMES"], environ.get("TPU_WORKER_ID")
     elif environ.get("TPU_SKIP_MDS_QUERY") or not (has_tpu or _has_tpu)():
         return None
     else:
         ask = metadata or _metadata
-        hosts, place = ask("worker-network-endpoints") or "", ask("agent-worker-number")
+        hosts, number = ask("worker-network-endpoints") or "", ask("agent-worker-number")
     # Google writes addresses alone, or name:number:address.
     names = tuple(entry.strip().rsplit(":", 1)[-1] for entry in hosts.split(",") if entry.strip())
     if len(names) < 2:
         return None
-    if place is None or not place.strip().isdigit() or int(place) >= len(names):
+    if number is None or not number.strip().isdigit() or int(number) >= len(names):
         raise UserError(
-            f"this TPU slice has {len(names)} hosts, and this one's number is not known ('{place or ''}'); set TPU_WORKER_ID"
+            f"this TPU slice has {len(names)} hosts, and this one's number is not known ('{number or ''}'); "
+            "set TPU_WORKER_ID"
         )
-    return Cluster("tpu", f"{names[0]}:{TPU_PORT}", len(names), int(place), names)
+    return Cluster("tpu", f"{names[0]}:{TPU_PORT}", len(names), int(number), names)
 
 
 def _from_address(environ: Mapping[str, str]) -> Cluster:
@@ -128,8 +129,8 @@ def _from_address(environ: Mapping[str, str]) -> Cluster:
         value = environ.get(name, "")
         if not value.isdigit():
             raise UserError(
-                f"JAX_COORDINATOR_ADDRESS is set, and {name} is '{value}'; set JAX_NUM_PROCESSES to the number of hosts "
-                "and JAX_PROCESS_ID to this one's place, from 0"
+                f"JAX_COORDINATOR_ADDRESS is set, and {name} is '{value}'; set JAX_NUM_PROCESSES to the number of "
+                "hosts and JAX_PROCESS_ID to this one's number, from 0"
             )
         numbers.append(int(value))
     if numbers[1] >= numbers[0]:
@@ -183,7 +184,8 @@ def join(environ: Mapping[str, str] = os.environ) -> Cluster | None:
         raise MissingHosts(_missing(error.processes, cluster, seconds, "joining", error.reason)) from error
     except OSError as error:
         raise UserError(
-            f"{cluster.coordinator}: process 0 cannot listen there ({error.strerror or error}); end what uses the port, or choose another"
+            f"{cluster.coordinator}: process 0 cannot listen there ({error.strerror or error}); "
+            "end what uses the port, or choose another"
         ) from error
     except RuntimeError as error:
         raise MissingHosts(f"the hosts could not come together: {_short(error)}") from error
@@ -204,7 +206,7 @@ def _seconds(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def barrier(name: str, seconds: int | None = None) -> None:
-    """Wait until every process is here.
+    """Wait until every process has come to this point.
 
     Raises:
       MissingHosts: some have not come in time; they are named.
@@ -226,8 +228,8 @@ def _missing(processes: Sequence[int], cluster: Cluster, seconds: int, what: str
         return f"the hosts could not come together ({what}): {reason}"
     who = ", ".join(cluster.name(process) for process in processes[:8]) + (", ..." if len(processes) > 8 else "")
     return (
-        f"{who} of {cluster.num_processes} did not come within {seconds} s ({what}); look at the log there, and start the "
-        "same command on every host within that time (TPU_TUNE_BARRIER_SECONDS)"
+        f"{who} of {cluster.num_processes} did not come within {seconds} s ({what}); look at the log there, and start "
+        "the same command on every host within that time (TPU_TUNE_BARRIER_SECONDS)"
     )
 
 
@@ -256,12 +258,12 @@ def together(what: str, act: Callable[[], T]) -> T:
     except UserError as error:
         problem = error
     barrier(what)
-    said = [_decode(row) for row in np.asarray(multihost_utils.process_allgather(_encode(str(problem or ""))))]
+    messages = [_decode(row) for row in np.asarray(multihost_utils.process_allgather(_encode(str(problem or ""))))]
     if problem is not None:
         raise SharedError(str(problem)) from problem
-    first = next((process for process, text in enumerate(said) if text), None)
+    first = next((process for process, text in enumerate(messages) if text), None)
     if first is not None:
-        raise SharedError(f"{_cluster().name(first)}: {said[first]}")
+        raise SharedError(f"{_cluster().name(first)}: {messages[first]}")
     return result
 
 
@@ -282,8 +284,8 @@ def from_main(values: Sequence[int], what: str) -> list[int]:
     return [int(value) for value in multihost_utils.broadcast_one_to_all(np.asarray(values, np.int32))]
 
 
-def whole(leaf: Any) -> Any:
-    """Return an array that this process can read whole; collective where several processes share it."""
+def full_array(leaf: Any) -> Any:
+    """Return an array that this process can read in full; collective where several processes share it."""
     if jax.process_count() == 1:
         return leaf
     return multihost_utils.process_allgather(leaf, tiled=True)
@@ -308,7 +310,10 @@ def leaving_alone() -> Iterator[None]:
         if isinstance(error, UserError):
             text = str(error)
         elif isinstance(error, RuntimeError) and lost:
-            text = f"another host has gone ({_short(error)[:120]}); its log says why. The same command on every host goes on from the last checkpoint"
+            text = (
+                f"another host has gone ({_short(error)[:120]}); its log says why. The same command on every host goes on "
+                "from the last checkpoint"
+            )
         else:
             traceback.print_exc()
             text = f"process {jax.process_index()} of {jax.process_count()} ends here, and with it the others"

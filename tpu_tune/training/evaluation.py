@@ -1,44 +1,67 @@
-"""Evaluation in the loop: token-weighted loss, perplexity and accuracy over the held-out rows."""
+"""Evaluation: the objective's mean loss and metrics over the held-out rows."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from tpu_tune.data import PackedRows, PairRows, eval_batches
-from tpu_tune.training.setup import Evaluation, Steps
+from tpu_tune.training.objectives import mean
+from tpu_tune.training.opening import Session
+from tpu_tune.training.prepare_steps import Evaluation, Steps
 
 
-def evaluate(
+def evaluate(steps: Steps | Evaluation, trainable: Mapping[str, Any], session: Session) -> dict[str, float]:
+    """Return the metrics of one pass over a session's held-out rows.
+
+    Returns:
+      `eval_loss` (over all that the objective counts), `eval_perplexity` = exp(eval_loss) where the loss is a
+      likelihood, the objective's own metrics (of cross-entropy `eval_token_accuracy`, the share of first guesses that
+      are right), `eval_num_tokens` (targets; of another objective, what it counts), `eval_runtime` (seconds).
+    """
+    start, objective = time.monotonic(), steps.objective
+    sums = sum_batches(steps, trainable, session.model.frozen, session.eval_batches())
+    count = sums["loss"][1]
+    means = {f"eval_{name}": mean(*pair) for name, pair in sums.items()}
+    loss = means.pop("eval_loss")
+    perplexity = {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf} if objective.is_likelihood else {}
+    return {
+        "eval_loss": loss,
+        **perplexity,
+        **means,
+        f"eval_num_{objective.unit}": int(count) if count.is_integer() else count,
+        "eval_runtime": round(time.monotonic() - start, 3),
+    }
+
+
+def sum_batches(
     steps: Steps | Evaluation,
     trainable: Mapping[str, Any],
     frozen: Mapping[str, Any],
-    rows: PackedRows | PairRows,
-    batch_rows: int,
-    mine: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Return the metrics of one pass over `rows`; `mine` says which rows of a batch this process reads.
+    batches: Iterable[Mapping[str, np.ndarray]],
+) -> dict[str, tuple[float, float]]:
+    """Return the (sum, weight) of `loss` and of each metric over batches of (rows, tokens)."""
+    totals: dict[str, tuple[float, float]] = {"loss": (0.0, 0.0)}
+    for batch in batches:
+        for name, (total, weight) in steps.evaluate(trainable, frozen, steps.put_batch(batch, 0)).items():
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + float(total), before[1] + float(weight))
+    return totals
 
-    Returns:
-      `eval_loss` (nats, mean over all target tokens), `eval_perplexity` = exp(eval_loss), `eval_token_accuracy`
-      (share of first guesses that are right), `eval_num_tokens` (targets), `eval_runtime` (seconds).
-    """
-    start = time.monotonic()
-    loss, right, count = 0.0, 0, 0
-    for batch in eval_batches(rows, batch_rows, mine):
-        sums = steps.evaluate(trainable, frozen, steps.put_batch(batch, 0))
-        loss += float(sums["loss"])
-        right += int(sums["right"])
-        count += int(sums["num_targets"])
-    mean = loss / max(count, 1)
-    return {
-        "eval_loss": mean,
-        "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "eval_token_accuracy": right / max(count, 1),
-        "eval_num_tokens": count,
-        "eval_runtime": round(time.monotonic() - start, 3),
-    }
+
+_WORDS = {
+    "eval_loss": "eval_loss {:.4f}",
+    "eval_perplexity": "perplexity {:.2f}",
+    "eval_token_accuracy": "accuracy {:.1%}",
+}
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """Return an evaluation's loss and metrics in words."""
+    shown = {name: value for name, value in metrics.items() if not name.startswith(("eval_num_", "eval_runtime"))}
+    return ", ".join(
+        _WORDS.get(name, name.removeprefix("eval_") + " {:.4g}").format(value) for name, value in shown.items()
+    )

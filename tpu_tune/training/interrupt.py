@@ -43,7 +43,7 @@ def catch_signals() -> Iterator[Callable[[int], bool]]:
 
 
 def _catch_preemption() -> Iterator[Callable[[int], bool]]:
-    # jax's coordination service has its own handler for SIGTERM, and picks the step that all processes can still stop at.
+    # jax's coordination service handles SIGTERM itself, and picks the step that all processes can still stop at.
     before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
     def reached(step: int) -> bool:

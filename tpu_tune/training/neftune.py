@@ -17,9 +17,9 @@ def noise(
     Args:
       key: PRNG key of this micro-batch.
       alpha: `train.neftune_noise_alpha`; the paper uses 5, 10 and 15.
-      segment_ids: document of each token, 0 for padding, which gets no noise. L is the length of a token's own document,
-        so that packing changes nothing; transformers takes the padded length of the batch, which is the same for rows
-        of one length.
+      segment_ids: document of each token, 0 for padding, which gets no noise. L is the length of a token's own
+        document, so that packing changes nothing; transformers takes the padded length of the batch, which is the same
+        for rows of one length.
     """
     width = segment_ids.shape[1]
     counts = jax.vmap(lambda row: jnp.zeros(width + 1, jnp.float32).at[row].add(1.0))(segment_ids)

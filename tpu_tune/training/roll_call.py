@@ -1,6 +1,6 @@
-"""Are all hosts here? Asked before jax's own start-up, which ends the process without a word about who is missing.
+"""Have all hosts come? Asked before jax's own start-up, which ends the process without saying who is missing.
 
-Process 0 listens on the coordinator's port, which has to be open anyway, until all others have said their number or the
+Process 0 listens on the coordinator's port, which has to be open anyway, until all others have sent their number or the
 time is up, then tells each of them and frees the port for jax.
 """
 
@@ -14,7 +14,7 @@ _HELLO, _GO = b"tpu_tune here ", b"go"
 
 
 class MissingProcesses(Exception):
-    """Not all have come. `processes` are their numbers."""
+    """Not all processes have come. `processes` are the numbers of the missing ones."""
 
     def __init__(self, processes: list[int], reason: str = ""):
         super().__init__(reason or f"missing: {processes}")
@@ -26,8 +26,8 @@ def roll_call(coordinator: str, num_processes: int, process_id: int, seconds: fl
 
     Args:
       coordinator: host:port of process 0.
-      num_processes: how many there are.
-      process_id: of this one.
+      num_processes: number of processes of the run.
+      process_id: number of this process.
       seconds: how long to wait for all of them.
 
     Raises:
@@ -48,32 +48,32 @@ def _listen(port: int, num_processes: int, deadline: float) -> None:
     server = socket.create_server(
         ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=num_processes
     )
-    here: dict[int, socket.socket] = {}
+    connections: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
-        while len(here) < num_processes - 1:
-            missing = [number for number in range(1, num_processes) if number not in here]
+        while len(connections) < num_processes - 1:
+            missing = [number for number in range(1, num_processes) if number not in connections]
             try:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 connection, _ = server.accept()
             except TimeoutError:
-                for other in here.values():
+                for other in connections.values():
                     _tell(other, ",".join(map(str, missing)).encode())
                 raise MissingProcesses(missing) from None
             stack.enter_context(connection)
             number = _number(connection)
             if number is not None and 0 < number < num_processes:
-                here[number] = connection  # the later one, where a process was started again
-        for other in here.values():
+                connections[number] = connection  # the later one, where a process was started again
+        for other in connections.values():
             _tell(other, _GO)
 
 
 def _number(connection: socket.socket) -> int | None:
-    """What a caller says; None for one that is no process of ours (a port scanner)."""
+    """Return the number that a caller sends; None for one that is no process of ours (a port scanner)."""
     try:
         connection.settimeout(2)
-        said = connection.makefile("rb").readline(64)
-        return int(said.removeprefix(_HELLO)) if said.startswith(_HELLO) else None
+        line = connection.makefile("rb").readline(64)
+        return int(line.removeprefix(_HELLO)) if line.startswith(_HELLO) else None
     except (OSError, ValueError):
         return None
 
@@ -90,10 +90,10 @@ def _report(host: str, port: int, process_id: int, deadline: float) -> None:
             with socket.create_connection((host, port), timeout=min(left, 5)) as connection:
                 connection.sendall(_HELLO + b"%d\n" % process_id)
                 connection.settimeout(max(deadline - time.monotonic(), 0.01) + 5)  # process 0's clock began later
-                said = connection.makefile("rb").readline(1000).strip()
-            if said == _GO:
+                answer = connection.makefile("rb").readline(1000).strip()
+            if answer == _GO:
                 return
-            missing = [int(number) for number in said.split(b",")] if said else []
+            missing = [int(number) for number in answer.split(b",")] if answer else []
             if missing:
                 raise MissingProcesses(missing)
         except (OSError, ValueError) as error:  # not started yet, or jax of an earlier start is still on the port

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
 
@@ -69,6 +70,22 @@ def make_schedule(
         return learning_rate * factor(jnp.asarray(step, jnp.int32))
 
     return schedule
+
+
+def configured_schedule(train: ConfigDict, total_steps: int) -> optax.Schedule:
+    """Build the schedule that a configuration's `train` section names, over `total_steps` updates.
+
+    Raises:
+      UserError: unknown name, unknown or missing setting.
+    """
+    return make_schedule(
+        train.lr_scheduler_type,
+        train.learning_rate,
+        total_steps,
+        train.warmup_steps,
+        train.warmup_ratio,
+        **train.lr_scheduler_kwargs,
+    )
 
 
 def _known() -> str:

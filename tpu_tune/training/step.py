@@ -1,11 +1,11 @@
 """The training step: one jitted function of (state, frozen weights, batch).
 
-    micro-batches -> sum of cross-entropies / target tokens of the whole window -> gradients of the small tree
+    micro-batches -> sum of losses / weight of the whole window -> gradients of the small tree
     -> clip by global norm -> optimizer -> new state, or the old one where something was not finite
 
-Dividing by the window's target tokens, counted over all devices and micro-batches, makes accumulation exact for rows
-of any length (transformers pull request 34191). The step knows `combine`, a loss and an optax optimizer; the
-optimizer never sees a frozen leaf.
+Dividing by the window's weight (of cross-entropy, its target tokens), counted over all devices and micro-batches, makes
+accumulation exact for rows of any length (transformers pull request 34191). The step knows `combine`, an objective and
+an optax optimizer; the optimizer never sees a frozen leaf.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy
 from tpu_tune.models import Architecture, Decoder, Execution, apply_head, encode
 from tpu_tune.training import loss_scale as scaling
 from tpu_tune.training import neftune
+from tpu_tune.training.objectives import Batch, Head, Objective, Sums, mean
 from tpu_tune.training.optimizers import clip_by_global_norm
 from tpu_tune.transforms import Targets, combine
 
-Batch = Mapping[str, Int[Array, "..."]]
-SEGMENTS = ("segment_ids", "encoder_segment_ids")  # what says which tokens are not padding
+SEGMENTS = ("segment_ids", "encoder_segment_ids")  # 0 where padding
+STEP_METRICS = ("loss", "weight", "grad_norm", "learning_rate", "num_tokens", "finite", "failures")
 
 
 @functools.partial(
@@ -44,9 +44,9 @@ class TrainState:
       step: steps taken, int32; it decides the data and the dropout of the next one.
       updates: steps whose update was applied, int32; it decides the learning rate.
       failures: steps in a row whose loss or gradient was not finite, int32; float16 overflows do not count.
-      trainable: flat tree of float32 leaves.
-      opt_state: the optimizer's, over `trainable` only.
-      loss_scale: under float16, else None.
+      trainable: the trained leaves by path, float32.
+      opt_state: the optimizer's state, over `trainable` only.
+      loss_scale: the dynamic loss scale under float16, else None.
     """
 
     step: Int[Array, ""]
@@ -58,49 +58,43 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """What is trained and how its loss is computed; static in the jitted step.
+class ModelLoss:
+    """The loss as a function of the trained leaves: the model, its method and the objective; static in the jitted step.
 
     Attributes:
-      architecture: of the model.
+      architecture: the model's facts.
       execution: dtype, attention, remat and sharding hooks.
-      targets: of LoRA; None trains everything.
-      loss_chunk: tokens of each row whose logits exist at one time.
-      neftune_alpha: of the noise on the embeddings; 0 for none.
+      targets: what LoRA adapts; None trains everything.
+      objective: what is minimized.
+      neftune_alpha: strength of the noise on the embeddings; 0 for none.
     """
 
     architecture: Architecture
     execution: Execution
     targets: Targets | None
-    loss_chunk: int
+    objective: Objective
     neftune_alpha: float = 0.0
 
-    def loss(
+    def __call__(
         self, trainable: Mapping[str, Array], frozen: Mapping[str, Any], batch: Batch, key: Array | None
-    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        """Return (summed cross-entropy, right first guesses) of one micro-batch of (rows, tokens) arrays.
+    ) -> tuple[Float[Array, ""], Sums]:
+        """Return the objective's summed loss and metrics of one micro-batch of (rows, tokens) arrays.
 
         `key` is the micro-batch's, for dropout and noise; None where nothing is random, as in evaluation.
         """
         params = combine(trainable, frozen, self.targets, key)
         arch, run = self.architecture, self.execution
-        memory = None
+        encoded = None
         if arch.encoder:
-            memory = encode(
-                arch,
-                params,
-                run,
-                batch["encoder_ids"],
-                batch["encoder_segment_ids"],
-                self._noise(key, 1, batch["encoder_segment_ids"]),
-            )
+            ids, segments = batch["encoder_ids"], batch["encoder_segment_ids"]
+            encoded = encode(arch, params, run, ids, segments, self._noise(key, 1, segments))
         model = Decoder(arch, params, run)
-        noisy = self._noise(key, 2, batch["segment_ids"])
+        noise = self._noise(key, 2, batch["segment_ids"])
         hidden, _ = model.hidden(
-            batch["input_ids"], batch["positions"], batch["segment_ids"], memory=memory, on_embeddings=noisy
+            batch["input_ids"], batch["positions"], batch["segment_ids"], memory=encoded, on_embeddings=noise
         )
-        head = functools.partial(apply_head, arch)
-        return chunked_cross_entropy(head, model.head_leaves(), hidden, batch["targets"], self.loss_chunk)
+        head = Head(functools.partial(apply_head, arch), model.head_leaves())
+        return self.objective(head, hidden, batch)
 
     def _noise(self, key: Array | None, number: int, segment_ids: Array) -> Callable[[Array], Array] | None:
         if key is None or not self.neftune_alpha:
@@ -116,69 +110,83 @@ def init_state(trainable: Mapping[str, Array], optimizer: optax.GradientTransfor
 
 
 def make_train_step(
-    problem: Problem,
+    model_loss: ModelLoss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule | None,
     max_grad_norm: float,
     random_key: Array | None,
-    in_parts: Callable[..., tuple[Any, Any]] | None = None,
+    update_in_parts: Callable[..., tuple[Any, Any]] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, dict[str, Array]]]:
     """Return the step function, to be jitted with the state donated.
 
     Without a schedule the learning rate is the one in the optimizer's state (`optimizers.make_optimizer`).
-    `in_parts(update, gradients, optimizer state, weights, finite)` updates one part of the tree after the other where the
-    optimizer's state waits in host memory (`offload.update_each`).
+    `update_in_parts(update, gradients, optimizer state, weights, finite)` updates one part of the tree after the other
+    where the optimizer's state waits in host memory (`offload.update_each`).
 
-    The batch's arrays are (accumulation, rows, tokens). The metrics are float32 scalars: `loss` (mean over the
-    window's target tokens), `grad_norm` (before clipping), `learning_rate` (of this update), `num_targets`,
-    `num_tokens` (padding not counted), `accuracy`, `finite` (1 where the update was applied).
+    The batch's arrays are (accumulation, rows, tokens). The metrics are float32 scalars: the objective's own, and
+    `STEP_METRICS`: `loss` (of the window), `weight` (what it was divided by), `grad_norm` (before clipping),
+    `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where the update was applied),
+    `failures` (steps in a row without one).
     """
+    objective = model_loss.objective
 
     def step(state: TrainState, frozen: Mapping[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        num_targets = jnp.sum(batch["targets"] != IGNORED)
+        weight = jnp.sum(jax.vmap(objective.weight)(batch))
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
-        factor = scale / jnp.maximum(num_targets, 1).astype(jnp.float32)
+        factor = scale / jnp.where(weight == 0, 1, weight).astype(jnp.float32)
         key = None if random_key is None else jax.random.fold_in(random_key, state.step)
 
         def scaled_loss(
             trainable: Mapping[str, Array], micro: Batch, number: Array
-        ) -> tuple[Array, tuple[Array, Array]]:
+        ) -> tuple[Array, tuple[Array, Sums]]:
             micro_key = None if key is None else jax.random.fold_in(key, number)
-            loss, right = problem.loss(trainable, frozen, micro, micro_key)
-            return loss * factor, (loss, right)
+            loss, sums = model_loss(trainable, frozen, micro, micro_key)
+            return loss * factor, (loss, sums)
 
-        grad = jax.grad(scaled_loss, has_aux=True)
-
-        def accumulate(sums: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, grad(state.trainable, *numbered)), None
-
-        count = batch["targets"].shape[0]
-        if count == 1:
-            sums = grad(state.trainable, jax.tree.map(lambda part: part[0], batch), jnp.int32(0))
-        else:
-            zeros = (jax.tree.map(jnp.zeros_like, state.trainable), (jnp.float32(0), jnp.int32(0)))
-            sums, _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(count)))
-        grads, (loss_sum, right) = sums
+        grads, loss, sums = _accumulate(jax.grad(scaled_loss, has_aux=True), state.trainable, batch)
         if state.loss_scale is not None:
             grads = jax.tree.map(lambda leaf: leaf / scale, grads)
         grads, norm = clip_by_global_norm(grads, max_grad_norm)
-        loss = loss_sum / jnp.maximum(num_targets, 1)
+        loss = mean(loss, weight)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new_state = _update(state, grads, finite, optimizer, in_parts)
+        new_state = _update(state, grads, finite, optimizer, update_in_parts)
         rate = optax.tree.get(state.opt_state, "learning_rate") if schedule is None else schedule(state.updates)
         metrics = {
             "loss": loss,
+            "weight": weight,
             "grad_norm": norm,
             "learning_rate": rate,
-            "num_targets": num_targets,
             "num_tokens": sum(jnp.sum(batch[name] > 0) for name in SEGMENTS if name in batch),
-            "accuracy": right / jnp.maximum(num_targets, 1),
             "finite": finite.astype(jnp.float32),
             "failures": new_state.failures,
         }
-        return new_state, metrics
+        if clash := metrics.keys() & sums.keys():
+            raise ValueError(f"{type(objective).__name__} names a metric as the step does: {', '.join(sorted(clash))}")
+        return new_state, metrics | {name: mean(*pair) for name, pair in sums.items()}
 
     return step
+
+
+def _accumulate(grad: Callable[..., tuple[Any, Any]], trainable: Mapping[str, Array], batch: Batch) -> tuple:
+    """Return the sums over a window's micro-batches: gradients, loss, and the objective's metrics.
+
+    Args:
+      grad: (trainable, micro-batch, its number) -> (gradients, (loss, metrics)).
+      trainable: the trained leaves.
+      batch: arrays of (accumulation, rows, tokens).
+    """
+    count = len(batch["input_ids"])
+    if count == 1:
+        grads, (loss, sums) = grad(trainable, jax.tree.map(lambda array: array[0], batch), jnp.int32(0))
+        return grads, loss, sums
+
+    def add(totals: Any, numbered: tuple[Batch, Array]) -> tuple[Any, Sums]:
+        grads, (loss, sums) = grad(trainable, *numbered)
+        return jax.tree.map(jnp.add, totals, (grads, loss)), sums
+
+    zeros = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0))
+    (grads, loss), sums = jax.lax.scan(add, zeros, (batch, jnp.arange(count)))
+    return grads, loss, jax.tree.map(lambda each: jnp.sum(each, 0), sums)
 
 
 def _update(
@@ -186,15 +194,15 @@ def _update(
     grads: Mapping[str, Array],
     finite: Array,
     optimizer: optax.GradientTransformation,
-    in_parts: Callable[..., tuple[Any, Any]] | None,
+    update_in_parts: Callable[..., tuple[Any, Any]] | None,
 ) -> TrainState:
     def update(grads: Any, opt_state: Any, trainable: Any) -> tuple[Any, Any]:
         updates, new_state = optimizer.update(grads, opt_state, trainable)
         new = optax.apply_updates(trainable, updates), new_state
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (trainable, opt_state))
 
-    given = grads, state.opt_state, state.trainable
-    trainable, opt_state = update(*given) if in_parts is None else in_parts(update, *given, finite)
+    trees = grads, state.opt_state, state.trainable
+    trainable, opt_state = update(*trees) if update_in_parts is None else update_in_parts(update, *trees, finite)
     loss_scale = None if state.loss_scale is None else scaling.update(state.loss_scale, finite)
     # A float16 overflow is the loss scale looking for its value, not a failure, until it can shrink no further.
     is_search = False if state.loss_scale is None else state.loss_scale.scale > 1.0
@@ -208,11 +216,11 @@ def _update(
     )
 
 
-def make_eval_step(problem: Problem) -> Callable[[Mapping[str, Array], Mapping[str, Any], Batch], dict[str, Array]]:
-    """Return a function (trainable, frozen, batch of (rows, tokens)) -> sums: `loss`, `right`, `num_targets`."""
+def make_eval_step(model_loss: ModelLoss) -> Callable[[Mapping[str, Array], Mapping[str, Any], Batch], Sums]:
+    """Return a function (trainable, frozen, batch of (rows, tokens)) -> (sum, weight) of `loss` and each metric."""
 
-    def step(trainable: Mapping[str, Array], frozen: Mapping[str, Any], batch: Batch) -> dict[str, Array]:
-        loss, right = problem.loss(trainable, frozen, batch, None)
-        return {"loss": loss, "right": right, "num_targets": jnp.sum(batch["targets"] != IGNORED)}
+    def step(trainable: Mapping[str, Array], frozen: Mapping[str, Any], batch: Batch) -> Sums:
+        loss, sums = model_loss(trainable, frozen, batch, None)
+        return {"loss": (loss, model_loss.objective.weight(batch)), **sums}
 
     return step

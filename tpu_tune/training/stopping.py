@@ -11,11 +11,11 @@ import math
 
 
 def judge(eval_loss: float, best_loss: float, threshold: float) -> tuple[bool, bool]:
-    """Hold an evaluation against the best one before it.
+    """Compare an evaluation with the best one before it.
 
     Args:
-      eval_loss: of this evaluation; what is not a number is never an improvement.
-      best_loss: the smallest before; infinite where there was none.
+      eval_loss: this evaluation's loss; NaN is never an improvement.
+      best_loss: the smallest loss before; infinite where there was none.
       threshold: `train.early_stopping_threshold`.
 
     Returns:

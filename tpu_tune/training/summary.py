@@ -1,4 +1,4 @@
-"""`summary.json` and `samples.jsonl` in the run directory: what a report tells beside the metrics.
+"""`summary.json` and `samples.jsonl` in the run directory: what a report shows besides the metrics.
 
 The summary says what the run is made of (the data's counts, the model's size, the steps) as soon as it starts, and how
 much memory it took when it ends. The samples are the model's greedy answers to `train.sample_prompts` before and after,
@@ -14,32 +14,45 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import storage
-from tpu_tune.data import Batches, Datasets
+from tpu_tune.data import Datasets
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
 from tpu_tune.training import run_directory
 from tpu_tune.training.execution import compute_dtype
-from tpu_tune.training.setup import PreparedModel
+from tpu_tune.training.opening import Session
+from tpu_tune.training.prepare_model import PreparedModel
 from tpu_tune.training.step import TrainState
 from tpu_tune.transforms import combine
 
 SAMPLE_TOKENS = 64  # of an answer
 
 
-def describe(config: ConfigDict, model: PreparedModel, data: Datasets, batches: Batches) -> dict[str, Any]:
-    """Return what a summary says from the start: of the model, of the steps, and the data's counts."""
+def describe(session: Session) -> dict[str, Any]:
+    """Return what a summary says from the start about the model, the steps and the data."""
+    model, batches = session.model, session.batches
     return {
-        "model": config.model.path,
+        "model": session.config.model.path,
         "family": model.architecture.family,
         "vocab_size": model.architecture.vocab_size,
         "trainable_parameters": model.num_trainable,
         "rows_per_step": batches.batch_rows * batches.accumulation,
         "steps_per_epoch": batches.steps_per_epoch,
-        "data": data.summary,
+        "data": session.data.summary,
+        "parameters": model.num_parameters,
+        "devices": devices(model.mesh),
+        "total_steps": session.length.total_steps,
     }
+
+
+def devices(mesh: Mesh) -> str:
+    """Return a mesh in words: 4 x TPU v4 (fsdp=4)."""
+    kind = mesh.devices.flat[0].device_kind
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
 
 
 def write(output_dir: str, values: Mapping[str, Any]) -> None:
@@ -55,10 +68,10 @@ def write(output_dir: str, values: Mapping[str, Any]) -> None:
 def read(output_dir: str) -> dict[str, Any]:
     """Return `summary.json`; {} where there is none that can be read."""
     try:
-        found = json.loads(storage.read_bytes(run_directory.path(output_dir, "summary.json")).decode())
+        values = json.loads(storage.read_bytes(run_directory.path(output_dir, "summary.json")).decode())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def peak_memory() -> dict[str, int | None]:
@@ -71,9 +84,9 @@ def peak_memory() -> dict[str, int | None]:
 def sampler(
     config: ConfigDict, model: PreparedModel, data: Datasets, say: Callable[[str], None]
 ) -> Callable[[TrainState, int], None]:
-    """Return the function of (state, step) that answers `train.sample_prompts`; it does nothing where there are none."""
+    """Return the function of (state, step) that answers `train.sample_prompts`; without prompts it does nothing."""
     if config.train.sample_prompts and jax.process_count() > 1:
-        say("train.sample_prompts: left out, for the model is spread over several processes")
+        say("train.sample_prompts: left out, because the model is spread over several processes")
     elif config.train.sample_prompts:
         data_format = data.summary["train"]["format"]
         return lambda state, step: write_samples(config, model, state.trainable, step, data_format)
@@ -90,10 +103,10 @@ def write_samples(
 
     Args:
       config: the whole configuration.
-      model: with the frozen weights.
-      trainable: the trained ones.
+      model: the model with its frozen weights.
+      trainable: the trained weights.
       step: updates made so far.
-      data_format: of the training rows.
+      data_format: the format of the training rows, as `data.format` names it.
 
     Raises:
       UserError: prompts that are empty or too long for the model, or a file that cannot be written.

@@ -1,7 +1,7 @@
-"""Find a learning rate: a range test on a run's own model and data, then short runs that decide; or a bracket.
+"""`tpu-tune lr-find`: a range test on a run's own model and data, then short runs that choose; or a bracket.
 
-The range test shows at which rates learning begins and at which the loss diverges. But it spends only a step or two at
-each rate, so a few short runs decide, under the run's own schedule and at rates around the test's suggestion.
+The range test says where rates begin to work and where the loss runs away. A ramp spends a step or two at each rate,
+though, so a few short runs under the run's own schedule, at rates around the test's suggestion, decide.
 """
 
 from __future__ import annotations
@@ -16,50 +16,23 @@ from ml_collections import ConfigDict
 
 from tpu_tune.curves.learning_rate import trials as tr
 from tpu_tune.curves.learning_rate.bracket import Score, best_of, bracket, check_bracket
-from tpu_tune.curves.learning_rate.range_test import BETA, RangeTest, Suggestion, divergence, ramp, range_test, suggest
+from tpu_tune.curves.learning_rate.range_test import MEMORY, RangeTest, Suggestion, ramp, ran_away, range_test, suggest
 
 PROBE_STEPS = 15
-APART = 3.0  # factor between the rates of the short runs after a range test
-WORSE = 1.02  # a run whose score is this many times the best of its round does not look good
+APART = 3.0  # factor between the short runs after a range test
+WORSE = 1.02  # times the best score of its round: a run that ends higher is not good
 _ROUNDS = (5, 3, 2)  # rates of a bracket's rounds
 
-Say = Callable[[str], None]
-
 
 @dataclasses.dataclass(frozen=True)
-class FinderOptions:
-    """How to look for a learning rate.
+class Found:
+    """What was found.
 
     Attributes:
-      low: lowest rate of the range test.
-      high: highest rate of the range test.
-      steps: length of the range test, and of the bracket's longest runs.
-      bracket: rates (lowest, highest) to search with a bracket, without a range test.
-      narrow: after the range test, search around its suggestion with a bracket instead of three short runs.
-    """
-
-    low: float = 1e-7
-    high: float = 1.0
-    steps: int = 60
-    bracket: tuple[float, float] | None = None
-    narrow: bool = False
-
-    def check(self) -> None:
-        """Raise a UserError for ranges or lengths that make no sense, before anything is loaded."""
-        ramp(self.low, self.high, self.steps)
-        if self.bracket or self.narrow:
-            check_bracket(*(self.bracket or (self.low, self.high)), self.steps, _ROUNDS)
-
-
-@dataclasses.dataclass(frozen=True)
-class FinderResult:
-    """A learning rate and how it was found.
-
-    Attributes:
-      suggestion: the rate, the range that looks good, and the reason.
-      test: the range test; None if a bracket was given.
+      suggestion: the rate, the good range, and the reason.
+      test: the range test; None where a bracket was given.
       runs: the short runs, in the order in which they were made.
-      scored_by: the loss that compares the runs, "eval_loss" or "train_loss".
+      scored_by: "eval_loss" or "train_loss".
     """
 
     suggestion: Suggestion
@@ -68,78 +41,99 @@ class FinderResult:
     scored_by: str
 
 
-def find(config: ConfigDict, options: FinderOptions, say: Say = lambda line: None) -> FinderResult:
+def find(
+    config: ConfigDict,
+    low: float = 1e-7,
+    high: float = 1.0,
+    steps: int = 60,
+    around: tuple[float, float] | None = None,
+    narrow: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Found:
     """Find a learning rate for a configuration; nothing is written.
 
     Args:
-      config: the whole configuration.
-      options: how to look for it.
-      say: called with lines about the progress.
+      config: the run's.
+      low: the range test's lowest rate.
+      high: the range test's highest rate.
+      steps: of the range test, and of the bracket's longest runs.
+      around: a bracket to narrow down, without a range test.
+      narrow: narrow a bracket around the range test's suggestion down, instead of three short runs.
+      say: told what happens.
 
     Raises:
-      UserError: ranges that make no sense, whatever `train` refuses, or losses that suggest no rate.
+      UserError: impossible ranges, whatever `train` refuses, or a loss that speaks for no rate.
     """
-    options.check()
-    return find_with(tr.open_trials(config), options, say)
+    ramp(low, high, steps)  # impossible numbers before anything is loaded
+    if around or narrow:
+        check_bracket(*(around or (low, high)), steps, _ROUNDS)
+    return find_with(tr.open_trials(config), low, high, steps, around, narrow, say)
 
 
-def find_with(trials: tr.Trials, options: FinderOptions, say: Say = lambda line: None) -> FinderResult:
-    """Find a learning rate as `find` does, with trials that are open already."""
-    steps = options.steps
-    say(f"the untrained model's losses on the data of {steps} steps")
+def find_with(
+    trials: tr.Trials,
+    low: float = 1e-7,
+    high: float = 1.0,
+    steps: int = 60,
+    around: tuple[float, float] | None = None,
+    narrow: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """As `find`, on what `trials.open_trials` gave."""
+    say(f"the untouched model's losses on the data of {steps} steps")
     untrained = tr.untrained_losses(trials, steps)
-    test = tested = None
-    if options.bracket is None:
-        rates = ramp(options.low, options.high, steps)
-        say(f"range test: from {options.low:.1e} up to {options.high:.1e} in {steps} steps")
+    test = None
+    if around is None:
+        rates = ramp(low, high, steps)
+        say(f"range test: from {low:.1e} up to {high:.1e} in {steps} steps")
         test = range_test((loss for loss, _ in tr.train(trials, rates)), rates, untrained)
-        tested = suggest(test)
-        say(f"range test: {test.end} at {test.rates[-1]:.1e} (step {len(test.rates)}); {tested.reason}")
-    scored_by = "train_loss" if trials.data.eval is None else "eval_loss"
+        suggestion = suggest(test)
+        say(f"range test: {test.end} at {test.rates[-1]:.1e} (step {len(test.rates)}); {suggestion.reason}")
+    scored_by = "train_loss" if trials.session.data.eval is None else "eval_loss"
 
     def run(rate: float, length: int) -> tuple[float, dict[str, float]]:
         return short_run(trials, rate, length, untrained)
 
-    def say_score(score: Score) -> None:
+    def tell(score: Score) -> None:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in score.figures.items())
         say(f"{score.steps} steps at {score.learning_rate:.1e}: {figures}")
 
-    if tested is not None and not options.narrow:
-        ends, length, rounds = (tested.rate / APART, tested.rate * APART), min(PROBE_STEPS, steps), (3,)
+    if test is not None and not narrow:
+        rate, runs = bracket(run, suggestion.rate / APART, suggestion.rate * APART, min(PROBE_STEPS, steps), (3,), tell)
     else:
-        ends, length, rounds = options.bracket or (tested.rate / 10, tested.high), steps, _ROUNDS
-    rate, runs = bracket(run, *ends, length, rounds, say_score)
-    return FinderResult(_suggestion(rate, runs, tested, scored_by), test, runs, scored_by)
+        ends = around or (suggestion.rate / 10, suggestion.high)
+        rate, runs = bracket(run, *ends, steps, _ROUNDS, tell)
+    return Found(_chosen(rate, runs, suggestion if test is not None else None, scored_by), test, runs, scored_by)
 
 
 def short_run(trials: tr.Trials, rate: float, steps: int, untrained: list[float]) -> tuple[float, dict[str, float]]:
-    """Train for some steps under the whole schedule, scaled to these steps, with its peak at `rate`.
+    """Train for some steps under the whole schedule with its peak at `rate`.
 
     Returns:
-      The score, infinite if the run diverged, and the figures: `train_loss` of the run's second half, scaled to an
-      average batch, and `eval_loss` at its end if the run evaluates. The evaluation loss is the score if there is one.
+      The score, infinite where the run ran away, and the figures: `train_loss` of the run's second half, as an average
+      batch would have it, and `eval_loss` at its end where the run evaluates; the latter is the score if it is there.
     """
-    losses, diverged, state = [], "", None
+    losses, away, state = [], "", None
     for loss, state in tr.train(trials, tr.scheduled(trials, rate, steps)):  # noqa: B007
         losses.append(loss)
-        diverged = divergence(losses, untrained, BETA)
-        if diverged:
+        away = ran_away(losses, untrained, MEMORY)
+        if away:
             break
     late = len(losses) // 2
     share = sum(losses[late:]) / sum(untrained[late : len(losses)])
     figures = {"train_loss": share * float(np.mean(untrained))}
-    if trials.data.eval is not None and not diverged:
+    if trials.session.data.eval is not None and not away:
         figures["eval_loss"] = tr.held_out_loss(trials, state)
-    score = figures.get("eval_loss", math.inf if trials.data.eval is not None else figures["train_loss"])
-    return math.inf if diverged or not math.isfinite(score) else score, figures
+    score = figures.get("eval_loss", math.inf if trials.session.data.eval is not None else figures["train_loss"])
+    return math.inf if away or not math.isfinite(score) else score, figures
 
 
-def _suggestion(rate: float, runs: list[Score], tested: Suggestion | None, scored_by: str) -> Suggestion:
-    """Return what the short runs suggest; the good range excludes rates whose runs ended clearly higher than the best."""
+def _chosen(rate: float, runs: list[Score], tested: Suggestion | None, scored_by: str) -> Suggestion:
+    """Return what the short runs say; runs that ended clearly higher than the best narrow the good range."""
     last = sorted((run for run in runs if run.round == runs[-1].round), key=lambda run: run.learning_rate)
     best = best_of(last)
     others = ", ".join(
-        f"{run.learning_rate:.1e}: " + (f"{run.score:.4g}" if math.isfinite(run.score) else "diverged")
+        f"{run.learning_rate:.1e}: " + (f"{run.score:.4g}" if math.isfinite(run.score) else "ran away")
         for run in last
         if run is not best
     )
@@ -152,24 +146,24 @@ def _suggestion(rate: float, runs: list[Score], tested: Suggestion | None, score
     else:
         low, high, reason = min(tested.low, rate / 2), max(tested.high, rate * 2), f"{tested.reason}. {reason}"
     for number in {run.round for run in runs}:
-        in_round = [run for run in runs if run.round == number]
-        lowest = min(run.score for run in in_round)
-        worse = [run.learning_rate for run in in_round if not run.score <= WORSE * lowest]
-        low = max([low, *[bad for bad in worse if bad < rate]])
-        high = min([high, *[bad for bad in worse if bad > rate]])
+        part = [run for run in runs if run.round == number]
+        least = min(run.score for run in part)
+        bad = [run.learning_rate for run in part if not run.score <= WORSE * least]
+        low = max([low, *[one for one in bad if one < rate]])
+        high = min([high, *[one for one in bad if one > rate]])
     return Suggestion(rate, low, high, reason)
 
 
-def figures(result: FinderResult, config: ConfigDict) -> dict[str, Any]:
-    """Return a result as plain values, for JSON; what is not finite is None."""
-    rate, (low, high) = config.train.learning_rate, (result.suggestion.low, result.suggestion.high)
+def figures(found: Found, config: ConfigDict) -> dict[str, Any]:
+    """Return what was found as plain values, for JSON; what is not finite is None."""
+    rate, (low, high) = config.train.learning_rate, (found.suggestion.low, found.suggestion.high)
     verdict = "too slow" if rate < low else "too fast" if rate > high else "good"
-    plain = {
-        "learning_rate": float(f"{result.suggestion.rate:.1e}"),
+    told = {
+        "learning_rate": float(f"{found.suggestion.rate:.1e}"),
         "good": [low, high],
-        "reason": result.suggestion.reason,
+        "reason": found.suggestion.reason,
         "configured": f"the config's {rate:.1e} looks {verdict}",
-        "scored_by": result.scored_by,
+        "scored_by": found.scored_by,
         "runs": [
             {
                 "round": run.round,
@@ -178,14 +172,14 @@ def figures(result: FinderResult, config: ConfigDict) -> dict[str, Any]:
                 "score": _finite(run.score),
                 **{name: _finite(value) for name, value in run.figures.items()},
             }
-            for run in result.runs
+            for run in found.runs
         ],
     }
-    if result.test is not None:
-        arrays = {name: getattr(result.test, name) for name in ("rates", "losses", "untrained", "smoothed")}
-        plain["range_test"] = {name: [_finite(float(value)) for value in array] for name, array in arrays.items()}
-        plain["range_test"]["end"] = result.test.end
-    return plain
+    if found.test is not None:
+        arrays = {name: getattr(found.test, name) for name in ("rates", "losses", "untrained", "smoothed")}
+        told["range_test"] = {name: [_finite(float(value)) for value in array] for name, array in arrays.items()}
+        told["range_test"]["end"] = found.test.end
+    return told
 
 
 def _finite(value: float) -> float | None:

@@ -18,20 +18,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tpu_tune.data import Batches, Datasets, eval_batches, prefetch
-from tpu_tune.training.loop import open_data, same_seeds, total_steps
+from tpu_tune.data import prefetch
+from tpu_tune.training.evaluation import sum_batches
+from tpu_tune.training.objectives import mean
+from tpu_tune.training.opening import Session, open_session
 from tpu_tune.training.optimizers import set_learning_rate
+from tpu_tune.training.prepare_steps import Steps, prepare_steps
 from tpu_tune.training.schedules import make_schedule
-from tpu_tune.training.setup import (
-    PreparedModel,
-    Steps,
-    check_settings,
-    micro_batch_rows,
-    prepare_model,
-    prepare_steps,
-)
 from tpu_tune.training.step import TrainState
-from tpu_tune.transforms import sharding
 
 EVAL_BATCHES = 32  # at most, after a short run
 
@@ -41,20 +35,17 @@ class Trials:
     """What every trial run shares.
 
     Attributes:
-      config: the run's, as resolved.
-      model: with the weights that every trial begins with.
-      steps: the run's own, but for the learning rate.
-      batches: the run's.
-      data: the run's; `data.eval` is None where nothing is held out.
-      total: steps of the run itself.
+      session: the run's configuration, data and model; every trial begins with its weights.
+      steps: the run's own jitted functions, but for the learning rate.
     """
 
-    config: ConfigDict
-    model: PreparedModel
+    session: Session
     steps: Steps
-    batches: Batches
-    data: Datasets
-    total: int
+
+    @property
+    def total(self) -> int:
+        """Steps of the run itself."""
+        return self.session.length.total_steps
 
 
 def open_trials(config: Mapping[str, Any] | ConfigDict) -> Trials:
@@ -63,22 +54,14 @@ def open_trials(config: Mapping[str, Any] | ConfigDict) -> Trials:
     Raises:
       UserError: whatever `train` would refuse about settings, data and model.
     """
-    config = check_settings(config)
+    session = open_session(config, _draw_seeds)
+    return Trials(session, prepare_steps(session.config, session.model, None))
+
+
+def _draw_seeds(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
     config.seed = config.seed if config.seed != -1 else secrets.randbelow(2**31)
     config.data.data_seed = config.data.data_seed if config.data.data_seed != -1 else secrets.randbelow(2**31)
-    config = same_seeds(config)
-    mesh = sharding.make_mesh(config.mesh)
-    batch_rows, _ = micro_batch_rows(config, mesh)
-    data = open_data(config, mesh)
-    model = prepare_model(config, mesh)
-    batches = Batches(
-        data.train,
-        batch_rows,
-        config.train.gradient_accumulation_steps,
-        config.data.data_seed,
-        sharding.rows_here(mesh, batch_rows),
-    )
-    return Trials(config, model, prepare_steps(config, model, None), batches, data, total_steps(config, batches))
+    return config, []
 
 
 def train(trials: Trials, rates: Sequence[float]) -> Iterator[tuple[float, TrainState]]:
@@ -86,34 +69,32 @@ def train(trials: Trials, rates: Sequence[float]) -> Iterator[tuple[float, Train
 
     The state is good until the next one is asked for.
     """
-    state = trials.steps.start(trials.model.trainable)
-    for rate, batch in zip(rates, prefetch(trials.batches.batch, 0, len(rates)), strict=True):
+    state = trials.steps.start(trials.session.model.trainable)
+    for rate, batch in zip(rates, prefetch(trials.session.batches.batch, 0, len(rates)), strict=True):
         state = dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, rate))
-        state, metrics = trials.steps.train(state, trials.model.frozen, trials.steps.put_batch(batch, 1))
+        state, metrics = trials.steps.train(state, trials.session.model.frozen, trials.steps.put_batch(batch, 1))
         yield float(metrics["loss"]), state
 
 
 def untrained_losses(trials: Trials, steps: int) -> list[float]:
     """Return the untouched model's loss on the batches of the first `steps` steps (nats a token)."""
     found = []
-    for batch in prefetch(trials.batches.batch, 0, steps):
-        micros = [{name: array[number] for name, array in batch.items()} for number in range(len(batch["targets"]))]
-        found.append(_mean_loss(trials, trials.model.trainable, micros))
+    for batch in prefetch(trials.session.batches.batch, 0, steps):
+        micros = [{name: array[number] for name, array in batch.items()} for number in range(len(batch["input_ids"]))]
+        found.append(_mean_loss(trials, trials.session.model.trainable, micros))
     return found
 
 
 def held_out_loss(trials: Trials, state: TrainState) -> float | None:
     """Return the loss on the run's evaluation rows (nats a token), `EVAL_BATCHES` at most; None where it has none."""
-    if trials.data.eval is None:
+    if trials.session.data.eval is None:
         return None
-    _, rows = micro_batch_rows(trials.config, trials.model.mesh)
-    batches = eval_batches(trials.data.eval, rows, sharding.rows_here(trials.model.mesh, rows))
-    return _mean_loss(trials, state.trainable, itertools.islice(batches, EVAL_BATCHES))
+    return _mean_loss(trials, state.trainable, itertools.islice(trials.session.eval_batches(), EVAL_BATCHES))
 
 
 def scheduled(trials: Trials, rate: float, steps: int) -> np.ndarray:
-    """Return the learning rates of a run of `steps` steps: the whole schedule with its peak at `rate`, drawn together."""
-    train = trials.config.train
+    """Return the learning rates of a run of `steps` steps: the schedule with its peak at `rate`, shortened to them."""
+    train = trials.session.config.train
     warmup = math.ceil(train.warmup_steps * min(1, steps / trials.total))
     schedule = make_schedule(
         train.lr_scheduler_type, rate, steps, warmup, train.warmup_ratio, **train.lr_scheduler_kwargs
@@ -122,8 +103,4 @@ def scheduled(trials: Trials, rate: float, steps: int) -> np.ndarray:
 
 
 def _mean_loss(trials: Trials, trainable: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]]) -> float:
-    loss, count = 0.0, 0
-    for batch in batches:
-        sums = trials.steps.evaluate(trainable, trials.model.frozen, trials.steps.put_batch(batch, 0))
-        loss, count = loss + float(sums["loss"]), count + int(sums["num_targets"])
-    return loss / max(count, 1)
+    return mean(*sum_batches(trials.steps, trainable, trials.session.model.frozen, batches)["loss"])

@@ -1,8 +1,8 @@
 """Evaluation tasks: what a model knows, measured on a file of questions or texts.
 
-Each task is a function (model, rows or data, settings) -> `Outcome`: its figures, its measures question by question (from
-which `intervals` makes confidence intervals and comparisons), and a prediction for each row. The models are scored and
-generate in the inference room; here stand the prompts, the answers, and how both are counted.
+Each task is a function (model, rows or data, settings) -> `Outcome`: its figures, its measures question by question
+(from which `intervals` makes confidence intervals and comparisons), and a prediction for each row. Scoring and
+generating are `tpu_tune.inference`'s; here are the prompts, the right answers, and the counting.
 """
 
 from tpu_tune.training.tasks.intervals import Interval, Measure, Outcome, compare, interval

@@ -2,8 +2,8 @@
 
 The prompt is "Question: ...\\nAnswer:", greedy decoding ends at the model's end token or where a next question begins.
 Where every right answer ends in a number, it is looked for as lm-evaluation-harness's gsm8k (version 3) does:
-`strict-match` after "####", `flexible-extract` the last number there is; the answers are compared without commas, dollar
-signs and a last full stop. Otherwise `exact_match` compares the whole answer, blanks at its ends and case apart.
+`strict-match` after "####", `flexible-extract` the last number there is; the answers are compared without commas,
+dollar signs and a last full stop. Otherwise `exact_match` compares the whole answer, blanks at its ends and case apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tpu_tune.inference.model import Model
 from tpu_tune.inference.scoring import encode_text
 from tpu_tune.training.tasks.intervals import Measure, Outcome
 from tpu_tune.training.tasks.questions import with_shots
-from tpu_tune.training.tasks.rows import Placed
+from tpu_tune.training.tasks.task_rows import LocatedRow
 
 STOPS = ("Question:", "</s>", "<|im_end|>")
 _QUESTIONS = ("question", "input", "prompt", "instruction")
@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"(?s)(.*#### )?\$?-?[0-9][0-9.,]*")
 _BATCH = 16  # prompts that are answered together
 
 
-def read_asked(rows: Sequence[Placed]) -> list[tuple[str, str, dict[str, Any]]]:
+def read_asked(rows: Sequence[LocatedRow]) -> list[tuple[str, str, dict[str, Any]]]:
     """Return (question, right answer, row) of each row.
 
     Raises:
@@ -68,15 +68,15 @@ def score_answers(
     """Let the model answer, and count.
 
     Args:
-      model: any.
-      asked: as `read_asked` gives them.
+      model: any model.
+      asked: (question, right answer, row), from `read_asked`.
       shots: solved examples before each question: the first of `examples`, or of `asked`, which are then not scored.
-      max_new_tokens: of an answer.
+      max_new_tokens: the most tokens of an answer.
       chat: the bare question through the tokenizer's chat template instead, without examples.
 
     Returns:
-      Figures `strict-match` and `flexible-extract`, or `exact_match`, and `questions`; predictions as QLoRA writes them:
-      the row's keys, `prediction_with_input` and `prediction`, here with `correct`.
+      Figures `strict-match` and `flexible-extract`, or `exact_match`, and `questions`; predictions as QLoRA writes
+      them: the row's keys, `prediction_with_input` and `prediction`, here with `correct`.
 
     Raises:
       UserError: too few examples, or examples for a chat.
@@ -97,7 +97,7 @@ def score_answers(
     answers = [until(text, STOPS) for text in answer_all(model, encoded, Sampling(max_new_tokens))]
     numeric = all(_NUMBER.fullmatch(right.strip()) for _, right, _ in asked)
     counted: dict[str, Callable[[str, str], bool]] = (
-        {"strict-match": strict, "flexible-extract": flexible} if numeric else {"exact_match": whole}
+        {"strict-match": strict, "flexible-extract": flexible} if numeric else {"exact_match": same_text}
     )
     measures = tuple(
         Measure.share(name, [is_right(answer, right) for answer, (_, right, _) in zip(answers, asked, strict=True)])
@@ -108,7 +108,7 @@ def score_answers(
             **row,
             "prediction_with_input": (prompt + answer).strip(),
             "prediction": answer.strip(),
-            "correct": bool(measures[-1].parts[number]),
+            "correct": bool(measures[-1].terms[number]),
         }
         for number, (prompt, answer, (_, _, row)) in enumerate(zip(prompts, answers, asked, strict=True))
     ]
@@ -133,8 +133,8 @@ def answer_all(model: Model, prompts: Sequence[Sequence[int]], sampling: Samplin
         batch = [prompts[number] for number in numbers]
         if start:
             batch += [batch[-1]] * (_BATCH - len(batch))  # the shape that is compiled already
-        found = generate_ids(model.architecture, model.params, batch, sampling, ends, model.dtype)
-        for number, ids in zip(numbers, found, strict=False):
+        generated = generate_ids(model.architecture, model.params, batch, sampling, ends, model.dtype)
+        for number, ids in zip(numbers, generated, strict=False):
             answers[number] = tokenizer.decode(ids, skip_special_tokens=True)
     return answers
 
@@ -149,18 +149,18 @@ def until(text: str, stops: Sequence[str]) -> str:
 
 def strict(answer: str, right: str) -> bool:
     """Whether the number after "####" is the right one."""
-    found = _STRICT.findall(answer)
-    return _bare(found[0] if found else "[invalid]") == _bare(right)
+    numbers = _STRICT.findall(answer)
+    return _bare(numbers[0] if numbers else "[invalid]") == _bare(right)
 
 
 def flexible(answer: str, right: str) -> bool:
     """Whether the last number of the answer is the right one."""
-    found = _FLEXIBLE.findall(answer)
-    last = next((part for part in found[-1] if part), "[invalid]") if found else "[invalid]"
+    numbers = _FLEXIBLE.findall(answer)
+    last = next((group for group in numbers[-1] if group), "[invalid]") if numbers else "[invalid]"
     return _bare(last.strip()) == _bare(right)
 
 
-def whole(answer: str, right: str) -> bool:
+def same_text(answer: str, right: str) -> bool:
     """Whether the answer is the right one, blanks at its ends and case apart."""
     return answer.strip().lower() == right.strip().lower()
 

@@ -1,10 +1,10 @@
-"""What a task found, and how sure one may be of it: 95% confidence intervals, of one model and of a difference.
+"""A task's figures with their 95% confidence intervals, for one model and for the difference of two.
 
 The interval of a share is Wilson's score interval (Wilson 1927, JASA 22:209; Brown, Cai and DasGupta 2001 recommend it
-for few questions). Everything else is a percentile bootstrap over questions (Efron and Tibshirani 1993, chapter 13). Two
-models that answered the same questions are compared by the paired bootstrap (Koehn 2004, W04-3250): each resample takes
-the same questions of both, so that what makes a question hard for both does not widen the interval. A mean over subjects
-is resampled within each subject. The draws are seeded: the same results give the same intervals.
+for few questions). Everything else is a percentile bootstrap over questions (Efron and Tibshirani 1993, chapter 13).
+Two models that answered the same questions are compared by the paired bootstrap (Koehn 2004, W04-3250): each resample
+takes the same questions of both, so that what makes a question hard for both does not widen the interval. A mean over
+subjects is resampled within each subject. The draws are seeded: the same results give the same intervals.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _Z = 1.959963984540054  # the normal distribution's 97.5th percentile
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A figure as a sum over units (questions, or rows of text): mean over groups of sum(parts) / sum(weights).
+    """A figure as a sum over units (questions, or rows of text): mean over groups of sum(terms) / sum(weights).
 
     Attributes:
-      name: as in the figures.
-      parts: (units,) what each unit adds: 1 where an answer is right, or a loss.
-      weights: (units,) what it counts: 1, or its number of tokens or bytes.
-      groups: (units,) its subject's number, from 0; all 0 where there are none.
-      is_share: parts are 0 or 1 and weights 1.
+      name: the figure's name.
+      terms: (units,) what each unit adds: 1 where an answer is right, or a loss.
+      weights: (units,) what each unit counts: 1, or its number of tokens or bytes.
+      groups: (units,) number of each unit's subject, from 0; all 0 where there are none.
+      is_share: terms are 0 or 1 and weights 1.
     """
 
     name: str
-    parts: np.ndarray
+    terms: np.ndarray
     weights: np.ndarray
     groups: np.ndarray
     is_share: bool = False
@@ -47,26 +47,26 @@ class Measure:
         return cls(name, right, np.ones(len(right)), groups, True)
 
     @classmethod
-    def ratio(cls, name: str, parts: Any, weights: Any) -> Measure:
-        """Return sum(parts) / sum(weights)."""
-        return cls(name, np.asarray(parts, float), np.asarray(weights, float), np.zeros(len(parts), np.int64))
+    def ratio(cls, name: str, terms: Any, weights: Any) -> Measure:
+        """Return sum(terms) / sum(weights)."""
+        return cls(name, np.asarray(terms, float), np.asarray(weights, float), np.zeros(len(terms), np.int64))
 
     @property
     def value(self) -> float:
         """The figure itself."""
         size = int(self.groups.max()) + 1
-        sums = [np.bincount(self.groups, part, size) for part in (self.parts, self.weights)]
+        sums = [np.bincount(self.groups, array, size) for array in (self.terms, self.weights)]
         return float(np.mean(sums[0] / sums[1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a task found of one model.
+    """A task's result for one model.
 
     Attributes:
-      figures: name -> number, for `--json`.
-      measures: those of them that have an interval.
-      predictions: a row each, the file's own keys and the model's answer.
+      figures: name -> number, as `--json` prints them.
+      measures: the figures that have an interval.
+      predictions: one dict for each row: the file's own keys and the model's answer.
     """
 
     figures: dict[str, Any]
@@ -86,7 +86,7 @@ class Interval:
 def interval(measure: Measure, seed: int = 0) -> Interval:
     """Return a measure with its interval: Wilson's of a plain share, else the bootstrap's."""
     if measure.is_share and not measure.groups.any():
-        return Interval(measure.value, *wilson(int(measure.parts.sum()), len(measure.parts)))
+        return Interval(measure.value, *wilson(int(measure.terms.sum()), len(measure.terms)))
     return Interval(measure.value, *_percentiles(_resampled([measure], seed)[0]))
 
 
@@ -94,11 +94,11 @@ def compare(measure: Measure, against: Measure, seed: int = 0) -> Interval:
     """Return measure - against over the same units, with the paired bootstrap's interval.
 
     Raises:
-      UserError: the two are not of the same units.
+      UserError: the two have different units.
     """
-    if len(measure.parts) != len(against.parts) or not np.array_equal(measure.groups, against.groups):
+    if len(measure.terms) != len(against.terms) or not np.array_equal(measure.groups, against.groups):
         raise UserError(
-            f"{measure.name}: {len(measure.parts)} rows of one model against {len(against.parts)} of the other; "
+            f"{measure.name}: {len(measure.terms)} rows of one model against {len(against.terms)} of the other; "
             "only the same rows can be compared"
         )
     ours, theirs = _resampled([measure, against], seed)
@@ -126,7 +126,7 @@ def _resampled(measures: list[Measure], seed: int) -> list[np.ndarray]:
             stop = min(RESAMPLES, start + block)
             drawn = units[random.integers(0, len(units), (stop - start, len(units)))]
             for total, measure in zip(totals, measures, strict=True):
-                total[start:stop] += measure.parts[drawn].sum(1) / measure.weights[drawn].sum(1)
+                total[start:stop] += measure.terms[drawn].sum(1) / measure.weights[drawn].sum(1)
     return [total / len(members) for total in totals]
 
 

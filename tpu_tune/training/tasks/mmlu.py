@@ -1,9 +1,9 @@
 """MMLU exactly as QLoRA scores it (artidoro/qlora, qlora.py, MMLUEvalCallback; Dettmers et al. 2023, arXiv:2305.14314).
 
-Prompt and answer are tokenized apart: BOS + prompt, cut on the right to `source_max_len`, and answer + EOS. At the place
-before the answer the largest of four logits counts, those of the first tokens of "A", "B", "C", "D" by themselves. The
-accuracy is the mean over subjects of each subject's. The loss is the mean over batches of each batch's mean over both
-answer tokens.
+Prompt and answer are tokenized apart: BOS + prompt, cut on the right to `source_max_len`, and answer + EOS. At the
+place before the answer the largest of four logits counts, those of the first tokens of "A", "B", "C", "D" by
+themselves. The accuracy is the mean over subjects of each subject's. The loss is the mean over batches of each batch's
+mean over both answer tokens.
 
 The files are QLoRA's own (`input`, `output`, `subject`; its five_shot_mmlu_val.json and so on), or MMLU's questions
 (`question`, `choices`, `answer`, `subject`), from which the same prompts are made.
@@ -24,7 +24,7 @@ from tpu_tune.inference.model import Model
 from tpu_tune.inference.scoring import IGNORED, Row, score
 from tpu_tune.training.tasks.intervals import Measure, Outcome
 from tpu_tune.training.tasks.questions import LETTERS, letter_block, read_questions, split_shots
-from tpu_tune.training.tasks.rows import Placed
+from tpu_tune.training.tasks.task_rows import LocatedRow
 
 log = logging.getLogger(__name__)
 ANSWERS = "ABCD"
@@ -38,13 +38,13 @@ def file_of(path: str, shots: int, split: str) -> str:
 
 
 def prompts_of(
-    rows: Sequence[Placed], shots: int = 0, examples: Sequence[Placed] | None = None
+    rows: Sequence[LocatedRow], shots: int = 0, examples: Sequence[LocatedRow] | None = None
 ) -> list[dict[str, str]]:
     """Return `input`, `output`, `subject` of each row; QLoRA's rows as they are, questions with QLoRA's prompts.
 
     Args:
-      rows: of one of the two forms.
-      shots: solved examples before each question, of its subject; QLoRA's rows have theirs already.
+      rows: all in one of the two forms.
+      shots: solved examples of the same subject before each question; QLoRA's rows have theirs already.
       examples: rows to take them from; None takes each subject's first ones, which are then not scored.
 
     Raises:
@@ -96,7 +96,7 @@ def score_mmlu(
     Args:
       model: decoder-only.
       prompts: `input`, `output`, `subject`.
-      split: in the names of the figures, QLoRA's `mmlu_split`: eval | test.
+      split: eval | test, QLoRA's `mmlu_split`; it stands in the figures' names.
       source_max_len: tokens that are kept of a prompt, from its start (QLoRA's `mmlu_source_max_len`).
       batch_size: rows whose losses are averaged together before the mean over batches
         (`per_device_eval_batch_size`, 8 by default there); it changes the loss only where the last batch is smaller.
@@ -111,30 +111,30 @@ def score_mmlu(
         raise UserError("MMLU is scored as QLoRA does, on decoder-only models; use --task multiple-choice")
     tokenizer = model.tokenizer
     letters = [_ids(tokenizer, letter)[0] for letter in ANSWERS]
-    goals = {letter: _ids(tokenizer, letter + (tokenizer.eos_token or "")) for letter in ANSWERS}
-    size = len(goals["A"])
+    answer_ids = {letter: _ids(tokenizer, letter + (tokenizer.eos_token or "")) for letter in ANSWERS}
+    size = len(answer_ids["A"])
     end = [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
     if len(set(letters)) != len(ANSWERS) or any(
-        [first, *end] != goals[name] for first, name in zip(letters, ANSWERS, strict=True)
+        [first, *end] != answer_ids[name] for first, name in zip(letters, ANSWERS, strict=True)
     ):
         raise UserError("the tokenizer does not write A, B, C and D as one token each with the end of text behind it")
     rows, truncated = [], 0
     for prompt in prompts:
         source = _ids(tokenizer, (tokenizer.bos_token or "") + prompt["input"])
         truncated += len(source) > source_max_len
-        source, goal = source[:source_max_len], goals[prompt["output"]]
-        ids = [*source, *goal]
-        rows.append(Row(ids[:-1], [IGNORED] * (len(source) - 1) + goal))
+        source, answer = source[:source_max_len], answer_ids[prompt["output"]]
+        ids = [*source, *answer]
+        rows.append(Row(ids[:-1], [IGNORED] * (len(source) - 1) + answer))
     if truncated:
         log.warning(
             "%d prompts are longer than %d tokens and lose their end, the question, as in QLoRA",
             truncated,
             source_max_len,
         )
-    found = score(model, rows, letters)
-    guesses = np.argmax(found.first_logits, axis=1)
+    scores = score(model, rows, letters)
+    guesses = np.argmax(scores.first_logits, axis=1)
     right = [ANSWERS[guess] == prompt["output"] for guess, prompt in zip(guesses, prompts, strict=True)]
-    losses = -found.log_likelihood / size
+    losses = -scores.log_likelihood / size
     batches = [losses[start : start + batch_size].mean() for start in range(0, len(losses), batch_size)]
     subjects = list(dict.fromkeys(prompt["subject"] for prompt in prompts))
     groups = [subjects.index(prompt["subject"]) for prompt in prompts]

@@ -36,9 +36,9 @@ def by_likelihood(
         for question in questions
         for choice in question.choices
     ]
-    found = score_continuations(model, pairs).log_likelihood
+    log_likelihoods = score_continuations(model, pairs).log_likelihood
     ends = np.cumsum([len(question.choices) for question in questions])
-    scores = np.split(found, ends[:-1])
+    scores = np.split(log_likelihoods, ends[:-1])
     right = {"acc": [], "acc_norm": [], "acc_bytes": []}
     predictions = []
     for question, scored in zip(questions, scores, strict=True):
@@ -134,7 +134,7 @@ def _shuffled(question: Question, draw: random.Random) -> Question:
     return Question(
         question.question,
         question.stem,
-        tuple(question.choices[place] for place in order),
+        tuple(question.choices[index] for index in order),
         order.index(question.answer),
         question.subject,
         question.primer,

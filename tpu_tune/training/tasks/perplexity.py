@@ -27,8 +27,9 @@ def score_perplexity(model: Model, config: ConfigDict, limit: int = 0) -> Outcom
     """Score the evaluation rows of a configuration.
 
     Args:
-      model: any; an encoder-decoder is scored on its answers.
-      config: whose `data` says what to read and how; `data.eval`, or the split of `data.train` that training holds out.
+      model: any model; an encoder-decoder is scored on its answers.
+      config: a configuration whose `data` says what to read and how; `data.eval`, or the split of `data.train` that
+        training holds out.
       limit: only the first so many rows; 0 for all.
 
     Returns:
@@ -48,14 +49,14 @@ def score_perplexity(model: Model, config: ConfigDict, limit: int = 0) -> Outcom
         documents = documents[np.isin(source_rows, np.unique(source_rows)[:limit])]
         source_rows = data.eval.data.source_rows[documents]
     rows = [_row(data.eval, int(number), arch.start_token) for number in documents]
-    found = score(model, rows)
-    losses, counts = -found.log_likelihood, found.num_targets
+    scores = score(model, rows)
+    losses, counts = -scores.log_likelihood, scores.num_targets
     loss = Measure.ratio("eval_loss", losses, counts)
     measures = [loss]
     figures: dict[str, Any] = {
         "eval_loss": loss.value,
         "eval_perplexity": math.exp(loss.value) if loss.value < 700 else math.inf,
-        "eval_token_accuracy": float(found.num_right.sum() / counts.sum()),
+        "eval_token_accuracy": float(scores.num_right.sum() / counts.sum()),
         "eval_num_tokens": int(counts.sum()),
     }
     sizes = _text_bytes(config, data.summary["eval"]["format"])

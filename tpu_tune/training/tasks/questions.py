@@ -1,9 +1,9 @@
 """Multiple-choice questions: the forms that published sets have them in, and the prompts made of them.
 
 Known by their keys: HellaSwag (`ctx`, `endings`, `label`), ARC (`question`, `choices` with `text` and `label`,
-`answerKey`), TruthfulQA (`question`, `mc1_targets`), MMLU (`question`, `choices`, `answer`, `subject`), and any row with a
-question, a list of choices and an answer. Their prompts are lm-evaluation-harness's (0.4): what is scored there is
-scored here.
+`answerKey`), TruthfulQA (`question`, `mc1_targets`), MMLU (`question`, `choices`, `answer`, `subject`), and any row
+with a question, a list of choices and an answer. Their prompts are lm-evaluation-harness's (0.4): what is scored there
+is scored here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from tpu_tune.data.formats import RowError
 from tpu_tune.errors import UserError
-from tpu_tune.training.tasks.rows import Placed
+from tpu_tune.training.tasks.task_rows import LocatedRow
 
 LETTERS = string.ascii_uppercase
 _CHOICES = ("endings", "choices", "options")
@@ -51,13 +51,13 @@ class Question:
     """One question.
 
     Attributes:
-      question: its words.
-      stem: what the choices go on from when they are scored: "Question: ...\\nAnswer:".
-      choices: two or more.
-      answer: index of the right one.
-      subject: of MMLU, else "".
-      primer: what always comes before it, else "".
-      row: as the file has it.
+      question: the question's text.
+      stem: the text that the choices continue when they are scored: "Question: ...\\nAnswer:".
+      choices: two or more answers to choose from.
+      answer: index of the right choice.
+      subject: MMLU's subject, else "".
+      primer: text that always stands before the stem, else "".
+      row: the row as the file has it.
     """
 
     question: str
@@ -69,7 +69,7 @@ class Question:
     row: Mapping[str, Any]
 
 
-def read_questions(rows: Sequence[Placed]) -> list[Question]:
+def read_questions(rows: Sequence[LocatedRow]) -> list[Question]:
     """Turn rows into questions.
 
     Raises:
@@ -117,9 +117,9 @@ def _hellaswag(text: str) -> str:
 
 def _choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str], int | None]:
     """Return the choices, their labels (may be empty), and the answer where it comes with them."""
-    found, labels, answer = None, [], None
+    choices, labels, answer = None, [], None
     if isinstance(row.get("mc1_targets"), Mapping):
-        found, right = row["mc1_targets"].get("choices"), row["mc1_targets"].get("labels")
+        choices, right = row["mc1_targets"].get("choices"), row["mc1_targets"].get("labels")
         if not isinstance(right, list) or right.count(1) != 1:
             raise RowError("'mc1_targets' has no 'labels' with one 1 among them, so no right answer")
         answer = right.index(1)
@@ -129,18 +129,18 @@ def _choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str], int | 
             raise RowError(
                 f"no choices (looked for {', '.join(_CHOICES)}, mc1_targets); its keys: {', '.join(map(str, row))}"
             )
-        found = row[key]
-        if isinstance(found, Mapping):
-            found, labels = found.get("text"), list(map(str, found.get("label") or []))
-    if not isinstance(found, list | tuple) or not all(isinstance(choice, str) for choice in found):
+        choices = row[key]
+        if isinstance(choices, Mapping):
+            choices, labels = choices.get("text"), list(map(str, choices.get("label") or []))
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
         raise RowError("the choices are not a list of texts")
-    if len(found) < 2 or not all(choice.strip() for choice in found):
-        raise RowError(f"{len(found)} choices, of which none may be empty, where at least 2 are needed")
-    if labels and len(labels) != len(found):
-        raise RowError(f"{len(labels)} labels for {len(found)} choices")
-    if answer is not None and answer >= len(found):
-        raise RowError(f"the right answer is choice {answer + 1} of {len(found)}")
-    return tuple(found), labels, answer
+    if len(choices) < 2 or not all(choice.strip() for choice in choices):
+        raise RowError(f"{len(choices)} choices, of which none may be empty, where at least 2 are needed")
+    if labels and len(labels) != len(choices):
+        raise RowError(f"{len(labels)} labels for {len(choices)} choices")
+    if answer is not None and answer >= len(choices):
+        raise RowError(f"the right answer is choice {answer + 1} of {len(choices)}")
+    return tuple(choices), labels, answer
 
 
 def _answer(row: Mapping[str, Any], choices: Sequence[str], labels: Sequence[str]) -> int:
@@ -175,7 +175,7 @@ def letter_block(question: Question) -> str:
 
 
 def with_shots(primer: str, shots: Sequence[tuple[str, str]], stem: str) -> str:
-    """Return the context: a primer, solved examples (stem, answer), and the stem to be answered, blank lines between."""
+    """Return the context: a primer, solved examples (stem, answer), and the stem to answer, blank lines between."""
     parts = [primer] if primer else []
     return "\n\n".join([*parts, *(f"{before} {answer}" for before, answer in shots), stem])
 
@@ -186,10 +186,11 @@ def split_shots(
     """Return the questions to score, and subject -> solved examples for them ("" where subjects do not matter).
 
     Args:
-      questions: of the file.
-      shots: how many examples; they are the first ones.
-      examples: of a file of their own; None takes the first of `questions`, which are then not scored.
-      by_subject: a question's examples are of its own subject.
+      questions: all questions of the file.
+      shots: how many solved examples stand before each question.
+      examples: questions of another file, whose first ones are the examples; None takes the first of `questions`, which
+        are then not scored.
+      by_subject: a question's examples have its own subject.
 
     Raises:
       UserError: there are too few.

@@ -12,25 +12,25 @@ from tpu_tune.training.tasks import exact_match, mmlu, multiple_choice
 from tpu_tune.training.tasks.intervals import Outcome
 from tpu_tune.training.tasks.perplexity import score_perplexity
 from tpu_tune.training.tasks.questions import read_questions
-from tpu_tune.training.tasks.rows import Placed, read_task_rows
+from tpu_tune.training.tasks.task_rows import LocatedRow, read_task_rows
 
 TASKS = ("perplexity", "multiple-choice", "mmlu", "exact-match")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class TaskSettings:
     """What is measured on what.
 
     Attributes:
       task: one of `TASKS`.
-      data: file, directory or hub id; of perplexity, the config's where it is empty.
+      data: file, directory or hub id; where it is empty, perplexity takes the config's.
       shots: solved examples before each question.
       shots_data: where these come from; empty: the first rows of `data`, which are then not scored.
-      by: likelihood | letter, of multiple choice.
+      by: likelihood | letter; how multiple choice is scored.
       split, subset, limit: see `read_task_rows`.
-      max_new_tokens, chat: of exact match.
-      source_max_len, batch_size: of MMLU, see `score_mmlu`.
-      seed: of the shuffling of choices.
+      max_new_tokens, chat: for exact match, see `score_answers`.
+      source_max_len, batch_size: for MMLU, see `score_mmlu`.
+      seed: the seed that choices are shuffled by.
     """
 
     task: str
@@ -54,8 +54,8 @@ class Settings:
             raise UserError(f"shots={self.shots} and limit={self.limit} must be at least 0")
 
 
-def read_rows_of(settings: Settings) -> tuple[list[Placed], list[Placed] | None]:
-    """Return the rows of a task, and those that its solved examples come from (None: the same)."""
+def read_rows_for(settings: TaskSettings) -> tuple[list[LocatedRow], list[LocatedRow] | None]:
+    """Return a task's rows, and the rows that its solved examples come from (None: the same)."""
     path = settings.data
     if settings.task == "mmlu":
         path = mmlu.file_of(path, settings.shots, settings.split)
@@ -66,13 +66,13 @@ def read_rows_of(settings: Settings) -> tuple[list[Placed], list[Placed] | None]
     return rows, read_task_rows(settings.shots_data, "", settings.subset)
 
 
-def run_task(model: Model, settings: Settings, config: ConfigDict | None = None) -> Outcome:
+def run_task(model: Model, settings: TaskSettings, config: ConfigDict | None = None) -> Outcome:
     """Measure a model.
 
     Args:
-      model: as `tpu_tune.load` gives it.
-      settings: what.
-      config: of perplexity: how its data is read.
+      model: a model from `tpu_tune.load`.
+      settings: what to measure on what.
+      config: how perplexity's data is read; the other tasks need none.
 
     Raises:
       UserError: data that is not what the task needs; says which row.
@@ -81,7 +81,7 @@ def run_task(model: Model, settings: Settings, config: ConfigDict | None = None)
         if config is None:
             raise UserError("perplexity needs a configuration, which says how its data is read")
         return score_perplexity(model, config, settings.limit)
-    rows, examples = read_rows_of(settings)
+    rows, examples = read_rows_for(settings)
     if settings.task == "mmlu":
         prompts = mmlu.prompts_of(rows, settings.shots, examples)
         split = "test" if settings.split == "test" else "eval"

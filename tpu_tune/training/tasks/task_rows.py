@@ -10,17 +10,17 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.data.sources import SUFFIXES, is_hub, read_rows, resolve
 from tpu_tune.errors import UserError
 
-Placed = tuple[str, dict[str, Any]]  # "file, row 3" and the row
+LocatedRow = tuple[str, dict[str, Any]]  # "file, row 3" and the row
 
 
-def read_task_rows(path: str, split: str = "", subset: str = "", limit: int = 0) -> list[Placed]:
+def read_task_rows(path: str, split: str = "", subset: str = "", limit: int = 0) -> list[LocatedRow]:
     """Read the rows to evaluate on.
 
     Args:
       path: a data file, a directory of them, or a hub dataset id.
-      split: of a directory, the file whose name's words hold it (`val` is also `validation`); of the hub, its split. By
-        default the evaluation files or split, or all there is.
-      subset: of the hub, the dataset's configuration ("all", "ARC-Easy").
+      split: the split to take: in a directory the file with this word in its name (`val` is also `validation`), on the
+        hub the dataset's. By default the evaluation files or split, or everything.
+      subset: the configuration of a hub dataset ("all", "ARC-Easy").
       limit: only the first so many rows; 0 for all.
 
     Raises:
@@ -35,8 +35,8 @@ def read_task_rows(path: str, split: str = "", subset: str = "", limit: int = 0)
         sources = _of_split(path, train, held_out, split) if split else held_out or train
         rows = []
         for source in sources:
-            found, _ = read_rows(source)
-            rows += [(f"{source}, row {number}", row) for number, row in enumerate(found, start=1)]
+            source_rows, _ = read_rows(source)
+            rows += [(f"{source}, row {number}", row) for number, row in enumerate(source_rows, start=1)]
     return rows[:limit] if limit else rows
 
 
@@ -48,7 +48,7 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _of_split(path: str, train: list[str], held_out: list[str] | None, split: str) -> list[str]:
-    """The sources of a directory that are of a split, by the words of their names."""
+    """Return the sources that belong to a split, by the words of their file names."""
     names = {"val": ("val", "valid", "validation", "dev", "eval")}.get(split, (split,))
     if not storage.is_remote(path) and Path(path).expanduser().is_dir():
         directory = Path(path).expanduser()
@@ -58,12 +58,12 @@ def _of_split(path: str, train: list[str], held_out: list[str] | None, split: st
         sources = [*train, *(held_out or [])]
         if len(sources) == 1 and not is_hub(sources[0]):
             return sources  # a file is a split of its own
-    found = [source for source in sources if set(names) & set(re.split(r"[-_.]", Path(source).name.lower()))]
-    if not found:
+    matching = [source for source in sources if set(names) & set(re.split(r"[-_.]", Path(source).name.lower()))]
+    if not matching:
         raise UserError(
             f"{path}: no file of the split '{split}' in its name; there are {', '.join(Path(s).name for s in sources)}"
         )
-    return found
+    return matching
 
 
 def _hub_rows(name: str, split: str, subset: str) -> list[dict[str, Any]]:
@@ -71,11 +71,13 @@ def _hub_rows(name: str, split: str, subset: str) -> list[dict[str, Any]]:
         import datasets
 
         splits = datasets.get_dataset_split_names(name, subset or None)
-        wanted = split or next((known for known in ("validation", "test") if known in splits), splits[0])
-        wanted = "validation" if wanted == "val" and "val" not in splits else wanted
-        return list(datasets.load_dataset(name, subset or None, split=wanted))
+        name_of_split = split or next((known for known in ("validation", "test") if known in splits), splits[0])
+        if name_of_split == "val" and "val" not in splits:
+            name_of_split = "validation"
+        return list(datasets.load_dataset(name, subset or None, split=name_of_split))
     except Exception as error:  # network, permission and missing-dataset errors have no common type
         reason = " ".join(str(error).split())[:200] or "no reason given"
         raise UserError(
-            f"{name}: the hub dataset could not be had ({type(error).__name__}: {reason}); a file works without a network"
+            f"{name}: the hub dataset could not be loaded ({type(error).__name__}: {reason}); "
+            "a file works without a network"
         ) from error

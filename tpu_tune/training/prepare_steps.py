@@ -1,0 +1,145 @@
+"""From a model on its devices to the jitted functions of a run: optimizer, schedule, training step, evaluation.
+
+Nothing is compiled here: jax does that at the first call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from tpu_tune.training import offload
+from tpu_tune.training.execution import execution, loss_chunk
+from tpu_tune.training.objectives import OBJECTIVES, Objective, Sums
+from tpu_tune.training.optimizers import loraplus_factor, make_optimizer
+from tpu_tune.training.prepare_model import PreparedModel, abstract_leaf, put, stacked_trainable
+from tpu_tune.training.schedules import configured_schedule
+from tpu_tune.training.step import ModelLoss, TrainState, init_state, make_eval_step, make_train_step
+from tpu_tune.transforms import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The functions that evaluating needs; see `Steps`."""
+
+    evaluate: Callable[..., Sums]
+    objective: Objective
+    put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The jitted functions of a run.
+
+    Attributes:
+      train: (state, frozen, batch) -> (state, metrics); the state is donated.
+      evaluate: (trainable, frozen, batch) -> (sum, weight) of `loss` and of each metric.
+      objective: what is minimized.
+      initial_state: a fresh state, sharded; shapes only where the model is.
+      start: trainable leaves -> a fresh state, sharded, in buffers of its own.
+      put_batch: NumPy batch -> arrays on the mesh; takes the number of leading axes before (rows, tokens).
+    """
+
+    train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[..., Sums]
+    objective: Objective
+    initial_state: TrainState
+    start: Callable[[Mapping[str, Any]], TrainState]
+    put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
+
+
+def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | None) -> Steps:
+    """Build optimizer, schedule and the jitted steps.
+
+    Args:
+      config: the whole configuration.
+      model: from `prepare_model`.
+      total_steps: the schedule's length. None: no schedule; the learning rate is a value in the optimizer's state
+        (`optimizers.set_learning_rate`).
+    """
+    stacked = stacked_trainable(model.targets, model.architecture.stacked())
+    schedule = None if total_steps is None else configured_schedule(config.train, total_steps)
+    optimizer = make_optimizer(
+        config.train, schedule, stacked=stacked.__contains__, factor=_rate_factor(config, model, stacked)
+    )
+    model_loss = _model_loss(config, model, config.train.per_device_train_batch_size)
+    dropout = model.targets is not None and model.targets.spec.dropout > 0
+    random = dropout or config.train.neftune_noise_alpha > 0
+    key = jax.random.fold_in(jax.random.key(config.seed), 1) if random else None
+    start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
+    shapes = jax.eval_shape(start, model.trainable)
+    shardings = state_shardings(shapes, model)
+    update_in_parts = None
+    if config.train.optim_offload:
+        waiting = offload.waits(shapes.opt_state, stacked.__contains__)
+        shardings = dataclasses.replace(shardings, opt_state=offload.to_host(shardings.opt_state, waiting))
+        update_in_parts = functools.partial(
+            offload.update_each, homes=shardings.opt_state, stacked=stacked.__contains__
+        )
+    step = make_train_step(model_loss, optimizer, schedule, config.train.max_grad_norm, key, update_in_parts)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in model.trainable.values())
+    start = jax.jit(start, out_shardings=shardings)
+    state = jax.tree.map(abstract_leaf, shapes, shardings) if abstract else start(model.trainable)
+    evaluation = prepare_evaluation(config, model)
+    return Steps(
+        train=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        evaluate=evaluation.evaluate,
+        objective=evaluation.objective,
+        initial_state=state,
+        start=start,
+        put_batch=evaluation.put_batch,
+    )
+
+
+def prepare_evaluation(config: ConfigDict, model: PreparedModel) -> Evaluation:
+    """Build the jitted evaluation alone, without the optimizer and its state."""
+    model_loss = _model_loss(config, model, config.train.per_device_eval_batch_size)
+    put_batch = functools.partial(_put_batch, model.mesh)
+    return Evaluation(jax.jit(make_eval_step(model_loss)), model_loss.objective, put_batch)
+
+
+def _model_loss(config: ConfigDict, model: PreparedModel, rows: int) -> ModelLoss:
+    run = execution(config, model.architecture, model.mesh, model.shardings, rows)
+    chunk = loss_chunk(config, model.architecture.vocab_size, rows)
+    objective = OBJECTIVES[config.objective.name](config, chunk)
+    return ModelLoss(model.architecture, run, model.targets, objective, config.train.neftune_noise_alpha)
+
+
+def _rate_factor(config: ConfigDict, model: PreparedModel, stacked: frozenset[str]) -> Callable[[str], float] | None:
+    if model.targets is None:
+        return None
+    embeddings = frozenset(
+        f"{target.module.path}.{part}"
+        for target in model.targets.adapted
+        if target.module.kind == "embedding"
+        for part in ("lora_A", "lora_B")
+    )
+    vectors = frozenset(path for path, leaf in model.trainable.items() if leaf.ndim - (path in stacked) == 1)
+    return loraplus_factor(config.train, embeddings, vectors)
+
+
+def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:
+    """Return the sharding of every leaf of a state: an optimizer's moment lives where its parameter lives."""
+    trainable = {path: leaf.sharding for path, leaf in model.trainable.items()}
+    replicated = NamedSharding(model.mesh, PartitionSpec())
+
+    def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for entry in reversed(path):
+            name = getattr(entry, "key", None)
+            if name in trainable and leaf.shape == model.trainable[name].shape:
+                return trainable[name]
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, shapes)
+
+
+def _put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], leading: int) -> dict[str, jax.Array]:
+    batch_sharding = NamedSharding(mesh, sharding.batch_spec(leading))
+    return {name: put(array, batch_sharding) for name, array in batch.items()}

@@ -17,7 +17,7 @@ import tpu_tune
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.params import open_architecture
-from tpu_tune.checkpoints.run_directory import RunDirectory
+from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.cli import main
 from tpu_tune.inference import card, export, public_names
@@ -33,7 +33,7 @@ def write_run(directory, config, metrics):
     run = RunDirectory(directory)
     run.write_config(config)
     for row in metrics:
-        run.append_metrics(row)
+        MetricsFile(run).append(row)
     (directory / "curves.png").write_bytes(b"\x89PNG of the curves")
     return directory
 

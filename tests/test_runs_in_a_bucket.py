@@ -17,7 +17,7 @@ from helpers_training import make_config, write_rows, write_tiny_llama
 import tpu_tune
 from tpu_tune.checkpoints import huggingface_write, peft, storage
 from tpu_tune.checkpoints.params import load_params, open_architecture
-from tpu_tune.checkpoints.run_directory import RunDirectory
+from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.cli import main
 from tpu_tune.training.evaluate_only import evaluate_only
@@ -43,9 +43,10 @@ def write_run(directory: pathlib.Path, base: pathlib.Path, rows: pathlib.Path, m
     )
     run = RunDirectory(directory)
     run.write_config(config)
+    metrics = MetricsFile(run)
     for step in range(1, 9):
-        run.append_metrics({"step": step, "epoch": step / 8, "loss": 3 - step / 8, "learning_rate": 1e-3})
-    run.append_metrics({"step": 8, "epoch": 1.0, "eval_loss": 2.0, "eval_perplexity": 7.4, "eval_token_accuracy": 0.5})
+        metrics.append({"step": step, "epoch": step / 8, "loss": 3 - step / 8, "learning_rate": 1e-3})
+    metrics.append({"step": 8, "epoch": 1.0, "eval_loss": 2.0, "eval_perplexity": 7.4, "eval_token_accuracy": 0.5})
     run.update_summary({"trainable_parameters": 99, "vocab_size": 258, "data": {"train": {"format": "text"}}})
     (directory / "curves.png").write_bytes(b"\x89PNG of the curves")
     source = open_source(str(base))

@@ -24,7 +24,7 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.curves.plot import plot_curves
 from tpu_tune.data.sources import read_rows, resolve
-from tpu_tune.training import loggers, run_directory
+from tpu_tune.training import loggers, run_start
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -103,15 +103,17 @@ def test_data_in_a_bucket(memory, place):
 def test_the_run_directory_in_a_bucket(place):
     out = f"{place}/run"
     config = helpers.make_config(output_dir=out, seed=-1, data__data_seed=3)
-    start = run_directory.open_run(config, write=False)
+    start = run_start.open_run(config, write=False)
     assert not start.resuming and not storage.exists(f"{out}/config.json")
     run = RunDirectory(out)
     run.write_config(start.config)
-    again = run_directory.open_run(config)
+    again = run_start.open_run(config)
     assert again.resuming and again.config.seed == start.config.seed
-    run_directory.check_shared(out)
+    run_start.check_shared(RunDirectory(out))
+    metrics = MetricsFile(run)
     for step in (1, 2, 3):
-        run.append_metrics({"step": step, "loss": 1.0})
+        metrics.append({"step": step, "loss": 1.0})
+    metrics.flush()
     storage.write_bytes(f"{out}/metrics.jsonl", storage.read_bytes(f"{out}/metrics.jsonl") + b'{"step": 4')
     assert run.truncate_metrics(2) == 2
     assert [row["step"] for row in run.metrics()] == [1, 2]
@@ -119,7 +121,7 @@ def test_the_run_directory_in_a_bucket(place):
     assert storage.read_bytes(f"{out}/curves.png").startswith(b"\x89PNG")
     config.train.learning_rate = 0.5
     with pytest.raises(UserError, match="holds a run with another configuration"):
-        run_directory.open_run(config)
+        run_start.open_run(config)
 
 
 def test_metrics_go_to_a_bucket_now_and_then_and_when_they_must(memory):
@@ -144,7 +146,7 @@ def test_metrics_go_to_a_bucket_now_and_then_and_when_they_must(memory):
         assert steps() == seen
     file.flush()
     assert steps() == [1, 2, 3, 4, 5, 6]
-    sinks = loggers.open_sinks("none", "memory://bucket/other")
+    sinks = loggers.open_sinks("none", RunDirectory("memory://bucket/other"))
     for step in (1, 2):
         loggers.log(sinks, {"step": step})
     loggers.close(sinks)
@@ -225,7 +227,7 @@ def test_storage_that_cannot_be_had_is_one_line(monkeypatch):
     ):
         resolve("gs://a/b.jsonl")
     with pytest.raises(UserError, match="tpu_tune"):
-        run_directory.open_run(helpers.make_config(output_dir="gs://a/run"))
+        run_start.open_run(helpers.make_config(output_dir="gs://a/run"))
 
 
 # --- gs:// itself ------------------------------------------------------------------------------------------------------

@@ -143,8 +143,3 @@ def _write_shards(directory: str, tensors: Iterable[tuple[str, np.ndarray]], sha
         weight_map |= dict.fromkeys(names, file)
     with open(os.path.join(directory, "model.safetensors.index.json"), "w", encoding="utf-8") as stream:
         json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, stream, indent=2, sort_keys=True)
-
-
-def is_whole(directory: str) -> bool:  # for training/, until it asks RunDirectory
-    """Whether a result is complete: see `storage.is_complete`."""
-    return storage.is_complete(directory)

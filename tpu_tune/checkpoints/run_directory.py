@@ -206,16 +206,6 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.file(name)} cannot be written: {error.strerror or error}") from error
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one row to `metrics.jsonl`; numbers of NumPy and JAX become plain ones, non-finite ones null.
-
-        Raises:
-          UserError: the file cannot be written, e.g. because the disk is full.
-        """
-        file = MetricsFile(self)
-        file.append(row)
-        file.flush()
-
     def truncate_metrics(self, step: int) -> int:
         """Drop the rows past `step`, and a half-written last line, before a resumed run writes them again.
 
@@ -252,10 +242,10 @@ class MetricsFile:
         self._pending = False
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row.
+        """Add a row; numbers of NumPy and JAX become plain ones, non-finite ones null.
 
         Raises:
-          UserError: as `RunDirectory.append_metrics`.
+          UserError: the file cannot be written, e.g. because the disk is full.
         """
         line = json.dumps({key: plain_number(value) for key, value in row.items()}) + "\n"
         if storage.is_remote(self._file):
@@ -274,7 +264,7 @@ class MetricsFile:
         """Upload what is held back.
 
         Raises:
-          UserError: as `RunDirectory.append_metrics`.
+          UserError: as `append`.
         """
         if not self._pending:
             return

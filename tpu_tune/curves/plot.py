@@ -34,7 +34,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, t
     """Draw the curves of a run into a PNG file, written aside and renamed; it may be in a bucket.
 
     Args:
-      metrics: rows of metrics.jsonl (`training.run_directory.read_metrics`), in any order; few or none are fine.
+      metrics: rows of metrics.jsonl (`RunDirectory.metrics`), in any order; few or none are fine.
       path: the PNG file.
       title: shown above; the run's name.
     """

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.curves.diagnosis import diagnose
 from tpu_tune.curves.learning_rate.hint import teller
 from tpu_tune.curves.plot import plot_curves
@@ -18,7 +19,6 @@ from tpu_tune.curves.report import write_report
 from tpu_tune.curves.runs import read_run
 from tpu_tune.curves.text import verdict_lines
 from tpu_tune.errors import UserError
-from tpu_tune.training import summary
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def watch(output_dir: str) -> Callable[[list[dict[str, Any]]], str | None]:
         except Exception as error:  # a picture is no reason to stop training
             log.warning("curves.png could not be written: %s", error)
         try:
-            about.update(about or summary.read(output_dir))
+            about.update(about or RunDirectory(output_dir).summary())
             found = diagnose(rows, (), about.get("vocab_size"), about.get("total_steps"))
             hints.clear()
             tell(rows)

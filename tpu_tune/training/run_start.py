@@ -7,7 +7,6 @@ silently change a run half-way. The files themselves are `checkpoints.run_direct
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.checkpoints import run_directory as run_files
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
@@ -53,7 +51,8 @@ def open_run(config: ConfigDict, write: bool = True) -> RunStart:
 
     Args:
       config: the whole configuration; `config.output_dir` is the run directory. It is not modified.
-      write: False only looks, so that a start that fails later leaves nothing behind; `write_config` follows. With
+      write: False only looks, so that a start that fails later leaves nothing behind; `RunDirectory.write_config`
+        follows. With
         several processes give explicit seeds: a seed of -1 is drawn by each process for itself.
 
     Returns:
@@ -96,15 +95,15 @@ def _resolve_seeds(config: ConfigDict, recorded: Mapping[str, Any] | None) -> tu
     return resolved, notes
 
 
-def check_shared(output_dir: str | os.PathLike) -> None:
+def check_shared(run: RunDirectory) -> None:
     """Hold against several hosts that each has a disk of its own: all have to see what process 0 has written.
 
     Raises:
       UserError: there is no config.json.
     """
-    if _recorded(RunDirectory(output_dir)) is None:
+    if _recorded(run) is None:
         raise UserError(
-            f"output_dir {output_dir}: process 0's config.json is not there; hosts need one place for checkpoints, "
+            f"output_dir {run.path}: process 0's config.json is not there; hosts need one place for checkpoints, "
             "a gs:// path or a shared disk"
         )
 
@@ -145,41 +144,3 @@ def _plain(value: Any) -> Any:
 
 def _show(value: Any) -> str:
     return json.dumps(value)
-
-
-# --- for callers that do not take a RunDirectory yet ------------------------------------------------------------------
-
-plain_number, MetricsFile = (
-    run_files.plain_number,
-    lambda directory, **options: run_files.MetricsFile(RunDirectory(directory), **options),
-)
-
-
-def path(output_dir: str | os.PathLike, *parts: str) -> str:
-    """A path inside the run directory."""
-    return RunDirectory(output_dir).file(*parts)
-
-
-def write_config(config: ConfigDict) -> None:
-    """See `RunDirectory.write_config`."""
-    RunDirectory(config.output_dir).write_config(config)
-
-
-def write_aside(file: str, text: str) -> None:
-    """See `RunDirectory.write_text`."""
-    RunDirectory(os.path.dirname(file)).write_text(os.path.basename(file), text)
-
-
-def append_metrics(output_dir: str | os.PathLike, row: Mapping[str, Any]) -> None:
-    """See `RunDirectory.append_metrics`."""
-    RunDirectory(output_dir).append_metrics(row)
-
-
-def read_metrics(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """See `RunDirectory.metrics`."""
-    return RunDirectory(output_dir).metrics()
-
-
-def truncate_metrics(output_dir: str | os.PathLike, step: int) -> int:
-    """See `RunDirectory.truncate_metrics`."""
-    return RunDirectory(output_dir).truncate_metrics(step)

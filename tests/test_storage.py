@@ -23,6 +23,7 @@ from tpu_tune import UserError
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.curves.plot import plot_curves
+from tpu_tune.curves.runs import read_run
 from tpu_tune.data.sources import read_rows, resolve
 from tpu_tune.training import loggers, run_start
 
@@ -228,6 +229,25 @@ def test_storage_that_cannot_be_had_is_one_line(monkeypatch):
         resolve("gs://a/b.jsonl")
     with pytest.raises(UserError, match="tpu_tune"):
         run_start.open_run(helpers.make_config(output_dir="gs://a/run"))
+
+
+def test_a_bucket_that_does_not_answer_is_one_line(memory, monkeypatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("503\n  backend error")  # clients raise what they like
+
+    for name in ("exists", "isdir", "cat_file"):
+        monkeypatch.setattr(type(memory), name, broken)
+    run = RunDirectory("memory://bucket/run")
+    for read in (
+        run.saved_steps,
+        run.metrics,
+        run.config,
+        lambda: run.finished_result("lora"),
+        lambda: read_run(run.path),
+    ):
+        with pytest.raises(UserError, match="^memory://bucket/run.* cannot be read: .*503 backend error$"):
+            read()
+    assert not run.exists() and run.summary() == {}
 
 
 # --- gs:// itself ------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ appended to: `MetricsFile` uploads it whole, now and then, and when it is flushe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,8 +107,13 @@ class RunDirectory:
         return found.rows if found else []
 
     def saved_steps(self) -> list[int]:
-        """The steps of the checkpoints, ascending."""
-        return sorted(int(name) for name in storage.list_names(self.checkpoints) if name.isdigit())
+        """The steps of the checkpoints, ascending.
+
+        Raises:
+          UserError: the bucket does not answer.
+        """
+        with one_line_error(self.path):
+            return sorted(int(name) for name in storage.list_names(self.checkpoints) if name.isdigit())
 
     def result(self, method: str) -> str:
         """The path of what training ends with: `model` where `method` is full, else `adapter`."""
@@ -120,7 +126,9 @@ class RunDirectory:
           UserError: it is not there yet.
         """
         result = self.result(method)
-        if not storage.is_complete(result):
+        with one_line_error(result):
+            is_complete = storage.is_complete(result)
+        if not is_complete:
             raise UserError(
                 f"{self.path} has no {os.path.basename(result)}/ yet; let the training finish first "
                 "(the same train command goes on)"
@@ -289,6 +297,19 @@ class MetricsFile:
         )
 
 
+@contextlib.contextmanager
+def one_line_error(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError into one line.
+
+    Raises:
+      UserError: in its place.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def plain_number(value: Any) -> Any:
     """A NumPy or JAX scalar as Python's own; None for what is not finite, because JSON has no NaN."""
     value = value.item() if hasattr(value, "item") else value
@@ -306,12 +327,11 @@ def read_json_lines(file: str) -> JsonLines | None:
 
 
 def _read_text(file: str) -> str | None:
-    try:
-        return storage.read_bytes(file).decode("utf-8", errors="replace").replace("\r\n", "\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+    with one_line_error(file):
+        try:
+            return storage.read_bytes(file).decode("utf-8", errors="replace").replace("\r\n", "\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 def _split(text: str) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpu_tune.checkpoints import storage
-from tpu_tune.checkpoints.run_directory import RunDirectory, read_json_lines
+from tpu_tune.checkpoints.run_directory import RunDirectory, one_line_error, read_json_lines
 from tpu_tune.curves.diagnosis import Diagnosis, diagnose
 from tpu_tune.errors import UserError
 
@@ -66,9 +66,10 @@ def read_run(path: str | os.PathLike) -> CurveRun:
       UserError: it is not there, or holds no metrics; one line that says which.
     """
     path = os.fspath(path).rstrip("/") or "/"
-    if not storage.exists(path):
-        raise UserError(f"{path}: there is no such run directory")
-    run = RunDirectory(path) if storage.is_dir(path) else None
+    with one_line_error(path):
+        if not storage.exists(path):
+            raise UserError(f"{path}: there is no such run directory")
+        run = RunDirectory(path) if storage.is_dir(path) else None
     file = run.file("metrics.jsonl") if run else path
     metrics = read_json_lines(file)
     if metrics is None:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import http.server
 import json
+import os
 import re
 import sys
 import threading
@@ -18,6 +19,8 @@ import urllib.parse
 from typing import Any
 
 BUCKET = "bucket"
+# gcsfs reads it when it is imported; without it, it first asks by gRPC for a minute what kind of bucket this is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 class Store:
@@ -231,3 +234,15 @@ def serve() -> tuple[http.server.ThreadingHTTPServer, Store]:
     server = Server(("localhost", 0), type("Bound", (Handler,), {"store": store}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, store
+
+
+def environment(server: http.server.ThreadingHTTPServer) -> dict[str, str]:
+    """Return the environment in which gcsfs and TensorStore find the server."""
+    address = f"http://localhost:{server.server_address[1]}"
+    return {
+        "STORAGE_EMULATOR_HOST": address,
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+        "FSSPEC_GS_TOKEN": "anon",
+        "FSSPEC_GCS_TOKEN": "anon",
+    }

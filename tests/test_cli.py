@@ -183,18 +183,19 @@ def trained(run, tiny):
     """Logits of the model as it was trained: nf4 base with its adapter in groups of 32."""
     from helpers_training import make_config
 
-    from tpu_tune.inference import (
-        export,
-    )  # what is quantized comes from the run, as no argument of load has a group size
+    from tpu_tune.checkpoints.run_directory import RunDirectory
     from tpu_tune.inference.model import logits
+    from tpu_tune.inference.run_model import open_base
 
-    config = export.read_run(str(run))
+    config = RunDirectory(run).config()
     assert config == make_config(**{key.replace(".", "__"): value for key, value in tpu_tune.config.flatten(config)})
-    source, arch, quantization = export._opened(str(run), config)
     from tpu_tune.checkpoints import peft
-    from tpu_tune.checkpoints.params import load_params
-    from tpu_tune.transforms import combine, find_targets, split
+    from tpu_tune.checkpoints.params import load_params, open_architecture
+    from tpu_tune.transforms import QuantizeConfig, combine, find_targets, split
 
+    source = open_base(RunDirectory(run), config)
+    arch = open_architecture(source)
+    quantization = QuantizeConfig(**config.quantize)  # no argument of load has a group size
     params = load_params(source, arch, np.float32, quantization)
     spec, adapters = peft.read_adapter(str(run / "adapter"), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
@@ -210,7 +211,7 @@ def test_merged_into_the_dequantized_base_is_exact(capsys, run, trained, tmp_pat
     assert "first guess is the same in 100.0% of places" in text and "logits differ by at most" in text
     merged = tpu_tune.load(str(tmp_path / "m"))
     assert np.abs(merged(IDS) - trained).max() < 1e-4 * np.abs(trained).max()
-    assert not (tmp_path / "m.tmp").exists()
+    assert not (tmp_path / ".m.tmp").exists()
 
 
 def test_merged_into_the_original_is_another_model_and_says_by_how_much(capsys, run, trained, tiny, tmp_path):

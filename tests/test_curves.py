@@ -140,7 +140,8 @@ def test_a_broken_config_or_summary_is_a_note(run):
     (run / "checkpoints" / "40").mkdir(parents=True)
     (run / "checkpoints" / "40.tmp").mkdir()
     found = read_run(run)
-    assert found.notes == ["config.json cannot be read and was left out"] and found.summary == {}
+    assert found.notes == [f"{name}.json cannot be read and was left out" for name in ("config", "summary")]
+    assert found.config == found.summary == {}
     assert found.saved_steps == [40]
 
 

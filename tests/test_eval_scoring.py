@@ -10,9 +10,10 @@ from helpers_eval import log_softmax, padded_logits, write_run
 from helpers_training import write_tiny_llama
 
 import tpu_tune
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
 from tpu_tune.inference import scoring
-from tpu_tune.inference.run_model import is_run, load_any
+from tpu_tune.inference.run_model import load_any
 from tpu_tune.training.tasks.multiple_choice import by_likelihood
 from tpu_tune.training.tasks.questions import read_questions
 from tpu_tune.training.tasks.task_rows import read_task_rows
@@ -181,7 +182,7 @@ def test_a_run_directory_under_the_harness(harness_tasks, tiny_dir, tmp_path):
     from tpu_tune.inference.harness import TpuTuneLM
 
     run = write_run(tiny_dir, tmp_path)
-    assert is_run(str(run)) and not is_run(str(tiny_dir))
+    assert RunDirectory(run).exists() and not RunDirectory(tiny_dir).exists()
     pairs = [("a tiny model", " reads"), ("", "words come")]
     found = TpuTuneLM(pretrained=str(run), batch_size="auto").loglikelihood(
         [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]

@@ -11,7 +11,7 @@ from nasty_texts import TEXTS
 from tokenizers import Tokenizer
 
 from tpu_tune.checkpoints.gguf import open_gguf
-from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer, cutting
+from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer, pre_tokenizer_of
 from tpu_tune.errors import UserError
 
 
@@ -188,7 +188,7 @@ def test_phi3s_special_tokens_swallow_blanks_behind_them():
 
 
 def test_gpt4os_words_keep_their_contractions():
-    normalizer, pre_tokenizer = cutting("gpt-4o")
+    normalizer, pre_tokenizer = pre_tokenizer_of("gpt-4o")
     pieces = [piece for piece, _ in pre_tokenizer.pre_tokenize_str("I'VE HELLOworld can't 12345 x/\n/y")]
     assert normalizer is None
     assert pieces == ["I'VE", "ĠHELLOworld", "Ġcan't", "Ġ", "123", "45", "Ġx", "/Ċ/", "y"]

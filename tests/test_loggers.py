@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
 from tpu_tune.training import loggers
 from tpu_tune.training.progress import Progress, duration
@@ -22,7 +23,7 @@ def test_names():
 
 def test_metrics_and_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
-    sinks = loggers.open_sinks(["tensorboard"], str(tmp_path))
+    sinks = loggers.open_sinks(["tensorboard"], RunDirectory(str(tmp_path)))
     loggers.log(sinks, {"step": 3, "loss": 1.5, "learning_rate": 1e-4})
     loggers.log(sinks, {"step": 3, "eval_loss": 2.5})
     loggers.close(sinks)
@@ -33,7 +34,7 @@ def test_metrics_and_tensorboard(tmp_path):
 
 
 def test_only_the_main_process_logs(tmp_path):
-    assert loggers.open_sinks(["tensorboard"], str(tmp_path), is_main=False) == []
+    assert loggers.open_sinks(["tensorboard"], RunDirectory(str(tmp_path)), is_main=False) == []
 
 
 def fake_wandb(monkeypatch, login=True, fail=False):
@@ -59,7 +60,7 @@ def test_wandb_run_and_resume(tmp_path, monkeypatch):
     logged, started = fake_wandb(monkeypatch)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     for _ in range(2):
-        sinks = loggers.open_sinks(["wandb"], str(tmp_path), {"seed": 1})
+        sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), {"seed": 1})
         loggers.log(sinks, {"step": 2, "loss": 1.0})
         loggers.close(sinks)
         sys.modules["wandb"].util.generate_id = lambda: "another"
@@ -72,7 +73,7 @@ def test_wandb_logged_out_is_one_warning(tmp_path, monkeypatch):
     fake_wandb(monkeypatch, login=False)
     monkeypatch.setenv("WANDB_MODE", "online")
     warnings = []
-    sinks = loggers.open_sinks(["wandb"], str(tmp_path), warn=warnings.append)
+    sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), warn=warnings.append)
     assert [sink.name for sink in sinks] == ["metrics.jsonl"]
     assert len(warnings) == 1 and "wandb login" in warnings[0]
 
@@ -80,14 +81,14 @@ def test_wandb_logged_out_is_one_warning(tmp_path, monkeypatch):
 def test_absent_package_is_one_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     warnings = []
-    sinks = loggers.open_sinks(["wandb"], str(tmp_path), warn=warnings.append)
+    sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), warn=warnings.append)
     assert len(sinks) == 1 and "pip install wandb" in warnings[0]
 
 
 def test_a_sink_that_breaks_is_reported_once_and_the_rest_goes_on(tmp_path, monkeypatch):
     fake_wandb(monkeypatch, fail=True)
     warnings = []
-    sinks = loggers.open_sinks(["wandb"], str(tmp_path), warn=warnings.append)
+    sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), warn=warnings.append)
     for step in range(3):
         loggers.log(sinks, {"step": step})
     loggers.close(sinks)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tpu_tune import UserError
-from tpu_tune.checkpoints.run import RunCheckpoints
+from tpu_tune.checkpoints.run_checkpoints import RunCheckpoints
 from tpu_tune.tensors import QuantizedTensor
 from tpu_tune.training import loop
 from tpu_tune.transforms import sharding

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tpu_tune.checkpoints.run import RunCheckpoints
+from tpu_tune.checkpoints.run_checkpoints import RunCheckpoints
 
 WIDTH = 24
 

@@ -17,10 +17,10 @@ import tpu_tune
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.params import open_architecture
+from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.cli import main
 from tpu_tune.inference import card, export, public_names
-from tpu_tune.training import run_directory
 from tpu_tune.transforms import LoraConfig, find_targets, lora
 
 TOKEN = "hf_" + "Zq7" * 11
@@ -30,9 +30,10 @@ IDS = np.random.default_rng(0).integers(0, 258, (1, 12))
 
 def write_run(directory, config, metrics):
     """What a run leaves besides its result."""
-    run_directory.write_config(config)
+    run = RunDirectory(directory)
+    run.write_config(config)
     for row in metrics:
-        run_directory.append_metrics(directory, row)
+        MetricsFile(run).append(row)
     (directory / "curves.png").write_bytes(b"\x89PNG of the curves")
     return directory
 
@@ -331,7 +332,7 @@ def test_a_base_and_data_of_the_hub(run, tmp_path):
     config.model.path, config.data.train = "HuggingFaceTB/SmolLM2-135M-Instruct", "acme/chats"
     base = public_names.base_of(config, str(run))
     assert (base.name, base.hub_id, base.kind) == ("HuggingFaceTB/SmolLM2-135M-Instruct",) * 2 + ("hub",)
-    found = ModelCard(card.model_card(card.Facts("me/x", "adapter", config, str(run), base, [])))
+    found = ModelCard(card.model_card(card.CardFacts("me/x", "adapter", config, str(run), base, [])))
     assert found.data.base_model == base.hub_id and found.data.datasets == ["acme/chats"]
     assert f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" in found.text
 
@@ -342,7 +343,7 @@ def test_many_evaluations_are_thinned_and_the_best_is_the_one_that_was_kept(run)
     rows = [evaluation(step, 1 + abs(step - 33) / 100) for step in range(1, 101)]
     base = public_names.Base("b")
     text = card.model_card(
-        card.Facts("me/x", "adapter", config, str(run), base, [*rows, {"step": 100, "eval_loss": None}])
+        card.CardFacts("me/x", "adapter", config, str(run), base, [*rows, {"step": 100, "eval_loss": None}])
     )
     table = [line for line in text.splitlines() if re.match(r"\| \**\d", line)]
     assert 20 <= len(table) <= 21 and table[0].startswith("| 1 |") and table[-1].startswith("| 100 |")
@@ -470,7 +471,6 @@ def test_what_cannot_be_asked_for(capsys, run, hub, words, says):
 
 def test_what_is_no_finished_run(capsys, run, home, hub, tmp_path):
     assert "is not a run directory" in push(capsys, tmp_path, "--repo", "me/x", status=1)
-    assert "is in a bucket" in push(capsys, "gs://b/run", "--repo", "me/x", status=1)
     config = configuration.from_dict(json.loads((run / "config.json").read_text()))
     config.output_dir = str(tmp_path / "out")
     write_run(tmp_path / "out", config, [])

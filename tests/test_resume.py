@@ -17,7 +17,7 @@ import helpers_training as helpers
 import pytest
 
 from tpu_tune import UserError
-from tpu_tune.checkpoints.run import RunCheckpoints
+from tpu_tune.checkpoints.run_checkpoints import RunCheckpoints
 from tpu_tune.training import loop
 
 STEPS_AN_EPOCH, TOTAL = 10, 20

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.errors import UserError
-from tpu_tune.training import run_directory
+from tpu_tune.training import run_start
 
 
 def make(tmp_path, **changes):
@@ -18,11 +19,11 @@ def make(tmp_path, **changes):
 
 
 def test_first_start_writes_the_config_and_the_second_resumes(tmp_path):
-    first = run_directory.open_run(make(tmp_path))
+    first = run_start.open_run(make(tmp_path))
     assert not first.resuming and first.notes == []
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded == configuration.to_dict(first.config)
-    assert run_directory.open_run(make(tmp_path)).resuming
+    assert run_start.open_run(make(tmp_path)).resuming
 
 
 @pytest.mark.parametrize(
@@ -38,74 +39,74 @@ def test_first_start_writes_the_config_and_the_second_resumes(tmp_path):
     ],
 )
 def test_reporting_saving_and_mesh_may_change(tmp_path, key, value):
-    run_directory.open_run(make(tmp_path))
-    start = run_directory.open_run(make(tmp_path, **{key: value}))
+    run_start.open_run(make(tmp_path))
+    start = run_start.open_run(make(tmp_path, **{key: value}))
     assert start.resuming and not start.notes
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert dict(configuration.flatten(recorded))[key] == value
 
 
 def test_a_change_of_schedule_is_said_aloud(tmp_path):
-    run_directory.open_run(make(tmp_path, train__max_steps=30))
-    (note,) = run_directory.open_run(make(tmp_path, train__max_steps=60)).notes
+    run_start.open_run(make(tmp_path, train__max_steps=30))
+    (note,) = run_start.open_run(make(tmp_path, train__max_steps=60)).notes
     assert "train.max_steps was 30 and is now 60" in note
 
 
 def test_any_other_difference_is_an_error_that_leaves_the_file_alone(tmp_path):
-    run_directory.open_run(make(tmp_path))
+    run_start.open_run(make(tmp_path))
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(UserError, match="lora.rank was 8 and is now 4; train.learning_rate was 5e-05 and is now 0.001"):
-        run_directory.open_run(make(tmp_path, train__learning_rate=1e-3, lora__rank=4))
+        run_start.open_run(make(tmp_path, train__learning_rate=1e-3, lora__rank=4))
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 def test_a_key_that_an_old_config_lacks_had_its_default(tmp_path):
-    run_directory.open_run(make(tmp_path))
+    run_start.open_run(make(tmp_path))
     file = tmp_path / "run" / "config.json"
     old = json.loads(file.read_text())
     del old["train"]["optim"], old["mesh"]
     file.write_text(json.dumps(old))
-    assert run_directory.open_run(make(tmp_path)).resuming
+    assert run_start.open_run(make(tmp_path)).resuming
     file.write_text(json.dumps(old))
     with pytest.raises(UserError, match='train.optim was "adamw" and is now "sgd"'):
-        run_directory.open_run(make(tmp_path, train__optim="sgd"))
+        run_start.open_run(make(tmp_path, train__optim="sgd"))
 
 
 def test_a_drawn_seed_is_recorded_and_kept(tmp_path):
     config = make(tmp_path, seed=-1)
-    drawn = run_directory.open_run(config).config.seed
+    drawn = run_start.open_run(config).config.seed
     assert drawn >= 0 and config.seed == -1
-    assert run_directory.open_run(make(tmp_path, seed=-1)).config.seed == drawn
+    assert run_start.open_run(make(tmp_path, seed=-1)).config.seed == drawn
 
 
 def test_looking_writes_nothing(tmp_path):
-    run_directory.open_run(make(tmp_path), write=False)
+    run_start.open_run(make(tmp_path), write=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_places_that_cannot_be_used(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match="run"):
-        run_directory.open_run(make(tmp_path))
+        run_start.open_run(make(tmp_path))
     (tmp_path / "run").unlink()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="no config.json"):
-        run_directory.open_run(make(tmp_path))
+        run_start.open_run(make(tmp_path))
     (tmp_path / "run" / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match="cannot be read"):
-        run_directory.open_run(make(tmp_path))
+        run_start.open_run(make(tmp_path))
 
 
 def test_metrics_round_trip_and_truncation(tmp_path):
-    assert run_directory.read_metrics(tmp_path) == [] and run_directory.truncate_metrics(tmp_path, 3) == 0
+    assert RunDirectory(tmp_path).metrics() == [] and RunDirectory(tmp_path).truncate_metrics(3) == 0
     for step in range(1, 6):
-        run_directory.append_metrics(tmp_path, {"step": step, "loss": np.float32(0.5), "grad_norm": float("nan")})
-    run_directory.append_metrics(tmp_path, {"step": 4, "eval_loss": 1.0})
+        MetricsFile(RunDirectory(tmp_path)).append({"step": step, "loss": np.float32(0.5), "grad_norm": float("nan")})
+    MetricsFile(RunDirectory(tmp_path)).append({"step": 4, "eval_loss": 1.0})
     file = tmp_path / "metrics.jsonl"
     lines = file.read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1, "loss": 0.5, "grad_norm": None}
     file.write_text(file.read_text() + '{"step": 6, "lo')  # a kill in the middle of a line
-    assert len(run_directory.read_metrics(tmp_path)) == 6
-    assert run_directory.truncate_metrics(tmp_path, 4) == 2
+    assert len(RunDirectory(tmp_path).metrics()) == 6
+    assert RunDirectory(tmp_path).truncate_metrics(4) == 2
     assert file.read_text().splitlines() == lines[:4] + lines[5:]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]

@@ -20,10 +20,12 @@ import pyarrow.parquet
 import pytest
 
 from tpu_tune import UserError
-from tpu_tune.checkpoints import huggingface_write, storage
+from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.curves.run_plot import plot_curves
+from tpu_tune.curves.runs import read_run
 from tpu_tune.data.sources import read_rows, resolve
-from tpu_tune.training import loggers, run_directory
+from tpu_tune.training import loggers, run_start
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -102,32 +104,35 @@ def test_data_in_a_bucket(memory, place):
 def test_the_run_directory_in_a_bucket(place):
     out = f"{place}/run"
     config = helpers.make_config(output_dir=out, seed=-1, data__data_seed=3)
-    start = run_directory.open_run(config, write=False)
+    start = run_start.open_run(config, write=False)
     assert not start.resuming and not storage.exists(f"{out}/config.json")
-    run_directory.write_config(start.config)
-    again = run_directory.open_run(config)
+    run = RunDirectory(out)
+    run.write_config(start.config)
+    again = run_start.open_run(config)
     assert again.resuming and again.config.seed == start.config.seed
-    run_directory.check_shared(out)
+    run_start.check_shared(RunDirectory(out))
+    metrics = MetricsFile(run)
     for step in (1, 2, 3):
-        run_directory.append_metrics(out, {"step": step, "loss": 1.0})
+        metrics.append({"step": step, "loss": 1.0})
+    metrics.flush()
     storage.write_bytes(f"{out}/metrics.jsonl", storage.read_bytes(f"{out}/metrics.jsonl") + b'{"step": 4')
-    assert run_directory.truncate_metrics(out, 2) == 2
-    assert [row["step"] for row in run_directory.read_metrics(out)] == [1, 2]
-    plot_curves(run_directory.read_metrics(out), f"{out}/curves.png")
+    assert run.truncate_metrics(2) == 2
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+    plot_curves(run.metrics(), f"{out}/curves.png")
     assert storage.read_bytes(f"{out}/curves.png").startswith(b"\x89PNG")
     config.train.learning_rate = 0.5
     with pytest.raises(UserError, match="holds a run with another configuration"):
-        run_directory.open_run(config)
+        run_start.open_run(config)
 
 
 def test_metrics_go_to_a_bucket_now_and_then_and_when_they_must(memory):
     now, writes = [0.0], []
     pipe = memory.pipe_file
-    file = run_directory.MetricsFile("memory://bucket/run", seconds=30, clock=lambda: now[0])
+    file = MetricsFile(RunDirectory("memory://bucket/run"), seconds=30, clock=lambda: now[0])
 
     def steps() -> list[int]:
         writes.append(1)
-        return [row["step"] for row in run_directory.read_metrics("memory://bucket/run")]
+        return [row["step"] for row in RunDirectory("memory://bucket/run").metrics()]
 
     pipe("memory://bucket/run/metrics.jsonl", b'{"step": 1}\n')
     for step, at, seen in (
@@ -142,28 +147,28 @@ def test_metrics_go_to_a_bucket_now_and_then_and_when_they_must(memory):
         assert steps() == seen
     file.flush()
     assert steps() == [1, 2, 3, 4, 5, 6]
-    sinks = loggers.open_sinks("none", "memory://bucket/other")
+    sinks = loggers.open_sinks("none", RunDirectory("memory://bucket/other"))
     for step in (1, 2):
         loggers.log(sinks, {"step": step})
     loggers.close(sinks)
-    assert [row["step"] for row in run_directory.read_metrics("memory://bucket/other")] == [1, 2]
+    assert [row["step"] for row in RunDirectory("memory://bucket/other").metrics()] == [1, 2]
 
 
 def test_a_result_is_there_when_its_config_is(memory, place):
     target = f"{place}/adapter"
     for text in ("first", "second"):
-        with huggingface_write.whole_directory(target) as aside:
+        with storage.whole_directory(target) as aside:
             pathlib.Path(aside, "adapter_config.json").write_text("{}")
             pathlib.Path(aside, "weights").write_text(text)
-            assert huggingface_write.is_whole(target) == (text == "second")
-    assert huggingface_write.is_whole(target) and storage.read_bytes(f"{target}/weights") == b"second"
+            assert storage.is_complete(target) == (text == "second")
+    assert storage.is_complete(target) and storage.read_bytes(f"{target}/weights") == b"second"
 
 
 def test_a_broken_upload_leaves_no_result_that_looks_whole(memory, monkeypatch):
     target, put = "memory://bucket/adapter", memory.put_file
 
     def write() -> None:
-        with huggingface_write.whole_directory(target) as aside:
+        with storage.whole_directory(target) as aside:
             for name in ("adapter_config.json", "a_first", "weights"):
                 pathlib.Path(aside, name).write_text("{}")
 
@@ -175,10 +180,39 @@ def test_a_broken_upload_leaves_no_result_that_looks_whole(memory, monkeypatch):
     write()
     monkeypatch.setattr(type(memory), "put_file", staticmethod(broken))
     with pytest.raises(
-        UserError, match="memory://bucket/adapter cannot be written: cannot be written: 503 backend error"
+        UserError, match="memory://bucket/adapter cannot be written: the upload failed: 503 backend error"
     ):
         write()
-    assert not huggingface_write.is_whole(target)
+    assert not storage.is_complete(target)
+
+
+def test_a_file_that_is_written_in_pieces_appears_whole(place):
+    file = f"{place}/a.txt"
+    for text in ("old", "new"):
+        with storage.whole_file(file) as aside:
+            pathlib.Path(aside).write_text(text)
+            assert storage.exists(file) == (text == "new")
+    with pytest.raises(ZeroDivisionError), storage.whole_file(file) as aside:
+        pathlib.Path(aside).write_text("half")
+        1 / 0  # noqa: B018
+    assert storage.read_bytes(file) == b"new" and storage.list_names(place) == ["a.txt"]
+
+
+def test_a_local_copy_of_what_lies_in_a_bucket(memory, place):
+    for name in ("adapter/config.json", "adapter/deep/weights"):
+        if not storage.is_remote(place):
+            pathlib.Path(place, name).parent.mkdir(parents=True, exist_ok=True)
+        storage.write_bytes(f"{place}/{name}", name.encode())
+    copy = pathlib.Path(storage.local_copy(f"{place}/adapter"))
+    assert copy.name == "adapter" and (copy / "deep" / "weights").read_bytes() == b"adapter/deep/weights"
+    file = pathlib.Path(storage.local_copy(f"{place}/adapter/config.json"))
+    assert file.name == "config.json" and file.read_bytes() == b"adapter/config.json"
+    assert storage.local_copy(f"{place}/adapter") == str(copy)
+    storage.write_bytes(f"{place}/adapter/config.json", b"renewed")
+    assert pathlib.Path(storage.local_copy(f"{place}/adapter"), "config.json").read_bytes() == b"renewed"
+    if storage.is_remote(place):
+        with pytest.raises(UserError, match="memory://bucket/absent: there is no such file or directory"):
+            storage.local_copy(f"{place}/absent")
 
 
 def test_storage_that_cannot_be_had_is_one_line(monkeypatch):
@@ -194,7 +228,26 @@ def test_storage_that_cannot_be_had_is_one_line(monkeypatch):
     ):
         resolve("gs://a/b.jsonl")
     with pytest.raises(UserError, match="tpu_tune"):
-        run_directory.open_run(helpers.make_config(output_dir="gs://a/run"))
+        run_start.open_run(helpers.make_config(output_dir="gs://a/run"))
+
+
+def test_a_bucket_that_does_not_answer_is_one_line(memory, monkeypatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("503\n  backend error")  # clients raise what they like
+
+    for name in ("exists", "isdir", "cat_file"):
+        monkeypatch.setattr(type(memory), name, broken)
+    run = RunDirectory("memory://bucket/run")
+    for read in (
+        run.saved_steps,
+        run.metrics,
+        run.config,
+        lambda: run.finished_result("lora"),
+        lambda: read_run(run.path),
+    ):
+        with pytest.raises(UserError, match="^memory://bucket/run.* cannot be read: .*503 backend error$"):
+            read()
+    assert not run.exists() and run.summary() == {}
 
 
 # --- gs:// itself ------------------------------------------------------------------------------------------------------
@@ -205,18 +258,7 @@ def google() -> Iterator[tuple[fake_gcs.Store, dict[str, str]]]:
     """A bucket, and the environment in which gcsfs and TensorStore find it."""
     pytest.importorskip("gcsfs")
     server, store = fake_gcs.serve()
-    address = f"http://localhost:{server.server_address[1]}"
-    yield (
-        store,
-        {
-            "STORAGE_EMULATOR_HOST": address,
-            "TENSORSTORE_GCS_HTTP_URL": address,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-            "FSSPEC_GS_TOKEN": "anon",
-            "FSSPEC_GCS_TOKEN": "anon",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        },
-    )
+    yield store, fake_gcs.environment(server)
     server.shutdown()
 
 

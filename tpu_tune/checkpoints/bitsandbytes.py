@@ -34,7 +34,7 @@ _NF4 = (
 )
 
 
-def unfold(
+def as_quantized(
     path: str, quantization: dict[str, Any], shapes: dict[str, tuple[int, ...]], read: Read
 ) -> tuple[dict[str, tuple[int, ...]], Read]:
     """Turn stored names into logical ones: one (out, in) shape per matrix, its parts hidden.

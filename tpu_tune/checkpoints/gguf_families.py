@@ -30,7 +30,7 @@ class GgufFamily:
       names: GGUF module name -> Hugging Face's; `{}` stands for the layer's index.
       restore: (Hugging Face name, tensor as GGUF has it, config) -> tensor as Hugging Face has it.
       store: its inverse.
-      plain_mlp: what `names` becomes where the MLP has no gate (T5).
+      plain_mlp: replacements in `names` for models whose MLP has no gate (T5).
       transposed: ends of the Hugging Face names whose matrices Hugging Face stores as (in, out).
       skip: GGUF modules that are not weights of the model (their content is in the configuration, or unused).
     """
@@ -74,10 +74,10 @@ def split_layer(name: str, block: str) -> tuple[str, str]:
 
     Args:
       name: a tensor's or module's name.
-      block: what stands before the index, `blk` in GGUF; several are separated by `|`.
+      block: the name before the index, `blk` in GGUF; several are separated by `|`.
     """
-    found = re.match(rf"((?:.*\.)?(?:{block}))\.(\d+)\.", name)
-    return (f"{found[1]}.{{}}.{name[found.end() :]}", found[2]) if found else (name, "")
+    matched = re.match(rf"((?:.*\.)?(?:{block}))\.(\d+)\.", name)
+    return (f"{matched[1]}.{{}}.{name[matched.end() :]}", matched[2]) if matched else (name, "")
 
 
 def _same(name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray:

@@ -110,8 +110,8 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
         padding = next((index for index, token in enumerate(tokens) if token == f"[PAD{index}]"), len(tokens))
         if len(tokens) - padding >= _SENTINELS:
             for number in range(_SENTINELS):
-                place = padding + _SENTINELS - 1 - number
-                tokens[place], types[place] = f"<extra_id_{number}>", CONTROL
+                index = padding + _SENTINELS - 1 - number
+                tokens[index], types[index] = f"<extra_id_{number}>", CONTROL
     while tokens and types[len(tokens) - 1] in (UNUSED, USER_DEFINED) and re.fullmatch(r"\[PAD-?\d+\]", tokens[-1]):
         tokens.pop()
     return tokens, types[: len(tokens)]
@@ -148,12 +148,12 @@ def _byte_level(path: str, metadata: dict[str, Any], tokens: list[str], types: l
             ignore_merges=pre in WHOLE_WORDS,
         )
     )
-    backend.normalizer, backend.pre_tokenizer = cutting(pre)
+    backend.normalizer, backend.pre_tokenizer = pre_tokenizer_of(pre)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def cutting(pre: str) -> tuple[normalizers.Normalizer | None, pre_tokenizers.PreTokenizer]:
+def pre_tokenizer_of(pre: str) -> tuple[normalizers.Normalizer | None, pre_tokenizers.PreTokenizer]:
     """Return how text is normalized and cut under a name of `PRE_TOKENIZERS`."""
     cut = PRE_TOKENIZERS[pre]
     if cut in (_GPT2, _DIGITS):

@@ -23,7 +23,7 @@ from tpu_tune.checkpoints.gguf_tokenizer import (
     USER_DEFINED,
     WHOLE_WORDS,
     build_tokenizer,
-    cutting,
+    pre_tokenizer_of,
 )
 from tpu_tune.errors import UserError
 
@@ -33,7 +33,8 @@ _PROBE = (
     "Hello  World,   it's I'VE don't 'RE\t\ttabs\n\n \nlines\r\n\r\nCRLF   ",
     "1 12 123 1234 12345 3.14 1,000 ½ ٣٤٥ x1y22",
     "e\u0301 é ſ's ﬁ Å \u1100\u1161 你好，世界 한국어 नमस्ते مرحبا 🙂👩\u200d👩\u200d👧 \x00\x07\u00a0\u3000|",
-    "def f(x):\n    return x**2  # ok //\n\n'''====''' !!!??? camelCaseWord ALLCAPS a_b-c http://x.y/?z=%20#w ▁▁ <0x41>",
+    "def f(x):\n    return x**2  # ok //\n\n'''====''' !!!??? camelCaseWord ALLCAPS a_b-c "
+    "http://x.y/?z=%20#w ▁▁ <0x41>",
 )
 
 
@@ -42,7 +43,7 @@ def tokenizer_metadata(tokenizer: Any, rows: int, architecture: str) -> dict[str
 
     Args:
       tokenizer: a fast `transformers` tokenizer.
-      rows: of the embedding; the vocabulary is filled up to as many, as llama.cpp requires.
+      rows: the embedding's rows; the vocabulary is padded to as many, as llama.cpp requires.
       architecture: GGUF's name of the model's family.
 
     Raises:
@@ -65,7 +66,7 @@ def tokenizer_metadata(tokenizer: Any, rows: int, architecture: str) -> dict[str
     return metadata
 
 
-def fitted(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
+def fit_to_rows(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
     """Return tokenizer metadata with as many tokens as the embedding has rows: filled up, or without the last ones."""
     values = dict(metadata)
     padding = {"tokens": lambda at: f"[PAD{at}]", "scores": lambda at: -10000.0, "token_type": lambda at: UNUSED}
@@ -91,7 +92,7 @@ def _model(backend: tokenizers.Tokenizer, content: dict[str, Any], rows: int) ->
         metadata["tokenizer.ggml.add_space_prefix"] = bool(first) and first[0].startswith("▁")
     elif model["type"] == "BPE" and '"ByteLevel"' in json.dumps(content["pre_tokenizer"]):
         kind, scores = "gpt2", None
-        metadata["tokenizer.ggml.pre"] = _name_of_cutting(backend, model)
+        metadata["tokenizer.ggml.pre"] = _pre_tokenizer_name(backend, model)
         metadata["tokenizer.ggml.merges"] = [
             merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]
         ]
@@ -115,7 +116,7 @@ def _model(backend: tokenizers.Tokenizer, content: dict[str, Any], rows: int) ->
         metadata["tokenizer.ggml.unknown_token_id"] = backend.token_to_id(model["unk_token"])
     elif model.get("unk_id") is not None:
         metadata["tokenizer.ggml.unknown_token_id"] = model["unk_id"]
-    return fitted(metadata, rows)
+    return fit_to_rows(metadata, rows)
 
 
 def _vocabulary(backend: tokenizers.Tokenizer, content: dict[str, Any], kind: str) -> tuple[list[str], list[int]]:
@@ -146,7 +147,7 @@ def _scores(merges: list[Any]) -> dict[str, float]:
     return scores
 
 
-def _name_of_cutting(backend: tokenizers.Tokenizer, model: dict[str, Any]) -> str:
+def _pre_tokenizer_name(backend: tokenizers.Tokenizer, model: dict[str, Any]) -> str:
     """The first of llama.cpp's names under which text is normalized and cut as this tokenizer does it."""
 
     def cut(normalizer: Any, pre_tokenizer: Any) -> list[Any]:
@@ -160,7 +161,7 @@ def _name_of_cutting(backend: tokenizers.Tokenizer, model: dict[str, Any]) -> st
         if (
             pre != "default"
             and bool(model.get("ignore_merges")) == (pre in WHOLE_WORDS)
-            and cut(*cutting(pre)) == found
+            and cut(*pre_tokenizer_of(pre)) == found
         ):
             return pre
     raise UserError("GGUF has no name for how this tokenizer cuts text before merging; export the model with --merge")

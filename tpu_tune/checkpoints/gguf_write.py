@@ -1,7 +1,7 @@
 """Writing a GGUF file, as llama.cpp's convert_hf_to_gguf.py writes it.
 
-Tensors come one at a time; their bytes are put into a file beside the output until all are known, since GGUF's header
-stands first and holds their sizes. The file appears whole or not at all.
+Tensors come one at a time; their bytes are put into a temporary file beside the output until all are known, since
+GGUF's header stands first and holds their sizes. The file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
 import gguf
 import numpy as np
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
-from tpu_tune.checkpoints.gguf_tokenizer_write import fitted, tokenizer_metadata
+from tpu_tune.checkpoints.gguf_tokenizer_write import fit_to_rows, tokenizer_metadata
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
@@ -46,7 +48,7 @@ def write_gguf(
     Args:
       path: file to write; an existing one is replaced when the new one is complete.
       tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out.
-      source: where the model came from; configuration and tokenizer are taken from it.
+      source: the model's origin; configuration and tokenizer are taken from it.
       kind: number format of the matrices: f16, bf16 or q8_0 (matrices whose rows are no multiple of 32 become F16).
         Vectors, norms and learned positions are float32, as in llama.cpp.
       untied: the head has a weight of its own although the source's configuration ties it.
@@ -57,42 +59,38 @@ def write_gguf(
     """
     config = source.config | ({"tie_word_embeddings": False} if untied else {})
     architecture, metadata, extra = gguf_metadata(config)
-    aside, data = f"{path}.tmp", f"{path}.data.tmp"
     writer = gguf.GGUFWriter(None, architecture)
     try:
-        shapes = {}
-        with open(data, "wb") as stream:
+        with storage.whole_file(path) as aside, tempfile.TemporaryFile(dir=os.path.dirname(aside) or ".") as data:
+            shapes = {}
             for name, array in extra.items():
-                _append(stream, writer, name, array, kind)
+                _append(data, writer, name, array, kind)
             for name, array in tensors:
                 shapes[name] = array.shape
-                _append(stream, writer, *_to_gguf(architecture, config, source, name, array), kind)
-        tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
-        general = {
-            "general.type": "model",
-            "general.name": _name(path, architecture, tokenizer),
-            "general.file_type": int(FORMATS[kind][1]),
-            "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        }
-        for key, value in (general | metadata | tokenizer).items():
-            _add(writer, key, value)
-        writer.write_header_to_file(path=aside)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        # Not through the writer, which writes with `ndarray.tofile` and does not notice a disk that fills at the end.
-        with open(data, "rb") as stream, open(aside, "ab") as whole:
-            whole.write(bytes(-whole.tell() % _ALIGNMENT))
-            shutil.copyfileobj(stream, whole, 1 << 24)
-        os.replace(aside, path)
+                _append(data, writer, *_to_gguf(architecture, config, source, name, array), kind)
+            tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
+            general = {
+                "general.type": "model",
+                "general.name": _name(path, architecture, tokenizer),
+                "general.file_type": int(FORMATS[kind][1]),
+                "general.quantization_version": gguf.GGML_QUANT_VERSION,
+            }
+            for key, value in (general | metadata | tokenizer).items():
+                _add(writer, key, value)
+            writer.write_header_to_file(path=aside)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            # Not by the writer, which writes with `ndarray.tofile` and does not notice a disk that fills at the end.
+            with open(aside, "ab") as file:
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+                data.seek(0)
+                shutil.copyfileobj(data, file, 1 << 24)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):  # a full disk fails again when the rest of a buffer is written
             writer.close()
-        for left in (aside, data):
-            with contextlib.suppress(OSError):
-                os.remove(left)
 
 
 def _to_gguf(
@@ -158,7 +156,7 @@ def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, 
     """The tokenizer's metadata, as the source's where that is a GGUF file."""
     if source.path.endswith(".gguf") and os.path.isfile(source.path):
         metadata = open_gguf_file(source.path).metadata
-        return fitted({key: value for key, value in metadata.items() if key.startswith("tokenizer.")}, rows)
+        return fit_to_rows({key: value for key, value in metadata.items() if key.startswith("tokenizer.")}, rows)
     return tokenizer_metadata(source.load_tokenizer(), rows, architecture)
 
 

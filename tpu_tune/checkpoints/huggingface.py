@@ -47,7 +47,7 @@ def open_huggingface(directory: str) -> WeightSource:
     read = functools.partial(_read_named, tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if config.get("quantization_config"):
-        shapes, read = bitsandbytes.unfold(directory, config["quantization_config"], shapes, read)
+        shapes, read = bitsandbytes.as_quantized(directory, config["quantization_config"], shapes, read)
     return WeightSource(
         path=directory,
         config=config,

@@ -6,22 +6,18 @@ shard. The directory appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.weight_source import WeightSource
-from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import dense
 from tpu_tune.transforms import merged_tensors, unties_head
@@ -33,7 +29,6 @@ _CARRIED = (
 )  # fmt: skip
 # Those of them that stay true when tokens are added; the rest is then written from the tokenizer.
 _STILL_TRUE = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt")
-_LAST = ("adapter_config.json", "config.json")  # one of them is in every result
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -48,11 +43,11 @@ def write_model(
     """Write a tree as a Hugging Face model.
 
     Args:
-      directory: to write; an existing one is replaced when the new one is complete.
+      directory: the directory to write; an existing one is replaced when the new one is complete.
       params: a tree, adapters and quantized leaves allowed; they are merged and dequantized.
-      source: where the base came from; config and tokenizer files are taken over from it.
-      architecture: of the model.
-      dtype: of the tensors; by default the original's (float32 where the original does not say).
+      source: the opened base model; its config and tokenizer files are taken over.
+      architecture: the model's facts.
+      dtype: the tensors' dtype; by default the original's (float32 where the original does not say).
       shard_bytes: largest shard.
 
     Raises:
@@ -65,7 +60,7 @@ def write_model(
     tensors = (
         (tensor, value.astype(DTYPES[name])) for tensor, value in tensors_with_head(params, architecture, untied)
     )
-    with whole_directory(directory) as aside:
+    with storage.whole_directory(directory) as aside:
         _write_shards(aside, tensors, shard_bytes)
         write_config(aside, source, name, untied)
         write_tokenizer(aside, source)
@@ -78,7 +73,7 @@ def tensors_with_head(
 
     Args:
       params: a combined tree.
-      architecture: of the model.
+      architecture: the model's facts.
       untied: whether merging unties the head (`unties_head`).
     """
     yield from merged_tensors(params, architecture.modules())
@@ -118,23 +113,23 @@ def write_tokenizer(directory: str, source: WeightSource) -> None:
 
 def _write_shards(directory: str, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
     shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
+    shard: dict[str, np.ndarray] = {}
     size = total = 0
 
     def flush() -> None:
-        nonlocal held, size
-        if held:
+        nonlocal shard, size
+        if shard:
             file = os.path.join(directory, f"part-{len(shards)}.safetensors")
             save_file(
-                {name: np.ascontiguousarray(value) for name, value in held.items()}, file, metadata={"format": "pt"}
+                {name: np.ascontiguousarray(value) for name, value in shard.items()}, file, metadata={"format": "pt"}
             )
-            shards.append(list(held))
-            held, size = {}, 0
+            shards.append(list(shard))
+            shard, size = {}, 0
 
     for name, value in tensors:
         if size + value.nbytes > shard_bytes:
             flush()
-        held[name] = value
+        shard[name] = value
         size += value.nbytes
         total += value.nbytes
     flush()
@@ -148,41 +143,3 @@ def _write_shards(directory: str, tensors: Iterable[tuple[str, np.ndarray]], sha
         weight_map |= dict.fromkeys(names, file)
     with open(os.path.join(directory, "model.safetensors.index.json"), "w", encoding="utf-8") as stream:
         json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, stream, indent=2, sort_keys=True)
-
-
-def is_whole(directory: str) -> bool:
-    """Whether `whole_directory` has finished a directory."""
-    if storage.is_remote(directory):
-        return any(storage.exists(f"{directory}/{name}") for name in _LAST)
-    return os.path.isdir(directory)
-
-
-@contextlib.contextmanager
-def whole_directory(directory: str) -> Iterator[str]:
-    """Yield a directory to fill, which becomes `directory` when all went well and disappears when not.
-
-    For a directory in a bucket it is a local one, uploaded at the end, the config last: see `is_whole`.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    if storage.is_remote(directory):
-        with tempfile.TemporaryDirectory() as local:
-            yield local
-            try:
-                storage.put_directory(local, directory.rstrip("/"), _LAST)
-            except OSError as error:
-                raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
-        return
-    aside = directory.rstrip("/") + ".tmp"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.makedirs(aside)
-        yield aside
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(aside, directory)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{directory} cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

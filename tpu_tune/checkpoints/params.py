@@ -25,7 +25,7 @@ from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths
 
 log = logging.getLogger(__name__)
 
-# Tensors that some files carry and no computation needs: buffers that the architecture implies, copies of the embedding.
+# Tensors that some files hold and no computation needs: buffers that the architecture implies, copies of embeddings.
 _IGNORED = (
     "rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "masked_bias", "rope_freqs.weight", ".attn.bias",
     "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "EncDecAttention.relative_attention_bias.weight",
@@ -44,7 +44,7 @@ def load_params(
 
     Args:
       source: an opened model.
-      architecture: what the tree must look like.
+      architecture: the model's facts, which the tree must match.
       dtype: storage of the leaves that stay arrays.
       quantization: which weights are quantized as they are read, and how.
       place: (path, host leaf) -> leaf on its devices; by default the default device.
@@ -128,7 +128,8 @@ def check_names(source: WeightSource, architecture: Architecture) -> dict[str, s
     for name, shape in expected.items():
         if tuple(source.shapes[held[name]]) != shape:
             raise UserError(
-                f"{source.path}: tensor '{held[name]}' has shape {tuple(source.shapes[held[name]])}, the config asks for {shape}"
+                f"{source.path}: tensor '{held[name]}' has shape {tuple(source.shapes[held[name]])}, "
+                f"the config asks for {shape}"
             )
     return {name: held[name] for name in expected}
 

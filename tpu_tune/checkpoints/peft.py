@@ -16,9 +16,9 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16, which safetensors needs
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, load_file, save_file
 
-from tpu_tune.checkpoints.huggingface_write import whole_directory
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
@@ -29,7 +29,7 @@ from tpu_tune.transforms import LoraConfig, Target, Targets, find_targets
 PREFIX = "base_model.model."
 _NEOX_HEAD = ("embed_out", "lm_head")  # in files of weights; as transformers 5, and thus PEFT, calls it in memory
 _TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
-# Keys of adapter_config.json that change the mathematics and are not implemented; others that we do not know are ignored.
+# Keys of adapter_config.json that change the mathematics and are not implemented; other unknown keys are ignored.
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
     "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "target_parameters",
@@ -50,19 +50,19 @@ def write_adapter(
     """Write a PEFT adapter; an existing one is replaced only when the new one is complete.
 
     Args:
-      directory: to write.
+      directory: the directory to write.
       trainable: the trained tree (float32).
-      targets: what it adapts.
-      architecture: of the base model.
+      targets: the modules that it adapts.
+      architecture: the base model's facts.
       base_name: `base_model_name_or_path`.
       params: the base tree; where embeddings or head are targeted, their weights are written beside the adapter as
         PEFT's `save_embedding_layers="auto"` does, if it is given.
-      source: where the base came from; if tokens were added to it, they and the tokenizer are written too.
+      source: the opened base model; if tokens were added to it, they and the tokenizer are written too.
 
     Raises:
       UserError: the directory cannot be written.
     """
-    with whole_directory(directory) as aside:
+    with storage.whole_directory(directory) as aside:
         tensors = {
             name.replace(*(f".{part}." for part in _NEOX_HEAD)): value
             for name, value in adapter_tensors(trainable, targets, architecture, params).items()
@@ -195,15 +195,12 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraConfig
         trainable_token_indices=tokens,
     )
     file = os.path.join(directory, "adapter_model.safetensors")
-    if not os.path.isfile(file):
-        old = (
-            " (adapter_model.bin is there: convert it to safetensors with peft)"
-            if os.path.exists(file[:-11] + "bin")
-            else ""
-        )
-        raise UserError(f"{file}: there is no such file{old}")
+    if not storage.exists(file):
+        pickled = storage.exists(os.path.join(directory, "adapter_model.bin"))
+        hint = " (adapter_model.bin is there: convert it to safetensors with peft)" if pickled else ""
+        raise UserError(f"{file}: there is no such file{hint}")
     try:
-        tensors = load_file(file)
+        tensors = load(storage.read_bytes(file)) if storage.is_remote(file) else load_file(file)
     except Exception as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if any(back):
@@ -254,8 +251,7 @@ def read_spec(directory: str) -> LoraConfig:
     """
     file = os.path.join(directory, "adapter_config.json")
     try:
-        with open(file, encoding="utf-8") as stream:
-            config = json.load(stream)
+        config = json.loads(storage.read_bytes(file).decode())
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; an adapter is a directory that peft has written") from None
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf import open_gguf
 from tpu_tune.checkpoints.huggingface import open_huggingface
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -17,11 +18,14 @@ _HUB_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
 def open_source(path: str) -> WeightSource:
     """Open a `.gguf` file, a Hugging Face directory, or a hub id (fetched through huggingface_hub's cache).
 
+    What is in a bucket is copied to this machine first (`storage.local_copy`): weights are read by seeking.
+
     Raises:
       UserError: nothing usable is there; the message says what was looked for.
     """
     if not path:
         raise UserError("model.path is empty; give a Hugging Face id, a local directory, or a .gguf file")
+    path = storage.local_copy(path)
     if path.endswith(".gguf"):
         return open_gguf(path)
     return open_huggingface(path if os.path.exists(path) else _from_hub(path))

@@ -1,22 +1,37 @@
 """Files in a bucket beside files on a disk: `gs://bucket/run` where a path may stand.
 
-A path with `scheme://` goes through fsspec, which knows gs:// by gcsfs, s3:// by s3fs and memory:// for tests (Orbax
-writes checkpoints itself, through epath and TensorStore). Anything else is a local file, handled by Python alone. A local
-file is written aside and renamed; an object appears whole when its upload is complete, so it needs no such care, but a
-directory of objects has no rename: `put_directory` uploads the file that makes it complete last.
+A path with `scheme://` goes through fsspec, which knows gs:// by gcsfs, s3:// by s3fs and memory:// for tests; anything
+else is a local file. What is written appears whole or not at all: `whole_file` and `whole_directory` write beside the
+target and rename, or upload. An object appears when its upload is complete; a directory of objects has no rename, so
+the file that marks a result as complete is uploaded last. Readers that need a local file take `local_copy`.
+
+Why not `etils.epath`, which Orbax brings: it writes local files in place, so that a kill leaves half of one; it hands
+on whatever its clients raise; it switches to TensorFlow's client, with other credentials, where TensorFlow is
+installed; and it takes a scheme that it does not know (memory://) for a local path.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tpu_tune.errors import UserError
 
+log = logging.getLogger(__name__)
+
+# A result (an adapter or a model) in a bucket is complete when one of these is there: they are uploaded last.
+COMPLETE_MARKERS = ("adapter_config.json", "config.json")
+_BIG_COPY = 100_000_000  # bytes; a larger copy is announced
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}  # scheme -> our extra that brings its package
 
 
@@ -51,7 +66,7 @@ def filesystem(path: str) -> Any:
 
 
 @contextlib.contextmanager
-def _told(path: str, what: str) -> Iterator[Any]:
+def _as_os_error(path: str, what: str) -> Iterator[Any]:
     """Yield the file system, and turn its failures, which have no common type, into one OSError."""
     fs = filesystem(path)
     try:
@@ -68,7 +83,7 @@ def exists(path: str | os.PathLike) -> bool:
     path = os.fspath(path)
     if not is_remote(path):
         return os.path.exists(path)
-    with _told(path, "the bucket does not answer") as fs:
+    with _as_os_error(path, "the bucket does not answer") as fs:
         return fs.exists(path)
 
 
@@ -77,14 +92,14 @@ def is_dir(path: str | os.PathLike) -> bool:
     path = os.fspath(path)
     if not is_remote(path):
         return os.path.isdir(path)
-    with _told(path, "the bucket does not answer") as fs:
+    with _as_os_error(path, "the bucket does not answer") as fs:
         fs.invalidate_cache()
         return fs.isdir(path)
 
 
 def list_files(path: str) -> list[str]:
     """The files right in a remote directory, as whole paths, sorted."""
-    with _told(path, "cannot be listed") as fs:
+    with _as_os_error(path, "cannot be listed") as fs:
         entries = fs.ls(path, detail=True)
         return sorted(fs.unstrip_protocol(entry["name"]) for entry in entries if entry["type"] == "file")
 
@@ -96,7 +111,7 @@ def list_names(path: str | os.PathLike) -> list[str]:
         return []
     if not is_remote(path):
         return sorted(os.listdir(path))
-    with _told(path, "cannot be listed") as fs:
+    with _as_os_error(path, "cannot be listed") as fs:
         return sorted(os.path.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
 
 
@@ -109,7 +124,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     path = os.fspath(path)
     if not is_remote(path):
         return Path(path).read_bytes()
-    with _told(path, "cannot be read") as fs:
+    with _as_os_error(path, "cannot be read") as fs:
         return fs.cat_file(path)
 
 
@@ -120,24 +135,44 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
       OSError: it cannot be written.
     """
     path = os.fspath(path)
-    if is_remote(path):
-        with _told(path, "cannot be written") as fs:
-            try:
-                fs.pipe_file(path, content)
-            except FileNotFoundError as error:
-                raise OSError("there is no such bucket") from error
-        return
-    aside = path + ".tmp"
-    try:
-        with open(aside, "wb") as stream:
+    if not is_remote(path):
+        with whole_file(path) as aside, open(aside, "wb") as stream:
             stream.write(content)
-            stream.flush()
+        return
+    with _as_os_error(path, "cannot be written") as fs:
+        try:
+            fs.pipe_file(path, content)
+        except FileNotFoundError as error:
+            raise OSError("there is no such bucket") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[str]:
+    """Yield a local path to write to; the file becomes `path` when the block ends well, and disappears when not.
+
+    On a disk it lies beside `path`, is flushed and renamed; for a bucket it is a temporary one, uploaded at the end.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = os.fspath(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = os.path.join(folder, os.path.basename(path))
+            yield local
+            with _as_os_error(path, "cannot be written") as fs:
+                fs.put_file(local, path)
+        return
+    # A name of its own, should two threads or processes write the same file.
+    aside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield aside
+        with open(aside, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(aside, path)
-    except OSError:
-        if os.path.exists(aside):
+    finally:
+        with contextlib.suppress(OSError):
             os.unlink(aside)
-        raise
 
 
 def make_dirs(path: str | os.PathLike) -> None:
@@ -157,31 +192,110 @@ def check_writable(path: str) -> None:
     Raises:
       OSError: the bucket is not there, or may not be written.
     """
-    probe = f"{path.rstrip('/')}/.write_test"
+    probe = os.path.join(path, ".write_test")
     write_bytes(probe, b"ok")
-    with (
-        _told(path, "cannot be written") as fs,
-        contextlib.suppress(FileNotFoundError),
-    ):  # another host has taken it away
-        fs.rm_file(probe)
+    with _as_os_error(path, "cannot be written") as fs:
+        with contextlib.suppress(FileNotFoundError):  # another host has taken it away
+            fs.rm_file(probe)
 
 
-def put_directory(local: str, path: str, last: tuple[str, ...]) -> None:
-    """Replace a remote directory by a local one. Files named in `last` go first from the old and come last to the new.
+@contextlib.contextmanager
+def whole_directory(directory: str) -> Iterator[str]:
+    """Yield a local directory to fill, which becomes `directory` when the block ends well and disappears when not.
+
+    On a disk it lies beside `directory` and is renamed; for a bucket it is a temporary one, uploaded at the end with
+    one of `COMPLETE_MARKERS` last: see `is_complete`.
 
     Raises:
-      OSError: a file cannot be written; then none of `last` is there.
+      UserError: it cannot be written.
     """
-    names = sorted(
-        (os.path.relpath(os.path.join(folder, file), local) for folder, _, files in os.walk(local) for file in files),
-        key=lambda name: (name in last, name),
-    )
-    with _told(path, "cannot be written") as fs:
-        for name in last:
+    try:
+        if is_remote(directory):
+            with tempfile.TemporaryDirectory() as local:
+                yield local
+                _put_directory(local, directory.rstrip("/"))
+            return
+        parent, name = os.path.split(os.path.abspath(directory))
+        aside = os.path.join(parent, f".{name}.tmp")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.makedirs(aside)
+            yield aside
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(aside, directory)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{directory} cannot be written: {reason}") from error
+
+
+def is_complete(directory: str) -> bool:
+    """Whether `whole_directory` has finished writing a result here."""
+    if is_remote(directory):
+        return any(exists(os.path.join(directory, name)) for name in COMPLETE_MARKERS)
+    return os.path.isdir(directory)
+
+
+def _put_directory(local: str, path: str) -> None:
+    """Replace a remote directory by a local one. The markers go first from the old and come last to the new.
+
+    Raises:
+      OSError: a file cannot be written; then no marker is there.
+    """
+    names = [
+        os.path.relpath(os.path.join(folder, file), local) for folder, _, files in os.walk(local) for file in files
+    ]
+    with _as_os_error(path, "the upload failed") as fs:
+        for name in COMPLETE_MARKERS:
             if fs.exists(f"{path}/{name}"):
                 fs.rm_file(f"{path}/{name}")
         if fs.isdir(path):
             fs.rm(path, recursive=True)
-        for name in names:
-            fs.put_file(os.path.join(local, name), f"{path}/{name}")
+        for name in sorted(names, key=lambda name: (name in COMPLETE_MARKERS, name)):
+            fs.put_file(os.path.join(local, name), f"{path}/{name.replace(os.sep, '/')}")
         fs.invalidate_cache()
+
+
+_copies: dict[str, tempfile.TemporaryDirectory] = {}  # path and its objects' versions -> where their copy lies
+
+
+def local_copy(path: str | os.PathLike) -> str:
+    """Return where a file or directory lies on this machine: `path` itself, or, of one in a bucket, a temporary copy.
+
+    A copy stays until the process ends, and serves every call as long as the bucket's objects are the same.
+
+    Raises:
+      UserError: there is nothing at `path`, or it cannot be copied.
+    """
+    path = os.fspath(path)
+    if not is_remote(path):
+        return path
+    path = path.rstrip("/")
+    try:
+        with _as_os_error(path, "cannot be copied") as fs:
+            fs.invalidate_cache()
+            objects = fs.find(path, detail=True)
+            if not objects:
+                raise FileNotFoundError
+            key = f"{path} {sorted(objects.items())}"
+            if key not in _copies:
+                _copies[key] = _copied(fs, path, sum(info.get("size") or 0 for info in objects.values()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file or directory") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error} (the copy goes to $TMPDIR)") from error
+    return os.path.join(_copies[key].name, os.path.basename(path))
+
+
+def _copied(fs: Any, path: str, size: int) -> tempfile.TemporaryDirectory:
+    """Return a temporary directory with a copy of `path` (a file, or a directory of `size` bytes) in it."""
+    folder = tempfile.TemporaryDirectory(prefix="tpu-tune-")
+    if size > _BIG_COPY:
+        log.info("%s: copying %.1f GB to %s (TMPDIR says where such copies go)", path, size / 1e9, folder.name)
+    local = os.path.join(folder.name, os.path.basename(path))
+    if fs.isdir(path):
+        fs.get(f"{path}/", f"{local}/", recursive=True)
+    else:
+        fs.get_file(path, local)
+    return folder

@@ -44,8 +44,8 @@ class StoredTensor:
       offset: absolute offset of the first byte.
       nbytes: bytes from the first element to the last: the tensor's own, and with strides what lies between them.
       dtype: safetensors' name for it.
-      shape: in torch layout.
-      strides: in elements, for a view that is not row-major; nothing of it leaves the `nbytes`.
+      shape: the torch layout's, (out, in) for a linear layer.
+      strides: steps in elements, for a view that is not row-major; nothing of it leaves the `nbytes`.
     """
 
     file: str

@@ -66,8 +66,8 @@ def _from_file(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UserError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())[:200]})") from error
     vocabulary = tokenizer.get_vocab()
-    found = [token for token in _ENDS if token in vocabulary]
-    if found:
-        tokenizer.eos_token = found[0]
-        logger.info("%s does not say which token ends a text; taking %s", path, found[0])
+    known = [token for token in _ENDS if token in vocabulary]
+    if known:
+        tokenizer.eos_token = known[0]
+        logger.info("%s does not say which token ends a text; taking %s", path, known[0])
     return tokenizer

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.checkpoints.stored_tensor import DTYPES, StoredTensor
-from tpu_tune.checkpoints.torch_pickle import Described, Refused, Storage, printable, read_pickle
+from tpu_tune.checkpoints.torch_pickle import Storage, TensorDescription, UnsupportedPickle, printable, read_pickle
 from tpu_tune.errors import UserError
 
 _ZIP_START = b"PK\x03\x04"
@@ -34,7 +34,7 @@ _PROTOCOL_VERSION = 1001
 _ENCRYPTED = 1  # a bit of a zip member's flags
 
 # Where each storage's bytes lie: key -> absolute offset, length.
-_Places = dict[str, tuple[int, int]]
+_Locations = dict[str, tuple[int, int]]
 
 
 def read_torch_header(path: str) -> dict[str, StoredTensor]:
@@ -53,53 +53,57 @@ def read_torch_header(path: str) -> dict[str, StoredTensor]:
         start = file.read(4)
     try:
         if start == _ZIP_START:
-            content, places = _read_zip(path)
+            content, locations = _read_zip(path)
         elif start.startswith(_PICKLE_START):
-            content, places = _read_legacy(path)
+            content, locations = _read_legacy(path)
         else:
-            raise Refused("cut short or not a file that torch.save wrote; fetch it again")
-        return {name: _stored(path, name, tensor, places) for name, tensor in _named(content).items()}
-    except Refused as error:
+            raise UnsupportedPickle("cut short or not a file that torch.save wrote; fetch it again")
+        return {name: _stored(path, name, tensor, locations) for name, tensor in _named(content).items()}
+    except UnsupportedPickle as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _read_zip(path: str) -> tuple[Any, _Places]:
+def _read_zip(path: str) -> tuple[Any, _Locations]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {member.filename: member for member in archive.infolist()}
             if len(members) != len(archive.infolist()):
-                raise Refused("has two members of one name, which torch does not write; do not trust it")
+                raise UnsupportedPickle("has two members of one name, which torch does not write; do not trust it")
             pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
             if len(pickles) != 1:
-                raise Refused(f"a zip file with {len(pickles)} data.pkl where torch.save writes one; fetch it again")
+                raise UnsupportedPickle(
+                    f"a zip file with {len(pickles)} data.pkl where torch.save writes one; fetch it again"
+                )
             root = pickles[0].removesuffix("data.pkl")
             order = members.get(f"{root}byteorder")
             if order is not None and archive.read(_plain(order)) != b"little":
-                raise Refused("its numbers are big-endian, which is not read here; save it again on another machine")
+                raise UnsupportedPickle(
+                    "its numbers are big-endian, which is not read here; save it again on another machine"
+                )
             with io.BufferedReader(archive.open(_plain(members[pickles[0]]))) as stream:
                 content, storages = read_pickle(stream)
-        places = {}
+        locations = {}
         with open(path, "rb") as file:
             for key in storages:
                 if (member := members.get(f"{root}data/{key}")) is not None:
-                    places[key] = _place(file, _plain(member))
-        return content, places
+                    locations[key] = _location(file, _plain(member))
+        return content, locations
     except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, OSError, ValueError) as error:
-        raise Refused(f"cut short or a damaged zip file ({printable(error)}); fetch it again") from error
+        raise UnsupportedPickle(f"cut short or a damaged zip file ({printable(error)}); fetch it again") from error
 
 
 def _plain(member: zipfile.ZipInfo) -> zipfile.ZipInfo:
     """Return the member if its bytes stand in the file as they are."""
     plain = member.compress_type == zipfile.ZIP_STORED and member.file_size == member.compress_size
     if not plain or member.flag_bits & _ENCRYPTED:
-        raise Refused(
+        raise UnsupportedPickle(
             f"its member {printable(member.filename)} is compressed or encrypted, which torch.save does not do; "
             "fetch the file again, or unpack it and save it with torch"
         )
     return member
 
 
-def _place(file: io.BufferedReader, member: zipfile.ZipInfo) -> tuple[int, int]:
+def _location(file: io.BufferedReader, member: zipfile.ZipInfo) -> tuple[int, int]:
     file.seek(member.header_offset)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     offset = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
@@ -108,22 +112,24 @@ def _place(file: io.BufferedReader, member: zipfile.ZipInfo) -> tuple[int, int]:
     return offset, member.file_size
 
 
-def _read_legacy(path: str) -> tuple[Any, _Places]:
+def _read_legacy(path: str) -> tuple[Any, _Locations]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         if read_pickle(file)[0] != _MAGIC_NUMBER:
-            raise Refused("a pickle, but not one that torch.save wrote; fetch it again")
+            raise UnsupportedPickle("a pickle, but not one that torch.save wrote; fetch it again")
         version = read_pickle(file)[0]
         if version != _PROTOCOL_VERSION:
-            raise Refused(f"of torch's format version {printable(version)}; known: {_PROTOCOL_VERSION}")
+            raise UnsupportedPickle(f"of torch's format version {printable(version)}; known: {_PROTOCOL_VERSION}")
         machine = read_pickle(file)[0]
         if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-            raise Refused("its numbers are big-endian, which is not read here; save it again on another machine")
+            raise UnsupportedPickle(
+                "its numbers are big-endian, which is not read here; save it again on another machine"
+            )
         content, storages = read_pickle(file)
         keys = read_pickle(file)[0]
         if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
-            raise Refused("its list of storages does not fit its content; fetch it again")
-        places = {}
+            raise UnsupportedPickle("its list of storages does not fit its content; fetch it again")
+        locations = {}
         at = file.tell()
         for key in keys:
             file.seek(at)
@@ -131,47 +137,53 @@ def _read_legacy(path: str) -> tuple[Any, _Places]:
             length = storages[key].elements * _width(storages[key].dtype)
             at += 8 + length
             if at > size:
-                raise Refused(f"cut short: its content promises {at} bytes or more, it has {size}; fetch it again")
+                raise UnsupportedPickle(
+                    f"cut short: its content promises {at} bytes or more, it has {size}; fetch it again"
+                )
             if elements != storages[key].elements:
-                raise Refused(f"storage {key} has {elements} elements, not the {storages[key].elements} promised")
-            places[key] = at - length, length
-    return content, places
+                raise UnsupportedPickle(
+                    f"storage {key} has {elements} elements, not the {storages[key].elements} promised"
+                )
+            locations[key] = at - length, length
+    return content, locations
 
 
-def _named(content: Any) -> dict[str, Described]:
+def _named(content: Any) -> dict[str, TensorDescription]:
     """Pick the tensors of a state dict; what is neither a tensor nor a plain value is refused by its key."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise Refused(f"holds a {_kind(content)} where a dict from name to tensor is expected")
+        raise UnsupportedPickle(f"holds a {_kind(content)} where a dict from name to tensor is expected")
     tensors = {}
     for name, entry in content.items():
-        if isinstance(entry, Described) and isinstance(name, str) and name.isprintable():
+        if isinstance(entry, TensorDescription) and isinstance(name, str) and name.isprintable():
             tensors[name] = entry
         elif entry is not None and not isinstance(entry, bool | int | float | str):
-            raise Refused(
+            raise UnsupportedPickle(
                 f"{printable(name)} holds a {_kind(entry)} where a tensor under a plain name is expected; "
                 "save the model's state dict alone"
             )
     if not tensors:
-        raise Refused("holds no tensors")
+        raise UnsupportedPickle("holds no tensors")
     return tensors
 
 
 def _kind(entry: Any) -> str:
-    if isinstance(entry, Described):
+    if isinstance(entry, TensorDescription):
         return "tensor"
     return "dict" if isinstance(entry, dict) else type(entry).__name__.strip("_")
 
 
-def _stored(path: str, name: str, tensor: Described, places: _Places) -> StoredTensor:
+def _stored(path: str, name: str, tensor: TensorDescription, locations: _Locations) -> StoredTensor:
     storage: Storage = tensor.storage
-    if storage.key not in places:
-        raise Refused(f"the bytes of {name} (storage {storage.key}) are missing; fetch the file again")
-    offset, length = places[storage.key]
+    if storage.key not in locations:
+        raise UnsupportedPickle(f"the bytes of {name} (storage {storage.key}) are missing; fetch the file again")
+    offset, length = locations[storage.key]
     promised = storage.elements * _width(storage.dtype)
     if promised > length:
-        raise Refused(f"the bytes of {name} (storage {storage.key}) are {length}, not {promised}; fetch the file again")
+        raise UnsupportedPickle(
+            f"the bytes of {name} (storage {storage.key}) are {length}, not {promised}; fetch the file again"
+        )
     width = _width(tensor.dtype)
     return StoredTensor(
         file=path,

@@ -2,9 +2,9 @@
 
 A pickle is a program for a stack machine that may import and call whatever it names. This machine imports and calls
 nothing: a global becomes its name, if the name is in the table below, and is refused otherwise; "calling" one of them
-makes a description (`Described`) of a tensor whose bytes lie elsewhere in the file. The opcodes themselves are split
-and their arguments read by the standard library's `pickletools`, which does not run them either. What is accepted is
-less than torch's `weights_only` unpickler takes: no NEWOBJ, no sets, no tensor subclasses, quantized or sparse tensors.
+makes a `TensorDescription` of a tensor whose bytes lie elsewhere in the file. The opcodes themselves are split and
+their arguments read by the standard library's `pickletools`, which does not run them either. What is accepted is less
+than torch's `weights_only` unpickler takes: no NEWOBJ, no sets, no tensor subclasses, quantized or sparse tensors.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _PUT = ("BINPUT", "LONG_BINPUT", "PUT")
 _MOST_AXES = 64  # NumPy's limit
 
 
-class Refused(Exception):
+class UnsupportedPickle(Exception):
     """The pickle asks for something that is no part of a tensor, or is damaged; the text says what."""
 
 
@@ -69,7 +69,7 @@ class Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
+class TensorDescription:
     """A tensor that the pickle describes; `first` (from its storage's begin) and `strides` count elements."""
 
     storage: Storage
@@ -91,20 +91,20 @@ class Described:
 
 
 def read_pickle(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
-    """Read one pickle, up to its STOP: plain values, `Described` where a tensor stands, and all storages by key.
+    """Read one pickle, up to its STOP: plain values, a `TensorDescription` per tensor, and all storages by key.
 
     Raises:
-      Refused: it names a global that is not in the table, uses an opcode that no tensor needs, or is damaged.
+      UnsupportedPickle: it names a global that is not in the table, uses an opcode that no tensor needs, or is damaged.
     """
-    machine = _Machine()
+    machine = _PickleMachine()
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 return machine.stack.pop(), machine.storages
             machine.step(opcode.name, argument)
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        raise Refused("its pickle is cut short or damaged; fetch it again") from error
-    raise Refused("its pickle has no end; fetch it again")
+        raise UnsupportedPickle("its pickle is cut short or damaged; fetch it again") from error
+    raise UnsupportedPickle("its pickle has no end; fetch it again")
 
 
 def printable(text: Any) -> str:
@@ -124,7 +124,7 @@ class StateDict(dict):
     """A collections.OrderedDict. BUILD may give it `_metadata`, the versions of torch's modules, which is dropped."""
 
 
-class _Machine:
+class _PickleMachine:
     """The stack, what MARK set aside, and the memo."""
 
     def __init__(self) -> None:
@@ -182,9 +182,9 @@ class _Machine:
             _check_state(stack[-1], state)
         elif op == "INST":
             name = _named(argument.replace(" ", ".", 1)).name
-            raise Refused(f"its pickle makes an object of {name} (INST), which no tensor needs")
+            raise UnsupportedPickle(f"its pickle makes an object of {name} (INST), which no tensor needs")
         elif op not in ("PROTO", "FRAME"):
-            raise Refused(f"its pickle uses {op}, which no tensor needs; nothing of it was run")
+            raise UnsupportedPickle(f"its pickle uses {op}, which no tensor needs; nothing of it was run")
 
     def _pop(self, count: int) -> list[Any]:
         _expect(len(self.stack) >= count, "an opcode without its operands")
@@ -215,7 +215,7 @@ class _Machine:
 
 def _named(name: str) -> _Name:
     if name not in _CALLS and name not in _STORAGES and name not in _DTYPES:
-        raise Refused(
+        raise UnsupportedPickle(
             f"its pickle names {printable(name)}, which no tensor needs; nothing of it was run. If you trust the file, "
             "convert it to safetensors where torch is installed (`model.save_pretrained`)"
         )
@@ -226,7 +226,7 @@ def _call(function: Any, arguments: Any) -> Any:
     _expect(type(arguments) is tuple, "a call without its arguments")
     if not isinstance(function, _Name) or function.name not in _CALLS:
         shown = function.name if isinstance(function, _Name) else f"a {type(function).__name__}"
-        raise Refused(f"its pickle calls {shown}, which is no function; nothing of it was run")
+        raise UnsupportedPickle(f"its pickle calls {shown}, which is no function; nothing of it was run")
     return _CALLS[function.name](*arguments)
 
 
@@ -234,12 +234,12 @@ def _check_state(target: Any, state: Any) -> None:
     """BUILD sets attributes: only torch's `_metadata` on a state dict, and that is dropped."""
     if type(target) is not StateDict or type(state) is not dict or set(state) != {"_metadata"}:
         keys = ", ".join(printable(key) for key in list(state)[:5]) if isinstance(state, dict) else type(state).__name__
-        raise Refused(f"its pickle sets attributes ({keys}) that no state dict has; nothing of it was run")
+        raise UnsupportedPickle(f"its pickle sets attributes ({keys}) that no state dict has; nothing of it was run")
 
 
 def _tensor(
     storage: Any, first: Any, shape: Any, strides: Any, grad: Any = None, hooks: Any = None, metadata: Any = None
-) -> Described:
+) -> TensorDescription:
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
     _expect(isinstance(storage, Storage), "a tensor without a storage")
     return _described(storage, storage.dtype, first, shape, strides, metadata)
@@ -247,34 +247,34 @@ def _tensor(
 
 def _tensor_v3(
     storage: Any, first: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> Described:
+) -> TensorDescription:
     """torch._utils._rebuild_tensor_v3: the storage counts bytes, the tensor has a dtype of its own."""
     _expect(isinstance(storage, Storage) and isinstance(dtype, _Name), "a tensor without a storage or dtype")
     _expect(dtype.name in _DTYPES, f"a tensor of the dtype {dtype.name}")
     return _described(storage, _DTYPES[dtype.name], first, shape, strides, metadata)
 
 
-def _described(storage: Storage, dtype: str, first: Any, shape: Any, strides: Any, metadata: Any) -> Described:
+def _described(storage: Storage, dtype: str, first: Any, shape: Any, strides: Any, metadata: Any) -> TensorDescription:
     for numbers in (shape, strides):
         _expect(type(numbers) is tuple and len(numbers) <= _MOST_AXES, "a tensor of no shape")
         _expect(all(map(_is_count, numbers)), "a tensor with a negative or unknown size or stride")
     _expect(len(shape) == len(strides) and _is_count(first), "a tensor whose shape, strides and offset do not agree")
     if metadata:
-        raise Refused("a tensor is stored conjugated or negated, which is not read here; save it resolved")
+        raise UnsupportedPickle("a tensor is stored conjugated or negated, which is not read here; save it resolved")
     width, stored = (np.dtype(DTYPES[name]).itemsize for name in (dtype, storage.dtype))
     begin, end = storage.start * stored, storage.stop * stored
-    tensor = Described(storage, dtype, begin // width + first, shape, strides)
+    tensor = TensorDescription(storage, dtype, begin // width + first, shape, strides)
     if begin % width or tensor.elements and (tensor.first + tensor.elements) * width > end:
-        raise Refused(
+        raise UnsupportedPickle(
             f"a tensor of shape {shape}, strides {strides} and offset {first} does not fit its storage of "
             f"{(end - begin) // width} elements; fetch the file again"
         )
     return tensor
 
 
-def _parameter(tensor: Any, grad: Any = None, hooks: Any = None, state: Any = None) -> Described:
+def _parameter(tensor: Any, grad: Any = None, hooks: Any = None, state: Any = None) -> TensorDescription:
     """torch._utils._rebuild_parameter and _with_state; a Parameter's Python attributes (`state`) say nothing of it."""
-    _expect(isinstance(tensor, Described), "a parameter without a tensor")
+    _expect(isinstance(tensor, TensorDescription), "a parameter without a tensor")
     return tensor
 
 
@@ -311,4 +311,4 @@ def _is_count(value: Any) -> bool:
 
 def _expect(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise Refused(f"its pickle has {otherwise}; fetch the file again, or convert it to safetensors")
+        raise UnsupportedPickle(f"its pickle has {otherwise}; fetch the file again, or convert it to safetensors")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -48,7 +49,7 @@ def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSour
 
     Args:
       source: an opened model; not changed.
-      tokens: in the order of their ids.
+      tokens: the tokens' texts, in the order of their ids.
 
     Raises:
       UserError: the model is not known, lacks a tensor, or has no usable tokenizer.
@@ -90,11 +91,11 @@ def read_record(directory: str) -> dict[str, int]:
       UserError: the record is not what was written.
     """
     file = os.path.join(directory, RECORD)
-    if not os.path.isfile(file):
-        return {}
     try:
-        with open(file, encoding="utf-8") as stream:
-            return {str(token): int(number) for token, number in json.load(stream).items()}
+        record = json.loads(storage.read_bytes(file).decode())
+        return {str(token): int(number) for token, number in record.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
 
@@ -145,12 +146,12 @@ def _load_tokenizer(source: WeightSource, tokens: Sequence[str]) -> Any:
 
 def _per_token(architecture: Architecture) -> list[str]:
     """Return the Hugging Face names of the tensors with a row for each token."""
-    found = [f"{architecture.names.embed}.weight"]
+    names = [f"{architecture.names.embed}.weight"]
     for module in architecture.modules():
         if module.is_head:
-            found += [] if module.tied_to else [module.weight]
-            found += [f"{module.path}.bias"] if module.bias else []
-    return found
+            names += [] if module.tied_to else [module.weight]
+            names += [f"{module.path}.bias"] if module.bias else []
+    return names
 
 
 def _read(source: WeightSource, growing: frozenset[str], fresh: Sequence[int], size: int, name: str) -> Any:

@@ -23,7 +23,7 @@ class WeightSource:
     """An opened model: its configuration, what tensors it has, and how to read one.
 
     Attributes:
-      path: what the user wrote, for messages.
+      path: the local file or directory, for messages and for what is copied beside the weights.
       config: the content of a Hugging Face `config.json` (`model_type`, `hidden_size`, ...).
       shapes: Hugging Face tensor name -> shape in torch layout, (out, in) for a linear layer.
       read: reads one tensor in torch layout and in the file's dtype (bfloat16 through ml_dtypes). A matrix that the

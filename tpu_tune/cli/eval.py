@@ -155,13 +155,13 @@ def _without_model(options: argparse.Namespace) -> int:
 def _data_config(options: argparse.Namespace) -> Any:
     """How perplexity reads its data: as the run did, or by --config; --data replaces what is read."""
     from tpu_tune import config as configuration
-    from tpu_tune.inference.export import read_run
-    from tpu_tune.inference.run_model import is_run
+    from tpu_tune.checkpoints.run_directory import RunDirectory
 
     if options.split or options.subset:
         raise UserError("--split and --subset belong to questions; for perplexity name the file with --data")
-    if is_run(options.model) and not options.config:
-        config = read_run(options.model)
+    run_directory = RunDirectory(options.model)
+    if not options.config and run_directory.exists():
+        config = run_directory.config()
         for key, value in options.overrides:
             configuration.assign(config, key, value)
     else:
@@ -193,7 +193,7 @@ def _report(settings: Any, names: list[str], outcomes: list[Any]) -> dict[str, A
     """The figures of each model with their intervals, and of two the differences."""
     from tpu_tune.training.tasks import compare, interval
 
-    given = {key: value for key, value in dataclasses.asdict(settings).items() if value not in ("", 0, False)}
+    chosen = {key: value for key, value in dataclasses.asdict(settings).items() if value not in ("", 0, False)}
     models = [
         {
             "model": name,
@@ -202,7 +202,7 @@ def _report(settings: Any, names: list[str], outcomes: list[Any]) -> dict[str, A
         }
         for name, outcome in zip(names, outcomes, strict=True)
     ]
-    report = {**given, **models[0]}
+    report = {**chosen, **models[0]}
     if len(models) == 2:
         report["against"] = models[1]
         report["difference"] = {
@@ -212,8 +212,8 @@ def _report(settings: Any, names: list[str], outcomes: list[Any]) -> dict[str, A
     return report
 
 
-def _pair(found: Any) -> list[float]:
-    return [found.low, found.high]
+def _pair(interval: Any) -> list[float]:
+    return [interval.low, interval.high]
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -16,9 +16,10 @@ def add(commands: Commands) -> None:
         "export",
         run,
         "write a run's adapter, its merged model, or its base",
-        "tpu-tune export output/quickstart --merge --output merged\n  tpu-tune export output/quickstart --gguf --output model.gguf",
+        "tpu-tune export output/quickstart --merge --output merged\n"
+        "  tpu-tune export output/quickstart --gguf --output model.gguf",
     )
-    parser.add_argument("run_directory", metavar="RUN", help="run directory")
+    parser.add_argument("run_directory", metavar="RUN", help="run directory, local or gs://")
     parser.add_argument("--output", required=True, help="directory to write; with --gguf the file")
     add_forms(parser, base=True)
 

@@ -19,9 +19,11 @@ def add(commands: Commands) -> None:
         'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"',
     )
     parser.add_argument(
-        "--model", required=True, help="Hugging Face id, local directory (a merged model too), or .gguf file"
+        "--model",
+        required=True,
+        help="Hugging Face id, model directory (a merged one too), .gguf file, or run directory, local or gs://",
     )
-    parser.add_argument("--adapter", help="PEFT adapter directory")
+    parser.add_argument("--adapter", help="PEFT adapter directory, local or gs://")
     parser.add_argument(
         "--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input"
     )
@@ -34,7 +36,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of activations and weights (default float32)"
+        "--dtype", choices=DTYPES, help="of activations and weights (default: a run's own, float32 of a model)"
     )
     parser.add_argument("--quantize", choices=("int8", "int4", "nf4"), help="store the linear layers so")
     parser.add_argument(
@@ -44,8 +46,8 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
-    import tpu_tune
     from tpu_tune.inference import Sampling
+    from tpu_tune.inference.run_model import load_any
 
     prompts = options.prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         options.top_p,
         options.seed,
     )
-    model = tpu_tune.load(options.model, options.dtype, options.quantize, options.adapter)
+    model = load_any(options.model, options.dtype, options.quantize, options.adapter)
     answers = model.generate(prompts, sampling, chat=options.chat)
     for prompt, answer in zip(prompts, answers, strict=True):
         print(

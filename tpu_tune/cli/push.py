@@ -21,12 +21,13 @@ def add(commands: Commands) -> None:
         "upload a run's adapter or model to the Hugging Face hub, with a model card",
         "tpu-tune push output/quickstart --repo me/my-adapter --dry-run",
     )
-    parser.add_argument("run_directory", metavar="RUN", help="run directory, of a finished run")
+    parser.add_argument("run_directory", metavar="RUN", help="run directory of a finished run, local or gs://")
     parser.add_argument(
         "--repo",
         required=True,
         metavar="NAMESPACE/NAME",
-        help="repository, made if it is not there, else it gets a new commit; a NAME alone is put under the token's owner",
+        help="repository, made if it does not exist, else it gets a new commit; a NAME alone goes under the token's "
+        "owner",
     )
     add_forms(parser)
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
@@ -55,7 +56,6 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: not even the base is fetched
     from tpu_tune.inference import push
-    from tpu_tune.training.run_directory import read_metrics
 
     request = push.PushRequest(
         options.repo,
@@ -69,9 +69,8 @@ def run(options: argparse.Namespace) -> int:
         options.card_only,
     )
     _, request, _ = push.check(options.run_directory, request)
-    metrics = read_metrics(options.run_directory)
     if options.dry_run:
-        with push.prepared(options.run_directory, request, metrics) as (files, figures):
+        with push.prepared(options.run_directory, request) as (files, figures):
             _tell(options, request, files, figures, "")
         return 0
     token = push.find_token()
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         token, request, options.private
     )  # first, so that a refusal comes before an hour of merging
     message = options.message or f"Upload {_WHAT['card' if request.card_only else request.form]} with tpu_tune"
-    with push.prepared(options.run_directory, request, metrics) as (files, figures):
+    with push.prepared(options.run_directory, request) as (files, figures):
         address = push.upload(token, request, files, message)
         _tell(options, request, files, figures, address)
     return 0

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.curves.diagnosis import diagnose
 from tpu_tune.curves.learning_rate.hint import NewHints
 from tpu_tune.curves.report import write_report
@@ -18,7 +19,6 @@ from tpu_tune.curves.run_plot import plot_curves
 from tpu_tune.curves.runs import read_run
 from tpu_tune.curves.terminal import verdict_lines
 from tpu_tune.errors import UserError
-from tpu_tune.training import summary
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def on_evaluate(output_dir: str) -> Callable[[list[dict[str, Any]]], str | None]
         except Exception as error:  # a picture is no reason to stop training
             log.warning("curves.png could not be written: %s", error)
         try:
-            run_summary.update(run_summary or summary.read(output_dir))
+            run_summary.update(run_summary or RunDirectory(output_dir).summary())
             diagnosis = diagnose(rows, (), run_summary.get("vocab_size"), run_summary.get("total_steps"))
             lines = ["" if diagnosis.done else diagnosis.line(), new_hint(rows)]  # `on_train_end` has the last verdict
             return "\n".join(filter(None, lines)) or None

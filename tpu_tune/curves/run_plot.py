@@ -40,7 +40,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, t
     """Draw the curves of a run into a PNG file, in a bucket or on a disk; a reader never sees half a file.
 
     Args:
-      metrics: rows of metrics.jsonl, in any order; a few or none are fine.
+      metrics: rows of metrics.jsonl (`RunDirectory.metrics`), in any order; a few or none are fine.
       path: the PNG file.
       title: the run's name, shown above the curves.
     """

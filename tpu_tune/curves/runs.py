@@ -6,13 +6,13 @@ that line in the picture and not in the file, and says so.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.run_directory import RunDirectory, one_line_error, read_json_lines
 from tpu_tune.curves.diagnosis import Diagnosis, diagnose
 from tpu_tune.errors import UserError
 
@@ -66,67 +66,36 @@ def read_run(path: str | os.PathLike) -> CurveRun:
       UserError: it is not there, or holds no metrics; one line that says which.
     """
     path = os.fspath(path).rstrip("/") or "/"
-    if not storage.exists(path):
-        raise UserError(f"{path}: there is no such run directory")
-    directory = path if storage.is_dir(path) else ""
-    file = os.path.join(path, "metrics.jsonl") if directory else path
-    rows, notes = _lines(file)
-    if rows is None:
+    with one_line_error(path):
+        if not storage.exists(path):
+            raise UserError(f"{path}: there is no such run directory")
+        run = RunDirectory(path) if storage.is_dir(path) else None
+    file = run.file("metrics.jsonl") if run else path
+    metrics = read_json_lines(file)
+    if metrics is None:
         raise UserError(f"{path}: no metrics.jsonl in it; name a run's output_dir (a run writes it at its first step)")
-    if not any("loss" in row or "eval_loss" in row for row in rows):
-        raise UserError(f"{file}: holds no row with a loss" + (f" ({notes[0]})" if notes else ""))
-    name = os.path.basename(os.path.abspath(path) if not storage.is_remote(path) else path)
-    if not directory:
-        return CurveRun(name, path, rows, notes=notes)
-    found: dict[str, Any] = {}
+    if not any("loss" in row or "eval_loss" in row for row in metrics.rows):
+        raise UserError(f"{file}: holds no row with a loss" + (f" ({metrics.notes[0]})" if metrics.notes else ""))
+    name, notes = os.path.basename(storage.absolute(path)), list(metrics.notes)
+    if run is None:
+        return CurveRun(name, path, metrics.rows, notes=notes)
+    recorded: dict[str, dict[str, Any]] = {}
     for key in ("config", "summary"):
         try:
-            found[key] = json.loads(storage.read_bytes(os.path.join(directory, f"{key}.json")).decode())
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError):
+            recorded[key] = run.read_json(f"{key}.json") or {}
+        except UserError:
             notes.append(f"{key}.json cannot be read and was left out")
-        if not isinstance(found.get(key), dict):
-            found.pop(key, None)
-    samples, sample_notes = _lines(os.path.join(directory, "samples.jsonl"))
-    saved = [int(name) for name in storage.list_names(os.path.join(directory, "checkpoints")) if name.isdigit()]
+    samples = read_json_lines(run.file("samples.jsonl"))
     return CurveRun(
         name,
         path,
-        rows,
-        found.get("config", {}),
-        found.get("summary", {}),
-        _pairs(samples or []),
-        sorted(saved),
-        [*notes, *sample_notes],
+        metrics.rows,
+        recorded.get("config", {}),
+        recorded.get("summary", {}),
+        _pairs(samples.rows if samples else []),
+        run.saved_steps(),
+        [*notes, *(samples.notes if samples else [])],
     )
-
-
-def _lines(file: str) -> tuple[list[dict[str, Any]] | None, list[str]]:
-    """Return the rows of a JSON Lines file, None without one, and what of it could not be read."""
-    try:
-        lines = storage.read_bytes(file).decode("utf-8", errors="replace").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return None, []
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-    rows, bad = [], []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif line.strip():
-            bad.append(number)
-    name = os.path.basename(file)
-    if not bad:
-        return rows, []
-    if bad == [len(lines)]:
-        return rows, [f"the last line of {name} is cut off and was left out"]
-    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return rows, [f"line {bad[0]}{more} of {name} cannot be read and was left out"]
 
 
 def _pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.data import sources
 from tpu_tune.data.sources import BadRow
 from tpu_tune.errors import UserError
@@ -204,26 +204,16 @@ def aside(path: str | os.PathLike, overwrite: bool = True) -> Iterator[Path]:
       UserError: the file cannot be written, or is there already and must not be overwritten.
     """
     path = Path(path)
-    temporary = None
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a directory; name a file to write")
         if path.exists() and not overwrite:
             raise UserError(f"{path}: is there already; remove it or name another output")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
+        with storage.whole_file(path) as temporary:
+            yield Path(temporary)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def progress(items: Iterable | None, what: str, total: int | None = None, unit: str = "rows") -> tqdm:

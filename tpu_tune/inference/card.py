@@ -1,7 +1,7 @@
 """The model card: README.md of a repository on the Hugging Face hub, from what a run directory has recorded.
 
-The front matter is what the hub reads (base model, library, tags, results); the body says what the model is, what it was
-trained on and how, how it was judged, and how to load it, in code that runs as it stands.
+The front matter is what the hub reads (base model, library, tags, results); the body says what the model is, what it
+was trained on and how, how it was judged, and how to load it, in code that runs as it stands.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.inference.public_names import Base, base_name, hub_id, private_directories, scrubbed
 
-FORMS = ("adapter", "merged", "gguf")
 _SHOWN_EVALUATIONS = 20
 # Told elsewhere in the card, or nobody's business.
 _NOT_SHOWN = (
@@ -26,13 +25,14 @@ _NOT_SHOWN = (
 )  # fmt: skip
 # What `load(quantize=...)` takes.
 _LOADED_AS_TRAINED = {
-    "quantize.group_size": 64, "quantize.double_quant": True, "quantize.include": ["all-linear"], "quantize.exclude": [],
+    "quantize.group_size": 64, "quantize.double_quant": True, "quantize.include": ["all-linear"],
+    "quantize.exclude": [],
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a card tells.
+class CardFacts:
+    """What a model card is made of.
 
     Attributes:
       repo: NAMESPACE/NAME.
@@ -41,7 +41,7 @@ class Facts:
       run: the run directory.
       base: the model that it began with.
       metrics: the rows of metrics.jsonl.
-      summary: of summary.json, {} where there is none: `data`, `trainable_parameters`.
+      summary: the content of summary.json, {} where there is none: `data`, `trainable_parameters`.
       license: keys of the front matter, {} where nothing is known.
       encoder_decoder: whether the model is one.
       added_tokens: whether the vocabulary was grown.
@@ -67,7 +67,7 @@ class Facts:
     difference: Mapping[str, float] = field(default_factory=dict)
 
 
-def model_card(facts: Facts) -> str:
+def model_card(facts: CardFacts) -> str:
     """Return the card as text, front matter included; it names no directory of the user's."""
     parts = [
         f"# {facts.repo.rpartition('/')[2]}",
@@ -89,7 +89,7 @@ def judged(config: ConfigDict, metrics: Sequence[Mapping[str, Any]]) -> Mapping[
     return min(rows, key=lambda row: row["eval_loss"]) if config.train.load_best_model_at_end else rows[-1]
 
 
-def _front_matter(facts: Facts) -> str:
+def _front_matter(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     config, row, dataset = facts.config, judged(facts.config, facts.metrics), _hub_data(facts)
@@ -130,7 +130,7 @@ def _front_matter(facts: Facts) -> str:
     return data.to_yaml()
 
 
-def _what(facts: Facts) -> str:
+def _what(facts: CardFacts) -> str:
     config, base = facts.config, facts.base
     called = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id == base.name else f"`{base.name}`"
     if base.hub_id and base.hub_id != base.name:
@@ -145,7 +145,7 @@ def _what(facts: Facts) -> str:
         return text
     form = "one GGUF file" if facts.form == "gguf" else "a whole model"
     text = f"{called} as {form}, {made}"
-    if config.method == "full":
+    if config.method != "lora":
         return text
     text += " The adapter is merged into the weights."
     if facts.difference:
@@ -158,7 +158,7 @@ def _what(facts: Facts) -> str:
 
 
 def _method(config: ConfigDict) -> str:
-    if config.method == "full":
+    if config.method != "lora":
         return "every weight was trained"
     stored = config.quantize.format
     text = f"{'LoRA' if stored == 'none' else 'QLoRA'} of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
@@ -168,14 +168,15 @@ def _method(config: ConfigDict) -> str:
     return text
 
 
-def _data(facts: Facts) -> str:
+def _data(facts: CardFacts) -> str:
     config, counts = facts.config, facts.summary.get("data") or {}
     dataset = _hub_data(facts)
     name = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"`{base_name(config.data.train)}`"
     lines = [f"- trained on: {name}{_counted(counts.get('train'))}"]
-    found = (counts.get("train") or {}).get("format") or (config.data.format if config.data.format != "auto" else "")
-    if found:
-        lines.append(f"- row format: {found}")
+    configured = "" if config.data.format == "auto" else config.data.format
+    row_format = (counts.get("train") or {}).get("format") or configured
+    if row_format:
+        lines.append(f"- row format: {row_format}")
     if config.data.eval:
         lines.append(f"- evaluated on: `{base_name(config.data.eval)}`{_counted(counts.get('eval'))}")
     elif config.data.eval_ratio > 0:
@@ -188,11 +189,11 @@ def _data(facts: Facts) -> str:
 def _counted(counts: Mapping[str, Any] | None) -> str:
     """Words for one set's counts, with a comma in front; "" where they were not recorded."""
     words = {"used_examples": "examples", "used_tokens": "tokens", "used_target_tokens": "of them targets"}
-    told = [f"{counts[key]:,} {word}" for key, word in words.items() if isinstance((counts or {}).get(key), int)]
-    return "".join(f", {one}" for one in told)
+    phrases = [f"{counts[key]:,} {word}" for key, word in words.items() if isinstance((counts or {}).get(key), int)]
+    return "".join(f", {one}" for one in phrases)
 
 
-def _training(facts: Facts) -> str:
+def _training(facts: CardFacts) -> str:
     default = dict(configuration.flatten(configuration.default()))
     private = private_directories(facts.config, facts.run)
     changed = []
@@ -219,14 +220,14 @@ def _training(facts: Facts) -> str:
     return "\n\n".join(lines) + "".join(f"\n{line}" for line in changed) + "\n```"
 
 
-def _evaluation(facts: Facts) -> str:
+def _evaluation(facts: CardFacts) -> str:
     rows, kept = _evaluations(facts.metrics), judged(facts.config, facts.metrics)
     if kept is None:
         return "None was made while training."
     shown = rows
     if len(rows) > _SHOWN_EVALUATIONS:
-        places = {round(i * (len(rows) - 1) / (_SHOWN_EVALUATIONS - 1)) for i in range(_SHOWN_EVALUATIONS)}
-        shown = [row for place, row in enumerate(rows) if place in places or row is kept]
+        indices = {round(i * (len(rows) - 1) / (_SHOWN_EVALUATIONS - 1)) for i in range(_SHOWN_EVALUATIONS)}
+        shown = [row for index, row in enumerate(rows) if index in indices or row is kept]
     lines = ["| step | epoch | eval_loss | perplexity | token accuracy |", "|---|---|---|---|---|"]
     for row in shown:
         cells = [
@@ -244,7 +245,7 @@ def _evaluation(facts: Facts) -> str:
     return "\n".join(lines) + f"\n\n{said}"
 
 
-def _snippets(facts: Facts) -> list[str]:
+def _snippets(facts: CardFacts) -> list[str]:
     if facts.form == "gguf":
         return _gguf_snippets(facts)
     kind = "AutoModelForSeq2SeqLM" if facts.encoder_decoder else "AutoModelForCausalLM"
@@ -269,11 +270,12 @@ def _snippets(facts: Facts) -> list[str]:
         quantize = ""
     plain = (
         "import tpu_tune\nfrom huggingface_hub import snapshot_download\n\n"
-        f"{load}model = tpu_tune.load(base, adapter=adapter{f', quantize={quantize!r}' if quantize else ''})\n{_use(facts)}"
+        f"{load}model = tpu_tune.load(base, adapter=adapter{f', quantize={quantize!r}' if quantize else ''})\n"
+        f"{_use(facts)}"
     )
-    says = "With transformers and PEFT:"
+    caption = "With transformers and PEFT:"
     if facts.base.kind == "gguf" and not facts.base.hub_id:
-        says = "With transformers and PEFT, which need the base as a Hugging Face model:"
+        caption = "With transformers and PEFT, which need the base as a Hugging Face model:"
     words = "adapter" if facts.added_tokens else "base"
     grown = "model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))\n"
     torch = (
@@ -282,10 +284,10 @@ def _snippets(facts: Facts) -> list[str]:
         f"tokenizer = AutoTokenizer.from_pretrained({words})\nmodel = {kind}.from_pretrained(base)\n"
         f"{grown if facts.added_tokens else ''}model = PeftModel.from_pretrained(model, adapter)\n{use}"
     )
-    return [_code(says, torch), _code("With tpu_tune, as it was trained:" if quantize else "With tpu_tune:", plain)]
+    return [_code(caption, torch), _code("With tpu_tune, as it was trained:" if quantize else "With tpu_tune:", plain)]
 
 
-def _gguf_snippets(facts: Facts) -> list[str]:
+def _gguf_snippets(facts: CardFacts) -> list[str]:
     revision = f", revision={facts.revision!r}" if facts.revision else ""
     branch = f" --revision {facts.revision}" if facts.revision else ""
     shell = (
@@ -299,31 +301,32 @@ def _gguf_snippets(facts: Facts) -> list[str]:
     return [_code("With llama.cpp:", shell, "bash"), _code("With tpu_tune:", plain)]
 
 
-def _use(facts: Facts) -> str:
+def _use(facts: CardFacts) -> str:
     return f"print(model.generate(['What is AI?']{'' if _is_chat(facts) else ', chat=False'})[0])"
 
 
-def _torch_use(facts: Facts) -> str:
+def _torch_use(facts: CardFacts) -> str:
     if _is_chat(facts):
-        given = (
+        inputs = (
             "chat = [{'role': 'user', 'content': 'What is AI?'}]\n"
-            "inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors='pt')"
+            "inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, "
+            "return_tensors='pt')"
         )
     else:
-        given = "inputs = tokenizer('What is AI?', return_tensors='pt')"
-    return f"{given}\nprint(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0]))"
+        inputs = "inputs = tokenizer('What is AI?', return_tensors='pt')"
+    return f"{inputs}\nprint(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0]))"
 
 
-def _is_chat(facts: Facts) -> bool:
-    found = ((facts.summary.get("data") or {}).get("train") or {}).get("format") or facts.config.data.format
-    return found in ("messages", "sharegpt") and not facts.encoder_decoder
+def _is_chat(facts: CardFacts) -> bool:
+    row_format = ((facts.summary.get("data") or {}).get("train") or {}).get("format") or facts.config.data.format
+    return row_format in ("messages", "sharegpt") and not facts.encoder_decoder
 
 
-def _code(says: str, text: str, language: str = "python") -> str:
-    return f"{says}\n\n```{language}\n{text}\n```"
+def _code(caption: str, text: str, language: str = "python") -> str:
+    return f"{caption}\n\n```{language}\n{text}\n```"
 
 
-def _hub_data(facts: Facts) -> str:
+def _hub_data(facts: CardFacts) -> str:
     return hub_id(facts.config.data.train, facts.run, facts.config.output_dir)
 
 

@@ -46,8 +46,8 @@ def embed(
       model: loaded; its weights are held whole on every device.
       windows: texts, some thousands at a time.
       max_length: tokens that are read of each text; at most as many as a model with learned positions has.
-      batch_tokens: of a batch on all devices, padding included.
-      devices: by default all, of a CPU's virtual ones the first: they share its cores.
+      batch_tokens: tokens in a batch on all devices, padding included.
+      devices: the devices to use; by default all, but of a CPU's virtual ones the first: they share its cores.
 
     Raises:
       UserError: `max_length` is less than one.
@@ -63,10 +63,10 @@ def embed(
     run = functools.partial(_pooled, model.architecture, model.dtype, mesh, params)
     waiting = None
     for texts in windows:
-        here = _dispatched(run, _tokens(model.tokenizer, texts, max_length), max_length, batch_tokens, len(devices))
+        started = _dispatched(run, _tokens(model.tokenizer, texts, max_length), max_length, batch_tokens, len(devices))
         if waiting is not None:  # fetched while the devices work on this window
             yield _gathered(*waiting)
-        waiting = here, len(texts)
+        waiting = started, len(texts)
     if waiting is not None:
         yield _gathered(*waiting)
 
@@ -104,9 +104,9 @@ def _width(length: int, max_length: int) -> int:
 
 
 def _gathered(batches: list[tuple[np.ndarray, Array]], count: int) -> Float[np.ndarray, "n d"]:
-    found = [np.asarray(embeddings)[: len(numbers)] for numbers, embeddings in batches]
-    out = np.zeros((count, found[0].shape[1] if found else 0), np.float32)
-    for (numbers, _), part in zip(batches, found, strict=True):
+    parts = [np.asarray(embeddings)[: len(numbers)] for numbers, embeddings in batches]
+    out = np.zeros((count, parts[0].shape[1] if parts else 0), np.float32)
+    for (numbers, _), part in zip(batches, parts, strict=True):
         out[numbers] = part
     return out
 
@@ -130,6 +130,6 @@ def _pooled(
         total = jnp.sum(hidden.astype(jnp.float32) * real[:, :, None], axis=1)
         return total / jnp.maximum(lengths, 1)[:, None].astype(jnp.float32)
 
-    whole, rows = PartitionSpec(), PartitionSpec("data")
-    each = jax.shard_map(local, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows, check_vma=False)
+    replicated, rows = PartitionSpec(), PartitionSpec("data")
+    each = jax.shard_map(local, mesh=mesh, in_specs=(replicated, rows, rows), out_specs=rows, check_vma=False)
     return each(params, ids, lengths)

@@ -2,12 +2,11 @@
 
 There are two schools of merging a QLoRA adapter: into the original weights, as peft's own advice goes, or into the
 dequantized ones it was trained over, which is exact to training. Both are offered, the original by default, and the
-difference in logits from the trained model is measured and told; nothing is requantized silently.
+difference in logits from the trained model is measured and reported; nothing is requantized silently.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,37 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tpu_tune import config as configuration
-from tpu_tune.checkpoints import peft
+from tpu_tune.checkpoints import peft, storage
 from tpu_tune.checkpoints.gguf_write import check_family, write_gguf
-from tpu_tune.checkpoints.huggingface_write import tensors_with_head, whole_directory, write_model
+from tpu_tune.checkpoints.huggingface_write import tensors_with_head, write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
-from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
+from tpu_tune.inference.run_model import open_base
 from tpu_tune.models import Architecture
 from tpu_tune.transforms import QuantizeConfig, combine, find_targets, split, unties_head
 
-BASES = ("original", "dequantized")
 _PROBE_TOKENS = 64
-
-
-def read_run(directory: str) -> ConfigDict:
-    """Return the configuration of a run directory.
-
-    Raises:
-      UserError: it is none.
-    """
-    file = os.path.join(directory, "config.json")
-    try:
-        with open(file, encoding="utf-8") as stream:
-            return configuration.from_dict(json.load(stream))
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not a run directory: it has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def export_adapter(run: str, output: str) -> None:
@@ -56,10 +38,14 @@ def export_adapter(run: str, output: str) -> None:
     Raises:
       UserError: the run has none yet, or there is something at `output` already.
     """
-    adapter = adapter_of(run, read_run(run))
+    directory = RunDirectory(run)
+    method = directory.config().method
+    if method == "full":
+        model = directory.result(method)
+        raise UserError(f"{run} trained every weight, so it has no adapter; its model is {model}")
+    adapter = directory.finished_result(method)
     _check_output(output)
-    with whole_directory(output) as aside:
-        shutil.copytree(adapter, aside, dirs_exist_ok=True)
+    _copy(adapter, output)
 
 
 def export_merged(run: str, output: str, base: str = "original", dtype: str = "") -> dict[str, Any]:
@@ -69,22 +55,21 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
       run: run directory.
       output: directory to write.
       base: original | dequantized.
-      dtype: of the tensors; by default as the original's, float32 from a GGUF.
+      dtype: the tensors' dtype; by default the original's, float32 from a GGUF.
 
     Returns:
       `max_logit_difference` (largest absolute difference from the model as it was trained, over one probe text),
-      `relative_logit_difference` (the same over the largest logit), `same_first_guesses` (share of places).
+      `relative_logit_difference` (the same over the largest logit), `same_first_guesses` (share of positions).
     """
-    config = read_run(run)
+    directory = RunDirectory(run)
+    config = directory.config()
     _check_output(output)
-    if config.method == "full":
-        model = full_model(run)
-        with whole_directory(output) as aside:
-            shutil.copytree(model, aside, dirs_exist_ok=True)
+    if config.method != "lora":
+        _copy(directory.finished_result("full"), output)
         return {"max_logit_difference": 0.0, "relative_logit_difference": 0.0, "same_first_guesses": 1.0}
-    source, arch, combined = _trained(run, config)
+    source, arch, load_tree = _trained(directory, config)
     return _written_and_measured(
-        output, arch, combined, base, lambda params: write_model(output, params, source, arch, dtype)
+        output, arch, load_tree, base, lambda params: write_model(output, params, source, arch, dtype)
     )
 
 
@@ -100,64 +85,69 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
     Raises:
       UserError: llama.cpp does not know the family, or GGUF cannot express the model or its tokenizer.
     """
-    config = read_run(run)
+    directory = RunDirectory(run)
+    config = directory.config()
     if not output.endswith(".gguf"):
         raise UserError(f"--output is {output}; a GGUF file's name ends with .gguf")
     _check_output(output)
-    if config.method == "full":
-        source = open_source(full_model(run))
+    if config.method != "lora":
+        source = open_source(directory.finished_result("full"))
         arch = open_architecture(source)
 
-        def combined(quantized: bool) -> dict[str, Any]:
+        def load_tree(quantized: bool) -> dict[str, Any]:
             return load_params(source, arch, jnp.float32)
+
     else:
-        source, arch, combined = _trained(run, config)
+        source, arch, load_tree = _trained(directory, config)
     check_family(source.config)
 
     def write(params: dict[str, Any]) -> None:
         untied = unties_head(params, arch.modules())
         write_gguf(output, tensors_with_head(params, arch, untied), source, kind, untied)
 
-    return _written_and_measured(output, arch, combined, base, write)
+    return _written_and_measured(output, arch, load_tree, base, write)
 
 
-def _trained(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, Callable[[bool], dict[str, Any]]]:
+def _trained(
+    run: RunDirectory, config: ConfigDict
+) -> tuple[WeightSource, Architecture, Callable[[bool], dict[str, Any]]]:
     """A run's base, its architecture, and what loads the tree with the adapter over the quantized base or the plain."""
-    source, arch, quantization = _opened(run, config)
-    spec, adapters = peft.read_adapter(adapter_of(run, config), arch)
+    source = open_base(run, config)
+    arch, quantization = open_architecture(source), QuantizeConfig(**config.quantize)
+    spec, adapters = peft.read_adapter(run.finished_result(config.method), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
 
-    def combined(quantized: bool) -> dict[str, Any]:
+    def load_tree(quantized: bool) -> dict[str, Any]:
         params = load_params(source, arch, jnp.float32, quantization if quantized else None)
         return combine(*split(params, targets, adapters), targets)
 
-    return source, arch, combined
+    return source, arch, load_tree
 
 
 def _written_and_measured(
     output: str,
     arch: Architecture,
-    combined: Callable[[bool], dict[str, Any]],
+    load_tree: Callable[[bool], dict[str, Any]],
     base: str,
     write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Write a tree, read it back, and compare its logits on one probe text with those of the tree as it was trained."""
     # One tree at a time: the trained one gives the reference logits, then the exported one is written and measured.
     probe = np.random.default_rng(0).integers(0, arch.vocab_size, (1, _PROBE_TOKENS))
-    trained = combined(True)
+    trained = load_tree(True)
     probes = [jnp.asarray(probe, jnp.int32)] * (2 if arch.encoder else 1)
     reference = np.asarray(logits(arch, jnp.dtype("float32"), trained, *probes))
-    write(trained if base == "dequantized" else combined(False))
+    write(trained if base == "dequantized" else load_tree(False))
     del trained
     exported = open_source(output)
     written_arch = open_architecture(exported)
     written = load_params(exported, written_arch, jnp.float32)
-    found = np.asarray(logits(written_arch, jnp.dtype("float32"), written, *probes))
-    difference = float(np.max(np.abs(found - reference)))
+    measured = np.asarray(logits(written_arch, jnp.dtype("float32"), written, *probes))
+    difference = float(np.max(np.abs(measured - reference)))
     return {
         "max_logit_difference": difference,
         "relative_logit_difference": difference / float(np.max(np.abs(reference))),
-        "same_first_guesses": float(np.mean(found.argmax(-1) == reference.argmax(-1))),
+        "same_first_guesses": float(np.mean(measured.argmax(-1) == reference.argmax(-1))),
     }
 
 
@@ -168,49 +158,24 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
       run: run directory.
       output: directory to write.
       base: dequantized (what the adapter was trained over) | original.
-      dtype: of the tensors; by default as the original's, float32 from a GGUF.
+      dtype: the tensors' dtype; by default the original's, float32 from a GGUF.
     """
     _check_output(output)
-    source, arch, quantization = _opened(run, read_run(run))
-    chosen = quantization if base == "dequantized" else None
-    write_model(output, load_params(source, arch, jnp.float32, chosen), source, arch, dtype)
+    directory = RunDirectory(run)
+    config = directory.config()
+    source = open_base(directory, config)
+    arch = open_architecture(source)
+    quantization = QuantizeConfig(**config.quantize) if base == "dequantized" else None
+    write_model(output, load_params(source, arch, jnp.float32, quantization), source, arch, dtype)
 
 
-def _opened(run: str, config: ConfigDict) -> tuple[WeightSource, Architecture, QuantizeConfig]:
-    try:
-        source = open_configured(config.model)
-    except UserError as error:
-        raise UserError(f"the model that {run} was trained on cannot be opened: {error}") from None
-    return source, open_architecture(source), QuantizeConfig(**config.quantize)
-
-
-def full_model(run: str) -> str:
-    """Return the directory of the model that a finished run of method=full wrote.
-
-    Raises:
-      UserError: there is none yet.
-    """
-    model = os.path.join(run, "model")
-    if not os.path.isdir(model):
-        raise UserError(f"{run} has no model/ yet; let the training finish first (the same train command goes on)")
-    return model
-
-
-def adapter_of(run: str, config: ConfigDict) -> str:
-    """Return the directory of a finished run's PEFT adapter.
-
-    Raises:
-      UserError: there is none yet, or the run trained every weight.
-    """
-    if config.method == "full":
-        raise UserError(f"{run} trained every weight, so it has no adapter; its model is {os.path.join(run, 'model')}")
-    adapter = os.path.join(run, "adapter")
-    if not os.path.isdir(adapter):
-        raise UserError(f"{run} has no adapter/ yet; let the training finish first (the same train command goes on)")
-    return adapter
+def _copy(result: str, output: str) -> None:
+    with storage.whole_directory(output) as aside:
+        shutil.copytree(storage.local_copy(result), aside, dirs_exist_ok=True)
 
 
 def _check_output(output: str) -> None:
     """Refuse to replace what is there: it may be anything, the run itself too."""
-    if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
+    there = storage.exists(output) or os.path.islink(output)
+    if there and not (storage.is_dir(output) and not storage.list_names(output)):
         raise UserError(f"{output} is there already; choose another --output, or remove it first")

@@ -1,6 +1,6 @@
 """Generation with a key-value cache: greedy, temperature, top-k, top-p; batches of prompts of any length.
 
-Prompts are padded on the left to a common length, so that all rows write their next token at one place; padding is
+Prompts are padded on the left to a common length, so that all rows write their next token at one position; padding is
 segment 0, which no token sees, and positions count from each prompt's first token. An encoder-decoder reads its
 prompts in the encoder and answers from its start token. The whole loop is one jitted function; it stops when every row
 has ended.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,11 @@ class Sampling:
     """How to choose tokens.
 
     Attributes:
-      max_new_tokens: of the answer.
+      max_new_tokens: most tokens of an answer.
       temperature: 0 is greedy.
       top_k: only the k likeliest; 0 for all.
       top_p: only the likeliest that together reach this probability (nucleus sampling, arXiv:1904.09751).
-      seed: of the random choices.
+      seed: the seed of the random choices.
     """
 
     max_new_tokens: int = 128
@@ -87,8 +87,8 @@ def end_tokens(tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that end an answer: the tokenizer's EOS and the usual end-of-turn tokens that it knows."""
     names = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>")
     vocabulary = tokenizer.get_added_vocab()
-    found = {vocabulary[name] for name in names if name in vocabulary}
-    return tuple(sorted(found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())))
+    ends = {vocabulary[name] for name in names if name in vocabulary}
+    return tuple(sorted(ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())))
 
 
 def generate_ids(
@@ -104,9 +104,9 @@ def generate_ids(
     Args:
       arch, params: the model.
       prompts: token ids, at least one each.
-      sampling: how to choose.
+      sampling: how tokens are chosen.
       ends: ids that end an answer.
-      dtype: of the activations and the cache.
+      dtype: the dtype of activations and cache.
 
     Raises:
       UserError: an empty prompt, or more tokens than the model has positions for.
@@ -127,13 +127,15 @@ def generate_ids(
             steps,
             sampling.top_k,
             params,
-            *_padded(starts),
+            _padded(starts),
             encoder,
-            jnp.int32(sampling.max_new_tokens),
-            jnp.float32(sampling.temperature),
-            jnp.float32(sampling.top_p),
-            jax.random.key(sampling.seed),
-            jnp.asarray(list(ends) or [-1], jnp.int32),
+            _Choice(
+                jnp.int32(sampling.max_new_tokens),
+                jnp.float32(sampling.temperature),
+                jnp.float32(sampling.top_p),
+                jax.random.key(sampling.seed),
+                jnp.asarray(list(ends) or [-1], jnp.int32),
+            ),
         )
     )
     answers = []
@@ -154,6 +156,16 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return ids, real
 
 
+class _Choice(NamedTuple):
+    """How tokens are chosen, as arrays: another value compiles nothing anew."""
+
+    limit: Int[Array, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    key: Array
+    ends: Int[Array, " E"]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(
     arch: Architecture,
@@ -161,17 +173,13 @@ def _generate(
     steps: int,
     top_k: int,
     params: dict[str, Any],
-    ids: Int[Array, "B T"],
-    real: Int[Array, "B T"],
+    prompts: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     encoder: tuple[Int[Array, "B M"], Int[Array, "B M"]] | None,
-    limit: Array,
-    temperature: Array,
-    top_p: Array,
-    key: Array,
-    ends: Int[Array, " E"],
+    choice: _Choice,
 ) -> Int[Array, "B steps"]:
     model = Decoder(arch, params, Execution(dtype))
     encoder_output = encode(arch, params, Execution(dtype), *encoder) if encoder else None
+    ids, real = prompts
     batch, width = ids.shape
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     cache = empty_cache(arch, batch, width + steps, dtype)
@@ -181,15 +189,16 @@ def _generate(
 
     def going(carry: tuple) -> Bool[Array, ""]:
         number, _, _, _, ended = carry
-        return (number < limit) & ~jnp.all(ended)
+        return (number < choice.limit) & ~jnp.all(ended)
 
     def one(carry: tuple) -> tuple[Array, Array, Cache, Array, Array]:
         number, logits, cache, written, ended = carry
-        token = choose(logits, temperature, top_k, top_p, jax.random.fold_in(key, number))
+        key = jax.random.fold_in(choice.key, number)
+        token = choose(logits, choice.temperature, top_k, choice.top_p, key)
         written = written.at[:, number].set(token)
-        ended |= jnp.any(token[:, None] == ends, axis=1)
-        place = positions[:, -1:] + 1 + number
-        hidden, cache = model.hidden(token[:, None], place, jnp.ones((batch, 1), jnp.int32), cache)
+        ended |= jnp.any(token[:, None] == choice.ends, axis=1)
+        position = positions[:, -1:] + 1 + number
+        hidden, cache = model.hidden(token[:, None], position, jnp.ones((batch, 1), jnp.int32), cache)
         return number + 1, model.logits(hidden[:, -1]).astype(jnp.float32), cache, written, ended
 
     return jax.lax.while_loop(going, one, start)[3]

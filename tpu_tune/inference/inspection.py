@@ -46,7 +46,7 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
     arch = open_architecture(source)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
     total = arch.num_parameters
-    whole = sum(math.prod(shape) for module in targets.saved for shape in module.leaf_shapes().values())
+    saved = sum(math.prod(shape) for module in targets.saved for shape in module.leaf_shapes().values())
     biases = sum(math.prod(arch.leaf_shapes()[path]) for path in targets.biases)
     magnitudes = sum(len(t.ranks) * t.module.shape[-1] for t in targets.adapted) if spec.use_dora else 0
     rows = sum(len(tokens.ids) * arch.hidden_size for tokens in targets.tokens)
@@ -67,9 +67,9 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
                 {"name": t.module.path, "layers": len(t.layers) or 1, "rank": t.rank, "trainable": t.num_parameters}
                 for t in targets.adapted
             ],
-            "trainable": added + whole + biases,
+            "trainable": added + saved + biases,
             # PEFT counts a saved module twice: the frozen original stays beside the trained copy.
-            "all": total + added + whole,
+            "all": total + added + saved,
         },
     }
 
@@ -88,8 +88,8 @@ def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
 
 def _roles(arch: Architecture) -> dict[str, str]:
     """Return module path -> what it does, of the decoder and of its encoder, if there is one."""
-    found = _roles(arch.encoder) if arch.encoder else {}
+    roles = _roles(arch.encoder) if arch.encoder else {}
     for names in (arch.names, *(kind.names for kind in arch.kinds)):
         prefix = "" if names is arch.names else f"{arch.names.layers}."
-        found |= {prefix + getattr(names, role): meaning for role, meaning in ROLES.items() if hasattr(names, role)}
-    return found
+        roles |= {prefix + getattr(names, role): meaning for role, meaning in ROLES.items() if hasattr(names, role)}
+    return roles

@@ -31,12 +31,12 @@ class Model:
     """A loaded model.
 
     Attributes:
-      architecture: what family and sizes.
+      architecture: the model's family and sizes.
       params: path -> leaf; adapters stand in it as `LoraTensor` leaves.
       tokenizer: the Hugging Face tokenizer, chat template included.
-      dtype: of the activations.
-      source: where the weights came from.
-      targets: of the adapter, or None.
+      dtype: the activations' dtype.
+      source: the opened model that the weights were read from.
+      targets: the modules that the adapter changes, or None.
     """
 
     architecture: Architecture
@@ -47,21 +47,21 @@ class Model:
     targets: Targets | None = None
 
     def __call__(self, input_ids: Any, decoder_input_ids: Any = None) -> Float[Array, "B T V"]:
-        """Return the next token's logits (float32) at every place of `input_ids` (B, T).
+        """Return the next token's logits (float32) at every position of `input_ids` (B, T).
 
         Args:
           input_ids: token ids; of an encoder-decoder, the encoder's.
-          decoder_input_ids: of an encoder-decoder: what it has answered so far, from its start token on, (B, T).
+          decoder_input_ids: for an encoder-decoder, its answer so far, from its start token on, (B, T).
 
         Raises:
           UserError: ids that are not (batch, time), or `decoder_input_ids` where there is no encoder, or none where
             there is.
         """
         if (decoder_input_ids is None) != (self.architecture.encoder is None):
-            wanted = "needs decoder_input_ids too" if self.architecture.encoder else "takes no decoder_input_ids"
-            raise UserError(f"this {self.architecture.family} model {wanted}")
-        given = {"input_ids": input_ids, "decoder_input_ids": decoder_input_ids}
-        arrays = {name: jnp.asarray(np.asarray(ids), jnp.int32) for name, ids in given.items() if ids is not None}
+            needs = "needs decoder_input_ids too" if self.architecture.encoder else "takes no decoder_input_ids"
+            raise UserError(f"this {self.architecture.family} model {needs}")
+        inputs = {"input_ids": input_ids, "decoder_input_ids": decoder_input_ids}
+        arrays = {name: jnp.asarray(np.asarray(ids), jnp.int32) for name, ids in inputs.items() if ids is not None}
         for name, ids in arrays.items():
             if ids.ndim != 2:
                 raise UserError(f"{name} has shape {ids.shape}; give (batch, time)")
@@ -86,7 +86,7 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
 
     Args:
       path: Hugging Face id, local directory, or .gguf file.
-      dtype: of activations and unquantized weights: float32, bfloat16 or float16.
+      dtype: the dtype of activations and unquantized weights: float32, bfloat16 or float16.
       quantize: int8, int4 or nf4 for the linear layers (groups of 64, double quantization at four bits).
       adapter: a PEFT adapter directory; special tokens that its run added are added here too.
 
@@ -106,7 +106,7 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
 def load_source(source: WeightSource, dtype: str, quantization: QuantizeConfig, adapter: str | None = None) -> Model:
     """Load an opened model: see `load`; `quantization` says in full what is quantized and how."""
     arch = open_architecture(source)
-    # The small things first: what is wrong with them is told before the weights are read.
+    # Tokenizer and adapter first: what is wrong with them is reported before the weights are read.
     tokenizer = source.load_tokenizer()
     spec, trained = peft.read_adapter(adapter, arch) if adapter else (None, None)
     params = load_params(source, arch, jnp.dtype(dtype), quantization)
@@ -121,7 +121,7 @@ def load_source(source: WeightSource, dtype: str, quantization: QuantizeConfig, 
 def logits(
     arch: Architecture, dtype: Any, params: dict[str, Any], ids: Int[Array, "B S"], decoder_ids: Array | None = None
 ) -> Float[Array, "B T V"]:
-    """Return float32 logits of `ids`, or of `decoder_ids` where `ids` is for an encoder; `dtype` is the activations'."""
+    """Return float32 logits of `ids`, or of `decoder_ids` where `ids` is for an encoder; `dtype`: of activations."""
     encoder_output = None
     if arch.encoder:
         encoder_output, ids = encode(arch, params, Execution(dtype), ids, jnp.ones_like(ids)), decoder_ids

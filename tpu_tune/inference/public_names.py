@@ -1,7 +1,7 @@
-"""What a run may tell the world: hub ids as they are; of everything local its own name, never the directories above it.
+"""What a pushed run may say in public: hub ids as they are; of a local path its last part, never the directories above.
 
-A path in a configuration says how a user has arranged a disk, and often who the user is. `push` publishes, so that every
-name it writes, into the card or into a JSON file beside the weights, goes through here.
+A path in a configuration says how a user has arranged a disk, and often who the user is. `push` publishes, so that
+every name it writes, into the card or into a JSON file beside the weights, goes through here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.errors import UserError
 
@@ -31,8 +32,8 @@ _PATH_KEYS = (
     "data.chat_template",
 )
 _JSON_PATHS = (
-    "_name_or_path", "name_or_path", "base_model_name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file",
-    "merges_file",
+    "_name_or_path", "name_or_path", "base_model_name_or_path", "special_tokens_map_file", "tokenizer_file",
+    "vocab_file", "merges_file",
 )  # fmt: skip
 _LICENSE = ("license", "license_name", "license_link")
 _LARGEST_JSON = 1 << 20  # beyond it a file is a vocabulary, which holds no paths
@@ -43,7 +44,7 @@ class Base:
     """The model that a run began with.
 
     Attributes:
-      name: what it is called in public: its hub id, or the name of a file or directory.
+      name: its public name: its hub id, or the name of a file or directory.
       hub_id: on the Hugging Face hub, "" where that is not known.
       kind: hub | directory | gguf.
       license: the keys of a model card that state its license: license, license_name, license_link; {} if unknown.
@@ -64,27 +65,27 @@ def base_of(config: ConfigDict, run: str, hub: str = "") -> Base:
       hub: the base's hub id, where the user gives it.
     """
     path = config.model.path
-    name, found = base_name(path), hub_id(path, run, config.output_dir)
+    name, hub_name = base_name(path), hub_id(path, run, config.output_dir)
     where = next(
         (one for one in (path, os.path.join(_started_in(run, config.output_dir), path)) if os.path.exists(one)), path
     )
     if path.endswith(".gguf"):
         return Base(hub or name, hub, "gguf", _license_of_gguf(where))
-    if found:
-        license = {} if hub not in ("", found) else _license_of_directory(where) or _license_in_cache(found)
-        return Base(hub or found, hub or found, "hub", license)
-    told = _json(os.path.join(where, "config.json")).get("_name_or_path", "")
-    told = hub or (hub_id(told, run, config.output_dir) if isinstance(told, str) else "")
-    return Base(hub or name, told, "hub" if hub else "directory", _license_of_directory(where))
+    if hub_name:
+        license = {} if hub not in ("", hub_name) else _license_of_directory(where) or _license_in_cache(hub_name)
+        return Base(hub or hub_name, hub or hub_name, "hub", license)
+    stated = _json(os.path.join(where, "config.json")).get("_name_or_path", "")
+    stated = hub or (hub_id(stated, run, config.output_dir) if isinstance(stated, str) else "")
+    return Base(hub or name, stated, "hub" if hub else "directory", _license_of_directory(where))
 
 
 def hub_id(path: str, run: str = "", output_dir: str = "") -> str:
     """Return the hub id that a path is, or whose copy in Hugging Face's cache it is; "" for what is local.
 
     Args:
-      path: as the configuration has it.
+      path: the path in the configuration.
       run: the run directory, and
-      output_dir: what it was called when it was trained: they tell where a relative path began.
+      output_dir: its name when it was trained: together they tell where a relative path began.
     """
     cached = re.search(r"(?:models|datasets)--([^/\\]+)--([^/\\]+)[/\\]snapshots(?:[/\\]|$)", path)
     if cached:
@@ -111,11 +112,11 @@ def base_name(path: str) -> str:
 def private_directories(config: ConfigDict, run: str) -> list[str]:
     """Return the directories that must not be told, the longest first."""
     paths = [run, *(value for key in _PATH_KEYS for value in [_get(config, key)] if value)]
-    found = {os.path.expanduser("~"), os.getcwd()}
+    directories = {os.path.expanduser("~"), os.getcwd()}
     for path in paths:
         if len(path) < 4096 and not _is_template(path) and "://" not in path:
-            found.add(os.path.dirname(os.path.abspath(os.path.expanduser(path))))
-    return sorted((path for path in found if len(path) > 1), key=len, reverse=True)
+            directories.add(os.path.dirname(os.path.abspath(os.path.expanduser(path))))
+    return sorted((path for path in directories if len(path) > 1), key=len, reverse=True)
 
 
 def scrubbed(value: Any, private: Sequence[str], key: str = "") -> Any:
@@ -123,7 +124,7 @@ def scrubbed(value: Any, private: Sequence[str], key: str = "") -> Any:
 
     Args:
       value: text, a number, or lists and dicts of them.
-      private: from `private_directories`.
+      private: the result of `private_directories`.
       key: the value's own; one that holds a path is cut to the path's last part whatever it looks like.
     """
     if isinstance(value, Mapping):
@@ -143,8 +144,8 @@ def scrubbed_json(file: str, base: Base) -> bytes | None:
     """Return a JSON file's content with the paths in it replaced by public names; None where it may stay as it is.
 
     Args:
-      file: such as adapter_config.json, config.json, tokenizer_config.json.
-      base: what `base_model_name_or_path` becomes.
+      file: a path such as that of adapter_config.json, config.json, tokenizer_config.json.
+      base: the base model, whose public name `base_model_name_or_path` becomes.
     """
     if not file.endswith(".json") or os.path.getsize(file) > _LARGEST_JSON:
         return None
@@ -162,10 +163,12 @@ def scrubbed_json(file: str, base: Base) -> bytes | None:
 
 
 def _started_in(run: str, output_dir: str) -> str:
-    """Return the directory in which a run was started, as far as its own place tells."""
-    run, told = os.path.abspath(run), os.path.normpath(output_dir) if output_dir else ""
-    known = told and not os.path.isabs(told) and run.endswith(os.sep + told)
-    return run[: -len(told)] if known else os.getcwd()
+    """Return the directory in which a run was started, as far as its own path tells."""
+    if storage.is_remote(run):
+        return os.getcwd()
+    run, recorded = os.path.abspath(run), os.path.normpath(output_dir) if output_dir else ""
+    known = recorded and not os.path.isabs(recorded) and run.endswith(os.sep + recorded)
+    return run[: -len(recorded)] if known else os.getcwd()
 
 
 def _get(config: ConfigDict, key: str) -> Any:
@@ -201,8 +204,8 @@ def _license_of_gguf(path: str) -> dict[str, str]:
 
 
 def _license_of_directory(directory: str) -> dict[str, str]:
-    found = _license_of_card(os.path.join(directory, "README.md"))
-    return found or _checked({"license": _json(os.path.join(directory, "config.json")).get("license")})
+    license = _license_of_card(os.path.join(directory, "README.md"))
+    return license or _checked({"license": _json(os.path.join(directory, "config.json")).get("license")})
 
 
 def _license_in_cache(hub: str) -> dict[str, str]:
@@ -224,10 +227,10 @@ def _license_of_card(file: str) -> dict[str, str]:
     return _checked({key: data.get(key) for key in _LICENSE})
 
 
-def _checked(found: Mapping[str, Any]) -> dict[str, str]:
+def _checked(license: Mapping[str, Any]) -> dict[str, str]:
     """Keep what is plain text; a link without a name of the license, or a name without one, says nothing."""
-    kept = {key: value for key, value in found.items() if isinstance(value, str) and value and not _PATH.match(value)}
-    link = found.get("license_link")
+    kept = {key: value for key, value in license.items() if isinstance(value, str) and value and not _PATH.match(value)}
+    link = license.get("license_link")
     if isinstance(link, str) and link.startswith("https://"):
         kept["license_link"] = link
     return kept if "license" in kept else {}

@@ -1,8 +1,9 @@
 """From a run to a repository on the Hugging Face hub: its adapter, its merged model or a GGUF file, with a model card.
 
-`prepared` gathers what would be uploaded, `upload` makes one commit of it. The files of a run go up from where they lie;
-only a merged model is written, into a temporary directory that is removed whatever happens. So a push that fails or is
-stopped leaves the run as it was, and the repository at its last commit. The token goes into the client and nowhere else.
+`prepared` gathers what would be uploaded, `upload` makes one commit of it. The files of a run go up from where they
+lie; only a merged model is written, into a temporary directory that is removed whatever happens. So a push that fails
+or is stopped leaves the run as it was, and the repository at its last commit. The token goes into the client and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.vocabulary import RECORD
 from tpu_tune.errors import UserError
 from tpu_tune.inference import export
-from tpu_tune.inference.card import Facts, model_card
+from tpu_tune.inference.card import CardFacts, model_card
 from tpu_tune.inference.public_names import base_of, is_hub_id, scrubbed_json
 
 _SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")  # a token has 34 letters and digits
@@ -37,7 +39,7 @@ class PushRequest:
       repo: NAMESPACE/NAME; a NAME alone is the token's owner's.
       form: adapter | merged | gguf; a run that trained every weight has no adapter, so its model is meant.
       merge_base: original | dequantized.
-      dtype: of a merged model's tensors, "" for the original's.
+      dtype: a merged model's dtype, "" for the original's.
       gguf_type: f16 | bf16 | q8_0.
       revision: branch, "" for the main one.
       license: identifier for the card, "" for the base's own where that is known.
@@ -78,18 +80,14 @@ def check(run: str, request: PushRequest) -> tuple[ConfigDict, PushRequest, str]
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if storage.is_remote(run):
-        raise UserError(f"{run} is in a bucket; copy the run directory to this machine and push it from here")
-    config = export.read_run(run)
-    result = os.path.join(run, "model" if config.method == "full" else "adapter")
-    if not os.path.isdir(result):
-        name = os.path.basename(result)
-        raise UserError(f"{run} has no {name}/ yet; let the training finish first (the same train command goes on)")
+    config = RunDirectory(run).config()
+    result = RunDirectory(run).finished_result(config.method)
     try:
         validate_repo_id(request.repo)
     except HFValidationError:
         raise UserError(
-            f"--repo is '{request.repo}'; it must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', as in me/my-model"
+            f"--repo is '{request.repo}'; it must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', "
+            "as in me/my-model"
         ) from None
     if request.base_model and not is_hub_id(request.base_model):
         raise UserError(f"--base-model is '{request.base_model}'; it must be a hub id, NAMESPACE/NAME")
@@ -98,9 +96,9 @@ def check(run: str, request: PushRequest) -> tuple[ConfigDict, PushRequest, str]
             f"--license is '{request.license}'; it must be an identifier such as apache-2.0, mit, llama3.1 or other "
             "(https://huggingface.co/docs/hub/repositories-licenses)"
         )
-    if config.method == "full" and request.form == "adapter":
+    if config.method != "lora" and request.form == "adapter":
         request = replace(request, form="merged")
-    if request.dtype and config.method == "full":
+    if request.dtype and config.method != "lora":
         raise UserError(f"--dtype: {run} trained every weight, and its model is pushed as it is")
     return config, request, result
 
@@ -113,44 +111,44 @@ def find_token() -> str:
     """
     from huggingface_hub import get_token
 
-    with told("the token cannot be had"):
+    with one_line_errors("the token cannot be had"):
         token = get_token()
     if not token:
         raise UserError(
-            f"no Hugging Face token: make one with write access at {_TOKENS_AT}, then set HF_TOKEN or run `hf auth login`"
+            f"no Hugging Face token: make one with write access at {_TOKENS_AT}, then set HF_TOKEN or run "
+            "`hf auth login`"
         )
     return token
 
 
 @contextlib.contextmanager
-def prepared(
-    run: str, request: PushRequest, metrics: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[list[File], dict[str, Any]]]:
+def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[str, Any]]]:
     """Yield the files to upload, the card first, and figures of the merge; what was written for it is gone afterwards.
 
     Args:
       run: a finished run's directory; not changed.
-      request: what is asked for.
-      metrics: the rows of its metrics.jsonl.
+      request: what to push, and how.
 
     Raises:
       UserError: as `check` and the exports raise it.
     """
     config, request, result = check(run, request)
     base = base_of(config, run, request.base_model)
-    picture = os.path.join(run, "curves.png")
-    facts = Facts(
+    directory = RunDirectory(run)
+    curves = directory.file("curves.png")
+    beside = [File("curves.png", storage.read_bytes(curves))] if storage.exists(curves) else []
+    facts = CardFacts(
         request.repo,
         request.form,
         config,
         run,
         base,
-        metrics,
-        _summary(run),
+        directory.metrics(),
+        directory.summary(),
         license={"license": request.license} if request.license else base.license,
         encoder_decoder=_is_encoder_decoder(result),
-        added_tokens=os.path.isfile(os.path.join(result, RECORD)),
-        has_curves=os.path.isfile(picture),
+        added_tokens=storage.exists(os.path.join(result, RECORD)),
+        has_curves=bool(beside),
         revision=request.revision,
         gguf_file=f"{request.repo.rpartition('/')[2]}-{request.gguf_type}.gguf" if request.form == "gguf" else "",
     )
@@ -158,7 +156,7 @@ def prepared(
         weights: list[File] = []
         figures: dict[str, Any] = {}
         if not request.card_only:
-            if request.form == "gguf" or (request.form == "merged" and config.method != "full"):
+            if request.form == "gguf" or (request.form == "merged" and config.method == "lora"):
                 written = os.path.join(stack.enter_context(_aside(run)), facts.gguf_file or "model")
                 if request.form == "gguf":
                     figures = export.export_gguf(run, written, request.merge_base, request.gguf_type)
@@ -167,16 +165,16 @@ def prepared(
                     figures = export.export_merged(run, written, request.merge_base, request.dtype)
                     weights = _files(written, base)
             else:
-                weights = _files(result, base)
-        merged = {} if config.method == "full" and request.form == "merged" else figures
+                weights = _files(storage.local_copy(result), base)
+        merged = {} if config.method != "lora" and request.form == "merged" else figures
         card = masked(model_card(replace(facts, difference=merged)))
-        beside = [File("curves.png", picture)] if facts.has_curves else []
         yield [File("README.md", card.encode()), *beside, *weights], figures
 
 
 def _aside(run: str) -> tempfile.TemporaryDirectory:
-    """A directory for a merged model: in $TMPDIR if that is set, else beside the run, where there is room for models."""
-    place = os.environ.get("TMPDIR") or os.path.dirname(os.path.abspath(run))
+    """A directory for a merged model: in $TMPDIR if that is set, else beside the run, where models have room."""
+    beside = tempfile.gettempdir() if storage.is_remote(run) else os.path.dirname(os.path.abspath(run))
+    place = os.environ.get("TMPDIR") or beside
     try:
         return tempfile.TemporaryDirectory(prefix="tpu-tune-push-", dir=place)
     except OSError as error:
@@ -186,14 +184,14 @@ def _aside(run: str) -> tempfile.TemporaryDirectory:
 
 
 def open_repo(token: str, request: PushRequest, private: bool = False) -> PushRequest:
-    """Make the repository and the branch where they are not there yet; return the request with the repository's full name.
+    """Make the repository and the branch if they do not exist; return the request with the repository's full name.
 
     Raises:
       UserError: the hub cannot be reached or refuses, or a repository that should be private is public.
     """
     from huggingface_hub import HfApi
 
-    with told(f"{request.repo} cannot be made", token, request.repo):
+    with one_line_errors(f"{request.repo} cannot be made", token, request.repo):
         api = HfApi(token=token)
         url = api.create_repo(request.repo, private=private or None, exist_ok=True)
         if private and api.model_info(url.repo_id).private is False:
@@ -213,7 +211,7 @@ def upload(token: str, request: PushRequest, files: Sequence[File], message: str
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    with told(f"the upload to {request.repo} failed, and the repository is as it was", token, request.repo):
+    with one_line_errors(f"the upload to {request.repo} failed, and the repository is as it was", token, request.repo):
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content) for file in files]
         commit = HfApi(token=token).create_commit(
             request.repo, operations, commit_message=masked(message, token), revision=request.revision or None
@@ -227,7 +225,7 @@ def masked(text: str, token: str = "") -> str:
 
 
 @contextlib.contextmanager
-def told(what: str, token: str = "", repo: str = "") -> Iterator[None]:
+def one_line_errors(what: str, token: str = "", repo: str = "") -> Iterator[None]:
     """Turn whatever the client raises into one line without the token.
 
     Raises:
@@ -253,8 +251,8 @@ def _reason(error: Exception, repo: str) -> str:
         return f"the hub does not accept the token (401); make a new one with write access at {_TOKENS_AT}"
     if status == 403:
         return (
-            f"the token may not write to {repo} (403: {said}); give it write access at {_TOKENS_AT}, or choose a --repo of "
-            "your own"
+            f"the token may not write to {repo} (403: {said}); give it write access at {_TOKENS_AT}, or "
+            "choose a --repo of your own"
         )
     if status is not None:
         return f"the hub answered {status}: {said}"
@@ -265,32 +263,22 @@ def _reason(error: Exception, repo: str) -> str:
 
 def _files(directory: str, base: Any) -> list[File]:
     """The files of a directory, sorted; JSON that would tell a local path is replaced by bytes that do not."""
-    found = []
+    files = []
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(folder, name)
             inside = os.path.relpath(path, directory).replace(os.sep, "/")
             if not name.startswith(".") and inside != "README.md":  # the card takes its place
-                found.append(File(inside, scrubbed_json(path, base) or path))
-    return found
-
-
-def _summary(run: str) -> dict[str, Any]:
-    """What `summary.json` says of a run's data; {} where there is none that can be read."""
-    try:
-        found = json.loads(storage.read_bytes(os.path.join(run, "summary.json")).decode())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+                files.append(File(inside, scrubbed_json(path, base) or path))
+    return files
 
 
 def _is_encoder_decoder(result: str) -> bool:
     for name, key, value in (("adapter_config.json", "task_type", "SEQ_2_SEQ_LM"), ("config.json", "model_type", "t5")):
         try:
-            with open(os.path.join(result, name), encoding="utf-8") as stream:
-                if json.load(stream).get(key) == value:
-                    return True
+            if json.loads(storage.read_bytes(os.path.join(result, name)).decode()).get(key) == value:
+                return True
         except (OSError, ValueError, AttributeError):
             continue
     return False

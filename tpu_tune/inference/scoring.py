@@ -1,9 +1,9 @@
 """Log-likelihoods: how likely a model finds the tokens it is shown.
 
-A `Row` is what goes into the model and what is to be predicted at each place. `score` brings many rows through one
+A `Row` is what goes into the model and what is to be predicted at each position. `score` brings many rows through one
 jitted function, sorted by length into a few widths, so that few shapes are compiled; logits exist for a chunk of the
-wanted places at one time only. Above it stand the pairs (context, continuation), the letters of a multiple-choice
-question and the windows of a long text, cut as lm-evaluation-harness cuts them.
+positions with a target at one time only. Above it stand the pairs (context, continuation), the letters of a
+multiple-choice question and the windows of a long text, cut as lm-evaluation-harness cuts them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tpu_tune.inference.model import Model
 from tpu_tune.kernels.cross_entropy import IGNORED, token_losses
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode
 
-BATCH_TOKENS = 4096  # places of all rows that go through the model together
+BATCH_TOKENS = 4096  # positions of all rows that go through the model together
 _LOGITS_BYTES = 128 * 2**20  # float32 logits that exist at one time
 _DEFAULT_LENGTH = 2048  # of a model whose config names no length
 
@@ -33,9 +33,9 @@ class Row:
     """One text to score.
 
     Attributes:
-      ids: what the (decoder's) model reads, at least one token.
-      targets: as many: the token to be predicted at each place, `IGNORED` where none is.
-      encoder: of an encoder-decoder, what its encoder reads.
+      ids: the token ids that the model (or its decoder) reads, at least one.
+      targets: as many ids: the token to be predicted at each position, `IGNORED` where none is.
+      encoder: the ids that an encoder-decoder's encoder reads.
     """
 
     ids: Sequence[int]
@@ -51,7 +51,7 @@ class Scores:
       log_likelihood: (rows,) float64, sum over the row's targets, in nats.
       num_targets: (rows,) how many there were.
       num_right: (rows,) first guesses that are right; all of them: greedy decoding writes the targets.
-      first_logits: (rows, tokens) float32, logits of the tokens asked for, at the place of the row's first target.
+      first_logits: (rows, tokens) float32, logits of the tokens asked for, at the position of the row's first target.
     """
 
     log_likelihood: np.ndarray
@@ -74,10 +74,10 @@ def score(model: Model, rows: Sequence[Row], tokens: Sequence[int] = (), batch_t
     """Score rows, in any order of length.
 
     Args:
-      model: whose dtype is that of the activations; logits are reduced in float32.
+      model: the model to score with; its dtype is the activations', and logits are reduced in float32.
       rows: at least one target each.
-      tokens: ids whose logits at each row's first target are wanted.
-      batch_tokens: places of all rows in one pass; a row that is longer goes alone.
+      tokens: ids whose logits at each row's first target are returned.
+      batch_tokens: positions of all rows in one pass; a row that is longer goes alone.
 
     Raises:
       UserError: a row without a target, or longer than the model has positions for.
@@ -88,16 +88,16 @@ def score(model: Model, rows: Sequence[Row], tokens: Sequence[int] = (), batch_t
     num_targets = np.array([sum(target != IGNORED for target in row.targets) for row in rows], np.int64)
     if count and not num_targets.all():
         raise UserError(f"text {int(np.argmin(num_targets)) + 1} to score has no token to predict")
-    asked = jnp.asarray(list(tokens), jnp.int32)
+    token_ids = jnp.asarray(list(tokens), jnp.int32)
     check_length(model.architecture, max((len(row.ids) for row in rows), default=0))
     for numbers, batch in _batches(rows, num_targets, batch_tokens):
-        shape = batch["wanted"].shape
+        shape = batch["positions"].shape
         chunk = max(1, _LOGITS_BYTES // (4 * model.architecture.vocab_size * shape[0]))
-        found = jax.device_get(
-            _score(model.architecture, model.dtype, min(chunk, shape[1]), model.params, batch, asked)
+        row_losses, row_right, first_logits = jax.device_get(
+            _score(model.architecture, model.dtype, min(chunk, shape[1]), model.params, batch, token_ids)
         )
-        losses[numbers], right[numbers] = found[0][: len(numbers)], found[1][: len(numbers)]
-        first[numbers] = found[2][: len(numbers)]
+        losses[numbers], right[numbers] = row_losses[: len(numbers)], row_right[: len(numbers)]
+        first[numbers] = first_logits[: len(numbers)]
     return Scores(-losses, num_targets, right, first)
 
 
@@ -106,12 +106,12 @@ def continuation_row(model: Model, context: Sequence[int], continuation: Sequenc
 
     An encoder-decoder reads the context in its encoder.
     """
-    arch, room = model.architecture, max_length(model)
+    arch, longest = model.architecture, max_length(model)
     if arch.encoder:
         return Row([arch.start_token, *continuation[:-1]], list(continuation), list(context))
-    ids = [*context, *continuation][-(room + 1) :]
-    wanted = min(len(continuation), len(ids) - 1)
-    return Row(ids[:-1], [IGNORED] * (len(ids) - 1 - wanted) + ids[len(ids) - wanted :])
+    ids = [*context, *continuation][-(longest + 1) :]
+    num_targets = min(len(continuation), len(ids) - 1)
+    return Row(ids[:-1], [IGNORED] * (len(ids) - 1 - num_targets) + ids[len(ids) - num_targets :])
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -180,18 +180,19 @@ def rolling_rows(model: Model, ids: Sequence[int]) -> list[Row]:
     The first window begins with the start token; the last one is as long as the others and scores what is left
     (lm-evaluation-harness' windows, context_len=1).
     """
-    room, start = max_length(model), start_token(model.tokenizer)
+    longest, start = max_length(model), start_token(model.tokenizer)
     if model.architecture.encoder:
         raise UserError("an encoder-decoder reads no text by itself; score its answers instead")
     ids = list(ids)
-    first = ids[:room]
+    first = ids[:longest]
     rows = [Row([start, *first[:-1]], first)] if ids else []
     done = len(first)
     while done < len(ids):
-        wanted = min(room, len(ids) - done)
-        end = done + wanted
-        window = ids[max(0, end - room - 1) : end]
-        rows.append(Row(window[:-1], [IGNORED] * (len(window) - 1 - wanted) + window[len(window) - wanted :]))
+        num_targets = min(longest, len(ids) - done)
+        end = done + num_targets
+        window = ids[max(0, end - longest - 1) : end]
+        context = [IGNORED] * (len(window) - 1 - num_targets)
+        rows.append(Row(window[:-1], context + window[len(window) - num_targets :]))
         done = end
     return rows
 
@@ -216,26 +217,26 @@ def _batches(
     for (width, encoder_width), members in sorted(
         widths.items(), reverse=True
     ):  # the largest first: if it fits, all do
-        wanted = _size(int(num_targets[members].max()), 8)
+        most_targets = _size(int(num_targets[members].max()), 8)
         size = min(max(1, batch_tokens // max(width, encoder_width)), max(8, 1 << (len(members) - 1).bit_length()))
         for start in range(0, len(members), size):
             numbers = members[start : start + size]
-            yield numbers, _arrays([rows[number] for number in numbers], size, width, encoder_width, wanted)
+            yield numbers, _arrays([rows[number] for number in numbers], size, width, encoder_width, most_targets)
 
 
-def _arrays(rows: Sequence[Row], size: int, width: int, encoder_width: int, wanted: int) -> dict[str, np.ndarray]:
-    """Return `ids` (B, T), `wanted` (B, K) places and `targets` (B, K) of them, `encoder` and `real` (B, M) each."""
+def _arrays(rows: Sequence[Row], size: int, width: int, encoder_width: int, most_targets: int) -> dict[str, np.ndarray]:
+    """Return `ids` (B, T), `positions` (B, K) and the `targets` (B, K) there, `encoder` and `real` (B, M) each."""
     ids = np.zeros((size, width), np.int32)
-    places = np.zeros((size, wanted), np.int32)
-    targets = np.full((size, wanted), IGNORED, np.int32)
+    positions = np.zeros((size, most_targets), np.int32)
+    targets = np.full((size, most_targets), IGNORED, np.int32)
     encoder, real = np.zeros((size, encoder_width), np.int32), np.zeros((size, encoder_width), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = row.ids
-        goals = np.asarray(row.targets, np.int32)
-        found = np.flatnonzero(goals != IGNORED)
-        places[i, : len(found)], targets[i, : len(found)] = found, goals[found]
+        row_targets = np.asarray(row.targets, np.int32)
+        at = np.flatnonzero(row_targets != IGNORED)
+        positions[i, : len(at)], targets[i, : len(at)] = at, row_targets[at]
         encoder[i, : len(row.encoder)], real[i, : len(row.encoder)] = row.encoder, 1
-    return {"ids": ids, "wanted": places, "targets": targets, "encoder": encoder, "real": real}
+    return {"ids": ids, "positions": positions, "targets": targets, "encoder": encoder, "real": real}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -251,15 +252,16 @@ def _score(
     # Padding stands behind every real token, where nothing that is causal looks.
     model = Decoder(arch, params, Execution(dtype))
     hidden, _ = model.hidden(batch["ids"], encoder_output=encoder_output)
-    hidden = jnp.take_along_axis(hidden, batch["wanted"][..., None], axis=1)
+    hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
     first = model.logits(hidden[:, 0]).astype(jnp.float32)[:, tokens]
-    short = -batch["wanted"].shape[1] % chunk
+    short = -batch["positions"].shape[1] % chunk
     hidden = jnp.pad(hidden, [(0, 0), (0, short), (0, 0)]).reshape(len(hidden), -1, chunk, hidden.shape[-1])
     targets = jnp.pad(batch["targets"], [(0, 0), (0, short)], constant_values=IGNORED).reshape(*hidden.shape[:3])
 
-    def part(given: tuple[Array, Array]) -> tuple[Array, Array]:
-        losses, right = token_losses(model.logits(given[0]), given[1])
+    def one_chunk(hidden_and_targets: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = hidden_and_targets
+        losses, right = token_losses(model.logits(hidden), targets)
         return jnp.sum(losses, axis=1), jnp.sum(right, axis=1)
 
-    losses, right = jax.lax.map(part, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)))
+    losses, right = jax.lax.map(one_chunk, (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)))
     return jnp.sum(losses, axis=0), jnp.sum(right, axis=0), first

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import huggingface_write
-from tpu_tune.training import evaluation, run_directory
+from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.run_directory import RunDirectory
+from tpu_tune.training import evaluation, run_start
 from tpu_tune.training.loop import PRINT
 from tpu_tune.training.opening import open_session
 from tpu_tune.training.prepare_steps import prepare_evaluation
@@ -35,7 +36,7 @@ def evaluate_only(config: Mapping[str, Any] | ConfigDict, say: Callable[[str], N
     say = say if jax.process_index() == 0 else lambda line: None
     session = open_session(config, _find_result, say, evaluate_only=True)
     config, rows = session.config, session.data.eval
-    result = _result_directory(config)
+    result = RunDirectory(config.output_dir).result(config.method)
     evaluated = result if result == config.model.adapter else config.model.path
     say(f"evaluating {evaluated}: {len(rows)} rows of {rows.width} tokens; nothing is trained")
     steps = prepare_evaluation(config, session.model)
@@ -46,15 +47,11 @@ def evaluate_only(config: Mapping[str, Any] | ConfigDict, say: Callable[[str], N
 
 def _find_result(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
     """Return a configuration with its run's seeds, and with its run's result as the model where there is one."""
-    config, notes = run_directory.with_seeds(config)  # the held-out rows go by the seed
-    result = _result_directory(config)
-    if huggingface_write.is_whole(result):
+    config, notes = run_start.with_seeds(config)  # the held-out rows go by the seed
+    result = RunDirectory(config.output_dir).result(config.method)
+    if storage.is_complete(result):
         if config.method == "lora":
             config.model.adapter = result
         else:
             config.model.path, config.model.add_special_tokens = result, []
     return config, notes
-
-
-def _result_directory(config: ConfigDict) -> str:
-    return run_directory.path(config.output_dir, "adapter" if config.method == "lora" else "model")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory, plain_number
 from tpu_tune.errors import UserError
-from tpu_tune.training import run_directory
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def reporters(report_to: str | Sequence[str]) -> list[str]:
 
 def open_sinks(
     report_to: str | Sequence[str],
-    output_dir: str,
+    run: RunDirectory,
     config: Mapping[str, Any] | None = None,
     resume_step: int = 0,
     is_main: bool = True,
@@ -62,7 +62,7 @@ def open_sinks(
 
     Args:
       report_to: `train.report_to`.
-      output_dir: the run directory, which exists.
+      run: the run directory, which exists.
       config: the configuration as plain dicts, shown by Weights & Biases.
       resume_step: updates that the restored checkpoint holds; TensorBoard forgets later ones.
       is_main: False gives no sinks: only process 0 logs.
@@ -74,7 +74,7 @@ def open_sinks(
     names = reporters(report_to)
     if not is_main:
         return []
-    metrics = run_directory.MetricsFile(output_dir)
+    metrics = MetricsFile(run)
     sinks = [Sink("metrics.jsonl", metrics.append, metrics.flush, metrics.flush)]
     for name in names:
         package, opener = _OPENERS[name]
@@ -82,7 +82,7 @@ def open_sinks(
             warn(f"{name} needs the package {package} (pip install {package}); training goes on without it")
             continue
         try:
-            sinks.append(_guarded(opener(output_dir, config or {}, resume_step), warn))
+            sinks.append(_guarded(opener(run, config or {}, resume_step), warn))
         except Exception as error:  # whatever a reporting service throws must not end the training
             warn(f"{name} cannot start ({_one_line(error)}); training goes on without it")
     return sinks
@@ -112,7 +112,7 @@ def tag(key: str) -> str:
 
 
 def _scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {key: run_directory.plain_number(value) for key, value in row.items() if key != "step"}
+    numbers = {key: plain_number(value) for key, value in row.items() if key != "step"}
     return {tag(key): value for key, value in numbers.items() if isinstance(value, (int, float))}
 
 
@@ -137,10 +137,10 @@ def _one_line(error: Exception) -> str:
     return text[0] if text else type(error).__name__
 
 
-def _open_tensorboard(output_dir: str, config: Mapping[str, Any], resume_step: int) -> Sink:
+def _open_tensorboard(run: RunDirectory, config: Mapping[str, Any], resume_step: int) -> Sink:
     from tensorboardX import SummaryWriter  # not torch's: the library never imports torch
 
-    folder = run_directory.path(output_dir, "tensorboard")
+    folder = run.file("tensorboard")
     writer = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None)
 
     def write(row: Mapping[str, Any]) -> None:
@@ -151,35 +151,35 @@ def _open_tensorboard(output_dir: str, config: Mapping[str, Any], resume_step: i
     return Sink("tensorboard", write, writer.close)
 
 
-def _open_wandb(output_dir: str, config: Mapping[str, Any], resume_step: int) -> Sink:
+def _open_wandb(run: RunDirectory, config: Mapping[str, Any], resume_step: int) -> Sink:
     import wandb
 
     if os.environ.get("WANDB_MODE", "online") in ("online", "run") and not wandb.login(prompt=False):
         # wandb would ask for a key and wait; a run that was started and left must not.
         raise RuntimeError("not logged in: run `wandb login`, or set WANDB_MODE=offline")
     # A resumed run goes on in the same wandb run, whose id is kept beside the metrics.
-    id_file = run_directory.path(output_dir, "wandb_run_id")
+    id_file = run.file("wandb_run_id")
     identity = wandb.util.generate_id()
     if storage.exists(id_file):
         identity = storage.read_bytes(id_file).decode().strip() or identity
-    run = wandb.init(
+    session = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "tpu_tune"),
         id=identity,
         resume="allow",
-        dir=None if storage.is_remote(output_dir) else output_dir,
+        dir=None if storage.is_remote(run.path) else run.path,
         config=dict(config),
     )
-    run_directory.write_aside(id_file, identity + "\n")
-    run.define_metric("train/global_step")
-    run.define_metric("*", step_metric="train/global_step")
+    run.write_text("wandb_run_id", identity + "\n")
+    session.define_metric("train/global_step")
+    session.define_metric("*", step_metric="train/global_step")
 
     def write(row: Mapping[str, Any]) -> None:
-        run.log({**_scalars(row), "train/global_step": int(row["step"])})
+        session.log({**_scalars(row), "train/global_step": int(row["step"])})
 
-    return Sink("wandb", write, run.finish)
+    return Sink("wandb", write, session.finish)
 
 
-_OPENERS: dict[str, tuple[str, Callable[[str, Mapping[str, Any], int], Sink]]] = {  # name -> (package, opener)
+_OPENERS: dict[str, tuple[str, Callable[[RunDirectory, Mapping[str, Any], int], Sink]]] = {  # name -> (package, opener)
     "tensorboard": ("tensorboardX", _open_tensorboard),
     "wandb": ("wandb", _open_wandb),
 }

@@ -19,11 +19,12 @@ import jax
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.checkpoints import huggingface_write
-from tpu_tune.checkpoints.run import RunCheckpoints
+from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.run_checkpoints import RunCheckpoints
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.data import Datasets, PairRows, prefetch
 from tpu_tune.errors import UserError
-from tpu_tune.training import arithmetic, distributed, evaluation, loggers, run_directory, summary
+from tpu_tune.training import arithmetic, distributed, evaluation, loggers, run_start, summary
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.meter import LoopState, Meter
 from tpu_tune.training.opening import Session, open_session
@@ -80,39 +81,37 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
     # --- settings, data, model: whatever can be wrong with them is found before the run directory is made -------
     session = open_session(config, _find_run, say)
     config, model, total = session.config, session.model, session.length.total_steps
-    out = config.output_dir
-    result = run_directory.path(out, "adapter" if config.method == "lora" else "model")
+    run = RunDirectory(config.output_dir)
+    result = run.result(config.method)
 
     # --- the run directory --------------------------------------------------------------------------------------
-    distributed.together("config.json", lambda: run_directory.write_config(config) if is_main else None)
-    distributed.together("run directory", lambda: run_directory.check_shared(out))
+    distributed.together("config.json", lambda: run.write_config(config) if is_main else None)
+    distributed.together("run directory", lambda: run_start.check_shared(run))
     _introduce(session, say)
 
     # --- steps --------------------------------------------------------------------------------------------------
     steps = prepare_steps(config, model, total)
-    with RunCheckpoints(
-        run_directory.path(out, "checkpoints"), model.fingerprint(config), config.train.save_total_limit
-    ) as checkpoints:
+    with RunCheckpoints(run.checkpoints, model.fingerprint(config), config.train.save_total_limit) as checkpoints:
         # --- restore: the state to go on from -------------------------------------------------------------------
         state, loop_state = _restore(checkpoints, steps, session, say)
         first = int(state.step)
         # Asked before anything is written there: a process that is behind must see what the others saw.
         ended = first >= total or loop_state.out_of_patience(config.train.early_stopping_patience)
-        main_step, is_done = distributed.from_main([first, ended and huggingface_write.is_whole(result)], "checkpoint")
+        main_step, is_done = distributed.from_main([first, ended and storage.is_complete(result)], "checkpoint")
         distributed.together("checkpoint", lambda: _check_same_step(first, main_step))
         if is_main:
-            run_directory.truncate_metrics(out, first)
+            run.truncate_metrics(first)
         if is_done:
             say(f"this run is done: {first} of {total} steps; its result is in {result}")
-            return Run(out, config, run_directory.read_metrics(out), first, total, result, "already finished")
+            return Run(run.path, config, run.metrics(), first, total, result, "already finished")
         if is_main:
-            summary.write(out, summary.describe(session))
+            run.update_summary(summary.describe(session))
         sample = summary.sampler(config, model, session.data, say)
         if first == 0:
             sample(state, 0)
 
         # --- loop -----------------------------------------------------------------------------------------------
-        sinks = loggers.open_sinks(config.train.report_to, out, configuration.to_dict(config), first, is_main)
+        sinks = loggers.open_sinks(config.train.report_to, run, configuration.to_dict(config), first, is_main)
         try:
             loop = TrainingLoop(session, steps, checkpoints, loop_state, first, sinks, say, on_eval)
             state, status = loop.run(state)
@@ -121,10 +120,10 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
         checkpoints.wait()
         taken = int(state.step)
         if is_main:
-            summary.write(out, summary.peak_memory())
+            run.update_summary(summary.peak_memory())
         if status == "interrupted":
             say(f"interrupted: step {taken} of {total} is saved; the same command goes on from there")
-            return Run(out, config, run_directory.read_metrics(out), taken, total, "", status)
+            return Run(run.path, config, run.metrics(), taken, total, "", status)
 
         # --- result ---------------------------------------------------------------------------------------------
         best = loop_state.best_step
@@ -134,11 +133,11 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
         write_result(config, model, state, result)
         sample(state, taken)
         distributed.barrier("result")
-    rows = run_directory.read_metrics(out)
+    rows = run.metrics()
     if on_eval:
         on_eval(rows)
     say(f"{status} after {taken} steps; the result is in {result}")
-    return Run(out, config, rows, taken, total, result, status)
+    return Run(run.path, config, rows, taken, total, result, status)
 
 
 class TrainingLoop:
@@ -234,7 +233,7 @@ class TrainingLoop:
         self.loop_state.judge(step, metrics["eval_loss"], self.train.early_stopping_threshold)
         loggers.flush(self.sinks)
         if self.on_eval:
-            line = self.on_eval(run_directory.read_metrics(self.session.config.output_dir))
+            line = self.on_eval(RunDirectory(self.session.config.output_dir).metrics())
             if line:
                 self.progress.write(line)
         self.meter.restart_clock()
@@ -248,8 +247,8 @@ class TrainingLoop:
 
 
 def _find_run(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
-    """Hold a configuration against the run in its `output_dir`; return it with the run's seeds, and lines to say."""
-    start = run_directory.open_run(config, write=False)
+    """Compare a configuration with the run in its `output_dir`; return it with the run's seeds, and lines to say."""
+    start = run_start.open_run(config, write=False)
     return start.config, start.notes
 
 

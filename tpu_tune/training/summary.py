@@ -1,4 +1,4 @@
-"""`summary.json` and `samples.jsonl` in the run directory: what a report shows besides the metrics.
+"""What `summary.json` and `samples.jsonl` hold: what a report shows besides the metrics.
 
 The summary says what the run is made of (the data's counts, the model's size, the steps) as soon as it starts, and how
 much memory it took when it ends. The samples are the model's greedy answers to `train.sample_prompts` before and after,
@@ -7,7 +7,6 @@ from the weights that are being trained, where they live.
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -17,11 +16,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.data import Datasets
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
-from tpu_tune.training import run_directory
 from tpu_tune.training.execution import compute_dtype
 from tpu_tune.training.opening import Session
 from tpu_tune.training.prepare_model import PreparedModel
@@ -52,25 +50,6 @@ def devices(mesh: Mesh) -> str:
     kind = mesh.devices.flat[0].device_kind
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{mesh.size} x {kind}" + (f" ({axes})" if axes else "")
-
-
-def write(output_dir: str, values: Mapping[str, Any]) -> None:
-    """Write `summary.json`, laid over the one that is there.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    text = json.dumps({**read(output_dir), **values}, indent=2, default=run_directory.plain_number)
-    run_directory.write_aside(run_directory.path(output_dir, "summary.json"), text + "\n")
-
-
-def read(output_dir: str) -> dict[str, Any]:
-    """Return `summary.json`; {} where there is none that can be read."""
-    try:
-        values = json.loads(storage.read_bytes(run_directory.path(output_dir, "summary.json")).decode())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def peak_memory() -> dict[str, int | None]:
@@ -120,15 +99,6 @@ def write_samples(
         )
     except UserError as error:
         raise UserError(f"train.sample_prompts: {error}") from error
-    file = run_directory.path(config.output_dir, "samples.jsonl")
+    run = RunDirectory(config.output_dir)
     rows = [{"step": step, "prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
-    kept = [row for row in _read_samples(file) if row.get("step") == 0 and step > 0]
-    lines = [json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode() for row in [*kept, *rows]]
-    run_directory.write_aside(file, "\n".join(lines) + "\n")
-
-
-def _read_samples(file: str) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in storage.read_bytes(file).decode().splitlines()]
-    except (OSError, ValueError):
-        return []
+    run.write_samples([*(row for row in run.samples() if row.get("step") == 0 and step > 0), *rows])

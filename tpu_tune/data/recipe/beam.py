@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.data.processes import Engine
 from tpu_tune.errors import UserError
 
@@ -66,10 +67,8 @@ def _one(path: str, function: Callable[[Any], Any]) -> None:
 
 def _save(path: str, value: Any) -> None:
     """Write aside and rename: an engine may run a task twice, also at the same time."""
-    handle, aside = tempfile.mkstemp(dir=os.path.dirname(path))
-    with open(handle, "wb") as file:
+    with storage.whole_file(path) as aside, open(aside, "wb") as file:
         pickle.dump(value, file)
-    os.replace(aside, path)
 
 
 def _load(path: str) -> Any:

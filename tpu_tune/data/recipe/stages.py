@@ -12,13 +12,13 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -92,29 +92,20 @@ def run_stages(
 
 
 def _run(stage: Stage, files: list[str], stage_folder: Path, key: str) -> Done:
-    aside = stage_folder.with_name(f".{stage_folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what an interrupted run has left
-    _make(aside)
     start = time.monotonic()
-    try:
-        report = dict(stage.run(files, aside))
+    with storage.whole_directory(str(stage_folder)) as aside:
+        report = dict(stage.run(files, Path(aside)))
         outputs = report.pop("outputs")
         seconds = round(time.monotonic() - start, 3)
         record = {
             "key": key,
             "name": stage.name,
             "parameters": dict(stage.parameters),
-            "outputs": {name: os.path.getsize(aside / name) for name in outputs},
+            "outputs": {name: os.path.getsize(os.path.join(aside, name)) for name in outputs},
             "seconds": seconds,
             "report": report,
         }
-        (aside / "stage.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-        shutil.rmtree(stage_folder, ignore_errors=True)
-        os.rename(aside, stage_folder)
-    except OSError as error:
-        raise UserError(f"{stage_folder}: {stage.name} cannot write its files ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        Path(aside, "stage.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     return Done(
         stage.name,
         stage_folder,

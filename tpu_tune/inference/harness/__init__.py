@@ -62,10 +62,10 @@ class TpuTuneLM(LM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy decoding writes it) of each (context, continuation)."""
         pairs = [request.args for request in requests]
-        found = scoring.score_continuations(self._model, pairs, self._batch_tokens)
+        scores = scoring.score_continuations(self._model, pairs, self._batch_tokens)
         results = [
             (float(value), bool(is_greedy))
-            for value, is_greedy in zip(found.log_likelihood, found.is_greedy, strict=True)
+            for value, is_greedy in zip(scores.log_likelihood, scores.is_greedy, strict=True)
         ]
         return self._remembered("loglikelihood", requests, results)
 
@@ -127,10 +127,10 @@ class TpuTuneLM(LM):
 
     def _answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         model = self._model
-        found = generate_ids(
+        answers = generate_ids(
             model.architecture, model.params, prompts, sampling, end_tokens(self.tokenizer), model.dtype
         )
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
     def _remembered(self, what: str, requests: Sequence[Instance], results: list) -> list:
         """Hand results to the harness's cache (`--use_cache`)."""
@@ -152,5 +152,5 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
 
 
 def _stops(settings: dict[str, Any]) -> list[str]:
-    given = settings.get("until") or []
-    return [stop for stop in ([given] if isinstance(given, str) else given) if stop]
+    stops = settings.get("until") or []
+    return [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]

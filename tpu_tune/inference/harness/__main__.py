@@ -1,4 +1,4 @@
-"""`python -m tpu_tune.inference.harness`: lm-evaluation-harness's own command line, which knows `--model tpu_tune` here."""
+"""`python -m tpu_tune.inference.harness`: lm-evaluation-harness's command line, which here knows `--model tpu_tune`."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ class RunCheckpoints:
 
     Args:
       directory: the run's `checkpoints` directory.
-      fingerprint: of the base weights (and the quantization) that the trained leaves belong to.
-      keep: how many checkpoints stay, the best one on top; 0 keeps all.
+      fingerprint: a hash of the base weights (and their quantization) that the trained leaves belong to.
+      keep: number of checkpoints that stay, besides the best one; 0 keeps all.
     """
 
     def __init__(self, directory: str, fingerprint: str, keep: int = 0):
@@ -80,7 +80,7 @@ class RunCheckpoints:
         """Steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, memory: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, loop_state: dict[str, Any]) -> None:
         """Start saving; the state may be donated as soon as this returns.
 
         Raises:
@@ -89,11 +89,11 @@ class RunCheckpoints:
         self.wait()
         if step in self.steps:
             return
-        memory = {**memory, "base_fingerprint": self._fingerprint}
+        loop_state = {**loop_state, "base_fingerprint": self._fingerprint}
         self._guarded(
             step,
             lambda: self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), memory=ocp.args.JsonSave(memory))
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), memory=ocp.args.JsonSave(loop_state))
             ),
         )
         self._pending = step
@@ -115,11 +115,11 @@ class RunCheckpoints:
                     self._manager.delete(old)
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
-        """Return (state, memory) of a step (default: the last that can be read), or None where there is none.
+        """Return (state, loop state) of a step (default: the last that can be read), or None where there is none.
 
         Args:
           like: a state of the same structure; its arrays' shapes, dtypes and shardings are what comes back.
-          step: which one.
+          step: the checkpoint's step.
 
         Raises:
           UserError: no checkpoint can be read, or it belongs to another base model.
@@ -129,7 +129,7 @@ class RunCheckpoints:
         problem: Exception | None = None
         for candidate in candidates:
             try:
-                found = self._manager.restore(
+                restored = self._manager.restore(
                     candidate,
                     args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), memory=ocp.args.JsonRestore()),
                 )
@@ -137,7 +137,7 @@ class RunCheckpoints:
                 log.warning("checkpoint %d cannot be read (%s)", candidate, _reason(error))
                 problem = error
                 continue
-            if found.memory["base_fingerprint"] != self._fingerprint:
+            if restored.memory["base_fingerprint"] != self._fingerprint:
                 raise UserError(
                     f"{self._directory}: the base model has changed since checkpoint {candidate} was written; "
                     "restore the model that the run began with, or choose another output_dir"
@@ -145,7 +145,7 @@ class RunCheckpoints:
             if step is None:  # those after it are damaged and would stand in the way of new ones
                 for damaged in candidates[: candidates.index(candidate)]:
                     self._manager.delete(damaged)
-            return found.state, found.memory
+            return restored.state, restored.memory
         if problem is not None:
             raise UserError(f"{self._directory}: no checkpoint can be read ({_reason(problem)})") from problem
         return None

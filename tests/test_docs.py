@@ -100,7 +100,7 @@ def test_every_command_is_one(page: str, command: str) -> None:
     else:
         assert words[0] == "tpu-tune"
         plain = [word for word in words[1:] if not word.startswith("--config.")]
-        _, unknown = makemake_parser().parse_known_args(plain)
+        _, unknown = make_parser().parse_known_args(plain)
         assert plain[0] == "hf" or not unknown  # hf's parser takes the script's flags as they come
 
 

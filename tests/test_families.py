@@ -213,11 +213,11 @@ def test_inspect_says_what_each_module_does(case, tmp_path):
     base = tiny_models.write(tmp_path, tiny_models.CONFIGS[case])
     arch = architecture(tiny_models.CONFIGS[case])
     facts = inspect_model(base, LoraConfig(rank=4, target_modules="all-linear"))
-    assert [module["name"].count(".N.") for module in facts["modules"]] == [min(1, m.layers) for m in arch.modules()]
+    assert [module["name"].count(".N.") for module in facts["modules"]] == [bool(m.layers) for m in arch.modules()]
     assert all(module["role"] for module in facts["modules"])
     assert facts["parameters"] == sum(np.prod(shape) for shape in arch.leaf_shapes().values())
     assert facts["lora"]["trainable"] == sum(
-        4 * sum(m.shape) * max(1, m.layers) for m in arch.modules() if m.kind == "linear" and not m.is_head
+        4 * sum(m.shape) * (len(m.layers) or 1) for m in arch.modules() if m.kind == "linear" and not m.is_head
     )
 
 

@@ -395,10 +395,10 @@ def test_a_full_disk_during_export(place):
         assert found.returncode == 1 and found.stderr.startswith(f"tpu-tune: {place / 'x'} cannot be written: "), (
             found.stderr
         )
-        assert not [path.name for path in place.iterdir() if path.name.startswith("x")]
+        assert not [path.name for path in place.iterdir() if path.name.lstrip(".").startswith("x")]
     found = process("export", place / "out", "--output", place / "x.gguf", "--gguf", preexec_fn=limited(30_000))
     assert found.stderr == f"tpu-tune: {place / 'x.gguf'} cannot be written: File too large\n" and found.returncode == 1
-    assert not [path.name for path in place.iterdir() if path.name.startswith("x")]
+    assert not [path.name for path in place.iterdir() if path.name.lstrip(".").startswith("x")]
 
 
 def test_a_full_disk_at_the_beginning_of_a_run(place):

@@ -119,7 +119,7 @@ def test_functions_are_small() -> None:
         count = sum(parameter.arg not in ("self", "cls") for parameter in parameters)
         if node.end_lineno - node.lineno >= MAX_LINES or count > MAX_PARAMETERS:
             found.add(f"{path.relative_to(ROOT)}: {node.name}")
-    assert {function for function in found if not function.startswith("tpu_tune/kernels/")} == TOO_LARGE
+    assert {function for function in found if not function.startswith("tpu_tune/kernels/")} <= TOO_LARGE
 
 
 def test_lines_are_short() -> None:

@@ -30,7 +30,7 @@ ORDER = (
     {"data"},
     {"training"},
     {"planning", "curves"},
-    {"cli", "__main__", "__init__"},
+    {"cli", "notebook", "__main__", "__init__"},
 )
 ANYWHERE = {"errors", "config"}
 
@@ -104,6 +104,14 @@ def test_a_part_imports_only_from_lower_ones() -> None:
                 if other not in ANYWHERE and other != part and floor[other] >= floor[part]:
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {part} imports {other}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_design_page_lists_the_parts_in_this_order() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    listed = page[page.index("## The rooms") :]
+    places = [[listed.index(f"tpu_tune/{part}/") for part in parts] for parts in ORDER[:-1]]
+    for lower, higher in zip(places, places[1:], strict=False):
+        assert min(lower) > max(higher)
 
 
 def test_no_modules_import_each_other() -> None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import pytest
 
 from tpu_tune.cli import main
+from tpu_tune.cli.program import make_parser
 from tpu_tune.models import FAMILIES, architecture
 from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
 

@@ -72,7 +72,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
         returns after an evaluation is shown.
 
     Raises:
-      UserError: anything the user can mend; nothing half-written stays behind.
+      UserError: anything the user can mend; what is wrong with settings, data or model is found before anything is
+        written.
     """
     is_main = jax.process_index() == 0
     say = say if is_main else lambda line: None
@@ -96,8 +97,9 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
         state, loop_state = _restore(checkpoints, steps, session, say)
         first = int(state.step)
         # Asked before anything is written there: a process that is behind must see what the others saw.
-        ended = first >= total or loop_state.out_of_patience(config.train.early_stopping_patience)
-        main_step, is_done = distributed.from_main([first, ended and storage.is_complete(result)], "checkpoint")
+        stopped_early = loop_state.out_of_patience(config.train.early_stopping_patience)
+        ended = (first >= total or stopped_early) and storage.is_complete(result)
+        main_step, is_done = distributed.from_main([first, ended], "checkpoint")
         distributed.together("checkpoint", lambda: _check_same_step(first, main_step))
         if is_main:
             run.truncate_metrics(first)
@@ -111,13 +113,15 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
             sample(state, 0)
 
         # --- loop -----------------------------------------------------------------------------------------------
-        sinks = loggers.open_sinks(config.train.report_to, run, configuration.to_dict(config), first, is_main)
-        try:
-            loop = TrainingLoop(session, steps, checkpoints, loop_state, first, sinks, say, on_eval)
-            state, status = loop.run(state)
-        finally:
-            loggers.close(sinks)
-        checkpoints.wait()
+        status = "stopped early"
+        if not stopped_early:  # else it was killed after it had stopped, before its result was complete
+            sinks = loggers.open_sinks(config.train.report_to, run, configuration.to_dict(config), first, is_main)
+            try:
+                loop = TrainingLoop(session, steps, checkpoints, loop_state, first, sinks, say, on_eval)
+                state, status = loop.run(state)
+            finally:
+                loggers.close(sinks)
+            checkpoints.wait()
         taken = int(state.step)
         if is_main:
             run.update_summary(summary.peak_memory())
@@ -184,7 +188,7 @@ class TrainingLoop:
         started, status, step, last_eval = time.monotonic(), "finished", first, 0
         with self.progress, catch_signals() as interrupted_at:
             for step, batch in enumerate(prefetch(self.session.batches.batch, first, total), start=first + 1):
-                state, metrics = steps.train(state, frozen, steps.put_batch(batch, 1))
+                state, metrics = steps.train(state, frozen, steps.put_batch(batch, leading=1))
                 metrics = self.meter.add(step, metrics)
                 if step == first + 1:
                     self.say(f"first step after {time.monotonic() - started:.1f} s, compiling included")

@@ -45,8 +45,8 @@ def attention(
     """Softmax attention; H is a multiple of K (grouped heads), scores and softmax are float32.
 
     Args:
-      layout: indices and segments of queries and keys; where there are as many of both and attention is causal, they are one row
-        from its beginning.
+      layout: indices and segments of queries and keys; where there are as many of both and attention is causal, they
+        are one row from its beginning.
       window: each query sees so many keys, itself included; None for all.
       scale: of the scores; D ** -0.5 by default.
       cap: soft limit of the scores, see `soft_cap`.

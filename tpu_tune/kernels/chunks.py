@@ -1,8 +1,8 @@
 """A function of each token alone, over chunks of tokens: what it holds on the way exists for one chunk at a time.
 
-A layer's MLP needs two or three arrays of (tokens, intermediate), its projections a dropped copy of their input each: at
-long contexts that is most of a training step's memory. `over_tokens` runs such a function chunk by chunk and keeps its
-inputs for the backward pass, which computes each chunk again. Weights that are trained gather their gradient in
+A layer's MLP needs two or three arrays of (tokens, intermediate), its projections a dropped copy of their input each:
+at long contexts that is most of a training step's memory. `over_tokens` runs such a function chunk by chunk and keeps
+its inputs for the backward pass, which computes each chunk again. Weights that are trained gather their gradient in
 float32, whatever they are stored in. Dropout's keys become one a token (`token_keys`), so that a mask does not depend
 on how the tokens are cut.
 """

@@ -21,7 +21,7 @@ IGNORED = -100  # Hugging Face's label for "no loss here"
 def token_losses(
     logits: Float[Array, "*N V"], targets: Int[Array, "*N"]
 ) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
-    """Return each token's cross-entropy (float32, 0 where the target is `IGNORED`), and whether it is the first guess."""
+    """Return each token's cross-entropy (float32, 0 if the target is `IGNORED`), and whether it is the first guess."""
     logits = logits.astype(jnp.float32)
     counted = targets != IGNORED
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]

@@ -88,7 +88,7 @@ def pallas(
 
 
 def _blocks(size: int) -> jax_pallas.BlockSizes:
-    """Return jax's default blocks, or what fits the shared memory of a card of compute capability 8.6 with large heads."""
+    """Return jax's default blocks; for large heads, those that fit the shared memory of compute capability 8.6."""
     if size <= 128:
         return jax_pallas.BlockSizes.get_default()
     return jax_pallas.BlockSizes(64, 32, 32, 32, 32, 32)

@@ -2,8 +2,8 @@
 
 Left to XLA, `x @ dequantize(w)` writes the dequantized weight to memory, there and back, for every product: 270 MB of
 scratch for LLaMA-7B's `up_proj` on a v5e. The Pallas kernel decodes a block of codes in the chip's own memory, where it
-meets the MXU, and holds nothing else. On GPUs `tensors.layer_view` dequantizes pieces, one after another. The reference is
-the formula itself, on a weight dequantized whole; the implementations add in another order.
+meets the MXU, and holds nothing else. On GPUs `tensors.layer_view` dequantizes pieces, one after another. The reference
+is the formula itself, on a weight dequantized whole; the implementations add in another order.
 
 Codes lie as `tensors.quantized` packs them: row k of a block of 256 shares a byte with row k + 128. They come stacked
 with the number of the layer to use, so that no layer is cut out of the stack.

@@ -2,9 +2,9 @@
 
 Each device holds the queries, keys and values of its own tokens. Keys and values go round the ring of devices, and
 every device adds what its queries see of them; in the backward pass their gradients travel with them and arrive home
-complete (Liu et al. 2023, "Ring attention", arXiv:2310.01889). No device ever holds a whole row's keys. The compiler for
-v2-8 counts 118 MB of scratch for 64 heads of 128 at 2,048 tokens (32,768: 1,478 MB), forward and backward; gathered keys
-and values took 244 MB (3,086 MB), and with 8 key heads about as much as the ring.
+complete (Liu et al. 2023, "Ring attention", arXiv:2310.01889). No device ever holds a whole row's keys. The compiler
+for v2-8 counts 118 MB of scratch for 64 heads of 128 at 2,048 tokens (32,768: 1,478 MB), forward and backward; gathered
+keys and values took 244 MB (3,086 MB), and with 8 key heads about as much as the ring.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
           segment_ids: document of each token, 0 for padding; by default one document a row.
           cache: what came before; the T new tokens follow it.
           encoder_output: what the encoder of an encoder-decoder made; with a cache only in the first call.
-          on_embeddings: changes the rows (B, T, D) as the embedding module gives them (scaled, in Gemma), e.g. by noise.
+          on_embeddings: changes the rows (B, T, D) that the embedding module gives (scaled, in Gemma), e.g. by noise.
         """
         arch, run, names = self.architecture, self.execution, self.architecture.names
         batch, length = input_ids.shape

@@ -189,7 +189,7 @@ class Layer:
         return attended.reshape(*attended.shape[:2], -1), entry
 
     def _cross_attention(self, x: Array, past: KeysValues | None) -> tuple[Float[Array, "B T HD"], KeysValues]:
-        """Attend to the encoder: its keys and values are made where its output is at hand, else taken from the cache."""
+        """Attend to the encoder; keys and values are made where its output is at hand, else taken from the cache."""
         arch, names = self.arch, self.names
         q = self._each_token(_cross_queries, x, "cross_norm", "cross_q")
         encoded, layout = self.context.encoder

@@ -23,7 +23,8 @@ class LeafSpec:
     """What is known of a leaf from its path, whoever trains, shards or stores it.
 
     Attributes:
-      axes: a logical name for each axis of one layer's array, which `transforms.sharding` maps to mesh axes; None: whole.
+      axes: a logical name for each axis of one layer's array, which `transforms.sharding` maps to mesh axes; None: an
+        axis that is never cut.
       stacked: whether axis 0 of the leaf counts layers, before `axes`.
       unit: entries of the last axis that belong together; a mesh cuts between units only.
       decay: whether weight decay applies.
@@ -42,8 +43,8 @@ class Module:
     """One module of the tree, or a stack of the same module over the layers that have it.
 
     Attributes:
-      path: the module's path in the tree, without `.weight`. Where layers have modules of one name that differ in shape,
-        each stack after the first has the index of its first layer in brackets: `model.layers[3].mlp.up_proj`.
+      path: the module's path in the tree, without `.weight`. Where layers have modules of one name that differ in
+        shape, each stack after the first has the index of its first layer in brackets: `model.layers[3].mlp.up_proj`.
       kind: what it is; `linear` and `embedding` modules can carry adapters.
       shape: of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim) or (dim,).
       axes: logical names of those axes, as in `LeafSpec`.

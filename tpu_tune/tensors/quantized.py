@@ -120,7 +120,7 @@ class QuantizedTensor:
         return math.lcm(self.group_size, self.pack_block)
 
     def map_parts(self, function: Callable[[bool], Any]) -> QuantizedTensor:
-        """Return the same structure of what `function` gives for each array, told whether the array has an axis `in`."""
+        """Return the same structure of `function`'s results for each array, told whether the array has an axis `in`."""
         largest = None if self.scale_max is None else function(False)
         return dataclasses.replace(self, codes=function(True), scales=function(True), scale_max=largest)
 

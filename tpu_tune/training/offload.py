@@ -1,4 +1,4 @@
-"""Optimizer state in the host's memory between steps (`train.optim_offload`), what the guide's paged optimizers are for.
+"""Optimizer state in host memory between steps (`train.optim_offload`), what the guide's paged optimizers are for.
 
 The state of one layer of one leaf at a time comes to the device, is updated there and goes back: a loop over the
 layers, because XLA starts all transfers that nothing holds back at once, and then the device holds the whole state
@@ -65,8 +65,9 @@ def update_each(
       grads: path -> gradient.
       state: the optimizer's; what belongs to a leaf stands in a dict under its path, and has its axis 0.
       weights: path -> leaf.
-      is_finite: bool; where it is False, `update` changes nothing. Layers are then not visited. That their number is not
-        known beforehand also keeps XLA from taking loops apart whose transfers then need more semaphores than a TPU has.
+      is_finite: bool; where it is False, `update` changes nothing. Layers are then not visited. That their number is
+        not known beforehand also keeps XLA from taking loops apart whose transfers then need more semaphores than a TPU
+        has.
       shardings: the state's, where its leaves lie and are to lie again.
       specs: path -> facts of every trained leaf.
     """

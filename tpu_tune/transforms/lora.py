@@ -157,7 +157,7 @@ class Targets:
         return init(self, params, key)
 
     def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
-        """Return (trainable, frozen): adapters, saved modules and biases are trained, in float32; the base is frozen."""
+        """Return (trainable, frozen): adapters, saved modules and biases, in float32, and the frozen base."""
         frozen = dict(params)
         trainable = dict(adapters or {})
         for module in self.saved:

@@ -2,8 +2,8 @@
 
     full: everything is trained.            lora: adapters, modules_to_save and biases are; the base is frozen.
 
-A `Method` is an object with these two functions and the facts of the leaves it trains. `combine` is what the jitted loss
-calls: it wraps frozen leaves and what is trained in leaves that compute both, without copying either, so that the
+A `Method` is an object with these two functions and the facts of the leaves it trains. `combine` is what the jitted
+loss calls: it wraps frozen leaves and what is trained in leaves that compute both, without copying either, so that the
 gradient is taken with respect to the small tree only. LoRA's method is `lora.Targets`.
 """
 

@@ -1,8 +1,8 @@
 """Where each leaf's axes live on the mesh: logical axes, as a `Module` names them, go to mesh axes by `RULES`.
 
 One mesh `data, fsdp, tensor, sequence`. The batch is split over (data, fsdp), tokens over sequence, weights over
-(fsdp, sequence) and tensor. What does not divide is moved to the other axis of its matrix or left whole, with a message,
-so that no model fails for its sizes.
+(fsdp, sequence) and tensor. What does not divide is moved to the other axis of its matrix or left whole, with a
+message, so that no model fails for its sizes.
 """
 
 from __future__ import annotations

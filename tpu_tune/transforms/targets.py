@@ -152,8 +152,8 @@ def _check_tokens(
             if module.path in reached and (module in saved or module.path in chosen):
                 which = "modules_to_save" if module in saved else "target_modules"
                 raise UserError(
-                    f"lora.trainable_token_indices (model.train_added_tokens sets it) trains tokens of '{module.path}', "
-                    f"which lora.{which} takes too; PEFT can do only one of them: exclude it from one"
+                    "lora.trainable_token_indices (model.train_added_tokens sets it) trains tokens of "
+                    f"'{module.path}', which lora.{which} takes too; PEFT can do only one of them: exclude it from one"
                 )
 
 

@@ -109,8 +109,8 @@ def _sum_of_chunks(chunk_loss: Callable, weights: Any, hidden: Array, targets: A
         grads = [next(source) if flag else None for flag in is_trained]
         return (loss, right), (grads, row_grads)
 
-    def backward(kept: tuple[list[Array | None], Array], cotangent: tuple[Array, Any]) -> tuple[list, Array]:
-        grads, row_grads = kept
+    def backward(residuals: tuple[list[Array | None], Array], cotangent: tuple[Array, Any]) -> tuple[list, Array]:
+        grads, row_grads = residuals
         factor = cotangent[0]
         scaled = [
             None if grad is None else (factor * grad).astype(leaf.dtype)

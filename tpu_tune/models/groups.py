@@ -18,8 +18,8 @@ class LayerGroup:
 
     Attributes:
       first: index of the group's first layer.
-      period: layers of the pattern.
-      repeats: how often the pattern comes, the length of the scan.
+      period: number of layers in the pattern.
+      repeats: number of times that the pattern comes, the length of the scan.
     """
 
     first: int

@@ -45,7 +45,7 @@ def canonical_name(name: str) -> str:
     """Our name of an optimizer, from ours or one of Hugging Face's spellings.
 
     Raises:
-      UserError: not known, or not supported here; the nearest name is given.
+      UserError: the name is not known, or not supported here; the nearest known one is suggested.
     """
     spellings = {alias: ours for ours, aliases in OPTIMIZERS.items() for alias in (ours, *aliases)}
     if name in spellings:
@@ -103,14 +103,14 @@ def make_optimizer(
     def mask(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: specs[dotted(path)].decay, params)
 
-    parts = [direction]
+    steps = [direction]
     if train.weight_decay:
-        parts.append(optax.add_decayed_weights(train.weight_decay, mask))
+        steps.append(optax.add_decayed_weights(train.weight_decay, mask))
     if factor is not None:
-        parts.append(scale_each(factor))
+        steps.append(scale_each(factor))
     if schedule is None:
-        return optax.chain(*parts, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+        return optax.chain(*steps, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
 
 
 def scale_each(factor: Callable[[str], float]) -> optax.GradientTransformation:

@@ -40,7 +40,7 @@ class Method(Protocol):
 
         Args:
           params: the base tree.
-          adapters: from `init` or a file; may hold saved modules and biases too.
+          adapters: leaves from `init` or a file; may hold saved modules and biases too.
         """
 
     def combine(
@@ -49,13 +49,13 @@ class Method(Protocol):
         """Return the tree that the model runs on; pure, and free inside a jitted function.
 
         Args:
-          trainable, frozen: from `split`.
+          trainable, frozen: the trees that `split` returned.
           dropout_key: PRNG key of this micro-batch; None switches dropout off. Every layer of every leaf gets a key of
             its own from it, whatever else is trained.
         """
 
     def leaves(self, base: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
-        """Return path -> facts of every leaf of the trainable tree, given those of the base's."""
+        """Return path -> facts of every leaf of the trainable tree, given the facts of the base's leaves."""
 
     def num_parameters(self, trainable: Mapping[str, Any]) -> int:
         """Return the number of trained parameters."""

@@ -250,8 +250,8 @@ def test_settings_that_exclude_each_other(values, says):
     "value",
     [
         "", "x", "1", "-1", "1e999", "nan", "NaN", "[NaN]", "true", "none", "[", "{", "[1]", "[[1]]", '["a"]',
-        '{"a":1}', "a,b", "\x00", "1_0", "٣", "[" * 5000, f"[{'9' * 5000}]", 0, -1, 3.5, math.nan, math.inf, 10**400, 1j,
-        True, None, [], [1], ["a"], [None], {}, {"a": 1}, {"a": {"b": [1]}}, {1: 2}, (1, 2), b"x", object(),
+        '{"a":1}', "a,b", "\x00", "1_0", "٣", "[" * 5000, f"[{'9' * 5000}]", 0, -1, 3.5, math.nan, math.inf, 10**400,
+        1j, True, None, [], [1], ["a"], [None], {}, {"a": 1}, {"a": {"b": [1]}}, {1: 2}, (1, 2), b"x", object(),
     ],
     ids=lambda value: repr(value)[:20].partition(" object")[0],
 )  # fmt: skip

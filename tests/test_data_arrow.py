@@ -184,10 +184,9 @@ def test_bad_rows(tiny, tmp_path, capsys):
     source = tmp_path / "rows.jsonl"
     source.write_bytes(b'{"text": "a"}\n\n{"text": 7}\n{"text": null}\n{\n{"text": "\xff"}\n{"text": ""}\n')
     said = refusal(capsys, tiny, source)
-    assert (
-        said
-        == f"{source}:5: not valid JSON (Expecting property name enclosed in double quotes); fix it, or give --skip-bad to "
-        "go on without it"
+    assert said == (
+        f"{source}:5: not valid JSON (Expecting property name enclosed in double quotes); "
+        "fix it, or give --skip-bad to go on without it"
     )
     found, rows = tokenize(capsys, tiny, source, "--skip-bad")
     assert [row["input_ids"] for row in rows] == [[97, 256], [55, 256]]

@@ -54,8 +54,8 @@ def test_a_chat_shows_what_the_assistant_says(tmp_path):
     assert plain == (
         f"== {file}:1: {len(view.texts)} tokens, {view.trained.sum()} trained on, {(~view.trained).sum()} only read\n"
         "<|im_start|>system↵\nBe good.<|im_end|>↵\n<|im_start|>user↵\nHello you↵\nall<|im_end|>↵\n"
-        "<|im_start|>assistant↵\n[[An \U0001f600 answer\\x1b[31m\\u202e<|im_end|>]]↵\n<|im_start|>user↵\nBye<|im_end|>↵\n"
-        "<|im_start|>assistant↵\n[[Well<|im_end|>]]↵\n"
+        "<|im_start|>assistant↵\n[[An \U0001f600 answer\\x1b[31m\\u202e<|im_end|>]]↵\n"
+        "<|im_start|>user↵\nBye<|im_end|>↵\n<|im_start|>assistant↵\n[[Well<|im_end|>]]↵\n"
     )
     colored = show(view, color=True)
     assert re.findall(r"\x1b\[32m(?:\x1b\[7m)?([^\x1b]*)", colored) == [

@@ -32,8 +32,11 @@ def written(directory, tree, config, **options):
     return arch, load_params(source, arch)
 
 
-EXPORTS = ["plain", "tokens_tied", "tokens_of_embed_and_head", "tokens_of_head_tied", "tokens_tied_differing", "embed_tied", "embed_and_head_tied", "embed_and_head", "save_embed_tied", "save_head", "save_norm", "dora", "dora_embed",
-           "dora_head_some_layers", "patterns", "bias_all", "neox", "neox_bias"]  # fmt: skip
+EXPORTS = [
+    "plain", "tokens_tied", "tokens_of_embed_and_head", "tokens_of_head_tied", "tokens_tied_differing", "embed_tied",
+    "embed_and_head_tied", "embed_and_head", "save_embed_tied", "save_head", "save_norm", "dora", "dora_embed",
+    "dora_head_some_layers", "patterns", "bias_all", "neox", "neox_bias",
+]  # fmt: skip
 UNTIED = {
     "tokens_of_head_tied",
     "tokens_tied_differing",

@@ -641,8 +641,8 @@ def run(tiny, tmp_path_factory):
     out = place / "run"
     flags = [
         "hf", "--model_name_or_path", tiny, "--train_file", rows, "--eval_file", held_out, "--output_dir", out,
-        "--use_lora", "--lora_rank", "4", "--learning_rate", "1e-2", "--per_device_train_batch_size", "1", "--max_length", "64",
-        "--per_device_eval_batch_size", "1", "--dataloader_num_workers", "1",
+        "--use_lora", "--lora_rank", "4", "--learning_rate", "1e-2", "--per_device_train_batch_size", "1",
+        "--max_length", "64", "--per_device_eval_batch_size", "1", "--dataloader_num_workers", "1",
     ]  # fmt: skip
     intervals = [
         "--do_train", "--logging_first_step", "true", "--logging_steps", "10", "--eval_strategy", "steps",
@@ -829,7 +829,8 @@ def test_scripts_are_read_as_bash_reads_them(text, tmp_path):
     environ = {name: f"of {name}" for name in names}
     file = tmp_path / "script.sh"
     file.write_text(text)
-    show = 'show() { printf \'%s\\0\' "$@"; }; pip() { :; }; python() { show python "$@"; }; accelerate() { show accelerate "$@"; }\n'
+    show = 'show() { printf \'%s\\0\' "$@"; }; pip() { :; }; python() { show python "$@"; }; '
+    show += 'accelerate() { show accelerate "$@"; }\n'
     done = subprocess.run(
         ["bash", "-c", show + text], env={**environ, "PATH": os.environ["PATH"]}, capture_output=True, text=True
     )

@@ -11,8 +11,8 @@ from tpu_tune.tensors import LoraTensor
 from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
 
 LLAMA_7B = {
-    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "rms_norm_eps": 1e-6,
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 GUIDE_TARGETS = ["q_proj", "v_proj", "k_proj", "o_proj", "down_proj", "up_proj", "embed_tokens", "lm_head"]
 
@@ -74,7 +74,7 @@ def prepared(model, spec):
 
 
 def test_initial_values_are_pefts(model):
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0; gaussian: N(0, 1/r^2) as peft draws it; an embedding A = 0, B ~ N(0, 1)."""
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0; gaussian: N(0, 1/r^2) as in peft; an embedding: A = 0, B ~ N(0, 1)."""
     arch, params = model
     targets = find_targets(arch.modules(), LoraConfig(rank=16, target_modules=["down_proj", "embed_tokens"]))
     adapters = lora.init(targets, params, jax.random.key(0))

@@ -1,8 +1,8 @@
 """An objective that is not ours: registered from here, named by a config, trained and evaluated with.
 
-It weighs documents where cross-entropy weighs tokens, as a preference loss weighs pairs, and needs each document's summed
-log-probability. What training logs is held against the formula, one document at a time, without padding, batches or
-accumulation.
+It weighs documents where cross-entropy weighs tokens, as a preference loss weighs pairs, and needs each document's
+summed log-probability. What training logs is held against the formula, one document at a time, without padding, batches
+or accumulation.
 """
 
 from __future__ import annotations

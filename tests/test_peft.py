@@ -32,7 +32,8 @@ SETTINGS = {
     ),
     "patterns": (
         "qwen3", {
-            "target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5},
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5},
             "alpha_pattern": {"v_proj": 3.0, "layers.0.self_attn.q_proj": 1.0},
         },
     ),
@@ -60,7 +61,8 @@ SETTINGS = {
     "neox_tokens": ("neox_parallel", {"target_modules": ["dense"], "trainable_token_indices": [4, 89]}),
     "neox_tokens_tied": ("neox_full_rotary", {"target_modules": ["dense"], "trainable_token_indices": [4, 89]}),
     "neox_tokens_of_head": (
-        "neox_parallel", {"target_modules": ["dense"], "trainable_token_indices": {"embed_in": [4, 89], "embed_out": [3]}},
+        "neox_parallel",
+        {"target_modules": ["dense"], "trainable_token_indices": {"embed_in": [4, 89], "embed_out": [3]}},
     ),
     "neox": ("neox_parallel", {"target_modules": ["query_key_value", "dense_4h_to_h"]}),
     "neox_bias": ("neox_sequential", {"target_modules": ["query_key_value"], "bias": "all"}),

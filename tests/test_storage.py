@@ -1,4 +1,4 @@
-"""Runs and data in a bucket: fsspec's memory:// for the parts, and gcsfs with Orbax against a Google that is not real."""
+"""Runs and data in a bucket: fsspec's memory:// for the parts, and gcsfs with Orbax against a fake Google."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_a_bucket_that_does_not_answer_is_one_line(memory, monkeypatch):
     assert not run.exists() and run.summary() == {}
 
 
-# --- gs:// itself ------------------------------------------------------------------------------------------------------
+# --- gs:// itself -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def google() -> Iterator[tuple[fake_gcs.Store, dict[str, str]]]:
 
 
 def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_same_bytes(google, tmp_path):
-    """Data, config, metrics, curves, Orbax checkpoints and the adapter, all on gs://; beside it the same run on a disk."""
+    """Data, config, metrics, curves, Orbax checkpoints and the adapter on gs://; beside it the same run on disk."""
     store, environment = google
     tiny = helpers.write_tiny_llama(tmp_path / "model")
     rows = helpers.write_rows(tmp_path / "rows.jsonl", 42)

@@ -60,13 +60,13 @@ class LayerContext:
     Attributes:
       layout: indices and segments of queries and keys.
       angles: cosines and sines of each rotary embedding.
-      implementation: attention's, see `kernels.attention`.
+      implementation: name of attention's implementation, see `kernels.attention`.
       mesh: the devices, for attention's kernels; None on one device.
-      bias: added to the scores, from learned relative positions; or None.
+      bias: learned bias on the scores, from relative positions; None without one.
       encoder: an encoder's last hidden states (None: its keys and values are in the cache) and the layout of
         cross-attention; None without an encoder.
       start: index in the cache at which new keys and values are written, None without a cache.
-      chunk: tokens of each row that what is not attention works on at one time; 0: all.
+      chunk: number of tokens of each row that all but attention works on at one time; 0: all.
     """
 
     layout: TokenLayout
@@ -189,7 +189,7 @@ class Layer:
         return attended.reshape(*attended.shape[:2], -1), entry
 
     def _cross_attention(self, x: Array, past: KeysValues | None) -> tuple[Float[Array, "B T HD"], KeysValues]:
-        """Attend to the encoder: its keys and values are made where its output is at hand, else taken from the cache."""
+        """Attend to the encoder; keys and values are made where its output is at hand, else taken from the cache."""
         arch, names = self.arch, self.names
         q = self._each_token(_cross_queries, x, "cross_norm", "cross_q")
         encoded, layout = self.context.encoder

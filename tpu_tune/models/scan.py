@@ -43,7 +43,7 @@ class Execution:
 
     Attributes:
       dtype: the activations' dtype; norms, rotary angles and softmax are float32 whatever it is.
-      attention: implementation, see `kernels.attention`.
+      attention: name of attention's implementation, see `kernels.attention`.
       mesh: the devices, for attention's kernels, each of which works on its device's part; None on one device.
       remat: none | full | dots | offload: what of a layer the backward pass recomputes; all but its input under full,
         which waits in the host's memory under offload.
@@ -99,7 +99,7 @@ def run_layers(
         written.append(new)
     if past is None:
         return x, None
-    return x, written[0] if len(written) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
+    return x, written[0] if len(written) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *written)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Stack:
     """A stacked leaf as one group's scan reads it.
 
     Attributes:
-      path: in the tree.
+      path: the leaf's path in the tree.
       name: the path relative to its layer.
       positions: which layers of the group's pattern have the leaf.
       first: index in the stack of the group's first layer that has it.
@@ -134,7 +134,7 @@ def _stack(module: Module, path: str, leaf: Any, group: LayerGroup, execution: E
     positions = tuple(position for position in range(group.period) if group.first + position in module.layers)
     first, count = module.layers.index(group.first + positions[0]), group.repeats * len(positions)
     # On more devices `gather` takes the layer that the scan cuts out.
-    whole, layer = outside_scan(leaf, execution.plan) if execution.mesh is None else (leaf, lambda part, index: part)
+    sliced, layer = outside_scan(leaf, execution.plan) if execution.mesh is None else (leaf, lambda part, index: part)
 
     def of_group(array: Array) -> Array:
         if count < array.shape[0]:
@@ -142,7 +142,7 @@ def _stack(module: Module, path: str, leaf: Any, group: LayerGroup, execution: E
         return array if group.period == 1 else array.reshape(group.repeats, len(positions), *array.shape[1:])
 
     name = path[len(module.layers_path) :].partition(".")[2]
-    return _Stack(path, name, positions, first, jax.tree.map(of_group, whole), layer)
+    return _Stack(path, name, positions, first, jax.tree.map(of_group, sliced), layer)
 
 
 def _run_group(

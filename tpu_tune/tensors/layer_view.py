@@ -28,7 +28,7 @@ class LayerView:
     """One layer of a stacked `QuantizedTensor`, not cut out: what reads it reads the stack.
 
     Slices that `jax.lax.scan` makes of its inputs are copies wherever they go into another loop, and all of a layer's
-    at once. Of this, a product cuts what it needs at that moment.
+    at once. Of a `LayerView`, a product cuts only what it needs at that moment.
 
     Attributes:
       stack: all layers, on a leading axis.
@@ -46,7 +46,7 @@ class LayerView:
         return self.stack.shape
 
     def cut(self, axis: int = 1, start: Any = 0, size: int | None = None) -> QuantizedTensor:
-        """Return the layer, or of its axis `in` (0: whole groups and pack blocks) or `out` (1) a part."""
+        """Return the layer, or a part of its axis `in` (0: whole groups and pack blocks) or `out` (1)."""
         stack, size = self.stack, self.stack.shape[axis] if size is None else size
 
         def slice_of(leaf: Array, rows_each: int) -> Array:
@@ -121,7 +121,7 @@ def outside_scan(leaves: Any, plan: MatmulPlan) -> tuple[Any, Callable[[Any, Arr
 
     Args:
       leaves: a tree of stacked leaves.
-      plan: how products with the quantized ones are computed.
+      plan: how products with the quantized leaves are computed.
 
     Returns:
       A tree for scan's inputs, and a function (one slice of it, the layer's index in the stack) -> the layer's leaves.

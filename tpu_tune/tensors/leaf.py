@@ -1,9 +1,9 @@
 """What every kind of weight leaf can do, and how the model asks for it: `matmul`, `embed`, `unembed`, `dense`.
 
-A leaf of the parameter tree is an array or an object of a class like `QuantizedTensor` or `LoraTensor`: one class in one
-file, a frozen dataclass registered as a pytree, with the methods of `Leaf`. Model code calls the four functions here and
-never asks for a leaf's type, so that a new kind of leaf is a new class and nothing else. A leaf that wraps another one
-holds it in a field called `base` (see `map_base`).
+A leaf of the parameter tree is an array or an object of a class like `QuantizedTensor` or `LoraTensor`: one class in
+one file, a frozen dataclass registered as a pytree, with the methods of `Leaf`. Model code calls the four functions
+here and never asks for a leaf's type, so that a new kind of leaf is a new class and nothing else. A leaf that wraps
+another one holds it in a field called `base` (see `map_base`).
 """
 
 from __future__ import annotations

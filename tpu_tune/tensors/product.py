@@ -28,9 +28,9 @@ def product(x: Float[Array, "*batch k"], w: Array | Contracts, transposed: bool)
     """Return x @ w, or x @ w.T, summed in float32 and rounded to x's dtype once.
 
     Args:
-      x: k is `in`, or `out` where transposed.
-      w: (in, out); a gradient flows into an array only, what is stored in another form is frozen.
-      transposed: contract over `out`.
+      x: left operand; k is `in`, or `out` where transposed.
+      w: the weight, (in, out); a gradient flows into an array only, what is stored in another form is frozen.
+      transposed: whether to contract over `out`.
     """
     return _contract(x, w, int(transposed))
 
@@ -60,7 +60,7 @@ def _backward(transposed: bool, residuals: tuple[Array | None, Any], g: Array) -
         return x_gradient, _outer(g, x).astype(w.dtype)
     if 4 * g.shape[-1] > x.shape[-1]:
         return x_gradient, _outer(x, g).astype(w.dtype)
-    # XLA's CPU backend transposes the first operand. Of an adapter's A it should be the narrow one; the barrier keeps
+    # XLA's CPU backend transposes the first operand. For an adapter's A it should be the narrow one; the barrier keeps
     # XLA from exchanging them again.
     return x_gradient, jax.lax.optimization_barrier(_outer(g, x)).T.astype(w.dtype)
 

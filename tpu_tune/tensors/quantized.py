@@ -44,9 +44,9 @@ class QuantizedTensor:
       scales: (..., groups, out), each group's absolute maximum: float32, or uint8 under double quantization.
       scale_max: (..., 1, out) float32, the column's largest scale, under double quantization; else None.
       format: a key of `formats.FORMATS`.
-      shape: the logical (in, out).
-      group_size: input rows that share a scale.
-      pack_block: input rows packed together (see the module's docstring); 1 where codes take a byte.
+      shape: the logical shape, (in, out).
+      group_size: number of input rows that share a scale.
+      pack_block: number of input rows packed together (see the module's docstring); 1 where codes take a byte.
     """
 
     codes: Array
@@ -120,7 +120,7 @@ class QuantizedTensor:
         return math.lcm(self.group_size, self.pack_block)
 
     def map_parts(self, function: Callable[[bool], Any]) -> QuantizedTensor:
-        """Return the same structure of what `function` gives for each array, told whether the array has an axis `in`."""
+        """Return the same structure of `function`'s results for each array, told whether the array has an axis `in`."""
         largest = None if self.scale_max is None else function(False)
         return dataclasses.replace(self, codes=function(True), scales=function(True), scale_max=largest)
 

@@ -287,8 +287,8 @@ def _restore(
         say(f"resuming from step {int(state.step)} of {session.length.total_steps}")
         if loop_state.rows not in (0, rows):
             say(
-                f"a step was {loop_state.rows} rows and is now {rows}, because the mesh has changed: order and schedule "
-                "are new from here on"
+                f"a step was {loop_state.rows} rows and is now {rows}, because the mesh has changed: order and "
+                "schedule are new from here on"
             )
     loop_state.rows = rows
     return state, loop_state

@@ -129,8 +129,8 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
       with_data: whether the data must be there; a plan needs none.
 
     Raises:
-      UserError: an unknown method, optimizer, objective, schedule (or setting of it) or reporter, data that is not there, or
-        settings that exclude each other.
+      UserError: an unknown method, optimizer, objective, schedule (or setting of it) or reporter, data that is not
+        there, or settings that exclude each other.
     """
     config = configuration.from_dict(config)
     canonical_name(config.train.optim)

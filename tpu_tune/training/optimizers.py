@@ -1,9 +1,10 @@
 """Optimizers by Hugging Face's names, as optax transformations over the trainable tree.
 
-The trainable tree holds float32 arrays under dotted Hugging Face names; a leaf may stack its layers on axis 0, which its
-`LeafSpec` tells. Whatever computes a statistic per matrix then works layer by layer, and whether weight decay applies is
-the module's fact, as in Hugging Face's Trainer: not to biases and norms, but to LoRA's matrices. The learning rate of update s is `schedule(s)`; clipping is a separate function,
-because the train step also reports the norm.
+The trainable tree holds float32 arrays under dotted Hugging Face names; a leaf may stack its layers on axis 0, which
+its `LeafSpec` tells. Whatever computes a statistic per matrix then works layer by layer, and whether weight decay
+applies is the module's fact, as in Hugging Face's Trainer: not to biases and norms, but to LoRA's matrices. The
+learning rate of update s is `schedule(s)`; clipping is a separate function, because the train step also reports the
+norm.
 
 How each relates to torch:
 - adamw: `torch.optim.AdamW` (decay decoupled and multiplied by the learning rate, epsilon outside the root).
@@ -44,7 +45,7 @@ def canonical_name(name: str) -> str:
     """Our name of an optimizer, from ours or one of Hugging Face's spellings.
 
     Raises:
-      UserError: not known, or not supported here; the nearest name is given.
+      UserError: the name is not known, or not supported here; the nearest known one is suggested.
     """
     spellings = {alias: ours for ours, aliases in OPTIMIZERS.items() for alias in (ours, *aliases)}
     if name in spellings:
@@ -102,14 +103,14 @@ def make_optimizer(
     def mask(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: specs[dotted(path)].decay, params)
 
-    parts = [direction]
+    steps = [direction]
     if train.weight_decay:
-        parts.append(optax.add_decayed_weights(train.weight_decay, mask))
+        steps.append(optax.add_decayed_weights(train.weight_decay, mask))
     if factor is not None:
-        parts.append(scale_each(factor))
+        steps.append(scale_each(factor))
     if schedule is None:
-        return optax.chain(*parts, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+        return optax.chain(*steps, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
 
 
 def scale_each(factor: Callable[[str], float]) -> optax.GradientTransformation:
@@ -122,8 +123,9 @@ def scale_each(factor: Callable[[str], float]) -> optax.GradientTransformation:
 def loraplus_factor(train: Any, specs: Mapping[str, LeafSpec]) -> Callable[[str], float] | None:
     """Return what LoRA+ (Hayou et al. 2024, arXiv:2402.12354) multiplies each leaf's learning rate by; None without it.
 
-    As PEFT's `create_loraplus_optimizer`: lora_B and everything with one axis in torch (biases, DoRA's magnitudes) learn
-    `loraplus_lr_ratio` times faster, adapters of embeddings at `loraplus_lr_embedding`. Weight decay follows the rate.
+    As PEFT's `create_loraplus_optimizer`: lora_B and everything with one axis in torch (biases, DoRA's magnitudes)
+    learn `loraplus_lr_ratio` times faster, adapters of embeddings at `loraplus_lr_embedding`. Weight decay follows the
+    rate.
 
     Args:
       train: the `train` part of the configuration.
@@ -143,7 +145,7 @@ def loraplus_factor(train: Any, specs: Mapping[str, LeafSpec]) -> Callable[[str]
 
 
 def set_learning_rate(opt_state: Any, rate: float) -> Any:
-    """Return the state of an optimizer made without a schedule with another rate in it, which lies where the old one lay."""
+    """Return the state with another learning rate, sharded as the old one; its optimizer has no schedule."""
     old = optax.tree.get(opt_state, "learning_rate")
     return optax.tree.set(opt_state, learning_rate=jax.device_put(np.asarray(rate, old.dtype), old.sharding))
 

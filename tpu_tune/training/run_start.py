@@ -1,7 +1,7 @@
 """Whether a start begins a run or continues the one that is in `output_dir`.
 
-`open_run` is the first thing a start does: it compares the new configuration with the recorded one and refuses what would
-silently change a run half-way. The files themselves are `checkpoints.run_directory`'s.
+`open_run` is the first thing a start does: it compares the new configuration with the recorded one and refuses what
+would silently change a run half-way. The files themselves are `checkpoints.run_directory`'s.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Target:
     Attributes:
       module: the module, all layers of it.
       layers: the layers that carry one, ascending; empty for a module that is there once.
-      ranks, alphas, scales: one a stored layer (one in all for a module that is there once).
+      ranks, alphas, scales: LoRA's settings for each stored layer (one in all for a module that is there once).
     """
 
     module: Module
@@ -122,7 +122,7 @@ class Targets:
 
     Attributes:
       adapted: modules with an adapter.
-      saved: modules trained in full beside it (`modules_to_save`).
+      saved: modules trained in full beside the adapters (`modules_to_save`).
       biases: paths of the bias leaves that are trained.
       spec: the settings they were resolved from.
       tokens: rows of embedding and head that are trained.
@@ -144,20 +144,20 @@ class Targets:
         return sum(leaf.size for leaf in trainable.values()) - sum(target.padding for target in self.adapted)
 
     def leaves(self, base: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
-        """Return path -> facts of every leaf of the trainable tree, given those of the base's."""
-        found: dict[str, LeafSpec] = {}
+        """Return path -> facts of every leaf of the trainable tree, given the facts of the base's leaves."""
+        specs: dict[str, LeafSpec] = {}
         for target in self.adapted:
-            found |= target.leaves(self.spec.use_dora)
-        found |= {rows.path: LeafSpec((None, None)) for rows in self.tokens}
-        found |= {path: spec for module in self.saved for path, spec in module.leaves().items()}
-        return found | {path: base[path] for path in self.biases}
+            specs |= target.leaves(self.spec.use_dora)
+        specs |= {rows.path: LeafSpec((None, None)) for rows in self.tokens}
+        specs |= {path: spec for module in self.saved for path, spec in module.leaves().items()}
+        return specs | {path: base[path] for path in self.biases}
 
     def init(self, params: Mapping[str, Any], key: Array) -> Tree:
         """Return fresh adapters: see `init`."""
         return init(self, params, key)
 
     def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
-        """Return (trainable, frozen): adapters, saved modules and biases are trained, in float32; the base is frozen."""
+        """Return (trainable, frozen): adapters, saved modules and biases, in float32, and the frozen base."""
         frozen = dict(params)
         trainable = dict(adapters or {})
         for module in self.saved:
@@ -227,7 +227,7 @@ def init(targets: Targets, params: Mapping[str, Any], key: Array) -> dict[str, A
     The values depend on (key, module path, layer) alone, not on what else is targeted.
 
     Args:
-      targets: what carries an adapter.
+      targets: the modules that get an adapter, and the settings.
       params: the base tree; read only for DoRA's magnitudes.
       key: PRNG key.
     """
@@ -270,8 +270,8 @@ def _column_norms(target: Target, params: Mapping[str, Any]) -> Array:
     leaf = params[module.weight]
     if not module.layers:
         return jnp.linalg.norm(dense(leaf), axis=-2)
-    one = jax.jit(lambda stacked, layer: jnp.linalg.norm(dense(jax.tree.map(lambda x: x[layer], stacked)), axis=-2))
-    return jnp.stack([one(leaf, module.layers.index(layer)) for layer in target.layers])
+    norms = jax.jit(lambda stacked, layer: jnp.linalg.norm(dense(jax.tree.map(lambda x: x[layer], stacked)), axis=-2))
+    return jnp.stack([norms(leaf, module.layers.index(layer)) for layer in target.layers])
 
 
 def _original_rows(rows: TokenRows, frozen: Mapping[str, Any]) -> Array:

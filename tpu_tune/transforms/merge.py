@@ -18,7 +18,7 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
     weight is yielded and the caller must untie the model.
 
     Args:
-      params: a combined tree (see `split.combine`).
+      params: a combined tree (see `methods.combine`).
       modules: the model's modules.
     """
     for module in modules:

@@ -13,7 +13,7 @@ from tpu_tune.checkpoints.huggingface_write import write_model
 from tpu_tune.checkpoints.peft import adapter_tensors, read_adapter, read_spec, write_adapter
 from tpu_tune.errors import UserError
 from tpu_tune.models import Decoder, architecture
-from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
+from tpu_tune.transforms import LoraConfig, QuantizeConfig, find_targets, quantize
 
 # name -> (model, LoRA settings by our names)
 SETTINGS = {
@@ -101,9 +101,9 @@ def trained(case, settings, policy=None):
     if policy is not None:
         params = quantize(params, arch.modules(), policy)
     targets = find_targets(arch.modules(), spec_of(settings), arch.default_targets)
-    trainable, frozen = split(params, targets, lora.init(targets, params, jax.random.key(0)))
+    trainable, frozen = targets.split(params, targets.init(params, jax.random.key(0)))
     trainable = randomized(trainable, arch)
-    return config, arch, params, targets, trainable, logits(arch, combine(trainable, frozen, targets))
+    return config, arch, params, targets, trainable, logits(arch, targets.combine(trainable, frozen))
 
 
 def logits(arch, params):
@@ -131,7 +131,7 @@ def test_ours_in_peft_and_back(name, tmp_path):
     assert back.keys() == trainable.keys()
     for path, leaf in trainable.items():
         np.testing.assert_array_equal(back[path], leaf, err_msg=path)
-    np.testing.assert_array_equal(logits(arch, combine(*split(params, again, back), again)), ours)
+    np.testing.assert_array_equal(logits(arch, again.combine(*again.split(params, back))), ours)
     assert tiny_models.difference(ours, peft_logits(base, tmp_path / "adapter")) < 1e-4
 
 
@@ -165,7 +165,7 @@ def test_peft_s_adapter_loads_here(name, tmp_path):
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
     spec, trainable = read_adapter(str(tmp_path / "adapter"), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
-    assert tiny_models.difference(logits(arch, combine(*split(params, targets, trainable), targets)), expected) < 1e-4
+    assert tiny_models.difference(logits(arch, targets.combine(*targets.split(params, trainable))), expected) < 1e-4
     count, _ = model.get_nb_trainable_parameters()
     shorter = {f"{t.module.path}.{part}" for t in targets.adapted for part in ("lora_A", "lora_B")}
     ours = sum(leaf.size for path, leaf in trainable.items() if path not in shorter)

@@ -125,8 +125,8 @@ def adapter_tensors(
     has_embedding = False
     for target in targets.adapted:
         module = target.module
-        a, b = (np.asarray(trainable[path]) for path in (target.a, target.b))
-        magnitude = trainable.get(target.magnitude)
+        a, b = (np.asarray(trainable[path]) for path in (target.a_path, target.b_path))
+        magnitude = trainable.get(target.magnitude_path)
         for index, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
             a_one, b_one = (a[index], b[index]) if target.layers else (a, b)
             form = (
@@ -289,15 +289,15 @@ def _read_target(target: Target, spec: LoraConfig, take: Any) -> dict[str, Any]:
     form = (
         ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     )
-    parts: dict[str, list[np.ndarray]] = {target.a: [], target.b: []}
+    parts: dict[str, list[np.ndarray]] = {target.a_path: [], target.b_path: []}
     for name, rank in zip(target.names, target.ranks, strict=True):
         short = target.rank - rank
-        parts[target.a].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
+        parts[target.a_path].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
         b = module.interleave(take(f"{name}.{form[1]}", (outer, rank)).T)
-        parts[target.b].append(np.pad(b, [(0, short), (0, 0)]))
+        parts[target.b_path].append(np.pad(b, [(0, short), (0, 0)]))
         if spec.use_dora:
             magnitude = module.interleave(take(f"{name}.lora_magnitude_vector.weight", (outer,)))
-            parts.setdefault(target.magnitude, []).append(magnitude)
+            parts.setdefault(target.magnitude_path, []).append(magnitude)
     return {path: jnp.asarray(np.stack(arrays) if target.layers else arrays[0]) for path, arrays in parts.items()}
 
 

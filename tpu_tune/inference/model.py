@@ -21,7 +21,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode
 from tpu_tune.tensors import FORMATS
-from tpu_tune.transforms import QuantizeConfig, Targets, combine, find_targets, split
+from tpu_tune.transforms import QuantizeConfig, Targets, find_targets
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -113,7 +113,7 @@ def load_source(source: WeightSource, dtype: str, quantization: QuantizeConfig, 
     targets = None
     if spec is not None:
         targets = find_targets(arch.modules(), spec, arch.default_targets)
-        params = combine(*split(params, targets, trained), targets)
+        params = targets.combine(*targets.split(params, trained))
     return Model(arch, params, tokenizer, jnp.dtype(dtype), source, targets)
 
 

@@ -26,6 +26,7 @@ from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, gate_unit
 from tpu_tune.tensors import dense, embed, matmul, unembed
 
+PROJECTION = "projection"  # name of the outputs of linear layers, which model.remat=dots keeps
 KeysValues = tuple[Array, Array]  # (B, S, kv heads, head_dim) each
 
 
@@ -127,7 +128,7 @@ class Layer:
         return self.kinds[0].names
 
     def _sequential(self, x: Array, past: Past) -> tuple[Array, Past]:
-        """x = x + attention(norm(x)); x = x + mlp(norm(x))."""
+        """x = x + attention(norm(x)); x = x + mlp(norm(x)), or x = norm(x + ...) where norms follow."""
         attended, own = self._attention(x, past.own)
         return self._each_token(_add_attention_then_mlp, (x, attended), *_ATTENTION_OUT, *_MLP), Past(own)
 
@@ -279,7 +280,7 @@ def _mlp(layer: Layer, weights: Branch, x: Array) -> Array:
 
 def linear(module: Branch, x: Array) -> Array:
     """Return x @ weight + bias in x's dtype."""
-    y = checkpoint_name(matmul(x, module.leaf("weight")), "projection")
+    y = checkpoint_name(matmul(x, module.leaf("weight")), PROJECTION)
     bias = module.leaf("bias")
     return y if bias is None else y + dense(bias).astype(y.dtype)
 
@@ -287,7 +288,8 @@ def linear(module: Branch, x: Array) -> Array:
 def norm(arch: Architecture, module: Branch, x: Array) -> Array:
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) in float32.
 
-    A plain RMSNorm is rounded before the weight, one whose weight is stored with an offset after it, as HF does.
+    RMSNorm casts to x's dtype, then scales; LayerNorm, and RMSNorm with an offset on its weight (Gemma), scale first: as
+    Hugging Face does.
     """
     wide = x.astype(jnp.float32)
     if arch.norm == "layer":

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan, fits, quantized_matmul
 from tpu_tune.tensors.formats import FORMATS
-from tpu_tune.tensors.leaf import Leaf
 from tpu_tune.tensors.product import contract_array, product
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class LayerView:
 
 
 def outside_scan(leaves: Any, plan: MatmulPlan) -> tuple[Any, Callable[[Any, Array], Any]]:
-    """Split stacked leaves into what `jax.lax.scan` is to slice and what stays outside: parts that have a `view`.
+    """Split stacked leaves into what `jax.lax.scan` is to slice and what stays outside: parts that have a `layer_view`.
 
     Args:
       leaves: a tree of stacked leaves.
@@ -128,13 +127,13 @@ def outside_scan(leaves: Any, plan: MatmulPlan) -> tuple[Any, Callable[[Any, Arr
     """
 
     def has_view(leaf: Any) -> bool:
-        return hasattr(leaf, "view") and isinstance(leaf, Leaf)
+        return hasattr(leaf, "layer_view")
 
     flat, structure = jax.tree.flatten(leaves, is_leaf=has_view)
     sliced = [None if has_view(leaf) else leaf for leaf in flat]
 
     def layer(slices: Any, index: Array) -> Any:
         pairs = zip(flat, slices, strict=True)
-        return structure.unflatten([leaf.view(index, plan) if has_view(leaf) else part for leaf, part in pairs])
+        return structure.unflatten([leaf.layer_view(index, plan) if has_view(leaf) else part for leaf, part in pairs])
 
     return sliced, layer

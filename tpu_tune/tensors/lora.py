@@ -45,8 +45,6 @@ class LoraTensor:
     active: Bool[Array, "*layers"] | None = None
     dropout: float = 0.0
 
-    unties_head = True  # a tied head goes on using `base`, as PEFT has it
-
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return x @ base + scale * dropout(x) @ a @ b, under DoRA with the columns' norms set to `magnitude`."""
         y = matmul(x, self.base)

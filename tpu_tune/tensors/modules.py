@@ -20,7 +20,7 @@ Kind = Literal["linear", "embedding", "norm"]
 
 @dataclasses.dataclass(frozen=True)
 class LeafSpec:
-    """What is known of a leaf from its path, whoever trains, shards or stores it.
+    """What transforms need to know of a leaf: its module says it, so that nobody guesses from a name.
 
     Attributes:
       axes: a logical name for each axis of one layer's array, which `transforms.sharding` maps to mesh axes; None: an

@@ -8,14 +8,16 @@ adapter) used by bfloat16 activations gets its gradient without a rounding betwe
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+ARRAYS = (jax.Array, np.ndarray)
 
-@runtime_checkable
+
 class Contracts(Protocol):
     """A stored weight that computes its own products."""
 
@@ -42,7 +44,7 @@ def contract_array(x: Array, w: Array, axis: int) -> Array:
 
 
 def _contract(x: Array, w: Any, axis: int) -> Array:
-    return w.contract(x, axis) if isinstance(w, Contracts) else contract_array(x, w.astype(x.dtype), axis)
+    return contract_array(x, w.astype(x.dtype), axis) if isinstance(w, ARRAYS) else w.contract(x, axis)
 
 
 def _forward(x: Any, w: Any, transposed: bool) -> tuple[Array, tuple[Array | None, Any]]:

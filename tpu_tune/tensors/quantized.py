@@ -88,7 +88,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "*layers in out"]:
         """Return the weight: decoded and scaled in float32, then cast, as bitsandbytes does."""
         values = FORMATS[self.format].decode(self.unpacked())
-        return _scale_groups(values, self.group_scales(), self.group_size, jnp.multiply).astype(dtype)
+        return _scale_groups(values, self.group_scales(), self.group_size).astype(dtype)
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return x @ w."""
@@ -110,7 +110,7 @@ class QuantizedTensor:
         """Return x @ w (axis 0) or x @ w.T (axis 1), dequantized whole in x's dtype."""
         return contract_array(x, self.dequantize(x.dtype), axis)
 
-    def view(self, layer: Int[Array, ""], plan: MatmulPlan) -> LayerView:
+    def layer_view(self, layer: Int[Array, ""], plan: MatmulPlan) -> LayerView:
         """Return one layer of a stacked tensor without cutting it out."""
         return LayerView(self, layer, plan)
 
@@ -154,7 +154,7 @@ def quantize_tensor(
     weight = weight.astype(jnp.float32)
     scales = _absolute_maxima(weight, group_size)
     inverse = jnp.where(scales > 0, 1.0 / jnp.where(scales > 0, scales, 1.0), 0.0)
-    codes = FORMATS[format].encode(_scale_groups(weight, inverse, group_size, jnp.multiply))
+    codes = FORMATS[format].encode(_scale_groups(weight, inverse, group_size))
     tensor = QuantizedTensor.from_codes(codes, scales, format, group_size)
     return double_quantize(tensor) if double_quant else tensor
 
@@ -173,11 +173,11 @@ def _absolute_maxima(weight: Array, group_size: int) -> Array:
     return jnp.max(_grouped(padded, group_size), axis=-2)
 
 
-def _scale_groups(values: Array, scales: Array, group_size: int, operation: Any) -> Array:
+def _scale_groups(values: Array, scales: Array, group_size: int) -> Array:
     rows = values.shape[-2]
     if rows % group_size == 0:
-        return operation(_grouped(values, group_size), scales[..., None, :]).reshape(values.shape)
-    return operation(values, jnp.repeat(scales, group_size, axis=-2)[..., :rows, :])
+        return (_grouped(values, group_size) * scales[..., None, :]).reshape(values.shape)
+    return values * jnp.repeat(scales, group_size, axis=-2)[..., :rows, :]
 
 
 def _grouped(values: Array, size: int) -> Array:

@@ -32,7 +32,7 @@ class TokensTensor:
     rows: Float[Array, "n dim"]
     axis: int = 0
 
-    unties_head = False
+    unties_head = False  # the trained rows reach a tied head
 
     def matmul(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocabulary"]:
         """Return a head's logits."""

@@ -75,8 +75,8 @@ def execution(
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
         leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, sharding)
-        if hasattr(leaf, "view") and plan.implementation != "xla":
-            return jax.tree.map(lambda part: part[None], leaf).view(jnp.int32(0), plan)
+        if hasattr(leaf, "layer_view") and plan.implementation != "xla":
+            return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), plan)
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Method(Protocol):
     def init(self, params: Mapping[str, Any], key: Array) -> Tree:
         """Return the fresh leaves that the method adds to the tree, which change nothing yet."""
 
-    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
+    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array]) -> tuple[Tree, Tree]:
         """Return (trainable, frozen) trees; trained leaves are float32 arrays.
 
         Args:
@@ -72,7 +72,7 @@ class FullTuning:
         """Return nothing: the method adds no leaf."""
         return {}
 
-    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
+    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array]) -> tuple[Tree, Tree]:
         """Return all leaves as trainable, and none as frozen."""
         return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in params.items()}, {}
 
@@ -92,17 +92,3 @@ class FullTuning:
 
 
 FULL = FullTuning()
-
-
-def split(
-    params: Mapping[str, Any], method: Method | None, adapters: Mapping[str, Array] | None = None
-) -> tuple[Tree, Tree]:
-    """Return (trainable, frozen): see `Method.split`; None trains everything."""
-    return (method or FULL).split(params, adapters)
-
-
-def combine(
-    trainable: Mapping[str, Any], frozen: Mapping[str, Any], method: Method | None, dropout_key: Array | None = None
-) -> Tree:
-    """Return the tree that the model runs on: see `Method.combine`; None trains everything."""
-    return (method or FULL).combine(trainable, frozen, dropout_key)

@@ -24,15 +24,14 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 STORED = ("fsdp", "sequence")  # the axes that share out storage; training gathers over them
-Rule = tuple[str, tuple[str, ...]]  # logical axis of a leaf (`LeafSpec.axes`) -> mesh axes
 
 # Megatron's layout (arXiv:1909.08053): what a column-parallel product's output is cut into, the row-parallel one reads.
-RULES: tuple[Rule, ...] = (
-    ("heads", ("tensor",)),
-    ("mlp", ("tensor",)),
-    ("vocab", ("tensor",)),
-    ("embed", STORED),
-)
+RULES: dict[str, tuple[str, ...]] = {  # logical axis of a leaf (`LeafSpec.axes`) -> mesh axes
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "embed": STORED,
+}
 
 
 def mesh_sizes(sizes: Mapping[str, int] | ConfigDict, count: int) -> dict[str, int]:
@@ -75,7 +74,7 @@ def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
     return local
 
 
-def leaf_sharding(path: str, leaf: Any, spec: LeafSpec, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
+def leaf_sharding(path: str, leaf: Any, spec: LeafSpec, mesh: Mesh) -> Any:
     """Return the sharding of a leaf: a NamedSharding, or for a stored format a tree of them in its shape.
 
     Args:
@@ -83,9 +82,8 @@ def leaf_sharding(path: str, leaf: Any, spec: LeafSpec, mesh: Mesh, rules: Seque
       leaf: the leaf, or anything of its shape.
       spec: the leaf's facts. The axis of the layers is never cut.
       mesh: the mesh that `make_mesh` returned.
-      rules: pairs of a logical axis and its mesh axes; the first that names a logical axis counts.
     """
-    mesh_axes = [_mesh_axes(axis, rules) for axis in spec.axes]
+    mesh_axes = [RULES.get(axis, ()) for axis in spec.axes]
     stack = [None] if spec.stacked else []
     if not hasattr(leaf, "map_parts"):
         shape = leaf.shape[len(stack) :]
@@ -97,11 +95,9 @@ def leaf_sharding(path: str, leaf: Any, spec: LeafSpec, mesh: Mesh, rules: Seque
     )
 
 
-def shardings(
-    tree: Mapping[str, Any], specs: Mapping[str, LeafSpec], mesh: Mesh, rules: Sequence[Rule] = RULES
-) -> dict[str, Any]:
+def shardings(tree: Mapping[str, Any], specs: Mapping[str, LeafSpec], mesh: Mesh) -> dict[str, Any]:
     """Return path -> sharding for a whole tree, given the facts of its leaves."""
-    return {path: leaf_sharding(path, leaf, specs[path], mesh, rules) for path, leaf in tree.items()}
+    return {path: leaf_sharding(path, leaf, specs[path], mesh) for path, leaf in tree.items()}
 
 
 def gathered(sharding: Any) -> Any:
@@ -116,10 +112,6 @@ def gathered(sharding: Any) -> Any:
 def _without(axes: Any) -> Any:
     remaining = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in STORED)
     return remaining[0] if len(remaining) == 1 else (remaining or None)
-
-
-def _mesh_axes(axis: str | None, rules: Sequence[Rule]) -> tuple[str, ...]:
-    return next((mesh_axes for name, mesh_axes in rules if name == axis), ())
 
 
 def _fit(

@@ -288,7 +288,7 @@ def linear(module: Branch, x: Array) -> Array:
 def norm(arch: Architecture, module: Branch, x: Array) -> Array:
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) in float32.
 
-    RMSNorm casts to x's dtype, then scales; LayerNorm, and RMSNorm with an offset on its weight (Gemma), scale first: as
+    RMSNorm casts to the dtype of x, then scales; LayerNorm, and RMSNorm with an offset (Gemma), scale first: as
     Hugging Face does.
     """
     wide = x.astype(jnp.float32)

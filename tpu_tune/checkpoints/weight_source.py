@@ -30,6 +30,7 @@ class WeightSource:
         file stores in a 4-bit format we know comes as a `QuantizedTensor`, already (in, out).
       load_tokenizer: builds the tokenizer, chat template included.
       fingerprint: changes when the weights do; run checkpoints record it.
+      base_of: the adapter directory whose base the weights are (`adapter_base.base_of_adapter`), "" for no one's.
       added_tokens: token -> id of what `vocabulary.with_added_tokens` was asked to add.
     """
 
@@ -39,4 +40,5 @@ class WeightSource:
     read: Callable[[str], np.ndarray | QuantizedTensor]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     fingerprint: str
+    base_of: str = ""
     added_tokens: dict[str, int] = dataclasses.field(default_factory=dict)

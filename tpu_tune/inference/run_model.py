@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints.adapter_base import base_of_adapter
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -37,11 +38,14 @@ def load_any(
     if config.method != "lora" and not before:
         return load(run.finished_result("full"), dtype, quantize, adapter)
     quantization = QuantizeConfig(**config.quantize) if quantize is None else QuantizeConfig(quantize)
+    source = open_base(run, config)
     if before:
         adapter = config.model.adapter or None
+    elif adapter:
+        source = base_of_adapter(source, adapter)
     else:
-        adapter = adapter or run.finished_result(config.method)
-    return load_source(open_base(run, config), dtype, quantization, adapter)
+        adapter = run.finished_result(config.method)
+    return load_source(source, dtype, quantization, adapter)
 
 
 def open_base(run: RunDirectory, config: ConfigDict) -> WeightSource:

@@ -7,7 +7,6 @@ import os
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf import open_gguf
 from tpu_tune.checkpoints.huggingface import open_huggingface
-from tpu_tune.checkpoints.params import with_stored_head
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
@@ -29,7 +28,7 @@ def open_source(path: str) -> WeightSource:
     path = storage.local_copy(path)
     if path.endswith(".gguf"):
         return open_gguf(path)
-    return with_stored_head(open_huggingface(path if os.path.exists(path) else _from_hub(path)))
+    return open_huggingface(path if os.path.exists(path) else _from_hub(path))
 
 
 def _from_hub(name: str) -> str:

@@ -22,12 +22,12 @@ import numpy as np
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.huggingface import load_tokenizer
 from tpu_tune.checkpoints.params import check_names, open_architecture
-from tpu_tune.checkpoints.peft import REDONE_STARTS, is_saved, read_files, saved_embeddings
+from tpu_tune.checkpoints.peft import PREFIX, REDONE_STARTS, is_saved, read_files, saved_embeddings
 from tpu_tune.checkpoints.vocabulary import with_vocabulary
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
-from tpu_tune.tensors import QuantizedTensor
+from tpu_tune.tensors import Module, QuantizedTensor
 from tpu_tune.transforms import LoraConfig, find_targets
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -56,14 +56,14 @@ def _with_embeddings(
     """Put the adapter's own embedding and head in the place of the model's."""
     architecture = open_architecture(source)
     names, size = check_names(source, architecture), architecture.vocab_size
-    kept = saved_embeddings(architecture, tensors)
+    anew = _trained_anew(architecture, spec, tensors)
+    kept = {key: one for key, one in saved_embeddings(architecture, spec, tensors).items() if one not in anew.values()}
+    kept |= anew
     replaced: dict[str, np.ndarray] = {}
     for key, module in kept.items():
         name, value = names[f"{module.tied_to or module.path}.weight"], tensors[key]
         if value.shape[1:] != source.shapes[name][1:]:
             raise UserError(f"{adapter}: '{key}' has shape {value.shape}, the base model's is {source.shapes[name]}")
-        if is_saved(module, spec) and (architecture.tied or len(value) == size):
-            continue  # trained beside the base, which the tied head goes on using
         if name in replaced and not np.array_equal(replaced[name], value):
             raise UserError(f"{adapter}: embedding and head differ in it, and the model {source.path} ties them")
         replaced[name] = value
@@ -87,6 +87,17 @@ def _with_embeddings(
         load_tokenizer=functools.partial(_tokenizer_of, adapter) if has_tokenizer else source.load_tokenizer,
         fingerprint=_fingerprint(source, adapter),
     )
+
+
+def _trained_anew(architecture: Architecture, spec: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Module]:
+    """Return tensor name -> module of what was grown and is trained in full: untied, its base is read by no one."""
+    found = {}
+    for module in architecture.modules() if not architecture.tied else ():
+        name = f"{PREFIX}{module.path}.weight"
+        per_token = module.is_head or module.path == architecture.names.embed
+        if per_token and is_saved(module, spec) and len(tensors.get(name, ())) not in (0, architecture.vocab_size):
+            found[name] = module
+    return found
 
 
 def _absent(architecture: Architecture, names: Mapping[str, str], replaced: Mapping[str, Any]) -> list[str]:

@@ -262,8 +262,9 @@ def read_adapter(
     adapted = {target.module.path for target in targets.adapted}
     for path in [*wanted, *targets.biases]:
         trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
-    used |= saved_embeddings(architecture, tensors).keys()
-    left = [key for key in tensors if key not in used and ".base_layer." not in key]
+    used |= saved_embeddings(architecture, spec, tensors).keys()
+    copies = (".base_layer.", ".modules_to_save.")  # the latter twice, as the embedding and as the module saved
+    left = [key for key in tensors if key not in used and not any(part in key for part in copies)]
     if left:
         raise UserError(f"{file}: {len(left)} tensors do not belong to a LoRA of this model, e.g. '{left[0]}'")
     return spec, trainable
@@ -302,7 +303,9 @@ def read_files(directory: str, architecture: Architecture) -> tuple[LoraConfig, 
     return spec, tensors
 
 
-def saved_embeddings(architecture: Architecture, tensors: Mapping[str, np.ndarray]) -> dict[str, Module]:
+def saved_embeddings(
+    architecture: Architecture, spec: LoraConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Module]:
     """Return tensor name -> module of the embedding and head weights of the base that PEFT saved with an adapter.
 
     PEFT does so where tokens were added (`save_embedding_layers`), and where an adapter stands on them.
@@ -310,7 +313,8 @@ def saved_embeddings(architecture: Architecture, tensors: Mapping[str, np.ndarra
     named = {}
     for module in architecture.modules():
         if module.path == architecture.names.embed or module.is_head:
-            for inner in ("", ".base_layer", ".token_adapter.base_layer"):
+            saved = is_saved(module, spec)
+            for inner in (".original_module",) if saved else ("", ".base_layer", ".token_adapter.base_layer"):
                 named[f"{PREFIX}{module.path}{inner}.weight"] = module
     return {name: module for name, module in named.items() if name in tensors}
 
@@ -324,12 +328,9 @@ def _check_base(file: str, spec: LoraConfig, architecture: Architecture, tensors
     hint = "it can be used (generate, eval, tpu_tune.load), not trained on; merge it with peft's merge_and_unload first"
     if spec.init_lora_weights in REDONE_STARTS:
         raise UserError(f"{file}: init_lora_weights='{spec.init_lora_weights}' changes the weights of its base; {hint}")
-    saved = {module.path for module in architecture.modules() if is_saved(module, spec)}
-    for name, module in saved_embeddings(architecture, tensors).items():
-        if module.path in saved:
-            continue
+    for name, module in saved_embeddings(architecture, spec, tensors).items():
         rows, size = tensors[name].shape[0], architecture.vocab_size
-        if rows != size or ".base_layer." not in name:
+        if rows != size or name == f"{PREFIX}{module.path}.weight":
             raise UserError(
                 f"{file}: '{name}' replaces the whole '{module.path}' of the base ({rows} rows for its {size}; peft "
                 f"saves it where tokens were added); {hint}"

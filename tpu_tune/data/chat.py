@@ -120,6 +120,8 @@ def check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
     Raises:
       RowError: one of them is what rendering itself is told by (`messages`, `tools`, `tokenize`).
     """
+    if not variables:
+        return
     taken = sorted({"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} & set(variables))
     if taken:
         raise RowError(f"chat_template_kwargs may not hold '{taken[0]}'; it is for the template's own variables")
@@ -175,7 +177,7 @@ def with_arguments(tokenizer: Any, template: str, chat: Chat) -> Chat:
     calls = list(_calls(chat))
     if not calls:
         return chat
-    refusals, doubled = [], False
+    refusals, rendered, doubled = [], [], False
     for form in (lambda arguments: arguments, _as_object, _as_text):
         try:
             made = _map_arguments(chat, form)
@@ -185,10 +187,11 @@ def with_arguments(tokenizer: Any, template: str, chat: Chat) -> Chat:
             continue
         if all(_is_written(call["arguments"], text) for call in _calls(made)):
             return made
+        rendered.append(made)
         doubled = doubled or any(_is_doubled(call["arguments"], text) for call in _calls(made))
-    if refusals and (doubled or len(refusals) == 3):
+    if not rendered or (doubled and refusals):
         raise refusals[0]
-    return chat  # the template does not write what is called, so that nothing depends on the form
+    return rendered[0]  # the template does not write what is called, so that nothing depends on the form
 
 
 def _calls(chat: Chat) -> Iterator[dict[str, Any]]:
@@ -259,7 +262,7 @@ def _find_spans(tokenizer: Any, template: str, chat: Chat, indices: Sequence[int
         if text.startswith(turn):
             end = len(turn)
         else:
-            end = start + _length_in_history(tokenizer, turn[own_start:], text[start:], chat.messages[i]["content"])
+            end = start + _length_in_history(tokenizer, turn[own_start:], text[start:], chat.messages[i])
         spans.append((start, _without_trailing_space(tokenizer, text, start, end)))
     return text, spans
 
@@ -291,7 +294,7 @@ def _start(tokenizer: Any, template: str, chat: Chat, i: int, texts: tuple[str, 
     """
     text, turn = texts
     if i == 0:  # no prompt to render: the texts of two different answers part where the answer begins
-        others = [render(tokenizer, template, _with_content(_cut(chat, 1), 0, content)) for content in ("0", "1")]
+        others = [render(tokenizer, template, _with_answer(_cut(chat, 1), 0, word)) for word in ("0", "1")]
         prompt = others[0][: len(os.path.commonprefix(others))]
     else:
         prompt = render(tokenizer, template, _cut(chat, i), add_generation_prompt=True)
@@ -310,9 +313,13 @@ def _start(tokenizer: Any, template: str, chat: Chat, i: int, texts: tuple[str, 
     )
 
 
-def _with_content(chat: Chat, i: int, content: str) -> Chat:
-    messages = [{**message, "content": content} if k == i else message for k, message in enumerate(chat.messages)]
-    return dataclasses.replace(chat, messages=tuple(messages))
+def _with_answer(chat: Chat, i: int, word: str) -> Chat:
+    """The chat with another answer in message i, and other functions called there."""
+    messages = copy.deepcopy(chat.messages[: i + 1])
+    messages[i]["content"] = word
+    for function in _calls(dataclasses.replace(chat, messages=messages[i:])):
+        function["name"] = word
+    return dataclasses.replace(chat, messages=(*messages, *chat.messages[i + 1 :]))
 
 
 def _moved_start(tokenizer: Any, template: str, chat: Chat, i: int, prompt: str) -> int:
@@ -323,15 +330,15 @@ def _moved_start(tokenizer: Any, template: str, chat: Chat, i: int, prompt: str)
     if not tokens:
         return 0
     tail = prompt[max(prompt.rindex(token) for token in tokens) :]
-    others = [render(tokenizer, template, _with_content(chat, i, content)) for content in ("0", "1")]
+    others = [render(tokenizer, template, _with_answer(chat, i, word)) for word in ("0", "1")]
     before = others[0][: len(os.path.commonprefix(others))]
     own = render(tokenizer, template, chat)
-    if not own.startswith(before) or tail not in before:
+    if before == others[0] or not own.startswith(before) or tail not in before:
         return 0
     return before.rindex(tail) + len(tail)
 
 
-def _length_in_history(tokenizer: Any, new: str, text: str, content: str) -> int:
+def _length_in_history(tokenizer: Any, new: str, text: str, message: Mapping[str, Any]) -> int:
     """How long a turn is in the whole text, where it is rendered otherwise than when it was new.
 
     Reasoning models' templates leave the thoughts out of every turn but the last, so that an earlier turn is the end
@@ -345,9 +352,11 @@ def _length_in_history(tokenizer: Any, new: str, text: str, content: str) -> int
     Raises:
       UserError: neither explains the difference.
     """
+    names = [str(call.get("name", "")) for call in _calls(Chat((message,)))]
+    ending = message["content"].strip()[-16:] or (names[-1] if names else "")
     emptied = _EMPTY_THOUGHT.match(text)  # or they leave "<think></think>" of it
     for lead in (0, emptied.end()) if emptied else (0,):
-        length = _length_without_thought(tokenizer, new, text[lead:], content.strip()[-16:])
+        length = _length_without_thought(tokenizer, new, text[lead:], ending)
         if length:
             return lead + length
     at = len(os.path.commonprefix([new, text]))
@@ -359,26 +368,27 @@ def _length_in_history(tokenizer: Any, new: str, text: str, content: str) -> int
 
 
 def _length_without_thought(tokenizer: Any, new: str, text: str, ending: str) -> int:
-    for skipped in range(len(new)):
-        if ending not in new[skipped:]:
-            break
-        if text.startswith(new[skipped:]):
-            return len(new) - skipped
+    if kept := _end_that_begins(new, text, ending):
+        return len(kept)
     token = _tokens(tokenizer)
     body = new[: re.search(rf"(?:{token.pattern})*\s*\Z", new).start()]
-    closing = new[len(body) :]
-    for skipped in range(len(body) + 1):
-        kept = body[skipped:]
-        if ending not in kept:
-            break
-        if not text.startswith(kept):
-            continue
-        rest = text[len(kept) :]
-        # The closing tokens that both have; where they have none in common, the one that stands there.
-        same = [match.end() for match in token.finditer(closing) if rest.startswith(closing[: match.end()])]
-        if same or (match := token.match(rest)):
-            return len(kept) + (same[-1] if same else match.end())
+    kept = _end_that_begins(body, text, ending)
+    if body and not kept:
+        return 0
+    # The closing tokens that both have; where they have none in common, the one that stands there.
+    closing, rest = new[len(body) :], text[len(kept) :]
+    same = [match.end() for match in token.finditer(closing) if rest.startswith(closing[: match.end()])]
+    if same or (match := token.match(rest)):
+        return len(kept) + (same[-1] if same else match.end())
     return 0
+
+
+def _end_that_begins(new: str, text: str, ending: str) -> str:
+    """The longest end of a turn that the text begins with and that has the answer's last characters in it, or ""."""
+    for skipped in range(new.rfind(ending) + 1 if ending else len(new)):
+        if text.startswith(new[skipped : skipped + 32]) and text.startswith(new[skipped:]):
+            return new[skipped:]
+    return ""
 
 
 def _tokens(tokenizer: Any) -> re.Pattern:

@@ -313,9 +313,14 @@ def _message(message: Any, where: str, strict: bool) -> dict[str, Any]:
         if key not in ("role", "from", "content", "value") and value is not None
     }
     _check_marks(rest, where)
+    if isinstance(rest.get("tool_calls"), str):  # as `tools`: JSON text in files of one schema
+        rest["tool_calls"] = _from_json(rest["tool_calls"] or "[]", "tool_calls")
+    calls = rest.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise RowError(f"{where} has 'tool_calls' that are not a list of objects")
     if isinstance(content, list | tuple):
         content = _join_parts(content, where)
-    if content is None and message.get("tool_calls"):
+    if content is None and (calls or rest.get("function_call")):
         content = ""
     if not isinstance(content, str):
         raise RowError(f"{where} has no text in 'content' (or 'value')")

@@ -11,8 +11,8 @@ that fails is an error, never a mask of all ones or all zeros.
 Against the masks of TRL's own training templates: a thought that the generation prompt opens belongs to the target, as
 there. The closing token does too; the line break behind it does not, as a model stops before it and never writes it.
 The role's header is never a target, which it is in TRL's templates of DeepSeek and gpt-oss: the prompt brings it. Where
-a template closes no turn (GLM 4), TRL adds the next role's token to the text; here the text stays the template's, and
-it is said aloud that the model will not learn to stop.
+a template closes no turn (GLM 4), the next role's token is trained on, as there; behind the last turn TRL adds one to
+the text, and here the text stays the template's.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def template_of(templates: str | Mapping[str, str], chat: Chat) -> str:
         return templates["rag"]
     if "default" not in templates:
         names = ", ".join(templates)
-        raise UserError(
-            f"the tokenizer's chat templates ({names}) have no 'default'; set data.chat_template to one's text"
-        )
+        raise UserError(f"of the tokenizer's chat templates ({names}) none is 'default'; give data.chat_template")
     return templates["default"]
 
 
@@ -263,7 +261,7 @@ def _find_spans(tokenizer: Any, template: str, chat: Chat, indices: Sequence[int
             end = len(turn)
         else:
             end = start + _length_in_history(tokenizer, turn[own_start:], text[start:], chat.messages[i])
-        spans.append((start, _without_trailing_space(tokenizer, text, start, end)))
+        spans.append((start, _until_the_end(tokenizer, text, start, end)))
     return text, spans
 
 
@@ -324,9 +322,9 @@ def _with_answer(chat: Chat, i: int, word: str) -> Chat:
 
 def _moved_start(tokenizer: Any, template: str, chat: Chat, i: int, prompt: str) -> int:
     # Mistral's templates put the system prompt and the tools into the last user's turn, which moves as messages
-    # follow. The prompt's end, from its last token of the vocabulary's added ones, then stands before the answer;
+    # follow. The prompt's end, from its last control token on, then stands before the answer;
     # where the answer is, the whole text shows when another takes its place.
-    tokens = [token for token in tokenizer.added_tokens_encoder if token in prompt]
+    tokens = [token for token in (*tokenizer.added_tokens_encoder, "[/INST]") if token in prompt]
     if not tokens:
         return 0
     tail = prompt[max(prompt.rindex(token) for token in tokens) :]
@@ -397,10 +395,14 @@ def _tokens(tokenizer: Any) -> re.Pattern:
     return re.compile(rf"\s*(?:{'|'.join(map(re.escape, names)) or '(?!)'})")
 
 
-def _without_trailing_space(tokenizer: Any, text: str, start: int, end: int) -> int:
-    # The model stops at the closing token; the line break that a template puts behind it is never generated.
+def _until_the_end(tokenizer: Any, text: str, start: int, end: int) -> int:
+    # The model stops at the closing token; the line break that a template puts behind it is never generated. Where a
+    # template closes no turn (GLM 4), the model stops by beginning the next one: its first token belongs to the target.
     said = text[start:end].rstrip()
-    return start + len(said) if said.endswith(tuple(tokenizer.added_tokens_encoder)) else end
+    if said.endswith(tuple(tokenizer.added_tokens_encoder)):
+        return start + len(said)
+    following = _tokens(tokenizer).match(text, end)
+    return following.end() if following and following.group().strip() != tokenizer.bos_token else end
 
 
 def mask_from_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -327,8 +327,10 @@ def _message(message: Any, where: str, strict: bool) -> dict[str, Any]:
     return {"role": role, "content": content, **rest}
 
 
-# Keys under which a null of a JSON file is a value like any other: what a function is called with, a schema's values.
+# Keys under which a null of a JSON file is a value like any other: in what a function is called with, and a schema's
+# values; and those of them that may be null themselves.
 _NULL_IS_A_VALUE = ("arguments", "default", "const", "enum", "examples")
+_MAY_BE_NULL = ("default", "const")
 
 
 def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
@@ -341,7 +343,9 @@ def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            key: item if key in keep else without_nulls(item, keep) for key, item in value.items() if item is not None
+            key: item if key in keep else without_nulls(item, keep)
+            for key, item in value.items()
+            if item is not None or (key in keep and key in _MAY_BE_NULL)
         }
     if isinstance(value, list | tuple):
         return [without_nulls(item, keep) for item in value]

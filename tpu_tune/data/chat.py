@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.data.formats import Chat, RowError
 from tpu_tune.errors import UserError
 
@@ -30,15 +31,10 @@ def read_template(tokenizer: Any, chat_template: str = "") -> str:
     Raises:
       UserError: `chat_template` is neither Jinja text nor a file that can be read.
     """
-    if chat_template and "{" not in chat_template:
-        try:
-            with open(os.path.expanduser(chat_template), encoding="utf-8") as file:
-                return file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            name = f"data.chat_template '{chat_template}'"
-            raise UserError(f"{name} is neither Jinja text nor a readable file") from error
+    if chat_template:
+        return read_text(chat_template)
     own = getattr(tokenizer, "chat_template", None)
-    return chat_template or (own.get("default") if isinstance(own, dict) else own) or ""
+    return (own.get("default") if isinstance(own, dict) else own) or ""
 
 
 def has_generation_tag(template: str) -> bool:

@@ -98,8 +98,8 @@ def test_pairs_of_either_name(tiny, tokenizer, tmp_path, capsys, keys, num_eos):
     source = write(tmp_path / "rows.jsonl", [dict(zip(keys, row.values(), strict=True)) for row in PAIRS])
     found, rows = tokenize(capsys, tiny, source, "--max-length", 45, "--num-eos", num_eos)
     wanted = []
-    for row in PAIRS:  # _process_training_example, with the BOS that this tokenizer's model was trained with
-        prompt = tokenizer(tokenizer.bos_token + row["input"], add_special_tokens=False)["input_ids"]
+    for row in PAIRS:  # _process_training_example, with the BOS that the tokenizer adds: this one adds none
+        prompt = tokenizer(row["input"])["input_ids"]
         answer = tokenizer(row["output"] + tokenizer.eos_token * num_eos, add_special_tokens=False)["input_ids"]
         if len(prompt) + len(answer) <= 45:
             wanted.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -199,7 +200,8 @@ def _special(tokenizer: Any) -> dict[str, Any]:
 
 def template_metadata(template: str | Mapping[str, str] | None) -> dict[str, Any]:
     """Return a chat template's metadata; several go by their names beside the default, as gguf's own writer has it."""
-    named = dict(template) if isinstance(template, Mapping) else {"default": template or ""}
+    named = template if isinstance(template, Mapping) else {"default": template or ""}
+    named = {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in named.items()}
     metadata: dict[str, Any] = {TEMPLATE: named["default"]} if named.get("default") else {}
     more = sorted(name for name in named if name != "default")
     if more:

@@ -1,4 +1,4 @@
-"""A model's tokenizer alone, without its weights, and how a text begins with it: in training, generation, evaluation."""
+"""A model's tokenizer alone, without its weights, and how a text to go on from is encoded, in training and in use."""
 
 from __future__ import annotations
 

@@ -165,10 +165,11 @@ def _encode(
         elif isinstance(sample, Pair):
             make = _two_sides if options.encoder_decoder else _pair_examples
             examples = make(pieces[0][0], pieces[1][0], marks, options, counts)
-            reason = "empty answer" if not sample.target else "no room for the answer within max_length"
+            says_nothing = not (sample.target.replace(marks.eos, "") if marks.eos else sample.target)
+            reason = "empty answer" if says_nothing else "no room for the answer within max_length"
             if options.encoder_decoder and not examples:
                 reason = "nothing to read"
-            if not sample.target and not options.train_on_source:
+            if says_nothing and not options.train_on_source:
                 examples = []  # only EOS is left to learn: to say nothing
         else:
             examples = _chat_examples(sample, pieces, marks, options, counts)

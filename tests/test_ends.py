@@ -1,4 +1,4 @@
-"""Where a text begins and an answer ends: the same in training, generation and evaluation, and as transformers has it."""
+"""Where a text begins and an answer ends: alike in training, generation and evaluation, and as transformers has it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tpu_tune.training.tasks import exact_match
 # --- EOS
 
 
-def texts_of(rows, format="input-output", tokenizer=None, **options):
+def texts_of(rows, format="input-output", tokenizer=None, max_length=64, **options):
     tokenizer = tokenizer or make_tokenizer()
-    data = tokenize_rows(rows, tokenizer, TokenizeOptions(format, 64, **options))
+    data = tokenize_rows(rows, tokenizer, TokenizeOptions(format, max_length, **options))
     return [tokenizer.decode(ids) for ids, _ in examples(data)], data
 
 
@@ -44,7 +44,7 @@ def test_an_answer_that_ends_has_no_second_end():
     assert found == ["a" + row["output"] + "</s>" * (not row["output"].endswith("</s>")) for row in rows]
     assert all(mask[1:].count(True) == len(ids) - 1 for ids, mask in examples(data))
     for format, keys in {"prompt-completion": ("prompt", "completion"), "alpaca": ("instruction", "output")}.items():
-        (text,), _ = texts_of([dict(zip(keys, ("a", "b</s>"), strict=True))], format)
+        (text,), _ = texts_of([dict(zip(keys, ("a", "b</s>"), strict=True))], format, max_length=512)
         assert text.endswith("b</s>") and text.count("</s>") == 1
 
 
@@ -52,8 +52,8 @@ def test_an_answer_that_ends_has_no_second_end():
 @pytest.mark.parametrize("there", [0, 1, 2, 3, 4])
 def test_ends_that_are_there_count(num_eos, there):
     ends = "</s>" * max(num_eos, there)
-    assert texts_of([{"input": "a", "output": "b" + "</s>" * there}], num_eos=num_eos)[0] == ["ab" + ends]
-    assert texts_of([{"text": "b" + "</s>" * there}], "text", num_eos=num_eos)[0] == ["b" + ends]
+    assert texts_of([{"input": "a", "output": "bc" + "</s>" * there}], num_eos=num_eos)[0] == ["abc" + ends]
+    assert texts_of([{"text": "bc" + "</s>" * there}], "text", num_eos=num_eos)[0] == ["bc" + ends]
 
 
 def test_an_answer_of_an_end_alone_says_nothing():
@@ -215,7 +215,9 @@ def test_the_templates_closing_token_ends_an_answer(tiny_dir, closing, ends):
     assert set(end_tokens(tokenizer)) == ends
     tokenizer.chat_template = "{{ raise_exception('no chats') }}"
     assert set(end_tokens(tokenizer)) == {256}
-    with pytest.raises(UserError, match=r"the chat template refuses the prompt \(no chats\); use --no-chat"):
+    with pytest.raises(
+        UserError, match=r"the chat template refuses the prompt \(no chats\); --no-chat goes on from plain text"
+    ):
         encode_prompt(tokenizer, "hi", chat=True)
 
 

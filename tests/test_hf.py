@@ -623,9 +623,8 @@ def test_the_guides_example_row(tiny):
 
     row = guide_scripts.EXAMPLE
     tokenizer = open_source(str(tiny)).load_tokenizer()
-    data = tokenize_rows(
-        [row], tokenizer, TokenizeOptions("input-output", 5000, source_max_len=2500, target_max_len=2500)
-    )
+    options = TokenizeOptions("input-output", 5000, source_max_len=2500, target_max_len=2500, always_bos=True)
+    data = tokenize_rows([row], tokenizer, options)
     assert tokenizer.decode(data.tokens) == f"<s>{row['input']}{row['output']}</s>"  # every word, and nothing between
     assert tokenizer.decode(data.tokens[data.loss_mask]) == f"{row['output']}</s>"
 

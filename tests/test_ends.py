@@ -270,3 +270,13 @@ def test_a_run_is_used_as_it_was_trained(qlora_run, tiny_dir, capsys):
 def test_data_tokenize_takes_the_output_by_any_name(spelling, source):
     options = parse(["data", "tokenize", source, "a.jsonl", spelling, "b.arrow", "-t", "m", "--output-key", "answer"])
     assert (options.input_file, options.output_file, options.output_key) == ("a.jsonl", "b.arrow", "answer")
+
+
+def test_an_abbreviation_of_one_options_two_spellings_is_not_ambiguous(capsys):
+    split = parse(["data", "split", "--input", "a.jsonl", "--output", "there", "--split", "0.1", "--skip"])
+    assert (split.output_dir, split.split_ratio, split.skip_bad) == ("there", "0.1", True)
+    words = ["data", "tokenize", "-i", "a", "-o", "b", "-t", "m"]
+    assert parse([*words, "--max-len", "8", "--train-on"]).max_length == 8
+    with pytest.raises(SystemExit):
+        parse([*words, "--out", "x"])  # the file, or the key of the answer
+    assert "ambiguous option: --out could match --output" in capsys.readouterr().err

@@ -31,10 +31,9 @@ def read_template(tokenizer: Any, chat_template: str = "") -> str:
     Raises:
       UserError: `chat_template` is neither Jinja text nor a file that can be read.
     """
-    if chat_template:
-        return read_text(chat_template)
+    chat_template = read_text(chat_template)
     own = getattr(tokenizer, "chat_template", None)
-    return (own.get("default") if isinstance(own, dict) else own) or ""
+    return chat_template or (own.get("default") if isinstance(own, dict) else own) or ""
 
 
 def has_generation_tag(template: str) -> bool:

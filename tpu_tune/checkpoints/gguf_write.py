@@ -21,7 +21,7 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
-from tpu_tune.checkpoints.gguf_tokenizer_write import fit_to_rows, tokenizer_metadata
+from tpu_tune.checkpoints.gguf_tokenizer_write import TEMPLATE, fit_to_rows, template_metadata, tokenizer_metadata
 from tpu_tune.checkpoints.huggingface_write import untied_config
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
@@ -177,9 +177,13 @@ def _name(path: str, architecture: str, tokenizer: dict[str, Any]) -> str:
 
 def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, Any]:
     """The tokenizer's metadata, as the source's where that is a GGUF file."""
-    if source.path.endswith(".gguf") and os.path.isfile(source.path):
+    if source.path.endswith(".gguf") and os.path.isfile(source.path) and not source.added_tokens:
         metadata = open_gguf_file(source.path).metadata
-        return fit_to_rows({key: value for key, value in metadata.items() if key.startswith("tokenizer.")}, rows)
+        kept = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+        if source.chat_template:
+            kept = {key: value for key, value in kept.items() if not key.startswith(TEMPLATE)}
+            kept |= template_metadata(source.chat_template)
+        return fit_to_rows(kept, rows)
     return tokenizer_metadata(source.load_tokenizer(), rows, architecture)
 
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import chat_template, storage
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import dense
@@ -106,14 +106,19 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def write_tokenizer(directory: str, source: WeightSource) -> None:
     """Copy the source's tokenizer and generation files byte for byte, or write them from a GGUF's metadata.
 
-    Where tokens were added, the tokenizer is written anew with them, and what does not speak of them is copied.
+    Where tokens were added, the tokenizer is written anew with them, and what does not speak of them is copied. The
+    chat template is the source's, which may not be the one in its files.
     """
     if os.path.isdir(source.path):
         for name in _STILL_TRUE if source.added_tokens else _CARRIED:
             if os.path.isfile(os.path.join(source.path, name)):
                 shutil.copyfile(os.path.join(source.path, name), os.path.join(directory, name))
+        if not source.added_tokens and os.path.isdir(os.path.join(source.path, chat_template.MORE)):
+            shutil.copytree(os.path.join(source.path, chat_template.MORE), os.path.join(directory, chat_template.MORE))
         if source.added_tokens:
             source.load_tokenizer().save_pretrained(directory)
+        if source.chat_template:
+            chat_template.write_template(directory, source.chat_template)
         return
     source.load_tokenizer().save_pretrained(directory)
     ids = {key: source.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source.config}

@@ -71,7 +71,7 @@ def write_adapter(
       base_name: `base_model_name_or_path`.
       params: the base tree; where embeddings or head are targeted, their weights are written beside the adapter as
         PEFT's `save_embedding_layers="auto"` does, if it is given.
-      source: the opened base model; if tokens were added to it, they and the tokenizer are written too.
+      source: the opened base model; the tokenizer is written too if its tokens or its chat template are not the base's.
 
     Raises:
       UserError: the directory cannot be written.
@@ -84,7 +84,7 @@ def write_adapter(
         save_file(tensors, os.path.join(aside, WEIGHTS), metadata={"format": "pt"})
         with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as stream:
             json.dump(adapter_config(targets, base_name, architecture), stream, indent=2, sort_keys=True)
-        if source is not None and source.added_tokens:
+        if source is not None:
             write_record(aside, source)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.data.formats import TRAINING_MARKS, Chat, RowError
 from tpu_tune.errors import UserError
 
@@ -50,13 +51,7 @@ def read_template(tokenizer: Any, chat_template: str = "") -> str | dict[str, st
     Raises:
       UserError: `chat_template` is neither Jinja text nor a file that can be read.
     """
-    if chat_template and "{" not in chat_template:
-        try:
-            with open(os.path.expanduser(chat_template), encoding="utf-8") as file:
-                return file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            name = f"data.chat_template '{chat_template}'"
-            raise UserError(f"{name} is neither Jinja text nor a readable file") from error
+    chat_template = read_text(chat_template)
     own = getattr(tokenizer, "chat_template", None) or ""
     return chat_template or (dict(own) if isinstance(own, Mapping) else own)
 

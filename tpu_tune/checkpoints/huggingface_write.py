@@ -71,16 +71,20 @@ def tensors_with_head(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield all tensors as `merged_tensors`; a head that merging has untied from its embedding gets the weight it used.
 
+    T5's scaling goes into the weight of such a head, since older readers scale the states of a tied one only.
+
     Args:
       params: a combined tree.
       architecture: the model's facts.
       untied: whether merging unties the head (`unties_head`).
     """
-    yield from merged_tensors(params, architecture.modules())
+    head = f"{architecture.names.head}.weight"
+    for name, value in merged_tensors(params, architecture.modules()):
+        yield name, value * np.float32(architecture.head_scale) if untied and name == head else value
     for module in architecture.modules():
         if module.tied_to and untied and module.weight not in params:
             base = params[f"{module.tied_to}.weight"].base
-            yield module.weight, np.asarray(dense(base))
+            yield module.weight, np.asarray(dense(base)) * np.float32(architecture.head_scale)
 
 
 def write_config(directory: str, source: WeightSource, dtype: str, untied: bool = False) -> None:
@@ -88,9 +92,15 @@ def write_config(directory: str, source: WeightSource, dtype: str, untied: bool 
     config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype" if "torch_dtype" not in source.config else "torch_dtype"] = dtype
     if untied:
-        config["tie_word_embeddings"] = False
+        config |= untied_config(config)
     with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as stream:
         json.dump(config, stream, indent=2)
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes in a config.json where merging has untied the head, as `tensors_with_head` writes it."""
+    scaling = {"scale_decoder_outputs": False} if config["model_type"] == "t5" else {}
+    return {"tie_word_embeddings": False, **scaling}
 
 
 def write_tokenizer(directory: str, source: WeightSource) -> None:

@@ -77,7 +77,7 @@ def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSour
     identity = json.dumps([source.fingerprint, ids])
     return dataclasses.replace(
         source,
-        config=_with_vocabulary(source.config, size),
+        config=with_vocabulary(source.config, size),
         shapes={name: (size, *shape[1:]) if name in growing else shape for name, shape in source.shapes.items()},
         read=functools.partial(_read, source, frozenset(growing), fresh, size),
         load_tokenizer=functools.partial(_load_tokenizer, source, tuple(tokens)),
@@ -182,7 +182,7 @@ def _read(source: WeightSource, growing: frozenset[str], fresh: Sequence[int], s
     return grown
 
 
-def _with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Return a config.json's content with another vocab_size, also where the text model's is one of several."""
     changed = {**config, "vocab_size": size}
     nested = config.get("text_config")

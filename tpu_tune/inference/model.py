@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.checkpoints import peft
+from tpu_tune.checkpoints.adapter_base import base_of_adapter
 from tpu_tune.checkpoints.chat_template import with_template_of
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import open_source
@@ -35,7 +36,6 @@ class Model:
     Attributes:
       architecture: the model's family and sizes.
       params: path -> leaf; adapters stand in it as `LoraTensor` leaves.
-      tokenizer: the Hugging Face tokenizer, chat template included.
       dtype: the activations' dtype.
       source: the opened model that the weights were read from.
       targets: the modules that the adapter changes, or None.
@@ -44,11 +44,19 @@ class Model:
 
     architecture: Architecture
     params: dict[str, Any]
-    tokenizer: Any
     dtype: Any
     source: WeightSource
     targets: Targets | None = None
     always_bos: bool = False
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, chat template included; it is loaded when it is first asked for.
+
+        Raises:
+          UserError: the model has none, or none that can be read.
+        """
+        return self.source.load_tokenizer()
 
     def __call__(self, input_ids: Any, decoder_input_ids: Any = None) -> Float[Array, "B T V"]:
         """Return the next token's logits (float32) at every position of `input_ids` (B, T).
@@ -117,22 +125,21 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
         raise UserError(f"quantize is '{quantize}'; it must be one of {', '.join(FORMATS)}")
     source = open_source(path)
     if adapter:
-        source = with_template_of(with_tokens_of(source, adapter), adapter)
+        source = base_of_adapter(with_template_of(with_tokens_of(source, adapter), adapter), adapter)
     return load_source(source, dtype, QuantizeConfig(quantize or "none"), adapter)
 
 
 def load_source(source: WeightSource, dtype: str, quantization: QuantizeConfig, adapter: str | None = None) -> Model:
     """Load an opened model: see `load`; `quantization` says in full what is quantized and how."""
     arch = open_architecture(source)
-    # Tokenizer and adapter first: what is wrong with them is reported before the weights are read.
-    tokenizer = source.load_tokenizer()
-    spec, trained = peft.read_adapter(adapter, arch) if adapter else (None, None)
+    # The adapter first: what is wrong with it is reported before the weights are read.
+    spec, trained = peft.read_adapter(adapter, arch, source.base_of == adapter) if adapter else (None, None)
     params = load_params(source, arch, jnp.dtype(dtype), quantization)
     targets = None
     if spec is not None:
         targets = find_targets(arch.modules(), spec, arch.default_targets)
         params = targets.combine(*targets.split(params, trained))
-    return Model(arch, params, tokenizer, jnp.dtype(dtype), source, targets)
+    return Model(arch, params, jnp.dtype(dtype), source, targets)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -10,6 +10,7 @@ import logging
 
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints.adapter_base import base_of_adapter
 from tpu_tune.checkpoints.chat_template import read_text, template_of, with_template_of
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.vocabulary import open_configured
@@ -53,11 +54,14 @@ def _load_run(
     if config.method != "lora" and not before:
         return load(run.finished_result("full"), dtype, quantize, adapter)
     quantization = QuantizeConfig(**config.quantize) if quantize is None else QuantizeConfig(quantize)
-    own = config.model.adapter or None if before else adapter or run.finished_result(config.method)
     source = open_base(run, config)
-    if adapter and not before:
-        source = with_template_of(source, adapter)
-    return load_source(source, dtype, quantization, own)
+    if before:
+        adapter = config.model.adapter or None
+    elif adapter:
+        source = base_of_adapter(with_template_of(source, adapter), adapter)
+    else:
+        adapter = run.finished_result(config.method)
+    return load_source(source, dtype, quantization, adapter)
 
 
 def open_base(run: RunDirectory, config: ConfigDict) -> WeightSource:

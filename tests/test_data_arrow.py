@@ -481,7 +481,7 @@ def test_trains_on_either_pair_of_names(tokenizer, tmp_path, keys):
     ids, labels = (tokenizer(PAIRS[1][key], add_special_tokens=False)["input_ids"] for key in ("input", "output"))
     start, end = data.train.data.offsets[1:3]
     assert data.train.data.tokens[start:end].tolist() == [*ids, *labels, 256]
-    assert data.train.data.loss_mask[start:end].tolist() == [False] * (len(ids) + 1) + [True] * (len(labels) + 1)
+    assert data.train.data.loss_mask[start:end].tolist() == [False] * len(ids) + [True] * (len(labels) + 1)
 
 
 def test_json_lines_keep_every_character(tmp_path):

@@ -14,12 +14,12 @@ stored as
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import QuantizedTensor
 
@@ -72,7 +72,7 @@ def as_quantized(
 
 def _read_state(path: str, matrix: str, packed: np.ndarray) -> dict[str, Any]:
     try:
-        state = json.loads(packed.tobytes().decode())
+        state = json_text.loads(packed.tobytes())
         return {
             "shape": tuple(int(size) for size in state["shape"]),
             "group": int(state["blocksize"]),

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints import bitsandbytes
+from tpu_tune.checkpoints import bitsandbytes, json_text
 from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
 from tpu_tune.checkpoints.torch_file import read_torch_header
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -88,7 +87,7 @@ def read_header(path: str) -> dict[str, StoredTensor]:
             raise UserError(f"{path}: cut short or not a safetensors file ({size} bytes); fetch it again")
         text = file.read(start - 8)
     try:
-        header = json.loads(text)
+        header = json_text.loads(text)
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
@@ -132,8 +131,8 @@ def read_config(directory: str) -> dict[str, Any]:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        with open(path, "rb") as file:
+            content = json_text.loads(file.read())
     except ValueError as error:  # bad JSON and bad UTF-8
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):

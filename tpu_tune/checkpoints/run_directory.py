@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.errors import UserError
 
 
@@ -143,10 +143,10 @@ class RunDirectory:
         """
         file = self.file(name)
         try:
-            content = json.loads(storage.read_bytes(file).decode())
+            content = json_text.loads(storage.read_bytes(file))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{file} cannot be read: it holds a {type(content).__name__} and no JSON object")
@@ -343,8 +343,8 @@ def _parse(name: str, text: str) -> JsonLines:
     found, bad = JsonLines([], [], []), []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # such as a line that a kill or a full disk cut off
+            row = json_text.loads(line)
+        except ValueError:  # such as a line that a kill or a full disk cut off
             row = None
         if isinstance(row, dict):
             found.rows.append(row)

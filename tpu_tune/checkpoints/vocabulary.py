@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -92,7 +92,7 @@ def read_record(directory: str) -> dict[str, int]:
     """
     file = os.path.join(directory, RECORD)
     try:
-        record = json.loads(storage.read_bytes(file).decode())
+        record = json_text.loads(storage.read_bytes(file))
         return {str(token): int(number) for token, number in record.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -258,7 +258,7 @@ def _convert(said: str, hint: Any, value: Any, entry: bool = False) -> Any:
     """Give a value the type of an annotation, reading text as the command line writes it."""
     kinds = _kinds(hint)
     if Any in kinds:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value) if isinstance(value, str) else _plain(value)
         return value
     if isinstance(value, str):
@@ -288,7 +288,7 @@ def _read(said: str, kinds: Mapping[type, Any], text: str) -> Any:
         if stripped.startswith(("[", "{")):
             try:
                 return json.loads(stripped)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{said}: {stripped!r} is not JSON ({error})") from None
         if list not in kinds:
             return text

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
-import json
 import logging
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.data import arrow, cache
 from tpu_tune.data.formats import detect
 from tpu_tune.data.processes import Engine
@@ -219,8 +219,8 @@ def _sample_lines(path: str) -> tuple[list[dict[str, Any]], float]:
 def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
+            row = json_text.loads(line.decode("utf-8-sig"))
+        except ValueError:
             continue
         if isinstance(row, dict):
             yield row

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tpu_tune.checkpoints import json_text
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.data import arrow, cache
 from tpu_tune.data.formats import detect
 from tpu_tune.data.processes import Engine
@@ -74,7 +74,8 @@ def tokenize_file(
     if tokenizer.eos_token_id is None and options.num_eos:
         logger.warning("the tokenizer has no end-of-text token, so the model will not learn to stop")
     predicted, expected = _predict(path, rows, tokenizer, options)
-    _check_room(path, output, predicted)
+    if not storage.is_special(output):
+        _check_room(path, output, predicted)
     heavy = not tokenizer.is_fast or format in ("messages", "sharegpt")  # work that holds Python's lock
     processes = num_processes(expected, num_workers) if heavy or num_workers else 1
     batches = make_batches(read_any(path, skipped) if rows is None else rows)

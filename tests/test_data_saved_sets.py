@@ -99,12 +99,13 @@ def test_a_clone_of_a_hub_repository(tmp_path):
     train, held_out = resolve(clone(tmp_path / "plain", train=TRAIN, test=TEST))
     assert (read(train), read(held_out)) == (TRAIN, TEST)
     readme = (
-        "---\r\nconfigs:\r\n- config_name: other\r\n  data_files: data/none*\r\n- config_name: default\r\n"
+        "---\r\nconfigs:\r\n- config_name: other\r\n  data_files: data/train*\r\n- config_name: default\r\n"
         "  data_files:\r\n  - split: train\r\n    path: data/b-*\r\n"
         "  - split: test\r\n    path:\r\n    - data/a-*\r\n---\r\n"
     )
     path = clone(tmp_path / "named", readme, a=TEST, b=TRAIN, train=[{"text": "no part of it"}])
     train, held_out = resolve(path)
+    os.remove(os.path.join(path, "dataset_infos.json"))  # whose features are none, as far as `datasets` can see
     referee = datasets.load_dataset(path, "default", cache_dir=str(tmp_path / "cache"))
     assert read(train) == referee["train"].to_list() == TRAIN and read(held_out) == referee["test"].to_list()
 
@@ -275,8 +276,9 @@ def test_columns_that_are_not_used_are_named(tmp_path, caplog):
 
 def test_nan_is_no_text(tmp_path):
     file = tmp_path / "rows.parquet"
-    pandas.DataFrame({"instruction": ["a", "b"], "input": [np.nan, np.nan], "output": ["c", np.nan]}).to_parquet(file)
-    rows = pyarrow.parquet.read_table(file).to_pylist()
+    frame = pandas.DataFrame({"instruction": ["a", "b"], "input": [np.nan, np.nan], "output": ["c", "d"]})
+    pyarrow.parquet.write_table(pa.Table.from_pandas(frame).set_column(1, "input", pa.array([np.nan] * 2)), file)
+    rows = read_rows(str(file))[0]
     assert np.isnan(rows[0]["input"])
     assert convert(rows[0], "alpaca") == convert({"instruction": "a", "output": "c"}, "alpaca")
     for row, format in (({"text": float("nan")}, "text"), ({"input": float("nan"), "output": "a"}, "input-output")):

@@ -349,7 +349,7 @@ def _check_tying(directory: str, architecture: Architecture, targets: Targets) -
     Raises:
       UserError: it is set, the model is tied, and one of them is trained.
     """
-    config = json.loads(storage.read_bytes(os.path.join(directory, "adapter_config.json")).decode())
+    config = json_text.loads(storage.read_bytes(os.path.join(directory, "adapter_config.json")))
     trained = [target.module for target in targets.adapted] + list(targets.saved)
     for module in trained if config.get("ensure_weight_tying") and architecture.tied else []:
         if module.path == architecture.names.embed or module.is_head:

@@ -122,6 +122,18 @@ def test_generation_knows_it(run, base, capsys):
     assert answers == models[0].generate([written], Sampling(4), chat=False) * 2
 
 
+def test_a_runs_variables_are_its_prompts_too(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["chat_template_kwargs"] = {"mood": "calm"}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "adapter" / "chat_template.jinja").write_text("{{ mood }}: {{ messages[0].content }}")
+    model = load_any(str(copy))
+    assert model.tokenizer.decode(model.encode_prompt("hi", chat=True)) == "calm: hi"
+    expected = model.generate(["calm: hi"], Sampling(4), chat=False)
+    assert model.generate(["hi"], Sampling(4)) == expected
+
+
 def test_another_adapter_brings_its_own(run, tmp_path):
     adapter = shutil.copytree(f"{run}/adapter", tmp_path / "adapter")
     (adapter / "chat_template.jinja").write_text(TEMPLATE.replace("MARK", "OTHER"))

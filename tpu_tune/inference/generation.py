@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,14 +59,19 @@ def generate(
     params: dict[str, Any],
     tokenizer: Any,
     dtype: Any,
-    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
     sampling: Sampling,
-    chat: bool,
     ends: Sequence[int],
 ) -> list[str]:
-    """Return one decoded answer a prompt (see `Model.generate`); `ends`: ids that end an answer."""
-    # An encoder-decoder's prompt is what its encoder reads, not a turn of a chat; EOS ends it, as in training.
-    encoded = [encode_prompt(tokenizer, prompt, chat and arch.encoder is None) for prompt in prompts]
+    """Return one decoded answer a prompt (see `Model.generate`).
+
+    Args:
+      arch, params, tokenizer, dtype: the model.
+      encoded: each prompt's ids, of `encode_prompt`.
+      sampling: how tokens are chosen.
+      ends: ids that end an answer.
+    """
+    # An encoder-decoder's prompt is what its encoder reads; EOS ends it, as in training.
     if arch.encoder and tokenizer.eos_token_id is not None:
         end = tokenizer.eos_token_id
         encoded = [ids if ids[-1:] == [end] else [*ids, end] for ids in encoded]
@@ -74,8 +79,20 @@ def generate(
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Return a prompt's token ids, through the chat template or as training encodes a prompt."""
+def encode_prompt(
+    tokenizer: Any, prompt: str, chat: bool, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Return a prompt's token ids, through the chat template or as training encodes a prompt.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      prompt: the user's words, or with `chat=False` plain text to go on from.
+      chat: whether to put it into the chat template.
+      template_kwargs: variables of the template (`data.chat_template_kwargs`).
+
+    Raises:
+      UserError: there is no template, or it refuses the prompt.
+    """
     if not chat:
         return encode_text(tokenizer, prompt)
     if not tokenizer.chat_template:
@@ -84,7 +101,10 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
         )
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            tokenize=False,
+            **(template_kwargs or {}),
         )
     except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from tpu_tune.checkpoints.tokenizers import encode_text, with_bos
 from tpu_tune.checkpoints.vocabulary import with_tokens_of
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.inference.generation import Sampling, end_tokens, generate
+from tpu_tune.inference.generation import Sampling, encode_prompt, end_tokens, generate
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode
 from tpu_tune.tensors import FORMATS
 from tpu_tune.transforms import QuantizeConfig, Targets, find_targets
@@ -40,6 +40,7 @@ class Model:
       source: the opened model that the weights were read from.
       targets: the modules that the adapter changes, or None.
       always_bos: plain prompts begin with BOS even where the tokenizer adds none (`data.add_bos_token=always`).
+      chat_template_kwargs: variables of the chat template (`data.chat_template_kwargs`).
     """
 
     architecture: Architecture
@@ -48,6 +49,7 @@ class Model:
     source: WeightSource
     targets: Targets | None = None
     always_bos: bool = False
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -88,10 +90,9 @@ class Model:
           sampling: length, temperature, top-k, top-p, seed; greedy by default.
           chat: put each prompt into the tokenizer's chat template.
         """
-        if self.always_bos and not chat:
-            prompts = [with_bos(self.tokenizer, prompt) for prompt in prompts]
+        encoded = [self.encode_prompt(prompt, chat) for prompt in prompts]
         return generate(
-            self.architecture, self.params, self.tokenizer, self.dtype, prompts, sampling or Sampling(), chat, self.ends
+            self.architecture, self.params, self.tokenizer, self.dtype, encoded, sampling or Sampling(), self.ends
         )
 
     @functools.cached_property
@@ -99,8 +100,13 @@ class Model:
         """The ids that end an answer (see `end_tokens`)."""
         return end_tokens(self.tokenizer, self.source)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a plain text to go on from, as in training; an encoder's text ends in EOS, too."""
+    def encode_prompt(self, text: str, chat: bool = False) -> list[int]:
+        """Return the ids of a prompt (`chat`) or of plain text to go on from, as in training.
+
+        What an encoder reads is no turn of a chat; it ends in EOS.
+        """
+        if chat and self.architecture.encoder is None:
+            return encode_prompt(self.tokenizer, text, True, self.chat_template_kwargs)
         ids = encode_text(self.tokenizer, with_bos(self.tokenizer, text) if self.always_bos else text)
         end = self.tokenizer.eos_token_id
         return ids if self.architecture.encoder is None or end is None or ids[-1:] == [end] else [*ids, end]

@@ -44,7 +44,11 @@ def load_any(
         return load(path, dtype or "float32", quantize, adapter)
     config = run.config()
     model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before)
-    return dataclasses.replace(model, always_bos=config.data.add_bos_token == "always")
+    return dataclasses.replace(
+        model,
+        always_bos=config.data.add_bos_token == "always",
+        chat_template_kwargs=dict(config.data.chat_template_kwargs),
+    )
 
 
 def _load_run(

@@ -113,6 +113,7 @@ class TpuTuneLM(LM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **self._model.chat_template_kwargs,
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

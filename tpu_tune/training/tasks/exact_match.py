@@ -14,7 +14,7 @@ from typing import Any
 
 from tpu_tune.data.formats import RowError
 from tpu_tune.errors import UserError
-from tpu_tune.inference.generation import Sampling, encode_prompt, generate_ids
+from tpu_tune.inference.generation import Sampling, generate_ids
 from tpu_tune.inference.model import Model
 from tpu_tune.training.tasks.intervals import Measure, Outcome
 from tpu_tune.training.tasks.questions import with_shots
@@ -89,7 +89,7 @@ def score_answers(
     asked = list(asked) if examples is not None else list(asked)[shots:]
     if chat:
         prompts = [question for question, _, _ in asked]
-        encoded = [encode_prompt(model.tokenizer, prompt, True) for prompt in prompts]
+        encoded = [model.encode_prompt(prompt, chat=True) for prompt in prompts]
     else:
         prompts = [with_shots("", solved, _stem(question)) for question, _, _ in asked]
         encoded = [model.encode_prompt(prompt) for prompt in prompts]

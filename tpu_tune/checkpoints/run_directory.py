@@ -24,7 +24,10 @@ from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.checkpoints.run_values import SUMMARY, metrics_row, without_odd
 from tpu_tune.errors import UserError
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class RunDirectory:
         return found.rows if found else []
 
     def summary(self) -> dict[str, Any]:
-        """Return `summary.json`; {} where there is none that can be read."""
+        """Return `summary.json`, less what is of a wrong type; {} where there is none that can be read."""
         try:
-            return self.read_json("summary.json") or {}
+            return without_odd(self.read_json("summary.json") or {}, SUMMARY)[0]
         except UserError:
             return {}
 
@@ -319,6 +322,8 @@ def plain_number(value: Any) -> Any:
 def read_json_lines(file: str) -> JsonLines | None:
     """Read a JSON Lines file as far as it can be read; None where there is no such file.
 
+    A row of a metrics.jsonl must have its step, and numbers where numbers belong, to count as readable.
+
     Raises:
       UserError: it cannot be read at all.
     """
@@ -346,6 +351,7 @@ def _parse(name: str, text: str) -> JsonLines:
             row = json_text.loads(line)
         except ValueError:  # such as a line that a kill or a full disk cut off
             row = None
+        row = metrics_row(row) if name == METRICS else row
         if isinstance(row, dict):
             found.rows.append(row)
             found.lines.append(line)

@@ -20,6 +20,7 @@ from typing import Any
 
 from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.data import columnar, saved_sets
+from tpu_tune.data.formats import without_nulls
 from tpu_tune.data.saved_sets import EVAL_NAMES, TRAIN_NAMES
 from tpu_tune.errors import UserError
 
@@ -58,7 +59,9 @@ def resolve(path: str) -> tuple[list[str], list[str] | None]:
         raise UserError("no data given; set data.train to a .jsonl file, a directory or a hub id")
     if storage.is_remote(path):
         return _resolve_remote(path.rstrip("/"))
-    location = Path(path).expanduser()
+    if any(len(part) > 255 for part in os.fsencode(path).split(b"/")):
+        raise UserError(f"{path[:60]}...: there is no such file or directory (a name has 255 bytes at most)")
+    location = Path(os.path.expanduser(path))
     if location.is_dir():
         try:
             return _resolve_directory(str(location))
@@ -195,6 +198,8 @@ def read_rows(path: str, *, skip_bad_rows: bool = False) -> tuple[list[dict[str,
     if not rows:
         which = f" that can be read ({len(bad)} bad ones, first {bad[0]})" if bad else ""
         raise UserError(f"{path}: no rows{which}")
+    if is_hub(path) or Path(path).suffix.lower() in (".parquet", ".arrow"):  # in whose structs absent keys are null
+        rows = [{key: without_nulls(value) for key, value in row.items()} for row in rows]
     return rows, bad
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import columnar, streams
+from tpu_tune.data.formats import without_nulls
 from tpu_tune.data.ingest.archives import inner_name, seekable
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.encodings import TextLines, misfit, too_long
@@ -167,4 +168,4 @@ def _numbered(name: str, rows: Iterator[dict[str, Any] | None], tally: Tally) ->
         if row is None:
             tally.skipped.add(f"{name}:{number}", f"the row is larger than {too_long()}")
         else:
-            yield f"{name}:{number}", row
+            yield f"{name}:{number}", {key: without_nulls(value) for key, value in row.items()}

@@ -307,3 +307,30 @@ def test_a_surrogate_pair_is_one(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n')
     (row,) = read_rows(str(tmp_path / "a.jsonl"))[0]
     assert convert(row, "text").text == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    "about",
+    [b"[" * 50_000, b"[]", b'{"format": [1]}', b'{"examples_per_row": "ab"}', b'{"examples_per_row": [1e99, 2]}'],
+)
+def test_what_a_tokenized_file_says_of_itself(tmp_path, about):
+    """Right, or one line: it may be damaged, or another program's."""
+    rows = pa.table({"input_ids": [[1, 2], [3, 4]]})
+    batch, metadata = rows.to_batches()[0], {arrow.METADATA: about}
+    file = str(tmp_path / "a.arrow")
+    with pa.ipc.new_file(file, rows.schema.with_metadata(metadata)) as writer:
+        writer.write_batch(batch, metadata)
+    assert isinstance(arrow.read_about(file), dict)
+    if b"examples" in about:
+        with pytest.raises(UserError, match="its metadata does not fit its rows"):
+            arrow.load([file], 64)
+    else:
+        assert examples(arrow.load([file], 64)) == [([1, 2], [1]), ([3, 4], [1])]
+
+
+def test_two_columns_of_one_name(tmp_path):
+    rows = pa.Table.from_arrays([pa.array([[1, 2]])] * 2, names=["input_ids"] * 2)
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), rows.schema) as writer:
+        writer.write_table(rows)
+    with pytest.raises(UserError, match="has no one column input_ids"):
+        arrow.load([str(tmp_path / "a.arrow")], 64)

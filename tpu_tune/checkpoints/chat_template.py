@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
@@ -62,10 +62,10 @@ def template_of(directory: str) -> Template:
     file = os.path.join(directory, _CONFIG)
     content = _read(file)
     try:
-        kept = json.loads(content).get("chat_template") if content is not None else None
+        kept = json_text.loads(content).get("chat_template") if content is not None else None
         if isinstance(kept, list):
             kept = {entry["name"]: entry["template"] for entry in kept}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     texts = list(kept.values()) if isinstance(kept, Mapping) else [kept or ""]
     if not all(isinstance(text, str) for text in texts):

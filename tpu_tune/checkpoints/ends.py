@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
@@ -25,9 +25,8 @@ def end_ids(source: WeightSource) -> set[int]:
     if not os.path.isfile(file):
         return ends
     try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except (OSError, ValueError, RecursionError) as error:
+        content = json_text.loads(storage.read_bytes(file))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{file} cannot be read: it holds a {type(content).__name__} and no JSON object")

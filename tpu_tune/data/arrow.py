@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.data import columnar
 from tpu_tune.data.loading import IGNORE
 from tpu_tune.data.tokenized_set import TokenizedSet
@@ -161,8 +162,10 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
     for source in sources:
         schema, batches = _open(source)
         about = _about(schema.metadata)
+        if schema.get_field_index("input_ids") < 0:  # also where there are several of them
+            raise UserError(f"{source}: has no one column input_ids; tokenize it again")
         plain = pa.types.is_integer(schema.field("input_ids").type)
-        formats.append(about.get("format", "text" if plain else ""))
+        formats.append(str(about.get("format", "text" if plain else "")))
         used = {"input_ids", "labels", _PADDING_MASK, *_LOSS_MASKS, *_IDLE}
         if others := [name for name in schema.names if name not in used]:
             logger.warning("%s: columns that training does not use: %s", source, ", ".join(others))
@@ -171,14 +174,20 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
             ids, labels, bounds = _columns(source, batch, loaded.rows - first)
             if len(bounds) < 2:
                 continue
-            per_row = _about(metadata).get("examples_per_row") or np.ones(len(bounds) - 1, np.int64)
-            if sum(per_row) != len(bounds) - 1:
+            per_row = _about(metadata).get("examples_per_row") or [1] * (len(bounds) - 1)
+            if not _counts_rows(per_row, len(bounds) - 1):
                 raise UserError(f"{source}: its metadata does not fit its rows; tokenize it again")
             rows = loaded.sources + np.repeat(np.arange(len(per_row)), per_row)
             loaded.sources += len(per_row)
             batch_rows = _Batch(source, loaded.rows - first, ids, labels, bounds)
             _add(loaded, batch_rows, rows, max_length, formats[-1] == "text")
     return _finish(loaded, formats)
+
+
+def _counts_rows(per_row: Any, examples: int) -> bool:
+    """Whether what a file says of its rows' examples are counts that add up to its examples."""
+    counts = isinstance(per_row, list) and all(type(count) is int and 0 < count <= examples for count in per_row)
+    return counts and sum(per_row) == examples
 
 
 @dataclass(frozen=True)
@@ -374,7 +383,7 @@ def _values(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 def _about(metadata: Any) -> dict[str, Any]:
     try:
-        about = json.loads((metadata or {})[METADATA])
+        about = json_text.loads((metadata or {})[METADATA])
     except (KeyError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.data.sources import is_hub
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
@@ -88,7 +88,7 @@ def load(root: Path, key: str) -> TokenizedSet | None:
     if not os.path.isdir(folder):  # which is False, not an error, for a name that is too long
         return None
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json_text.loads((folder / "summary.json").read_bytes())
         arrays = {}
         for name in _ARRAYS:
             file = folder / f"{name}.npy"
@@ -97,7 +97,7 @@ def load(root: Path, key: str) -> TokenizedSet | None:
         if len(arrays["tokens"]) != summary["tokens"] or len(arrays["offsets"]) != summary["examples"] + 1:
             raise ValueError("arrays and summary disagree")
         return TokenizedSet(**arrays, summary=summary)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged (%s); tokenizing again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -30,6 +30,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.data.formats import TRAINING_MARKS, Chat, RowError
 from tpu_tune.errors import UserError
@@ -210,8 +211,8 @@ def _as_object(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        return json.loads(arguments) if arguments.strip() else {}
-    except (ValueError, RecursionError) as error:
+        return json_text.loads(arguments) if arguments.strip() else {}
+    except ValueError as error:
         raise RowError(f"the arguments of a tool call are not JSON ({arguments[:60]!r})") from error
 
 

@@ -191,10 +191,6 @@ def _half_surrogate(value: Any) -> str:
     return next(filter(None, map(_half_surrogate, value)), "") if isinstance(value, list | tuple) else ""
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def _sample(row: Mapping[str, Any], format: str, columns: Mapping[str, str] | None) -> Sample:
     row = rename(row, columns or {})
     if any(map(_is_nan, row.values())):  # what pandas writes into an empty cell

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.cli.common import Commands, read_config, spellings
 from tpu_tune.cli.data.tokenize import add_tokenizer
 from tpu_tune.errors import UserError
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _is_encoder_decoder(path: str) -> bool:
     try:
-        with open(os.path.join(os.path.expanduser(path), "config.json"), encoding="utf-8") as file:
-            return bool(json.load(file).get("is_encoder_decoder"))
+        with open(os.path.join(os.path.expanduser(path), "config.json"), "rb") as file:
+            return bool(json_text.loads(file.read()).get("is_encoder_decoder"))
     except (OSError, ValueError, AttributeError):
         return False

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.cli.common import Commands, spellings
 
 
@@ -112,8 +113,8 @@ def template_variables(options: argparse.Namespace) -> dict[str, Any]:
 
     text = options.chat_template_kwargs
     try:
-        found = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
+        found = json_text.loads(text) if text else {}
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise UserError(

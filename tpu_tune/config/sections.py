@@ -84,6 +84,7 @@ class Data:
     format: RowFormat = key("auto", "of the rows; auto goes by the keys of the first")
     columns: Mapping[str, str] = key({}, 'the file\'s key -> the format\'s key, e.g. {"question": "input"}')
     chat_template: str = key("", "Jinja text or file; empty: the tokenizer's own")
+    chat_template_kwargs: Mapping[str, Any] = key({}, 'e.g. {"enable_thinking": False}; a row\'s own come first')
     response_markers: Sequence[str] = key([], "text rows: loss only after one of these, up to an instruction marker")
     instruction_markers: Sequence[str] = key([], "strings that end a response")
     max_length: int = key(2048, "tokens a row; of an encoder-decoder, of the input and of the output each", above=0)

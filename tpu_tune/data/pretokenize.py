@@ -83,7 +83,7 @@ def tokenize_file(
         sets = tokenize_batches(batches, tokenizer, options, processes)
     else:
         sets = engine(functools.partial(tokenize_batch, tokenizer=tokenizer, options=options), batches)
-    counts, dropped = Counter(), Counter()
+    counts, dropped, unused = Counter(), Counter(), Counter()
     with aside(output) as temporary:
         with (
             pa.OSFile(os.fspath(temporary), "wb") as file,
@@ -92,6 +92,7 @@ def tokenize_file(
         ):
             for one in sets:
                 _count(one, counts, dropped, skipped)
+                unused.update(one.summary["unused"])
                 if len(one):
                     arrow.write_batch(writer, one)
                 bar.update(one.summary["rows"])
@@ -104,6 +105,7 @@ def tokenize_file(
     return report | {
         "rows": counts["rows"] + skipped.count - counts["bad_rows"],  # rows that could not be read count as rows too
         "dropped": dict(sorted(dropped.items())),
+        "unused": dict(sorted(unused.items())),
         "bad_rows": skipped.count,
         "bad_examples": [str(row) for row in skipped.examples],
         "format": format,

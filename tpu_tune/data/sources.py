@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.data.formats import without_nulls
 from tpu_tune.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -166,6 +167,8 @@ def read_rows(path: str, *, skip_bad_rows: bool = False) -> tuple[list[dict[str,
     if not rows:
         which = f" that can be read ({len(bad)} bad ones, first {bad[0]})" if bad else ""
         raise UserError(f"{path}: no rows{which}")
+    if is_hub(path) or Path(path).suffix.lower() in (".parquet", ".arrow"):  # in whose structs absent keys are null
+        rows = [{key: without_nulls(value) for key, value in row.items()} for row in rows]
     return rows, bad
 
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tpu_tune.data import chat as chats
-from tpu_tune.data.formats import Chat, Pair, RowError, Sample, Text, convert
+from tpu_tune.data.formats import Chat, Pair, RowError, Sample, Text, convert, is_context_only, unused_keys
 from tpu_tune.data.sources import BadRow
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
@@ -80,7 +80,7 @@ def tokenize_rows(
         return f"{where} {index + 1}" if isinstance(where, str) else where[index - first]
 
     marks = _read_marks(tokenizer)
-    counts, dropped, bad = Counter(), Counter(), []
+    counts, dropped, unused, bad = Counter(), Counter(), Counter(), []
     ids_list, mask_list, row_list = [], [], []
     for start in range(0, len(rows), _BATCH):
         samples = []
@@ -89,7 +89,9 @@ def tokenize_rows(
                 sample = convert(row, options.format, options.columns)
                 if options.encoder_decoder and not isinstance(sample, Pair):
                     raise UserError(_no_pair(sample, where_is(index)))
+                sample, unread = _for_template(sample, tokenizer, options)
                 samples.append((index, _prepare(sample, tokenizer, options)))
+                unused.update([*unused_keys(row, options.format, options.columns), *unread])
             except RowError as error:
                 bad.append(BadRow(where_is(index), str(error)))
                 if not options.skip_bad_rows:
@@ -110,6 +112,7 @@ def tokenize_rows(
         "split": counts["split"],
         "open_ended": counts["open_ended"],
         "dropped": dict(sorted(dropped.items())),
+        "unused": dict(sorted(unused.items())),
         "bad_rows": len(bad),
         "bad_examples": [str(row) for row in bad[:5]],
         "max_token_id": int(tokens.max(initial=-1)),
@@ -132,11 +135,29 @@ class _Encoded:
     mask: np.ndarray
 
 
+def _for_template(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> tuple[Sample, list[str]]:
+    """Make a chat ready for its template; also name what it holds and the template does not read."""
+    if not isinstance(sample, Chat):
+        return sample, []
+    if options.train_on_source and any(map(is_context_only, sample.messages)):
+        raise RowError(
+            "a message is marked not to be trained on (weight, train or training), and data.train_on_source trains on "
+            "everything; take one of them away"
+        )
+    template = chats.template_of(options.chat_template, sample)
+    unread = chats.unread(template, sample)  # not of the configuration's variables, which are for every row
+    variables = {**options.chat_template_kwargs, **sample.template_kwargs}
+    chats.check_variables(tokenizer, variables)
+    sample = replace(sample, template_kwargs=variables)
+    return chats.with_arguments(tokenizer, template, sample), unread
+
+
 def _prepare(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> Text | Pair | _Spans | _Encoded:
     if isinstance(sample, Chat):
-        if chats.has_generation_tag(options.chat_template):
-            return _Encoded(*chats.encode_tagged(tokenizer, options.chat_template, sample))
-        text, spans = chats.assistant_spans(tokenizer, options.chat_template, sample)
+        template = chats.template_of(options.chat_template, sample)
+        if chats.has_generation_tag(template):
+            return _Encoded(*chats.encode_tagged(tokenizer, template, sample))
+        text, spans = chats.assistant_spans(tokenizer, template, sample)
         return _Spans(text, tuple(spans))
     return sample
 

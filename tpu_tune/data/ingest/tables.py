@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import streams
+from tpu_tune.data.formats import without_nulls
 from tpu_tune.data.ingest.archives import inner_name, seekable
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.encodings import TextLines, misfit, too_long
@@ -197,7 +198,7 @@ def _batch_rows(name: str, batches: Iterator[Any]) -> Iterator[tuple[str, dict[s
         for start in range(0, batch.num_rows, BATCH_ROWS):
             for row in batch.slice(start, BATCH_ROWS).to_pylist():
                 number += 1
-                yield f"{name}:{number}", row
+                yield f"{name}:{number}", {key: without_nulls(value) for key, value in row.items()}
 
 
 def _first_line(error: Exception) -> str:

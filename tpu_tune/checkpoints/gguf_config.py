@@ -61,12 +61,15 @@ def _check(file: GgufFile) -> None:
 def _common(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
     """What every family's config calls by the same name."""
     _check(file)
-    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {"bos_token_id": "bos", "pad_token_id": "padding"}
+    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(number for number in ends if number is not None))
     return {
         "model_type": model_type,
         "architectures": [class_name],
         "vocab_size": _rows(file, "token_embd.weight"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
     } | {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in ids.items()}
 
 

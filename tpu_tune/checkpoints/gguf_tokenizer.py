@@ -59,6 +59,8 @@ _SENTINELS = 100
 # Text is composed (Unicode NFC) first: Qwen's and GPT-NeoX's tokenizers.
 _COMPOSED = ("qwen2", "deepseek-r1-qwen", "olmo", "mpt", "stablelm2")
 
+_TEMPLATES = "tokenizer.chat_templates"
+
 _TOKEN = whole(-1, 2**32)  # what is no token of the vocabulary stands for none
 _WHOLE_NUMBERS = Kind("an array of whole numbers", lambda value: _is_array(value, "iu"))
 # Metadata under `tokenizer.`
@@ -139,8 +141,16 @@ def _build(path: str, metadata: dict[str, Any]) -> Any:
         model_max_length=int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 1 << 30)),
         **special,
     )
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = _template(metadata)
     return tokenizer
+
+
+def _template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
+    """The chat template, or name -> text where the file has several."""
+    default = metadata.get("tokenizer.chat_template")
+    named = {name: metadata.get(f"tokenizer.chat_template.{name}") for name in metadata.get(_TEMPLATES, ())}
+    named = {name: text for name, text in named.items() if text}
+    return ({"default": default} if default else {}) | named if named else default
 
 
 def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.checkpoints import bitsandbytes, json_text
+from tpu_tune.checkpoints.params import with_stored_head
 from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
 from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
 from tpu_tune.checkpoints.torch_file import read_torch_header
@@ -35,7 +36,7 @@ _ENTRY_KINDS = {
 
 
 def open_huggingface(directory: str) -> WeightSource:
-    """Open a model directory as Hugging Face writes it; only headers are read.
+    """Open a model directory as Hugging Face writes it; only headers are read, and a tied head that is stored.
 
     bitsandbytes' 4-bit matrices appear under their own name and logical (out, in) shape, and are read as
     `QuantizedTensor`.
@@ -55,7 +56,7 @@ def open_huggingface(directory: str) -> WeightSource:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if config.get("quantization_config"):
         shapes, read = bitsandbytes.as_quantized(directory, config["quantization_config"], shapes, read)
-    return WeightSource(
+    source = WeightSource(
         path=directory,
         config=config,
         shapes=shapes,
@@ -63,6 +64,7 @@ def open_huggingface(directory: str) -> WeightSource:
         load_tokenizer=functools.partial(load_tokenizer, directory),
         fingerprint=_fingerprint(directory, tensors),
     )
+    return with_stored_head(source)
 
 
 def load_tokenizer(directory: str) -> Any:

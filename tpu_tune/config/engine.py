@@ -254,10 +254,15 @@ def _item(hint: Any) -> Any:
     return (typing.get_args(hint) or (Any, Any))[1 if issubclass(typing.get_origin(hint) or hint, Mapping) else 0]
 
 
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+
+
 def _convert(said: str, hint: Any, value: Any, entry: bool = False) -> Any:
     """Give a value the type of an annotation, reading text as the command line writes it."""
     kinds = _kinds(hint)
     if Any in kinds:
+        if isinstance(value, str) and value in _PYTHON_WORDS:  # as the command line's other booleans
+            return _PYTHON_WORDS[value]
         with contextlib.suppress(ValueError):
             return json.loads(value) if isinstance(value, str) else _plain(value)
         return value

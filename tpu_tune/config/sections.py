@@ -87,6 +87,7 @@ class Data:
     chat_template_kwargs: Mapping[str, Any] = key({}, 'e.g. {"enable_thinking": False}; a row\'s own come first')
     response_markers: Sequence[str] = key([], "text rows: loss only after one of these, up to an instruction marker")
     instruction_markers: Sequence[str] = key([], "strings that end a response")
+    add_bos_token: Literal["auto", "always"] = key("auto", "before a pair: as the tokenizer does it, or as QLoRA")
     max_length: int = key(2048, "tokens a row; of an encoder-decoder, of the input and of the output each", above=0)
     packing: bool = key(True, "several documents a row, each attending to itself; an encoder-decoder has one a row")
     train_on_source: bool = key(False, "loss on the prompt too")

@@ -30,6 +30,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.data.formats import TRAINING_MARKS, Chat, RowError
 from tpu_tune.data.template_limits import TooMuch, bounded, check_template
 from tpu_tune.errors import UserError
@@ -51,13 +52,7 @@ def read_template(tokenizer: Any, chat_template: str = "") -> str | dict[str, st
     Raises:
       UserError: `chat_template` is neither Jinja text nor a file that can be read.
     """
-    if chat_template and "{" not in chat_template:
-        try:
-            with open(os.path.expanduser(chat_template), encoding="utf-8") as file:
-                return file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            name = f"data.chat_template '{chat_template}'"
-            raise UserError(f"{name} is neither Jinja text nor a readable file") from error
+    chat_template = read_text(chat_template)
     own = getattr(tokenizer, "chat_template", None) or ""
     return chat_template or (dict(own) if isinstance(own, Mapping) else own)
 
@@ -100,6 +95,7 @@ def unread(template: str, chat: Chat) -> list[str]:
     names = {"reasoning_content": _REASONING}
     found = [key for key, holds in held.items() if holds and not _mentions(template, names.get(key, (key,)))]
     found += [f"chat_template_kwargs.{key}" for key in chat.template_kwargs if not _mentions(template, (key,))]
+    found += [f"{key} of a message" for key in ("train_detail", "training_detail") if key in message_keys]
     if any(_trains_others(message) for message in chat.messages):
         found.append("train or training of a message that is not the assistant's")
     return found

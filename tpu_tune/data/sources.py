@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ def resolve(path: str) -> tuple[list[str], list[str] | None]:
         raise UserError("no data given; set data.train to a .jsonl file, a directory or a hub id")
     if storage.is_remote(path):
         return _resolve_remote(path.rstrip("/"))
-    location = Path(path).expanduser()
+    if any(len(part) > 255 for part in os.fsencode(path).split(b"/")):
+        raise UserError(f"{path[:60]}...: there is no such file or directory (a name has 255 bytes at most)")
+    location = Path(os.path.expanduser(path))
     if location.is_dir():
         return _resolve_directory(location)
     if location.is_file():

@@ -27,7 +27,8 @@ class TokenizeOptions:
       skip_bad_rows: count rows that cannot be used, instead of stopping at the first.
       encoder_decoder: make pairs for an encoder-decoder model (`pairs`).
       drop_long: leave out pairs and chats that are too long, instead of cutting them.
-      num_eos: end-of-text tokens after an answer or a text.
+      num_eos: end-of-text tokens after an answer or a text; those that it ends in already are counted.
+      always_bos: BOS before every pair's prompt, as QLoRA has it; else where the tokenizer adds it.
     """
 
     format: str
@@ -44,6 +45,7 @@ class TokenizeOptions:
     encoder_decoder: bool = False
     drop_long: bool = False
     num_eos: int = 1
+    always_bos: bool = False
 
 
 def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False) -> TokenizeOptions:
@@ -61,4 +63,5 @@ def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False
         target_max_len=data.target_max_len,
         skip_bad_rows=data.skip_bad_rows,
         encoder_decoder=encoder_decoder,
+        always_bos=data.add_bos_token == "always",
     )

@@ -148,6 +148,7 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
         license={"license": request.license} if request.license else base.license,
         encoder_decoder=_is_encoder_decoder(result),
         added_tokens=storage.exists(os.path.join(result, RECORD)),
+        own_tokenizer=storage.exists(os.path.join(result, "tokenizer_config.json")),
         has_curves=bool(beside),
         revision=request.revision,
         gguf_file=f"{request.repo.rpartition('/')[2]}-{request.gguf_type}.gguf" if request.form == "gguf" else "",

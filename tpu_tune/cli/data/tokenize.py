@@ -21,13 +21,19 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-i",
         *spellings("--input-file"),
+        "--input",
         required=True,
         metavar="FILE",
         help=".jsonl (or .jsonl.gz), .json, .csv, .tsv or .parquet with text, input/output, prompt/generation, alpaca "
         "or chat rows",
     )
     parser.add_argument(
-        "-o", *spellings("--output-file"), required=True, metavar="FILE", help="the .arrow file to write"
+        "-o",
+        *spellings("--output-file"),
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the .arrow file to write",
     )
     add_tokenizer(parser)
     parser.add_argument(

@@ -33,6 +33,7 @@ import numpy as np
 from tpu_tune.checkpoints import json_text
 from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.data.formats import TRAINING_MARKS, Chat, RowError
+from tpu_tune.data.template_limits import TooMuch, bounded, check_template
 from tpu_tune.errors import UserError
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -134,6 +135,7 @@ def render(tokenizer: Any, template: str, chat: Chat, add_generation_prompt: boo
             "the tokenizer has no chat template; set data.chat_template to one (Jinja text or a file), "
             "or use input/output rows"
         )
+    check_template(template)
     with _one_line():
         return tokenizer.apply_chat_template(
             **_shown(chat), chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
@@ -153,10 +155,19 @@ def _shown(chat: Chat) -> dict[str, Any]:
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
     try:
-        yield
+        with bounded():
+            yield
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+    except (UserError, RowError):
+        raise
+    except TooMuch as error:  # every row would take as long
+        raise UserError(f"{error}; give another as data.chat_template") from None
+    except RecursionError:
+        raise UserError("the chat template calls itself without end, or is nested too deeply to be read") from None
+    except MemoryError:
+        raise UserError("the chat template takes more memory than there is") from None
+    except Exception as error:  # a template is a program: it fails in any way that Python knows
         raise RowError(f"the chat template refuses it ({' '.join(str(error).split())})") from error
 
 
@@ -275,8 +286,9 @@ def _constant_header(tokenizer: Any, template: str, chat: Chat, whole: str) -> s
 
     variables = {**tokenizer.special_tokens_map, **chat.template_kwargs}
     try:  # apply_chat_template itself refuses a chat without messages
-        rendered, _ = render_jinja_template([[]], chat_template=template, add_generation_prompt=True, **variables)
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError):
+        with bounded():
+            rendered, _ = render_jinja_template([[]], chat_template=template, add_generation_prompt=True, **variables)
+    except Exception:  # without messages a template may fail in any way
         return ""
     return rendered[0] if whole.endswith(rendered[0]) else ""
 
@@ -426,6 +438,7 @@ def encode_tagged(tokenizer: Any, template: str, chat: Chat) -> tuple[np.ndarray
     Returns:
       (input ids int32, mask bool), both (tokens,).
     """
+    check_template(template)
     with _one_line():
         encoded = tokenizer.apply_chat_template(
             **_shown(chat),

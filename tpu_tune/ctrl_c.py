@@ -2,9 +2,10 @@
 
 Python raises KeyboardInterrupt at the line where the signal lands. In a callback of the garbage collector (jax has
 one), a `__del__` or a callback from C++ the exception is printed and dropped, and the command goes on. So it is raised
-again, by a timer, until the program has ended or is cleaning up. It is not raised while an extension module is being loaded,
-which may crash of it: that comes to its end first. The program's own imports, with nothing to clean up yet, end at
-once. A second Ctrl-C ends the process without raising anything. Training has a handler of its own while it makes steps: `tpu_tune.training.interrupt`.
+again, by a timer, until the program has ended or is cleaning up. It is not raised while an extension module is being
+loaded, which may crash of it: that comes to its end first. The program's own imports, with nothing to clean up yet, end
+at once. A second Ctrl-C ends the process without raising anything. Training has a handler of its own while it makes
+steps: `tpu_tune.training.interrupt`.
 """
 
 from __future__ import annotations

@@ -41,6 +41,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        return _print_error(f"{os.fsdecode(error.filename)[:200]}: {error.strerror}")
     except MemoryError as error:
         return _print_error(
             f"this machine ran out of memory ({str(error)[:200] or 'MemoryError'}). Lower "
@@ -52,7 +56,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return _print_error(
             f"the device ran out of memory ({str(error).splitlines()[0][:200]}). Lower "
             "train.per_device_train_batch_size (and raise train.gradient_accumulation_steps as much) or "
-            "data.max_length, or set model.remat=full or quantize.format=nf4"
+            "data.max_length or lora.rank, or set model.remat=full or quantize.format=nf4"
         )
 
 

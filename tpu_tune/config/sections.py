@@ -1,7 +1,7 @@
 """Every key of the configuration: its type, default, meaning and bounds, one dataclass a section.
 
 Keys keep Hugging Face's names where Hugging Face has one, and PEFT's in `lora` but for `rank` (r) and `alpha`.
-`Literal` lists the choices. Numbers are finite, and whole numbers below 2^31, unless a line says otherwise.
+`Literal` lists the choices. Numbers are float32's, and whole numbers below 2^31, unless a line says otherwise.
 """
 
 from __future__ import annotations

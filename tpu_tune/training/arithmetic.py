@@ -69,10 +69,17 @@ def run_length(
     each = steps_per_epoch(rows, per_device * devices, accumulation)
     total = max_steps if max_steps > 0 else math.ceil(epochs * each)
     if total > MAX_STEPS:
-        raise UserError(f"{epochs:g} epochs of {each:,} steps are more than {MAX_STEPS:,} steps; lower num_train_epochs")
+        raise UserError(
+            f"{epochs:g} epochs of {each:,} steps are more than {MAX_STEPS:,} steps; lower num_train_epochs"
+        )
     return RunLength(
         rows, per_device, devices, accumulation, each, total, total / each if max_steps > 0 else float(epochs)
     )
+
+
+def interval(steps: float, total_steps: int) -> int:
+    """Return a number of steps that may be given as a share of the run, below 1; rounded up, as the Trainer does."""
+    return math.ceil(total_steps * steps) if steps < 1 else int(steps)
 
 
 def words(length: RunLength) -> str:

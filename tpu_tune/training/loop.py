@@ -188,9 +188,12 @@ class TrainingLoop:
         self.sinks, self.say, self.on_eval = sinks, say, on_eval
         self.train = session.config.train
         self.first, self.total = first, session.length.total_steps
+        self.every = {
+            name: arithmetic.interval(self.train[f"{name}_steps"], self.total) for name in ("logging", "eval", "save")
+        }
         self.steps_per_epoch = session.batches.steps_per_epoch
         self.meter = Meter(loop_state, first, self.steps_per_epoch)
-        self.progress = Progress(self.total, first, self.train.logging_steps, show=jax.process_index() == 0)
+        self.progress = Progress(self.total, first, self.every["logging"], show=jax.process_index() == 0)
 
     def run(self, state: TrainState) -> tuple[TrainState, str]:
         """Train from `state` to the end; return the last state and how the run ended.
@@ -210,12 +213,12 @@ class TrainingLoop:
                 _check_finite(metrics, step, train.max_nonfinite_steps)
                 self.log(step)
                 stop, interrupted = False, interrupted_at(step)
-                if evaluates and self.is_due(train.eval_strategy, train.eval_steps, step):
+                if evaluates and self.is_due(train.eval_strategy, self.every["eval"], step):
                     last_eval = step
                     self.evaluate(state)
                     stop = self.loop_state.out_of_patience(train.early_stopping_patience)
                 is_best = train.load_best_model_at_end and self.loop_state.best_step == step
-                if interrupted or stop or is_best or self.is_due(train.save_strategy, train.save_steps, step):
+                if interrupted or stop or is_best or self.is_due(train.save_strategy, self.every["save"], step):
                     self.save(state)
                 if interrupted:
                     return state, "interrupted"
@@ -237,7 +240,7 @@ class TrainingLoop:
     def log(self, step: int) -> None:
         """Show the step, and log a row where one is due."""
         train = self.train
-        if step % train.logging_steps and step != self.total and not (step == 1 and train.logging_first_step):
+        if step % self.every["logging"] and step != self.total and not (step == 1 and train.logging_first_step):
             return self.progress.update(step)
         row = self.meter.row(step)
         loggers.log(self.sinks, row)

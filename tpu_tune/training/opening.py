@@ -97,6 +97,8 @@ def open_session(
         new, notes = resolve_run(check_settings(new))
         mesh = sharding.make_mesh(new.mesh)
         micro_batch_rows(new, mesh)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            _check_batch(new, name, mesh.shape["data"] * mesh.shape["fsdp"])
         return new, mesh, notes
 
     config, mesh, notes = distributed.together("settings", settings)
@@ -155,8 +157,7 @@ def micro_batch_rows(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
     """Return the rows of a micro-batch over all devices: one for training, one for evaluation.
 
     Raises:
-      UserError: a row's tokens do not divide over the mesh, or a batch is larger than a device can count or this
-        machine can hold.
+      UserError: a row's tokens do not divide over the mesh.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.max_length % mesh.shape["sequence"]:
@@ -164,12 +165,11 @@ def micro_batch_rows(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
             f"data.max_length={config.data.max_length} does not divide over mesh.sequence={mesh.shape['sequence']}; "
             "make it a multiple"
         )
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        _check_batch(config, name, shards)
     return config.train.per_device_train_batch_size * shards, config.train.per_device_eval_batch_size * shards
 
 
 def _check_batch(config: ConfigDict, name: str, shards: int) -> None:
+    """Raise where a batch is larger than a device can count or this machine can hold, before it is killed for it."""
     rows, length = config.train[name], config.data.max_length
     said = f"train.{name}={rows} rows of data.max_length={length} tokens"
     if rows * length >= 2**31:

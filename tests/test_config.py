@@ -17,7 +17,7 @@ from tpu_tune.data.formats import FORMATS as ROW_FORMATS
 from tpu_tune.data.recipe import settings as recipe_settings
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.attention import IMPLEMENTATIONS
-from tpu_tune.models.decoder import REMAT_POLICIES
+from tpu_tune.models.scan import REMAT_POLICIES
 from tpu_tune.tensors import FORMATS
 
 # Others build on these names: config files, launch scripts and recorded runs.
@@ -27,8 +27,8 @@ CONTRACT = {
     "quantize": "format group_size double_quant include exclude",
     "lora": "rank alpha dropout target_modules exclude_modules bias modules_to_save layers_to_transform layers_pattern "
     "rank_pattern alpha_pattern use_rslora use_dora",
-    "data": "train eval format columns chat_template max_length packing train_on_source source_max_len target_max_len "
-    "skip_bad_rows data_seed",
+    "data": "train eval format columns chat_template chat_template_kwargs max_length packing train_on_source "
+    "source_max_len target_max_len skip_bad_rows data_seed",
     "train": "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio optim adam_beta1 adam_beta2 "
     "adam_epsilon weight_decay max_grad_norm optim_offload logging_steps logging_first_step eval_strategy eval_steps "

@@ -69,7 +69,7 @@ def test_an_encoder_decoder_reads_the_context_in_its_encoder():
     arch, params = tiny_models.load(tiny_models.CONFIGS["t5"])
     from tpu_tune.inference.model import Model
 
-    model = Model(arch, params, None, np.dtype("float32"), None)
+    model = Model(arch, params, np.dtype("float32"), None)
     context, answer = [[3, 4, 5], [7] * 40], [[8, 9], [10, 11, 12]]
     found = scoring.score(model, [scoring.continuation_row(model, *pair) for pair in zip(context, answer, strict=True)])
     before, after = context[0], answer[0]  # the shorter one, which is padded

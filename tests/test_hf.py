@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 
 import guide_scripts
 import numpy as np
@@ -691,9 +690,8 @@ def test_the_guides_example_row(tiny):
 
     row = guide_scripts.EXAMPLE
     tokenizer = open_source(str(tiny)).load_tokenizer()
-    data = tokenize_rows(
-        [row], tokenizer, TokenizeOptions("input-output", 5000, source_max_len=2500, target_max_len=2500)
-    )
+    options = TokenizeOptions("input-output", 5000, source_max_len=2500, target_max_len=2500, always_bos=True)
+    data = tokenize_rows([row], tokenizer, options)
     assert tokenizer.decode(data.tokens) == f"<s>{row['input']}{row['output']}</s>"  # every word, and nothing between
     assert tokenizer.decode(data.tokens[data.loss_mask]) == f"{row['output']}</s>"
 
@@ -740,10 +738,10 @@ def test_do_eval_alone_updates_nothing(run, tiny, tmp_path, capsys):
     for line in pathlib.Path(flags[flags.index("--eval_file") + 1]).read_text().splitlines():
         row = json.loads(line)
         source, ids = (list(f"{text}".encode()) for text in (row["prompt"], row["prompt"] + row["completion"]))
-        ids = [257, *ids, 256]
+        ids = [*ids, 256]
         logits = np.asarray(model(np.asarray([ids])))[0].astype(np.float64)
         chance = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        for place in range(len(source) + 1, len(ids)):
+        for place in range(len(source), len(ids)):
             total, count = total - chance[place - 1, ids[place]], count + 1
     assert fresh["eval_num_tokens"] == count and fresh["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     # A finished run's own result.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from tpu_tune import __version__
 from tpu_tune import config as configuration
 from tpu_tune.cli import curves, data, eval, export, generate, inspect, lr_find, plan, push, train
-from tpu_tune.cli.common import Commands
+from tpu_tune.cli.common import Commands, Parser
 from tpu_tune.cli.hf import command as hf
 from tpu_tune.errors import UserError
 
@@ -86,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser with all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tpu-tune",
         description="Fine-tune an open language model with JAX on a TPU, a GPU or a CPU.",
         epilog="tpu-tune COMMAND --help shows a command's options and an example.",

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
@@ -192,7 +193,7 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
       UserError: no usable model, an adapter that does not fit, names that match no module, or rows longer than the
         model has positions for.
     """
-    source = open_configured(config.model)
+    source = open_configured(config.model, read_text(config.data.chat_template))
     arch = open_architecture(source)
     check_names(source, arch)
     check_length(arch, config.data.max_length)

@@ -79,31 +79,12 @@ def make_optimizer(
     Raises:
       UserError: the optimizer is not known.
     """
-    name = canonical_name(train.optim)
-    factor = loraplus_factor(train, specs)
-
-    def stacked(path: str) -> bool:
-        return specs[path].stacked
-
-    b1, b2, eps = train.adam_beta1, train.adam_beta2, train.adam_epsilon
-    if name == "adamw":
-        direction = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
-    elif name == "adamw_8bit":
-        direction = scale_by_adam_8bit(b1, b2, eps, stacked)
-    elif name == "adafactor":
-        # Hugging Face factors every matrix, however small. Rows and columns change roles with the sizes in optax; the
-        # product of the two factors is the same.
-        matrix = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
-        direction = per_matrix(matrix, stacked)
-    elif name == "lion":
-        direction = optax.scale_by_lion(b1, b2)
-    else:
-        direction = optax.identity()
+    name, factor = canonical_name(train.optim), loraplus_factor(train, specs)
 
     def mask(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: specs[dotted(path)].decay, params)
 
-    steps = [direction]
+    steps = [_direction(name, train, lambda path: specs[path].stacked)]
     if train.weight_decay:
         steps.append(optax.add_decayed_weights(train.weight_decay, mask))
     if factor is not None:
@@ -111,6 +92,25 @@ def make_optimizer(
     if schedule is None:
         return optax.chain(*steps, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+
+
+def _direction(name: str, train: Any, stacked: Callable[[str], bool]) -> optax.GradientTransformation:
+    """Return an optimizer's update, before weight decay and the learning rate."""
+    b1, b2, eps = train.adam_beta1, train.adam_beta2, train.adam_epsilon
+    if name == "adamw":
+        return optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
+    if name == "adamw_8bit":
+        return scale_by_adam_8bit(b1, b2, eps, stacked)
+    if name == "adafactor":
+        # Hugging Face factors every matrix, however small. Rows and columns change roles with the sizes in optax; the
+        # product of the two factors is the same.
+        matrix = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
+        return per_matrix(matrix, stacked)
+    if name == "lion":
+        return optax.scale_by_lion(b1, b2)
+    if name == "sgd":
+        return optax.identity()
+    raise NotImplementedError(f"{name} stands in OPTIMIZERS, but has no update here")
 
 
 def scale_each(factor: Callable[[str], float]) -> optax.GradientTransformation:

@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("give INPUT and --tokenizer, or a --config that sets data.train and model.path")
     if options.count < 1 or (options.row is not None and options.row < 1):
         raise UserError("-n and --row must be at least 1")
+    from tpu_tune.checkpoints.chat_template import template_of
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.checkpoints.vocabulary import add_tokens
     from tpu_tune.data.look import look, show
@@ -54,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
 
     tokenizer = open_tokenizer(model)
     add_tokens(tokenizer, list(config.model.add_special_tokens))
+    if config.model.adapter and (template := template_of(config.model.adapter)):
+        tokenizer.chat_template = template
     tokenize_options = options_from_config(config.data, tokenizer, _is_encoder_decoder(model))
     views = look(os.path.expanduser(path), tokenizer, tokenize_options, options.count, options.seed, options.row)
     if options.json:
@@ -64,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
                 "trained": int(view.trained.sum()),
                 "cut": view.cut,
                 "notes": view.notes,
+                "text": "".join(view.texts),
                 "texts": view.texts,
                 "mask": view.trained.tolist(),
             }

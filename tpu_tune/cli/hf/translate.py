@@ -156,6 +156,7 @@ def _method(flags: ScriptFlags, config: ConfigDict) -> None:
         raise UserError("--full_finetune and --use_lora exclude each other")
     config.method = "lora" if lora else "full"
     defaults = LORA_DEFAULTS if use_lora or not is_qlora else QLORA_DEFAULTS
+    config.data.add_bos_token = "always" if is_qlora else "auto"  # qlora.py writes it before every prompt
     bits = flags.get("bits", loaded_bits or (16 if full else defaults["bits"]))
     if bits not in (16, 8, 4):
         raise UserError(f"{flags.spelled('bits')} is {bits}; it must be 16, 8 or 4")

@@ -94,6 +94,10 @@ def test_no_whole_number_is_larger_than_a_computer_s(name, value):
         ("train.learning_rate", "1", 1.0),
         ("train.max_steps", "10", 10),
         ("train.max_steps", 10.0, 10),
+        ("train.logging_steps", "5", 5),
+        ("train.logging_steps", 5.0, 5),
+        ("train.save_steps", "0.25", 0.25),
+        ("train.adam_epsilon", "1e-37", 1e-37),
         ("data.packing", "False", False),
         ("data.packing", "1", True),
         ("lora.target_modules", "all-linear", "all-linear"),
@@ -222,6 +226,12 @@ def test_wrong_types_name_the_key(key, value, says):
         ("mesh.tensor", 0, "-1 or positive"),
         ("mesh.tensor", -2, "-1 or positive"),
         ("train.num_train_epochs", 0, "positive"),
+        ("train.eval_steps", 1.5, "a whole number of updates, or a share of the run below 1"),
+        ("train.save_steps", 0, "positive"),
+        ("train.learning_rate", 1e39, "between 1.2e-38 and 3.4e+38, as float32 is"),
+        ("train.adam_epsilon", 1e-40, "between 1.2e-38 and 3.4e+38, as float32 is"),
+        ("lora.alpha_pattern", {"q_proj": 1e300}, "as float32 is"),
+        ("train.lr_scheduler_kwargs", {"power": -1e300}, "as float32 is"),
     ],
 )
 def test_values_out_of_bounds_name_the_key_and_what_is_allowed(key, value, says):

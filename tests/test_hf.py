@@ -337,6 +337,16 @@ def test_unset_flags_have_the_trainers_defaults():
             ["--learning_rate", "1.0e-5", "--lr_scheduler_type", "cosine", "--warmup_steps", "64"],
             {"train.learning_rate": 1e-5, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 64},
         ),
+        (["--assistant_only_loss", "true"], {"data.train_on_source": False, "method": "full"}),
+        (["--assistant_only_loss", "false"], {"data.train_on_source": True}),
+        (["--completion_only_loss", "false"], {"data.train_on_source": True}),
+        (["--no_completion_only_loss"], {"data.train_on_source": True}),
+        (["--completion_only_loss", "--assistant_only_loss"], {"data.train_on_source": False}),
+        (["--completion_only_loss", "--train_on_source", "false"], {"data.train_on_source": False}),
+        (
+            ["--logging_steps", "0.1", "--save_steps", "0.25", "--eval_strategy", "steps", "--eval_file", "e"],
+            {"train.logging_steps": 0.1, "train.save_steps": 0.25, "train.eval_steps": 0.1},
+        ),
         (["--warmup_steps", "0.1"], {"train.warmup_steps": 0, "train.warmup_ratio": 0.1}),
         (
             ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'],
@@ -436,7 +446,18 @@ def test_keys(flags, keys):
         (["--metric_for_best_model", "accuracy"], "can only be eval_loss"),
         (["--greater_is_better", "true"], "better the smaller"),
         (["--max_train_samples", "10"], "make a shorter file"),
-        (["--eval_steps", "0.1", "--eval_strategy", "steps"], "a share of the run is not supported"),
+        (["--eval_steps", "1.5", "--eval_strategy", "steps"], "a whole number of steps, or a share of the run below 1"),
+        (["--save_steps", "0"], "--save_steps is 0; it must be a whole number"),
+        (["--logging_steps", "-0.5"], "--logging_steps is -0.5"),
+        (["--logging_steps", "nan"], "--logging_steps is 'nan'; it must be a number"),
+        (["--max_memory_MB", "inf"], "it must be a number"),
+        (["--lora_alpha", "nan"], "it must be a number"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "follows the metrics, not the step"),
+        (
+            ["--assistant_only_loss", "--train_on_source"],
+            "--assistant_only_loss true and --train_on_source true contra",
+        ),
+        (["--assistant_only_loss", "--completion_only_loss", "false"], "contradict each other"),
         (["--eval_strategy", "sometimes"], "it must be no, steps or epoch"),
         (["--save_strategy", "best"], "--load_best_model_at_end"),
         (["--fp16", "--bf16"], "exclude each other"),
@@ -464,6 +485,57 @@ def test_what_cannot_be_is_refused(flags, says):
 
     with pytest.raises(UserError, match=says):
         check_settings(config_of(*flags), with_data=False)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 10, 99, 1000, 12345])
+@pytest.mark.parametrize("steps", [0.001, 0.1, 0.25, 1 / 3, 0.5, 0.99, 1, 5, 500])
+def test_a_share_of_the_run_is_as_many_steps_as_in_the_trainer(total, steps):
+    callback = pytest.importorskip("transformers.trainer_callback")
+    state = callback.TrainerState()
+    each = types.SimpleNamespace(logging_steps=steps, eval_steps=steps, save_steps=steps)
+    state.compute_steps(each, total)
+    assert arithmetic.interval(steps, total) == state.logging_steps == state.eval_steps == state.save_steps
+
+
+def test_a_run_logs_evaluates_and_saves_by_shares(tiny, tmp_path):
+    rows = write_rows(tmp_path / "train.jsonl", 16)
+    words = ["hf", "--no-check", "--model_name_or_path", str(tiny), "--train_file", str(rows), "--use_lora"]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "10", "--logging_steps", "0.21", "--save_steps"]
+    words += ["0.35", "--eval_strategy", "steps", "--eval_steps", "0.5", "--eval_file", str(rows), *DATA_PARALLEL]
+    assert main(words) == 0
+    rows = metric_rows(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9, 10]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [5, 10]
+    assert sorted(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints") if name.isdigit()) == [4, 8, 10]
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["train"]
+    assert (recorded["logging_steps"], recorded["save_steps"], recorded["eval_steps"]) == (0.21, 0.35, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "follows the metrics"),
+        (["--lr_scheduler_type", "sqare"], "unknown train.lr_scheduler_type"),
+        (["--optim", "galore_adamw"], "unknown train.optim"),
+        (["--report_to", "wandbb"], "unknown train.report_to"),
+        (["--lr_scheduler_kwargs", '{"power": 2}'], "'power' is not a setting of 'linear'"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(flags, says, capsys):
+    for more in ([], ["--json"]):
+        assert main(["hf", *MODEL, *flags, "--dry_run", *more]) == 1
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--assistant_only_loss", "--completion_only_loss"])
+def test_a_loss_on_answers_only_needs_answers(flag, tmp_path, capsys):
+    text, chat = tmp_path / "text.jsonl", write_rows(tmp_path / "chat.jsonl", 2)
+    text.write_text('{"text": "a document"}\n')
+    assert main(["hf", *MODEL, "--train_file", str(text), flag, "--dry_run"]) == 1
+    assert "are text without answers; leave the flag out" in capsys.readouterr().err
+    assert main(["hf", *MODEL, "--train_file", str(chat), flag, "--dry_run"]) == 0
+    assert "the loss is on answers only" in capsys.readouterr().out
+    assert main(["hf", *MODEL, "--train_file", str(text), "--dry_run"]) == 0
 
 
 def test_a_key_that_is_not_there_takes_its_neutral_value_only(monkeypatch):

@@ -32,7 +32,7 @@ ORDER = (
     {"planning", "curves"},
     {"cli", "notebook", "__main__", "__init__"},
 )
-ANYWHERE = {"errors", "config"}
+ANYWHERE = {"ctrl_c", "errors", "config"}
 
 # Functions over 80 lines or 8 parameters, outside kernels/, where the mathematics decides.
 TOO_LARGE = {

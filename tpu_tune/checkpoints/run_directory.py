@@ -3,7 +3,7 @@
     config.json      the resolved configuration       checkpoints/<step>/  see `run_checkpoints`
     metrics.jsonl    one row a line                   adapter/ | model/    the result of a finished run
     summary.json     counts, sizes, memory            curves.png, report.html
-    samples.jsonl    answers before and after
+    samples.jsonl    answers before and after         run.lock             the process that trains, while it does
 
 Small files are written aside and renamed, so that a kill leaves the old or the new one. A file in a bucket cannot be
 appended to: `MetricsFile` uploads it whole, now and then, and when it is flushed.
@@ -187,6 +187,18 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be made: {error.strerror}") from error
         self.write_text("config.json", json.dumps(configuration.to_dict(config), indent=2) + "\n")
+
+    def undo_start(self) -> None:
+        """Take away what a start has written that came to nothing: neither a row of metrics nor a checkpoint.
+
+        The same directory then takes another configuration. What cannot be removed stays.
+        """
+        with contextlib.suppress(OSError, UserError):
+            if self.metrics() or self.saved_steps():
+                return
+            for name in ("summary.json", "samples.jsonl", "metrics.jsonl", "config.json"):
+                storage.remove(self.file(name))
+            os.rmdir(self.checkpoints)  # a bucket has no directories
 
     def update_summary(self, values: Mapping[str, Any]) -> None:
         """Write `summary.json`: the one that is there, with these values laid over it.

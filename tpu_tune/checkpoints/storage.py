@@ -148,6 +148,21 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
             raise OSError("there is no such bucket") from error
 
 
+def remove(path: str | os.PathLike) -> None:
+    """Remove a file, where there is one.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
+    path = os.fspath(path)
+    with contextlib.suppress(FileNotFoundError):
+        if not is_remote(path):
+            os.unlink(path)
+            return
+        with _as_os_error(path, "cannot be removed") as fs:
+            fs.rm_file(path)
+
+
 def is_special(path: str | os.PathLike) -> bool:
     """Whether a local path is a device or a pipe that can be written to, and nothing that could be renamed over.
 

@@ -7,6 +7,7 @@ processes a mistake of one ends all of them.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -97,6 +98,8 @@ def open_session(
         new, notes = resolve_run(check_settings(new))
         mesh = sharding.make_mesh(new.mesh)
         micro_batch_rows(new, mesh)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            _check_batch(new, name, mesh.shape["data"] * mesh.shape["fsdp"])
         return new, mesh, notes
 
     config, mesh, notes = distributed.together("settings", settings)
@@ -164,6 +167,23 @@ def micro_batch_rows(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
             "make it a multiple"
         )
     return config.train.per_device_train_batch_size * shards, config.train.per_device_eval_batch_size * shards
+
+
+def _check_batch(config: ConfigDict, name: str, shards: int) -> None:
+    """Raise where a batch is larger than a device can count or this machine can hold, before it is killed for it."""
+    rows, length = config.train[name], config.data.max_length
+    said = f"train.{name}={rows} rows of data.max_length={length} tokens"
+    if rows * length >= 2**31:
+        raise UserError(f"{said} are more tokens than a device counts (2^31); lower one of them")
+    accumulation = config.train.gradient_accumulation_steps if "train_batch" in name else 1
+    size = rows * length * shards * accumulation // jax.process_count() * 4  # of one array; a batch has several
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        times = f", times train.gradient_accumulation_steps={accumulation}" if accumulation > 1 else ""
+        raise UserError(
+            f"{said}{times} on {shards} devices are {size / 2**30:,.0f} GiB a batch, and this machine has "
+            f"{memory / 2**30:,.0f} GiB of memory; lower one of them"
+        )
 
 
 def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:

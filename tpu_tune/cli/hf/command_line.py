@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -150,7 +151,7 @@ def _value(flag: Flag, spelling: str, arguments: Sequence[str]) -> Any:
         return text
     try:
         number = float(text)
-        if flag.kind is int and number != int(number):
+        if not math.isfinite(number) or (flag.kind is int and number != int(number)):
             raise ValueError
         return flag.kind(number)
     except (ValueError, OverflowError):

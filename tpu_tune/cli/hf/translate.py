@@ -260,12 +260,14 @@ def _intervals(flags: ScriptFlags, config: ConfigDict, evaluates: bool, trains: 
         configuration.assign(config, "train.warmup_steps", warmup)
 
 
-def _steps(flags: ScriptFlags, name: str, default: int) -> int:
+def _steps(flags: ScriptFlags, name: str, default: float) -> float:
+    """Return a number of steps, or a share of the run, as the Trainer takes them."""
     value = flags.get(name, default)
-    if value < 1 or value != int(value):
-        share = "a share of the run is not supported; " if 0 < value < 1 else ""
-        raise UserError(f"{flags.spelled(name)} is {value:g}; {share}it must be a whole number of steps, at least one")
-    return int(value)
+    if value <= 0 or (value > 1 and value != int(value)):
+        raise UserError(
+            f"{flags.spelled(name)} is {value:g}; it must be a whole number of steps, or a share of the run below 1"
+        )
+    return value if value < 1 else int(value)
 
 
 def _optimizer(flags: ScriptFlags, config: ConfigDict) -> None:

@@ -231,6 +231,12 @@ def test_marks_that_cannot_be_followed():
     row = {"messages": [{**MARKED[0], "train": True}, *MARKED[1:]]}
     unused = tokenize_rows([row], make_tokenizer(), chat_options(CHATML)).summary["unused"]
     assert unused == {"train or training of a message that is not the assistant's": 1}
+    row = {
+        "messages": [MARKED[0], {**MARKED[1], "train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}]
+    }
+    assert tokenize_rows([row], make_tokenizer(), chat_options(CHATML)).summary["unused"] == {
+        "train_detail of a message": 1
+    }
 
 
 # --- alpaca
@@ -311,6 +317,10 @@ def test_variables_in_the_configuration_and_on_the_command_line(tmp_path, capsys
     words = ["data", "tokenize", "-i", file, "-o", str(tmp_path / "out.arrow"), "-t", str(tmp_path / "tokenizer")]
     assert main([*words, "--chat-template-kwargs", '{"enable_thinking": false}', "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == len(off)
+    for value in ("False", "false"):
+        key = f"--config.data.chat_template_kwargs.enable_thinking={value}"
+        assert main(["data", "look", file, "-t", str(tmp_path / "tokenizer"), key, "--row", "1"]) == 0
+        assert "/no_think" in capsys.readouterr().out
     assert main([*words, "--chat-template-kwargs", "[1]"]) == 1
     assert "is no JSON object" in capsys.readouterr().err
 

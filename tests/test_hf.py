@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 
 import guide_scripts
 import numpy as np
@@ -28,7 +27,7 @@ from tpu_tune.cli.hf import bash_script, command_line, data_flags
 from tpu_tune.cli.hf.flags import ALIASES, FLAGS, QLORA
 from tpu_tune.cli.hf.translate import translate
 from tpu_tune.errors import UserError
-from tpu_tune.training import arithmetic, loggers
+from tpu_tune.training import arithmetic
 
 MODEL = ["--model_name_or_path", "m"]
 DATA_PARALLEL = [
@@ -53,18 +52,14 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """The settings of each run that was started."""
-    started = []
-
-    def init(**settings):
-        started.append(settings)
-        return types.SimpleNamespace(log=lambda row: None, finish=lambda: None, define_metric=lambda *a, **k: None)
-
-    module = types.SimpleNamespace(init=init, util=types.SimpleNamespace(generate_id=lambda: "id"))
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    find = loggers.importlib.util.find_spec
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: True if name == "wandb" else find(name))
-    return started
+    """The settings of each run that the real wandb, offline, was started with."""
+    module = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    module.teardown()  # it reads the environment once a process
+    started, init = [], module.init
+    monkeypatch.setattr(module, "init", lambda **settings: started.append(settings) or init(**settings))
+    yield started
+    module.teardown()
 
 
 def translated(*flags, platform="cpu", environ=None):

@@ -44,9 +44,11 @@ def base_of_adapter(source: WeightSource, adapter: str) -> WeightSource:
       UserError: the adapter or the model cannot be read, or the adapter's base cannot be made from this model.
     """
     spec, tensors = read_files(adapter, open_architecture(source))
-    source = _with_embeddings(_with_own_head(source, spec), adapter, spec, tensors)
+    source = _with_own_head(source, spec)
     if spec.init_lora_weights in REDONE_STARTS:
         source = _with_residuals(source, adapter, spec)
+    # Last: what is saved of the base is as it was under the adapter, its first values taken out.
+    source = _with_embeddings(source, adapter, spec, tensors)
     return dataclasses.replace(source, base_of=adapter)
 
 

@@ -19,7 +19,8 @@ import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16, which safetensors needs
 import numpy as np
 from safetensors.numpy import load, load_file, save_file
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.checkpoints.peft_values import check_adapter_config
 from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
@@ -387,11 +388,12 @@ def read_spec(directory: str) -> LoraConfig:
     """
     file = os.path.join(directory, "adapter_config.json")
     try:
-        config = json.loads(storage.read_bytes(file).decode())
+        config = json_text.loads(storage.read_bytes(file))
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; an adapter is a directory that peft has written") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+    check_adapter_config(file, config)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')}; only LORA is implemented")
     for key in _REFUSED:

@@ -23,8 +23,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.checkpoints.run_values import SUMMARY, metrics_row, without_odd
 from tpu_tune.errors import UserError
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class RunDirectory:
         return found.rows if found else []
 
     def summary(self) -> dict[str, Any]:
-        """Return `summary.json`; {} where there is none that can be read."""
+        """Return `summary.json`, less what is of a wrong type; {} where there is none that can be read."""
         try:
-            return self.read_json("summary.json") or {}
+            return without_odd(self.read_json("summary.json") or {}, SUMMARY)[0]
         except UserError:
             return {}
 
@@ -143,10 +146,10 @@ class RunDirectory:
         """
         file = self.file(name)
         try:
-            content = json.loads(storage.read_bytes(file).decode())
+            content = json_text.loads(storage.read_bytes(file))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{file} cannot be read: it holds a {type(content).__name__} and no JSON object")
@@ -319,6 +322,8 @@ def plain_number(value: Any) -> Any:
 def read_json_lines(file: str) -> JsonLines | None:
     """Read a JSON Lines file as far as it can be read; None where there is no such file.
 
+    A row of a metrics.jsonl must have its step, and numbers where numbers belong, to count as readable.
+
     Raises:
       UserError: it cannot be read at all.
     """
@@ -343,9 +348,10 @@ def _parse(name: str, text: str) -> JsonLines:
     found, bad = JsonLines([], [], []), []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # such as a line that a kill or a full disk cut off
+            row = json_text.loads(line)
+        except ValueError:  # such as a line that a kill or a full disk cut off
             row = None
+        row = metrics_row(row) if name == METRICS else row
         if isinstance(row, dict):
             found.rows.append(row)
             found.lines.append(line)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer
 from tpu_tune.checkpoints.huggingface import load_tokenizer
+from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
 from tpu_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,13 +45,9 @@ def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: there is no such file or directory")
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # the client's many errors mean one thing to the user
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path}: not a local directory, and the Hugging Face hub did not give its tokenizer ({reason})"
-        ) from error
+    with tokenizer_errors(f"{path}: not a local directory, and the Hugging Face hub did not give its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return check_tokenizer(path, tokenizer)
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -85,10 +82,8 @@ def _has_config(file: str) -> bool:
 def _from_file(path: str) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    with tokenizer_errors(f"{path}: not a tokenizer.json"):
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=path)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())[:200]})") from error
     vocabulary = tokenizer.get_vocab()
     known = [token for token in _ENDS if token in vocabulary]
     if known:

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.chat_template import Template, template_of, with_template
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
+from tpu_tune.models.families.checked import MOST_TOKENS
+from tpu_tune.models.values import check, mapping, whole
 from tpu_tune.tensors import QuantizedTensor
 
 # Beside a PEFT adapter: token -> id, the tokens that its base was grown by.
@@ -108,11 +110,12 @@ def read_record(directory: str) -> dict[str, int]:
     """
     file = os.path.join(directory, RECORD)
     try:
-        record = json.loads(storage.read_bytes(file).decode())
-        return {str(token): int(number) for token, number in record.items()}
+        record = json_text.loads(storage.read_bytes(file))
+        check({"the record": record}, {"the record": mapping(whole(0, MOST_TOKENS))}, file)
+        return dict(record)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
 
 

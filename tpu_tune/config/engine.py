@@ -254,11 +254,16 @@ def _item(hint: Any) -> Any:
     return (typing.get_args(hint) or (Any, Any))[1 if issubclass(typing.get_origin(hint) or hint, Mapping) else 0]
 
 
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+
+
 def _convert(said: str, hint: Any, value: Any, entry: bool = False) -> Any:
     """Give a value the type of an annotation, reading text as the command line writes it."""
     kinds = _kinds(hint)
     if Any in kinds:
-        with contextlib.suppress(ValueError):
+        if isinstance(value, str) and value in _PYTHON_WORDS:  # as the command line's other booleans
+            return _PYTHON_WORDS[value]
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value) if isinstance(value, str) else _plain(value)
         return value
     if isinstance(value, str):
@@ -288,7 +293,7 @@ def _read(said: str, kinds: Mapping[type, Any], text: str) -> Any:
         if stripped.startswith(("[", "{")):
             try:
                 return json.loads(stripped)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{said}: {stripped!r} is not JSON ({error})") from None
         if list not in kinds:
             return text

@@ -85,7 +85,7 @@ def _describe_tokenizer(tokenizer: Any) -> bytes:
 def load(root: Path, key: str) -> TokenizedSet | None:
     """Return the stored set, memory-mapped, or None where there is none (or a damaged one)."""
     folder = root / "tokenized" / key
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which is False, not an error, for a name that is too long
         return None
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -94,6 +94,7 @@ def unread(template: str, chat: Chat) -> list[str]:
     names = {"reasoning_content": _REASONING}
     found = [key for key, holds in held.items() if holds and not _mentions(template, names.get(key, (key,)))]
     found += [f"chat_template_kwargs.{key}" for key in chat.template_kwargs if not _mentions(template, (key,))]
+    found += [f"{key} of a message" for key in ("train_detail", "training_detail") if key in message_keys]
     if any(_trains_others(message) for message in chat.messages):
         found.append("train or training of a message that is not the assistant's")
     return found

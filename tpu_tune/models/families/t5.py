@@ -63,7 +63,7 @@ def t5(config: Mapping[str, Any]) -> Architecture:
         encoder,
         names=dataclasses.replace(_names("decoder"), head="lm_head"),
         layer_kinds=(LayerKind(layer_names),) * (config.get("num_decoder_layers") or config["num_layers"]),
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=config.get("tie_word_embeddings") is not False,
         head_scale=width**-0.5 if scaled else 1.0,
         causal=True,
         encoder=encoder,

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints.tokenizers import adds_bos
 from tpu_tune.data import chat as chats
 from tpu_tune.data.formats import Chat, Pair, RowError, Sample, Text, convert, is_context_only, unused_keys
 from tpu_tune.data.sources import BadRow
@@ -46,6 +45,8 @@ class _Marks:
 
 
 def _read_marks(tokenizer: Any) -> _Marks:
+    from tpu_tune.checkpoints.tokenizers import adds_bos  # brings jax, which reading rows does without
+
     bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     closing = frozenset(tokenizer.added_tokens_encoder.values()) | ({eos_id} - {None})
     # A missing token is None, which would otherwise become the word "None" when strings are joined.

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.data.formats import FORMATS, RowError, detect, rename, role_of
 from tpu_tune.errors import UserError
 

@@ -6,12 +6,15 @@ first (`{"question": "input", "answer": "output"}`).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.errors import UserError
 
 # Name -> keys that a row must have. The order is that of detection: a row of the Stanford set also carries `text`.
@@ -59,6 +62,9 @@ _ROLES = {
     "function_call": "assistant", "tool_call": "assistant",
     "observation": "tool", "function_response": "tool", "tool_response": "tool", "tool": "tool",
 }  # fmt: skip
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowError(ValueError):
@@ -157,9 +163,42 @@ def convert(row: Mapping[str, Any], format: str, columns: Mapping[str, str] | No
     """Turn a row of a known format into text, a pair or a chat.
 
     Raises:
-      RowError: a key is missing or holds something else than the format says.
+      RowError: a key is missing or holds something else than the format says, or a text holds half of a surrogate
+        pair, which no tokenizer takes.
     """
+    sample = _sample(row, format, columns)
+    check_characters([getattr(sample, field.name) for field in dataclasses.fields(sample)])
+    return sample
+
+
+def check_characters(value: Any) -> None:
+    """Refuse half of a surrogate pair in any text of a value.
+
+    Raises:
+      RowError: there is one.
+    """
+    if half := _half_surrogate(value):
+        raise RowError(f"half of a surrogate pair (\\u{ord(half):04x}) is no character; `tpu-tune data clean` mends it")
+
+
+def _half_surrogate(value: Any) -> str:
+    """The first half of a surrogate pair in any text of a value, "" where there is none."""
+    if isinstance(value, str):
+        found = None if value.isascii() else _SURROGATE.search(value)
+        return found[0] if found else ""
+    if isinstance(value, Mapping):
+        value = (*value.keys(), *value.values())
+    return next(filter(None, map(_half_surrogate, value)), "") if isinstance(value, list | tuple) else ""
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _sample(row: Mapping[str, Any], format: str, columns: Mapping[str, str] | None) -> Sample:
     row = rename(row, columns or {})
+    if any(map(_is_nan, row.values())):  # what pandas writes into an empty cell
+        row = {key: None if _is_nan(value) else value for key, value in row.items()}
     missing = [key for key in FORMATS[format] if key not in row]
     if missing:
         raise RowError(f"no '{missing[0]}', which the format '{format}' needs; its keys: {', '.join(map(str, row))}")
@@ -267,15 +306,15 @@ def _for_template(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_json(text: str, key: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"'{key}' is not valid JSON ({getattr(error, 'msg', 'nested too deeply')})") from error
+        return json_text.loads(text)
+    except json.JSONDecodeError as error:
+        raise RowError(f"'{key}' is not valid JSON ({error.msg})") from error
 
 
 def _messages(value: Any, key: str, strict: bool) -> list[dict[str, Any]]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # lists inside CSV are written as JSON
         try:
-            value = json.loads(value)
+            value = json_text.loads(value)
         except json.JSONDecodeError:
             pass
     if not isinstance(value, list | tuple) or not value:

@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
                 "trained": int(view.trained.sum()),
                 "cut": view.cut,
                 "notes": view.notes,
+                "text": "".join(view.texts),
                 "texts": view.texts,
                 "mask": view.trained.tolist(),
             }

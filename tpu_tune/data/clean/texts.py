@@ -167,8 +167,8 @@ def _opened(value: Any) -> Any:
     """Lists inside CSV are written as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            opened = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+            opened = json_text.loads(value)
+        except json.JSONDecodeError:
             return value
         return opened
     return value

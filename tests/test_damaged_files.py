@@ -463,3 +463,8 @@ def test_a_path_that_cannot_be(path, tmp_path):
     with pytest.raises(UserError, match="there is no such file or directory"):
         resolve(path)
     assert cache.load(tmp_path / path.replace("\0", ""), "key") is None
+
+
+def test_a_cache_whose_name_is_too_long_is_gone_without(tmp_path, caplog):
+    cache.save(tmp_path / ("x" * 5000), "key", None)
+    assert "could not be cached" in caplog.text

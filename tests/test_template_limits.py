@@ -1,5 +1,6 @@
 """A chat template is a program that came with a model: what it may take is bounded, and how it fails is one line."""
 
+import copy
 import time
 
 import pytest
@@ -7,12 +8,13 @@ from helpers_training import write_tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tpu_tune.checkpoints import template_limits
 from tpu_tune.checkpoints.huggingface import load_tokenizer
-from tpu_tune.data import template_limits
+from tpu_tune.checkpoints.template_limits import TooMuch, bounded, check_template
 from tpu_tune.data.chat import render
 from tpu_tune.data.formats import Chat, RowError
-from tpu_tune.data.template_limits import TooMuch, bounded, check_template
 from tpu_tune.errors import UserError
+from tpu_tune.inference.generation import encode_prompt
 
 MESSAGES = ({"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sees"})
 CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{{ '\\n' * 2 }}{% endfor %}"
@@ -34,7 +36,7 @@ def said(tokenizer, template):
     ("template", "says"),
     [
         ("{{ 1/0 }}", "division by zero"),
-        ("{{ messages[0].content.encode('ascii').decode('utf-16') }}", "refuses it"),
+        ("{{ messages[0].content.encode('ascii').decode('utf-16') }}", "the chat template refuses "),
         ("{% for i in range(10**9) %}{% endfor %}x", "more than 100,000,000"),
         ("{% for i in range(10**7) %}{% endfor %}x", "Range too big"),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "calls itself without end"),
@@ -46,12 +48,17 @@ def said(tokenizer, template):
         ("{{ 9 ** 9 ** 9 }}", "more than 100,000,000"),
         ("{{ 'a'.center(10 ** 10) }}", "more than 100,000,000"),
         ("x" * 2_000_000, "has 2,000,000 characters"),
-        ("{{ messages[0].content + 5 }}", "refuses it"),
+        ("{{ messages[0].content + 5 }}", "the chat template refuses "),
         ("{{ raise_exception('only one turn') }}", "only one turn"),
     ],
 )
 def test_a_hostile_template_is_one_line(tokenizer, template, says):
     assert says in said(tokenizer, template)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template  # and in use
+    with pytest.raises(UserError) as error:
+        encode_prompt(tokenizer, "the cat", chat=True)
+    assert says in str(error.value)
 
 
 def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch):

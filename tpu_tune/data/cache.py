@@ -115,7 +115,7 @@ def save(root: Path, key: str, data: TokenizedSet) -> None:
         Path(aside, "summary.json").write_text(json.dumps(data.summary, indent=1), encoding="utf-8")
         os.rename(aside, parent / key)
     except OSError as error:
-        if (root / "tokenized" / key).is_dir():
+        if os.path.isdir(root / "tokenized" / key):
             logger.info("another process has stored the same tokenized data")
         else:
             logger.warning("tokenized data could not be cached in %s (%s); going on without", root, error)

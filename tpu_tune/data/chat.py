@@ -27,13 +27,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from tpu_tune.checkpoints import json_text
 from tpu_tune.checkpoints.chat_template import read_text
+from tpu_tune.checkpoints.template_limits import bounded, template_errors
 from tpu_tune.data.formats import TRAINING_MARKS, Chat, RowError
-from tpu_tune.data.template_limits import TooMuch, bounded, check_template
 from tpu_tune.errors import UserError
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -135,8 +134,7 @@ def render(tokenizer: Any, template: str, chat: Chat, add_generation_prompt: boo
             "the tokenizer has no chat template; set data.chat_template to one (Jinja text or a file), "
             "or use input/output rows"
         )
-    check_template(template)
-    with _one_line():
+    with _one_line(template):
         return tokenizer.apply_chat_template(
             **_shown(chat), chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
         )
@@ -152,23 +150,8 @@ def _shown(chat: Chat) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    try:
-        with bounded():
-            yield
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
-    except (UserError, RowError):
-        raise
-    except TooMuch as error:  # every row would take as long
-        raise UserError(f"{error}; give another as data.chat_template") from None
-    except RecursionError:
-        raise UserError("the chat template calls itself without end, or is nested too deeply to be read") from None
-    except MemoryError:
-        raise UserError("the chat template takes more memory than there is") from None
-    except Exception as error:  # a template is a program: it fails in any way that Python knows
-        raise RowError(f"the chat template refuses it ({' '.join(str(error).split())})") from error
+def _one_line(template: str) -> contextlib.AbstractContextManager[None]:
+    return template_errors(template, lambda reason: RowError(f"the chat template refuses it ({reason})"))
 
 
 def with_arguments(tokenizer: Any, template: str, chat: Chat) -> Chat:
@@ -438,8 +421,7 @@ def encode_tagged(tokenizer: Any, template: str, chat: Chat) -> tuple[np.ndarray
     Returns:
       (input ids int32, mask bool), both (tokens,).
     """
-    check_template(template)
-    with _one_line():
+    with _one_line(template):
         encoded = tokenizer.apply_chat_template(
             **_shown(chat),
             chat_template=template,

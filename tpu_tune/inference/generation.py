@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tpu_tune.checkpoints.ends import end_ids
+from tpu_tune.checkpoints.template_limits import template_errors
 from tpu_tune.checkpoints.tokenizers import encode_text
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
@@ -99,19 +99,18 @@ def encode_prompt(
         raise UserError(
             "this tokenizer has no chat template; use --no-chat (chat=False in Python) to go on from plain text"
         )
-    try:
+    with template_errors(tokenizer.chat_template, _refused):
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
             tokenize=False,
             **(template_kwargs or {}),
         )
-    except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the chat template refuses the prompt ({reason}); --no-chat goes on from plain text"
-        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _refused(reason: str) -> UserError:
+    return UserError(f"the chat template refuses the prompt ({reason}); --no-chat goes on from plain text")
 
 
 def end_tokens(tokenizer: Any, source: WeightSource | None = None) -> tuple[int, ...]:
@@ -141,7 +140,8 @@ def _closing_ids(tokenizer: Any) -> set[int]:
     answer = "0123456789"
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        with template_errors(tokenizer.chat_template, ValueError):
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception:  # a template may refuse any chat, in words of its own; then it says nothing of an end
         return set()
     _, found, behind = text.rpartition(answer)

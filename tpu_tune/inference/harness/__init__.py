@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tpu_tune.checkpoints.template_limits import template_errors
 from tpu_tune.checkpoints.tokenizers import encode_text
 from tpu_tune.errors import UserError
 from tpu_tune.inference import scoring
@@ -108,13 +109,16 @@ class TpuTuneLM(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a chat as the tokenizer's template writes it."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **self._model.chat_template_kwargs,
-        )
+        with template_errors(
+            self.tokenizer.chat_template or "", lambda reason: UserError(f"the chat template refuses a task ({reason})")
+        ):
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **self._model.chat_template_kwargs,
+            )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the template's text, for the harness's records."""

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -21,7 +21,7 @@ import jinja2.ext
 
 from tpu_tune.errors import UserError
 
-SECONDS = 20.0  # for one text; published templates take about a millisecond
+SECONDS = 5.0  # for one text; published templates take about a millisecond
 BYTES = 2**30
 LARGEST = 100_000_000  # of a whole number, or of the letters of a text
 LONGEST = 1_000_000  # characters of a template
@@ -96,6 +96,36 @@ def _combined(node: Any, left: int | str, right: int | str) -> int | str | None:
 
 def _too_large(node: Any) -> UserError:
     return UserError(f"line {node.lineno} of the chat template makes a number or a text of more than {LARGEST:,}")
+
+
+@contextlib.contextmanager
+def template_errors(template: str | Mapping[str, str], refused: Callable[[str], Exception]) -> Iterator[None]:
+    """Check a template, bound the block that renders it, and turn every way in which that fails into one line.
+
+    Args:
+      template: Jinja text, or name -> text.
+      refused: makes the error for what the template refuses, of the reason.
+
+    Raises:
+      UserError: the template is no Jinja, or takes too much.
+    """
+    for text in [template] if isinstance(template, str) else template.values():
+        check_template(text)
+    try:
+        with bounded():
+            yield
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
+    except TooMuch as error:  # every chat would take as long
+        raise UserError(f"{error}; give another as data.chat_template") from None
+    except RecursionError:
+        raise UserError("the chat template calls itself without end, or is nested too deeply to be read") from None
+    except MemoryError:
+        raise UserError("the chat template takes more memory than there is") from None
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program: it fails in any way that Python knows
+        raise refused(" ".join(str(error).split())[:500] or type(error).__name__) from error
 
 
 @contextlib.contextmanager

@@ -228,8 +228,8 @@ def test_a_gguf_files_end_of_turn_is_an_end():
         metadata = {"general.architecture": "llama", "tokenizer.ggml.eos_token_id": 5} | {
             f"llama.{key}": 4
             for key in ("embedding_length", "feed_forward_length", "block_count", "attention.head_count",
-                        "context_length", "attention.layer_norm_rms_epsilon")
-        }  # fmt: skip
+                        "context_length")
+        } | {"llama.attention.layer_norm_rms_epsilon": 1e-5}  # fmt: skip
 
     assert llama_like_config(File, "llama", "LlamaForCausalLM")["eos_token_id"] == 5
     File.metadata |= {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 5}

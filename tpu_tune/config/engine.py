@@ -270,7 +270,7 @@ def _convert(said: str, hint: Any, value: Any, entry: bool = False) -> Any:
     if Any in kinds:
         if isinstance(value, str) and value in _PYTHON_WORDS:  # as the command line's other booleans
             return _PYTHON_WORDS[value]
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError):
             return json.loads(value) if isinstance(value, str) else _plain(value)
         return value
     if isinstance(value, str):
@@ -300,7 +300,7 @@ def _read(said: str, kinds: Mapping[type, Any], text: str) -> Any:
         if stripped.startswith(("[", "{")):
             try:
                 return json.loads(stripped)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise UserError(f"{said}: {stripped!r} is not JSON ({error})") from None
         if list not in kinds:
             return text

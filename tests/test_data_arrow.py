@@ -434,7 +434,7 @@ def test_complaints(tiny, tokenizer, tmp_path, capsys, caplog):
     bad = tmp_path / "bad.arrow"
     for content in (whole[: len(whole) // 2], b"", b"not arrow at all, but some text"):
         bad.write_bytes(content)
-        refused(bad, r"bad\.arrow: cannot be read as an Arrow file")
+        refused(bad, r"bad\.arrow: cannot be read as Arrow")
     refused(arrow_file(bad, [["a"]], [["a"]], pa.list_(pa.string())), "have to be lists of whole numbers")
     bad.unlink()
     write(tmp_path / "train.jsonl", PAIRS)

@@ -349,7 +349,7 @@ def test_going_on_from_an_adapter(run_of, tmp_path):
         tpu_tune.train(nested({**keys, "model.add_special_tokens": [*keys["model.add_special_tokens"], "<more>"]}))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / vocabulary.RECORD).write_text("[1]")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="must be an object"):
         with_tokens_of(open_source(keys["model.path"]), str(tmp_path / "adapter"))
 
 

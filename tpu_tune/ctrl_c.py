@@ -82,7 +82,10 @@ def run(load: Callable[[], Callable[[], int]], restore: bool) -> int:
     is_main_thread = threading.current_thread() is threading.main_thread()
     # A process in the background may have been started with Ctrl-C ignored, and a notebook has its own handler.
     if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return load()()
+        try:
+            return load()()
+        except KeyboardInterrupt:
+            return _interrupted()
     program = _program = _Program()
     try:
         program.loading = not restore
@@ -101,6 +104,10 @@ def run(load: Callable[[], Callable[[], int]], restore: bool) -> int:
     if not program.came or program.status not in (0, STATUS):  # the command has failed by itself, and has said so
         return program.status
     program.status = STATUS
+    return _interrupted()
+
+
+def _interrupted() -> int:
     print("tpu-tune: interrupted", file=sys.stderr, flush=True)
     return STATUS
 

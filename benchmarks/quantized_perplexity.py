@@ -102,13 +102,13 @@ def measure(source: Any, ids: Any, targets: Any, variant: tuple[str, str, bool],
     from tpu_tune.models import Execution, architecture
     from tpu_tune.training.objectives import CrossEntropy
     from tpu_tune.training.step import ModelLoss, make_eval_step
-    from tpu_tune.transforms import QuantizeConfig, quantized_paths
+    from tpu_tune.transforms import FULL, QuantizeConfig, quantized_paths
 
     dtype, format, double_quant = variant
     arch = architecture(source.config)
     quantization = QuantizeConfig(format, double_quant=double_quant)
     params = load_params(source, arch, jnp.dtype(dtype), quantization)
-    step = jax.jit(make_eval_step(ModelLoss(arch, Execution(jnp.float32), None, CrossEntropy(256))))
+    step = jax.jit(make_eval_step(ModelLoss(arch, Execution(jnp.float32), FULL, CrossEntropy(256))))
     loss = tokens = 0
     for start in range(0, len(ids), batch):
         rows = [

@@ -17,7 +17,7 @@ from tpu_tune.data.formats import FORMATS as ROW_FORMATS
 from tpu_tune.data.recipe import settings as recipe_settings
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.attention import IMPLEMENTATIONS
-from tpu_tune.models.decoder import REMAT_POLICIES
+from tpu_tune.models.scan import REMAT_POLICIES
 from tpu_tune.tensors import FORMATS
 
 # Others build on these names: config files, launch scripts and recorded runs.

@@ -1,7 +1,7 @@
 """Scratch of attention, forward and backward, as the devices' own compilers say, as Markdown tables.
 
     python benchmarks/attention_memory.py            # all that is installed: pip install -e ".[test]" brings libtpu,
-    python benchmarks/attention_memory.py v2-8       # pip install -e ".[cuda13]" the GPUs' compiler; no device is needed
+    python benchmarks/attention_memory.py v2-8       # pip install -e ".[cuda13]" the GPUs' compiler; needs no device
 
 One row of bfloat16 with 32 heads of 128 (LLaMA-7B's), causal, with segments; cudnn without, as it takes none. On eight
 devices the row is cut over them, and the heads are 64 (LLaMA-65B's). Compiled, not run. What cuDNN itself asks for when

@@ -285,11 +285,14 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['dtype']}:",
-            f"  ours / torch + PEFT, real tokens a second: median {wall['median']:.2f} ({wall['min']:.2f} to {wall['max']:.2f})",
+            f"  ours / torch + PEFT, real tokens a second: median {wall['median']:.2f} "
+            f"({wall['min']:.2f} to {wall['max']:.2f})",
             f"  the same by CPU time: median {cpu['median']:.2f} ({cpu['min']:.2f} to {cpu['max']:.2f})",
-            f"  filled with real tokens: {first['fill']:.0%} of our packed rows, {theirs_fill:.0%} of their padded batches",
+            f"  filled with real tokens: {first['fill']:.0%} of our packed rows, "
+            f"{theirs_fill:.0%} of their padded batches",
             f"  their fastest way: {result['theirs']['way']}",
-            f"  ours: load {first['load_seconds']:.1f} s, load and quantize to nf4 {result['load']['load_quantize_seconds']:.1f} s, "
+            f"  ours: load {first['load_seconds']:.1f} s, "
+            f"load and quantize to nf4 {result['load']['load_quantize_seconds']:.1f} s, "
             f"first step with compiling {first['first_step_seconds']:.1f} s",
             f"  highest load average at a round's start: {busy:.1f}"
             + (" (a busy machine: trust the CPU ratio)" if busy > 2 * (os.cpu_count() or 1) else ""),

@@ -4,7 +4,8 @@
     python benchmarks/data.py html kmeans      # these
 
 A section is a script of its own, `data_NAME.py`, that says what it compares and how, and takes its own options if
-it is run by itself. Each runs in a process of its own, one after the other. Exit status 1 where one of them fails its bar.
+it is run by itself. Each runs in a process of its own, one after the other. Exit status 1 where one of them fails its
+bar.
 """
 
 from __future__ import annotations

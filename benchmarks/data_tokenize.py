@@ -5,9 +5,9 @@
 
 Rows of text are made of Shakespeare's works, each with a number in it; the GPT-NeoX tokenizer tokenizes them, in turn:
 ours from the .jsonl file to a finished Arrow file, reading, prediction of the size and cutting into blocks included;
-`datasets` from a data set that it has loaded already to its finished Arrow file, by `map(batched=True, num_proc=N)`, one
-process a core, into the same columns, uncut. Seconds are wall time; beside them the processor time of all processes,
-which a busy machine tilts less.
+`datasets` from a data set that it has loaded already to its finished Arrow file, by `map(batched=True, num_proc=N)`,
+one process a core, into the same columns, uncut. Seconds are wall time; beside them the processor time of all
+processes, which a busy machine tilts less.
 
 Exit status 1 where ours is slower in the median of the rounds, or the numbers of tokens differ.
 """

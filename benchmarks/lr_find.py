@@ -3,11 +3,11 @@
     python benchmarks/lr_find.py                       # hours on two busy cores, half an hour on two idle ones
     python benchmarks/lr_find.py --keep runs.jsonl     # keeps what is done, and goes on there when started again
 
-The configuration is configs/quickstart.py's (QLoRA, rank 16, nf4, cosine with 10% warm-up, AdamW) but for its length, 60
-steps, and its batch: two packed rows of 256 tokens instead of four, to halve the time. Every run begins with the same
-weights and sees the same rows in the same order; its figure is the evaluation loss of its end. Runs are evaluated every
-18 steps, as `tpu-tune train` does, and `rate_hint` is asked each time: with the suggested rate, a thousand times it and a
-thousandth, the latter two up to the first hint.
+The configuration is configs/quickstart.py's (QLoRA, rank 16, nf4, cosine with 10% warm-up, AdamW) but for its length,
+60 steps, and its batch: two packed rows of 256 tokens instead of four, to halve the time. Every run begins with the
+same weights and sees the same rows in the same order; its figure is the evaluation loss of its end. Runs are evaluated
+every 18 steps, as `tpu-tune train` does, and `rate_hint` is asked each time: with the suggested rate, a thousand times
+it and a thousandth, the latter two up to the first hint.
 """
 
 from __future__ import annotations
@@ -105,9 +105,8 @@ def main() -> None:
     print(f"suggested: {rate:.2e} after {suggestion['seconds']:.0f} s: {suggestion['reason']}")
     for name, factor in (("the suggested rate", 1.0), ("a thousand times", 1e3), ("a thousandth", 1e-3)):
         one = rate * factor
-        print(
-            f"{name}: {kept.get(f'{one:.2e}', lambda one=one, factor=factor: full_run(trials, one, factor != 1))['hint']}"
-        )
+        hint = kept.get(f"{one:.2e}", lambda one=one, factor=factor: full_run(trials, one, factor != 1))["hint"]
+        print(f"{name}: {hint}")
     ends = {one: kept.get(f"{one:.2e}", lambda one=one: full_run(trials, one))["eval_loss"] for one in (rate, *SWEEP)}
     best = min(ends[one] for one in SWEEP)
     print("\n| learning rate | eval loss after 60 steps | above the sweep's best |\n|---|---|---|")

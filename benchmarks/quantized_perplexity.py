@@ -9,8 +9,8 @@ one). All arithmetic is float32, so that rows differ by their weights alone. Bit
 bytes of the whole text. Models and text come through `launch/fetch.py`, once a machine.
 
 Both files' weights are four-bit already (GGUF Q4_1 and Q4_K_M): the rows below the first measure what a second
-rounding, on another grid, adds. Against a model's original weights the losses of the four-bit formats are smaller than they look
-here.
+rounding, on another grid, adds. Against a model's original weights the losses of the four-bit formats are smaller than
+they look here.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['name']} | {row['perplexity']:.3f} | {row['bits_per_byte']:.4f} | {row['bytes'] / 1e6:.1f} MB | {row['bits']:.2f} |"
+        f"| {row['name']} | {row['perplexity']:.3f} | {row['bits_per_byte']:.4f} "
+        f"| {row['bytes'] / 1e6:.1f} MB | {row['bits']:.2f} |"
         for row in rows
     ]
     return "\n".join(lines)

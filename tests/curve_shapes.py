@@ -2,14 +2,14 @@
 
     PYTHONPATH=.:tests python -m curve_shapes        # the share of right verdicts over the tuning seeds, and each miss
 
-Every set has 40 curves: underfit (flat, flat and noisy, still falling), overfit, well-fit, unstable (spikes, divergence,
-oscillation, values that are no numbers) and too few points, under random noise, isolated spikes, few points, restarts
-(steps written twice, lost rows, another logging interval), schedules with and without warm-up, and train losses above
-the evaluation's (dropout). The shapes are exponentials or power laws in the integral of the learning rate, so that a
-cosine flattens what a constant rate would not. Shapes between two verdicts are left out: without its noise a curve falls
-in its last third by less than 3% of the whole fall that was logged and 2% of the loss, or by more than 9%; an evaluation rises after its
-turn by more than 3%; a curve of fewer than 24 points has no repeated spikes (a third of its points would be some), and
-none jumps at its first three (that is a fall).
+Every set has 40 curves: underfit (flat, flat and noisy, still falling), overfit, well-fit, unstable (spikes,
+divergence, oscillation, values that are no numbers) and too few points, under random noise, isolated spikes, few
+points, restarts (steps written twice, lost rows, another logging interval), schedules with and without warm-up, and
+train losses above the evaluation's (dropout). The shapes are exponentials or power laws in the integral of the learning
+rate, so that a cosine flattens what a constant rate would not. Shapes between two verdicts are left out: without its
+noise a curve falls in its last third by less than 3% of the whole fall that was logged and 2% of the loss, or by more
+than 9%; an evaluation rises after its turn by more than 3%; a curve of fewer than 24 points has no repeated spikes (a
+third of its points would be some), and none jumps at its first three (that is a fall).
 
 `TUNING_SEEDS` are those that the thresholds in `tpu_tune/curves/diagnosis.py` were chosen on. `TEST_SEED` is none of
 them; it was fixed before the first run and its curves were not looked at while tuning.

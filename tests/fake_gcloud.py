@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """A `gcloud compute tpus` that books directories: for the tests of `launch/tpu.sh`, which put it on PATH as `gcloud`.
 
-$FAKE is its folder. `calls.jsonl` records every call; `rules.json` is a list of scripted answers, of which the first that
-matches and is not used up is given: `match` (a regex on the words), `times` (how often; default for ever), `skip` (matches
-to let pass first), `out`, `err`, `code`. A call without one does what it should: a TPU's state is a file `vm/ZONE/NAME`,
-its workers' homes are folders, `scp` copies, and `ssh` runs the command in a shell that has the worker's home.
+$FAKE is its folder. `calls.jsonl` records every call; `rules.json` is a list of scripted answers, of which the first
+that matches and is not used up is given: `match` (a regex on the words), `times` (how often; default for ever), `skip`
+(matches to let pass first), `out`, `err`, `code`. A call without one does what it should: a TPU's state is a file
+`vm/ZONE/NAME`, its workers' homes are folders, `scp` copies, and `ssh` runs the command in a shell that has the
+worker's home.
 """
 
 from __future__ import annotations

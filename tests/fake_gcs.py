@@ -160,7 +160,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             found = self.store.objects.pop(name, None) is not None
             head = "HTTP/1.1 204 No Content" if found else "HTTP/1.1 404 Not Found"
             answers.append(
-                f"--x\r\nContent-Type: application/http\r\nContent-ID: <response-{number.decode()}>\r\n\r\n{head}\r\nContent-Length: 0\r\n\r\n"
+                f"--x\r\nContent-Type: application/http\r\nContent-ID: <response-{number.decode()}>\r\n\r\n"
+                f"{head}\r\nContent-Length: 0\r\n\r\n"
             )
         self._send(200, ("".join(answers) + "--x--\r\n").encode(), {"Content-Type": "multipart/mixed; boundary=x"})
 

@@ -1,4 +1,4 @@
-"""The guide's three training scripts and its example row, letter for letter (guide lines 269-298, 381-415, 508-539, 487).
+"""The guide's three training scripts and its example row, letter for letter (lines 269-298, 381-415, 508-539, 487).
 
 Its text has lost the lines that set MODEL_NAME and the other variables, and the names of the scripts that are run.
 """
@@ -70,7 +70,7 @@ accelerate launch \
     --use_lora --lora_rank 128 --lora_alpha 256 --lora_target_modules 'up_proj,down_proj,q_proj,v_proj,k_proj,o_proj,embed_tokens,lm_head' \
     --gradient_checkpointing true \
     --use_xformers \
-"""
+"""  # noqa: E501
 
 QLORA = r"""export WANDB_PROJECT="qlora-33b"
 export HF_DATASETS_CACHE="/path/to/cache/directory"
@@ -107,11 +107,11 @@ python \
 """
 
 EXAMPLE = {  # of the answer, the first two sentences
-    "input": "<|system|>Assistant, engage instruction following and question answering mode. You are bound to generating "
-    "text, and cannot perform any other actions.<|user|>What is the main component of hydrogen peroxide, and can you "
-    "provide a detailed explanation of its molecular structure and chemical properties while also considering the impact "
-    "of environmental factors on its stability and reactivity?<|model|>",
-    "output": "The main component of hydrogen peroxide is H2O2, which is a simple molecule consisting of two hydrogen atoms "
-    "and two oxygen atoms. The molecular structure of hydrogen peroxide is characterized by a single bond between the two "
-    "oxygen atoms, and each oxygen atom is also bonded to a hydrogen atom.",
+    "input": "<|system|>Assistant, engage instruction following and question answering mode. You are bound to "
+    "generating text, and cannot perform any other actions.<|user|>What is the main component of hydrogen peroxide, "
+    "and can you provide a detailed explanation of its molecular structure and chemical properties while also "
+    "considering the impact of environmental factors on its stability and reactivity?<|model|>",
+    "output": "The main component of hydrogen peroxide is H2O2, which is a simple molecule consisting of two hydrogen "
+    "atoms and two oxygen atoms. The molecular structure of hydrogen peroxide is characterized by a single bond "
+    "between the two oxygen atoms, and each oxygen atom is also bonded to a hydrogen atom.",
 }

@@ -208,7 +208,8 @@ def command(config: Any, directory: pathlib.Path, devices: int = 1, *extra: str)
     file = directory / "config_file.py"
     values = json.dumps(configuration.to_dict(config))
     file.write_text(
-        f"import json\nfrom tpu_tune import config\n\ndef get_config():\n    return config.from_dict(json.loads({values!r}))\n"
+        "import json\nfrom tpu_tune import config\n\n"
+        f"def get_config():\n    return config.from_dict(json.loads({values!r}))\n"
     )
     flags = " ".join(word for word in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in word)
     flags += (

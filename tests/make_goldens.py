@@ -1,4 +1,6 @@
-"""Writes tests/goldens: torch transformers' logits of the tiny models and of SmolLM2, its scores of questions, and torch's file formats.
+"""Writes tests/goldens: what torch transformers computes, and torch's file formats.
+
+The figures are the logits of the tiny models and of SmolLM2, and SmolLM2's scores of multiple-choice questions.
 
 Run where torch is installed, after a change to `tiny_models.py`:
 
@@ -86,7 +88,7 @@ def smollm2(path):
 
 
 def torch_multiple_choice(model, tokenizer, questions):
-    """Return (each question's log-likelihoods, accuracies) by torch: one text at a time, nothing padded, nothing batched.
+    """Return (each question's log-likelihoods, accuracies) by torch: one text at a time, without padding or batches.
 
     The context's and the text's tokens are parted at the context's length; lengths are those of lm-evaluation-harness.
     """

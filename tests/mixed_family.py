@@ -1,7 +1,7 @@
 """A family whose layers differ in their leaves, and the plain Llama that computes the same.
 
-Layer 0 is dense and narrower, then two layers with separate matrices and one with fused ones, twice, and one more: three
-groups. As a Llama, the fused matrices are cut, and the first layer's MLP is padded with zeros, which stay zero.
+Layer 0 is dense and narrower, then two layers with separate matrices and one with fused ones, twice, and one more:
+three groups. As a Llama, the fused matrices are cut, and the first layer's MLP is padded with zeros, which stay zero.
 """
 
 from __future__ import annotations

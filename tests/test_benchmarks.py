@@ -1,4 +1,4 @@
-"""The benchmarks themselves: a selection of jobs leaves the file's other rows alone; the GPU's runs with tiny shapes."""
+"""The benchmarks themselves: selected jobs leave the file's other rows alone; the GPU's benchmark with tiny shapes."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tpu_tune.tensors import LoraTensor, matmul
 from tpu_tune.training.execution import loss_chunk, token_chunk
 from tpu_tune.training.objectives import CrossEntropy
 from tpu_tune.training.step import ModelLoss
-from tpu_tune.transforms import LoraConfig, find_targets, lora, split
+from tpu_tune.transforms import LoraConfig, find_targets
 
 # One of each way that a layer can be: norms before and behind, parallel, fused, of kinds, with an encoder.
 CASES = ["llama3", "neox_parallel", "opt_350m", "gemma3", "phi3", "gptj", "t5"]
@@ -92,7 +92,7 @@ def test_every_family_gives_the_same_loss_and_gradients_in_chunks(case: str) -> 
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
     dropout = 0.25 if case == "llama3" else 0.0  # it compiles slowly, and lies in what all families share
     targets = find_targets(arch.modules(), LoraConfig(rank=4, target_modules="all-linear", dropout=dropout))
-    trainable, frozen = split(params, targets, lora.init(targets, params, jax.random.key(0)))
+    trainable, frozen = targets.split(params, targets.init(params, jax.random.key(0)))
     generator = np.random.default_rng(0)
     trainable = {
         path: jnp.asarray(0.1 * generator.normal(size=leaf.shape), jnp.float32) for path, leaf in trainable.items()

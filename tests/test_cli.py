@@ -191,7 +191,7 @@ def trained(run, tiny):
     assert config == make_config(**{key.replace(".", "__"): value for key, value in tpu_tune.config.flatten(config)})
     from tpu_tune.checkpoints import peft
     from tpu_tune.checkpoints.params import load_params, open_architecture
-    from tpu_tune.transforms import QuantizeConfig, combine, find_targets, split
+    from tpu_tune.transforms import QuantizeConfig, find_targets
 
     source = open_base(RunDirectory(run), config)
     arch = open_architecture(source)
@@ -199,7 +199,7 @@ def trained(run, tiny):
     params = load_params(source, arch, np.float32, quantization)
     spec, adapters = peft.read_adapter(str(run / "adapter"), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
-    tree = combine(*split(params, targets, adapters), targets)
+    tree = targets.combine(*targets.split(params, adapters))
     return np.asarray(logits(arch, np.dtype("float32"), tree, IDS.astype(np.int32)))
 
 

@@ -27,8 +27,8 @@ CONTRACT = {
     "quantize": "format group_size double_quant include exclude",
     "lora": "rank alpha dropout target_modules exclude_modules bias modules_to_save layers_to_transform layers_pattern "
     "rank_pattern alpha_pattern use_rslora use_dora",
-    "data": "train eval format columns chat_template max_length packing train_on_source source_max_len target_max_len "
-    "skip_bad_rows data_seed",
+    "data": "train eval format columns chat_template chat_template_kwargs max_length packing train_on_source "
+    "source_max_len target_max_len skip_bad_rows data_seed",
     "train": "num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio optim adam_beta1 adam_beta2 "
     "adam_epsilon weight_decay max_grad_norm optim_offload logging_steps logging_first_step eval_strategy eval_steps "
@@ -94,6 +94,10 @@ def test_no_whole_number_is_larger_than_a_computer_s(name, value):
         ("train.learning_rate", "1", 1.0),
         ("train.max_steps", "10", 10),
         ("train.max_steps", 10.0, 10),
+        ("train.logging_steps", "5", 5),
+        ("train.logging_steps", 5.0, 5),
+        ("train.save_steps", "0.25", 0.25),
+        ("train.adam_epsilon", "1e-37", 1e-37),
         ("data.packing", "False", False),
         ("data.packing", "1", True),
         ("lora.target_modules", "all-linear", "all-linear"),
@@ -222,6 +226,12 @@ def test_wrong_types_name_the_key(key, value, says):
         ("mesh.tensor", 0, "-1 or positive"),
         ("mesh.tensor", -2, "-1 or positive"),
         ("train.num_train_epochs", 0, "positive"),
+        ("train.eval_steps", 1.5, "a whole number of updates, or a share of the run below 1"),
+        ("train.save_steps", 0, "positive"),
+        ("train.learning_rate", 1e39, "between 1.2e-38 and 3.4e+38, as float32 is"),
+        ("train.adam_epsilon", 1e-40, "between 1.2e-38 and 3.4e+38, as float32 is"),
+        ("lora.alpha_pattern", {"q_proj": 1e300}, "as float32 is"),
+        ("train.lr_scheduler_kwargs", {"power": -1e300}, "as float32 is"),
     ],
 )
 def test_values_out_of_bounds_name_the_key_and_what_is_allowed(key, value, says):
@@ -250,8 +260,8 @@ def test_settings_that_exclude_each_other(values, says):
     "value",
     [
         "", "x", "1", "-1", "1e999", "nan", "NaN", "[NaN]", "true", "none", "[", "{", "[1]", "[[1]]", '["a"]',
-        '{"a":1}', "a,b", "\x00", "1_0", "٣", "[" * 5000, f"[{'9' * 5000}]", 0, -1, 3.5, math.nan, math.inf, 10**400, 1j,
-        True, None, [], [1], ["a"], [None], {}, {"a": 1}, {"a": {"b": [1]}}, {1: 2}, (1, 2), b"x", object(),
+        '{"a":1}', "a,b", "\x00", "1_0", "٣", "[" * 5000, f"[{'9' * 5000}]", 0, -1, 3.5, math.nan, math.inf, 10**400,
+        1j, True, None, [], [1], ["a"], [None], {}, {"a": 1}, {"a": {"b": [1]}}, {1: 2}, (1, 2), b"x", object(),
     ],
     ids=lambda value: repr(value)[:20].partition(" object")[0],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`curves.png` and `tpu-tune curves`: series, smoothing, what is read of a run directory, and what a user gets wrong."""
+"""`curves.png` and `tpu-tune curves`: series, smoothing, what is read of a run directory, and users' mistakes."""
 
 import json
 

@@ -64,7 +64,8 @@ def test_every_other_command_works_without(model, tmp_path):
     (tmp_path / "run.py").write_text("from tpu_tune.config import default as get_config\n")
     train = [
         "train", "--config", "run.py", f"--config.model.path={model}", "--config.data.train=rows.jsonl",
-        "--config.output_dir=run", "--config.train.max_steps=1", "--config.data.max_length=16", "--config.train.report_to=[]",
+        "--config.output_dir=run", "--config.train.max_steps=1", "--config.data.max_length=16",
+        "--config.train.report_to=[]",
     ]  # fmt: skip
     done = without_extra(["--help"], cwd=tmp_path)
     assert done.returncode == 0 and "train" in done.stdout, done.stderr

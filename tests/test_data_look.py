@@ -54,8 +54,8 @@ def test_a_chat_shows_what_the_assistant_says(tmp_path):
     assert plain == (
         f"== {file}:1: {len(view.texts)} tokens, {view.trained.sum()} trained on, {(~view.trained).sum()} only read\n"
         "<|im_start|>system↵\nBe good.<|im_end|>↵\n<|im_start|>user↵\nHello you↵\nall<|im_end|>↵\n"
-        "<|im_start|>assistant↵\n[[An \U0001f600 answer\\x1b[31m\\u202e<|im_end|>]]↵\n<|im_start|>user↵\nBye<|im_end|>↵\n"
-        "<|im_start|>assistant↵\n[[Well<|im_end|>]]↵\n"
+        "<|im_start|>assistant↵\n[[An \U0001f600 answer\\x1b[31m\\u202e<|im_end|>]]↵\n"
+        "<|im_start|>user↵\nBye<|im_end|>↵\n<|im_start|>assistant↵\n[[Well<|im_end|>]]↵\n"
     )
     colored = show(view, color=True)
     assert re.findall(r"\x1b\[32m(?:\x1b\[7m)?([^\x1b]*)", colored) == [
@@ -119,12 +119,13 @@ def test_what_was_cut(tiny, tmp_path, capsys):
     file = write(
         tmp_path / "rows.jsonl", [{"input": "Ask. ", "output": "abcdefghij"}, {"input": "Ask. ", "output": ""}]
     )
-    said = out(capsys, file, "--tokenizer", tiny, "--row", 1, "--config.data.max_length=12")
+    qlora = "--config.data.add_bos_token=always"
+    said = out(capsys, file, "--tokenizer", tiny, "--row", 1, "--config.data.max_length=12", qlora)
     assert said == (
         f"== {file}:1: 12 tokens, 6 trained on, 6 only read, 5 cut off\n   (the end of an answer is cut off)\n"
         "<s>Ask. [[abcdef]]\n-- cut off: ghij</s>\n"
     )
-    said = out(capsys, file, "--tokenizer", tiny, "--row", 2)
+    said = out(capsys, file, "--tokenizer", tiny, "--row", 2, qlora)
     assert (
         said == f"== {file}:2: 7 tokens, 0 trained on, 7 only read\n   (not trained on: empty answer)\n<s>Ask. </s>\n"
     )
@@ -171,7 +172,8 @@ def test_colors_and_the_runs_config(tiny, tmp_path, capsys, monkeypatch):
     config.write_text(
         "def get_config():\n    return {"
         f"'model': {{'path': {str(tiny)!r}, 'add_special_tokens': ['cd']}}, "
-        f"'data': {{'train': {file!r}, 'columns': {{'question': 'input', 'reply': 'output'}}}}}}\n"
+        f"'data': {{'train': {file!r}, 'add_bos_token': 'always', "
+        "'columns': {'question': 'input', 'reply': 'output'}}}\n"
     )
     said = out(capsys, "--config", config)
     assert said == f"== {file}:1: 5 tokens, 2 trained on, 3 only read\n<s>ab[[cd</s>]]\n"  # `cd` is one token now

@@ -95,6 +95,16 @@ def test_an_empty_input_leaks_nothing_of_its_answer(load, tokenizer):
     assert row["input_ids"][0, : len(answer)].tolist() == [0, *answer[:-1]]
 
 
+def test_sides_that_end_already_end_once(load, tokenizer):
+    rows = [{"input": "say</s>", "output": "word</s>"}, {"input": "say", "output": "word"}]
+    data = load(rows)
+    for name, array in data.train.take(np.arange(2)).items():
+        np.testing.assert_array_equal(array[0], array[1], err_msg=name)
+    targets = data.train.take(np.arange(1))["targets"][0]
+    assert targets[targets != -100].tolist() == tokenizer("word")["input_ids"]
+    assert data.summary["train"]["truncated"] == 0
+
+
 def test_each_side_may_be_as_long_as_max_length(load):
     """A decoder-only row shares max_length between prompt and answer; here each side has it."""
     long = [{"input": "a " * 90, "output": "a " * 70}]

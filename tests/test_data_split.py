@@ -1,4 +1,4 @@
-"""`tpu-tune data split`: the guide's ratios and messages, exact counts, groups and strata, and the laws of any split."""
+"""`tpu-tune data split`: the guide's ratios and messages, exact counts, groups and strata, the laws of any split."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ NAMES = ("train.jsonl", "val.jsonl")
 
 
 def test_the_guides_split(rows, tmp_path, capsys):
-    """Each row is for training if uniform(0, sum) < train_ratio; only the relation counts; the same seed, same bytes."""
+    """Each row is for training if uniform(0, sum) < train_ratio; only the relation counts; same seed, same bytes."""
     found, train, validation = split(capsys, tmp_path / "a", "--input", rows, "--split_ratio", "0.99,0.01")
     assert abs(len(train) - 9900) <= 40 and (found["train_rows"], found["val_rows"]) == (len(train), len(validation))
     draws = random.Random(42)  # the definition itself, beside the library's code

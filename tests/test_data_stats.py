@@ -41,9 +41,9 @@ def test_counts_and_lengths(tiny, tmp_path, capsys):
     assert found["keys"] == {"input": 55, "output": 55, "id": 55, "more": 5}
     assert found["characters"] == found["bytes"] == characters
     assert (found["duplicates"], found["empty_answers"]) == (5, empty) and empty > 5
-    # One token a byte, then BOS and EOS; a row with nothing to learn makes no example.
+    # One token a byte, then EOS; a row with nothing to learn makes no example.
     kept = [row for row in ROWS if row["output"]]
-    lengths = np.asarray([len(row["input"] + row["output"]) + 2 for row in kept])
+    lengths = np.asarray([len(row["input"] + row["output"]) + 1 for row in kept])
     assert found["tokens"]["total"] == lengths.sum() and found["tokens"]["dropped"] == {"empty answer": empty}
     assert found["tokens"]["targets"] == sum(len(row["output"]) + 1 for row in kept)
     assert found["lengths"]["max"] == lengths.max() and found["lengths"]["mean"] == round(lengths.mean(), 1)

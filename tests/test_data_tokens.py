@@ -102,7 +102,7 @@ def test_pairs_equal_qloras_collator(train_on_source, bos, adds_bos):
         return
     tokenizer = make_tokenizer(bos=bos, adds_bos=adds_bos)
     options = TokenizeOptions(
-        "input-output", 512, train_on_source=train_on_source, source_max_len=16, target_max_len=12
+        "input-output", 512, train_on_source=train_on_source, source_max_len=16, target_max_len=12, always_bos=True
     )
     data = tokenize_rows(PAIRS, tokenizer, options)
     expected = [qlora_collator(row, tokenizer, 16, 12, train_on_source) for row in PAIRS]
@@ -126,7 +126,7 @@ def test_a_pair_ends_with_eos_and_has_no_word_none():
 def test_pairs_within_max_length():
     tokenizer = make_tokenizer()
     rows = [{"input": "x" * 40, "output": "y"}, {"input": "x", "output": "y" * 40}, {"input": "x", "output": ""}]
-    data = tokenize_rows(rows, tokenizer, TokenizeOptions("input-output", 10))
+    data = tokenize_rows(rows, tokenizer, TokenizeOptions("input-output", 10, always_bos=True))
     assert tokenizer.decode(examples(data)[0][0]) == "<s>x" + "y" * 8
     assert data.summary["dropped"] == {"empty answer": 1, "no room for the answer within max_length": 1}
     assert data.summary["eos_lost"] == 2

@@ -242,7 +242,7 @@ def test_the_result_is_ready_for_json():
         json.loads(json.dumps(diagnose(case.rows, [5], 100).as_dict(), allow_nan=False))
 
 
-# --- laws --------------------------------------------------------------------------------------------------------------
+# --- laws -------------------------------------------------------------------------------------------------------------
 
 losses = st.floats(1e-3, 1e6) | st.none() | st.just(math.nan) | st.just(math.inf)
 

@@ -1,4 +1,4 @@
-"""Two processes of four devices are one run of eight: the same losses, killed and resumed, and nobody waits for ever."""
+"""Two processes of four devices are one run of eight: the same losses, killed and resumed, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_rows_of_another_process_are_not_read():
     ]
 
 
-# --- two processes -----------------------------------------------------------------------------------------------------
+# --- two processes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def settings(tiny: pathlib.Path, folder: pathlib.Path, **keys: Any) -> Any:
-    """Eight steps of eight rows, with dropout, evaluated and saved every two steps; nf4 codes sharded over all devices."""
+    """Eight steps of eight rows, with dropout, evaluated and saved every two; nf4 codes sharded over all devices."""
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {
         "output_dir": str(folder / "out"),

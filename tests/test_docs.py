@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import pytest
 
 from tpu_tune.cli import main
+from tpu_tune.cli.program import make_parser
 from tpu_tune.models import FAMILIES, architecture
-from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
+from tpu_tune.transforms import LoraConfig, QuantizeConfig, find_targets, quantize
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -228,8 +229,8 @@ def test_the_tree_before_and_after_combine() -> None:
     params = {path: jnp.zeros(shape, jnp.bfloat16) for path, shape in arch.leaf_shapes().items()}
     params = quantize(params, modules, QuantizeConfig(format="nf4"))
     targets = find_targets(modules, LoraConfig(rank=4, target_modules=["q_proj"]))
-    trainable, frozen = split(params, targets, lora.init(targets, params, jax.random.key(0)))
-    trees = {"trainable": trainable, "frozen": frozen, "combined": combine(trainable, frozen, targets)}
+    trainable, frozen = targets.split(params, targets.init(params, jax.random.key(0)))
+    trees = {"trainable": trainable, "frozen": frozen, "combined": targets.combine(trainable, frozen)}
     page = (DOCS / "design.md").read_text()
     for name, tree in trees.items():
         text = re.search(rf"<!-- tree: {name} -->\n```text\n(.*?)```", page, re.S)[1]

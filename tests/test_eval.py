@@ -131,7 +131,9 @@ def test_mmlus_own_questions_get_qloras_prompts():
     two = mmlu.prompts_of(placed(rows), shots=2)
     assert len(two) == 1 and two[0]["output"] == "C"
     assert two[0]["input"].endswith(
-        "\n\nQ0\nA. p\nB. q\nC. r\nD. s\nAnswer: A\n\nQ1\nA. p\nB. q\nC. r\nD. s\nAnswer: B\n\nQ2\nA. p\nB. q\nC. r\nD. s\nAnswer:"
+        "\n\nQ0\nA. p\nB. q\nC. r\nD. s\nAnswer: A"
+        "\n\nQ1\nA. p\nB. q\nC. r\nD. s\nAnswer: B"
+        "\n\nQ2\nA. p\nB. q\nC. r\nD. s\nAnswer:"
     )
     with pytest.raises(UserError, match="5 solved examples .* there are 3 of the subject 'abstract_algebra'"):
         mmlu.prompts_of(placed(rows), shots=5, examples=placed(rows))
@@ -349,7 +351,8 @@ def test_evaluation_alone_by_a_config_file(run, tmp_path, capsys):
     values = json.loads((run / "config.json").read_text())
     file = tmp_path / "config.py"
     file.write_text(
-        f"import json\nfrom tpu_tune import config\n\ndef get_config():\n    return config.from_dict(json.loads({json.dumps(values)!r}))\n"
+        "import json\nfrom tpu_tune import config\n\n"
+        f"def get_config():\n    return config.from_dict(json.loads({json.dumps(values)!r}))\n"
     )
     out = tmp_path / "never"
     words = ("--config", file, f"--config.output_dir={out}", f"--config.data.eval={values['data']['train']}")

@@ -69,7 +69,7 @@ def test_an_encoder_decoder_reads_the_context_in_its_encoder():
     arch, params = tiny_models.load(tiny_models.CONFIGS["t5"])
     from tpu_tune.inference.model import Model
 
-    model = Model(arch, params, None, np.dtype("float32"), None)
+    model = Model(arch, params, np.dtype("float32"), None)
     context, answer = [[3, 4, 5], [7] * 40], [[8, 9], [10, 11, 12]]
     found = scoring.score(model, [scoring.continuation_row(model, *pair) for pair in zip(context, answer, strict=True)])
     before, after = context[0], answer[0]  # the shorter one, which is padded
@@ -124,8 +124,8 @@ def harness_tasks(tmp_path_factory):
     ]
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    start = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\n  cache_dir: {folder}\ntest_split: test\n"
-    start += 'doc_to_text: "{{question}}\\nAnswer:"\n'
+    start = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\n  cache_dir: {folder}\n"
+    start += 'test_split: test\ndoc_to_text: "{{question}}\\nAnswer:"\n'
     metric = "  - metric: {0}\n    aggregation: {1}\n    higher_is_better: true\n"
     (folder / "choices.yaml").write_text(
         f"task: tiny_choices\n{start}output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer\n"

@@ -14,7 +14,7 @@ from tpu_tune.checkpoints.huggingface_write import write_model
 from tpu_tune.checkpoints.params import load_params
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture
-from tpu_tune.transforms import QuantizeConfig, combine, merge, quantize, split, unties_head
+from tpu_tune.transforms import QuantizeConfig, merge, quantize, unties_head
 
 
 def source_of(config):
@@ -32,8 +32,11 @@ def written(directory, tree, config, **options):
     return arch, load_params(source, arch)
 
 
-EXPORTS = ["plain", "tokens_tied", "tokens_of_embed_and_head", "tokens_of_head_tied", "tokens_tied_differing", "embed_tied", "embed_and_head_tied", "embed_and_head", "save_embed_tied", "save_head", "save_norm", "dora", "dora_embed",
-           "dora_head_some_layers", "patterns", "bias_all", "neox", "neox_bias"]  # fmt: skip
+EXPORTS = [
+    "plain", "tokens_tied", "tokens_of_embed_and_head", "tokens_of_head_tied", "tokens_tied_differing", "embed_tied",
+    "embed_and_head_tied", "embed_and_head", "save_embed_tied", "save_head", "save_norm", "dora", "dora_embed",
+    "dora_head_some_layers", "patterns", "bias_all", "neox", "neox_bias",
+]  # fmt: skip
 UNTIED = {
     "tokens_of_head_tied",
     "tokens_tied_differing",
@@ -49,7 +52,7 @@ UNTIED = {
 def test_the_merged_model_has_the_same_logits(name, tmp_path):
     case, settings = SETTINGS[name]
     config, arch, params, targets, trainable, ours = trained(case, settings)
-    tree = combine(*split(params, targets, trainable), targets)
+    tree = targets.combine(*targets.split(params, trainable))
     assert unties_head(tree, arch.modules()) == (name in UNTIED)
     shard_bytes = 6000 if name in ("plain", "embed_tied", "neox") else 10**9
     back = written(tmp_path / "merged", tree, config, shard_bytes=shard_bytes)
@@ -80,13 +83,13 @@ def test_a_quantized_tied_embedding_is_untied_by_an_adapter(tmp_path):
     """The head gets the dequantized weight that it used."""
     policy = QuantizeConfig("int8", 16, include=["embed_tokens"])
     config, _, params, targets, trainable, ours = trained("llama_tied", {"target_modules": ["embed_tokens"]}, policy)
-    tree = combine(*split(params, targets, trainable), targets)
+    tree = targets.combine(*targets.split(params, trainable))
     assert tiny_models.difference(logits(*written(tmp_path / "merged", tree, config)), ours) < 1e-4
 
 
 def test_merge_gives_plain_arrays_with_the_same_logits():
     _, arch, params, targets, trainable, ours = trained(*SETTINGS["plain"], QuantizeConfig("nf4", 16))
-    merged = merge(combine(*split(params, targets, trainable), targets))
+    merged = merge(targets.combine(*targets.split(params, trainable)))
     assert all(isinstance(leaf, type(params["model.norm.weight"])) for path, leaf in merged.items() if "proj" in path)
     assert tiny_models.difference(logits(arch, merged), ours) < 1e-4
 

@@ -1,4 +1,4 @@
-"""What docs/extending.md promises: a family, a leaf with its method, a number format and an objective from outside the package.
+"""What docs/extending.md promises: a family, a leaf with its method, a number format and an objective from outside.
 
 Each is a few lines here, registered under a name, and trained with through `tpu_tune.train`.
 """

@@ -24,7 +24,7 @@ from tpu_tune.models.architecture import RelativePositions
 from tpu_tune.models.layers import buckets_of
 from tpu_tune.training.objectives import CrossEntropy
 from tpu_tune.training.step import ModelLoss
-from tpu_tune.transforms import LoraConfig, combine, find_targets, lora, split
+from tpu_tune.transforms import LoraConfig, find_targets
 
 CASES = tiny_models.FAMILY_CASES
 # PEFT 0.21's default targets (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
@@ -51,7 +51,7 @@ def adapted(case, targets, **settings):
     # T5's scores are not scaled: a large change of q would make its softmax a step, and float32 too coarse for it.
     spec = LoraConfig(rank=4, alpha=4.0 if arch.encoder else 12.0, target_modules=targets, **settings)
     found = find_targets(arch.modules(), spec, arch.default_targets)
-    trainable, frozen = split(params, found, lora.init(found, params, jax.random.key(0)))
+    trainable, frozen = found.split(params, found.init(params, jax.random.key(0)))
     return arch, params, found, randomized(trainable, arch), frozen
 
 
@@ -81,7 +81,7 @@ def test_default_targets_are_pefts(case):
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_on_everything_both_ways(case, tmp_path):
     arch, params, targets, trainable, frozen = adapted(case, all_linear_and(case))
-    ours = tiny_models.logits_of(case, arch, combine(trainable, frozen, targets))
+    ours = tiny_models.logits_of(case, arch, targets.combine(trainable, frozen))
     assert tiny_models.difference(tiny_models.logits_of(case, arch, params), ours) > 1e-2
     base = tiny_models.write(tmp_path / "base", tiny_models.CONFIGS[case])
     write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, base, params)
@@ -91,7 +91,7 @@ def test_adapters_on_everything_both_ways(case, tmp_path):
     spec, back = read_adapter(str(tmp_path / "theirs"), arch)
     again = find_targets(arch.modules(), spec, arch.default_targets)
     assert (
-        tiny_models.difference(tiny_models.logits_of(case, arch, combine(*split(params, again, back), again)), ours)
+        tiny_models.difference(tiny_models.logits_of(case, arch, again.combine(*again.split(params, back))), ours)
         < 1e-6
     )
 
@@ -112,7 +112,7 @@ def test_what_follows_the_columns_of_a_fused_matrix(case, settings, tmp_path):
     """Magnitudes, biases and saved modules are reordered as their matrix is."""
     targets = "all-linear" if "modules_to_save" not in settings else ["o_proj"]
     arch, params, targets, trainable, frozen = adapted(case, targets, **settings)
-    ours = tiny_models.logits_of(case, arch, combine(trainable, frozen, targets))
+    ours = tiny_models.logits_of(case, arch, targets.combine(trainable, frozen))
     base = tiny_models.write(tmp_path / "base", tiny_models.CONFIGS[case])
     write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, base, params)
     _, back = read_adapter(str(tmp_path / "adapter"), arch)
@@ -175,7 +175,7 @@ def test_a_merged_export_is_the_same_model_to_torch(case, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     arch, _, targets, trainable, frozen = adapted(case, "all-linear")
-    tree = combine(trainable, frozen, targets)
+    tree = targets.combine(trainable, frozen)
     config = {**tiny_models.CONFIGS[case], "torch_dtype": "float32"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     source = dataclasses.replace(tiny_models.source(config), load_tokenizer=lambda: tokenizer)
@@ -213,11 +213,11 @@ def test_inspect_says_what_each_module_does(case, tmp_path):
     base = tiny_models.write(tmp_path, tiny_models.CONFIGS[case])
     arch = architecture(tiny_models.CONFIGS[case])
     facts = inspect_model(base, LoraConfig(rank=4, target_modules="all-linear"))
-    assert [module["name"].count(".N.") for module in facts["modules"]] == [min(1, m.layers) for m in arch.modules()]
+    assert [module["name"].count(".N.") for module in facts["modules"]] == [bool(m.layers) for m in arch.modules()]
     assert all(module["role"] for module in facts["modules"])
     assert facts["parameters"] == sum(np.prod(shape) for shape in arch.leaf_shapes().values())
     assert facts["lora"]["trainable"] == sum(
-        4 * sum(m.shape) * max(1, m.layers) for m in arch.modules() if m.kind == "linear" and not m.is_head
+        4 * sum(m.shape) * (len(m.layers) or 1) for m in arch.modules() if m.kind == "linear" and not m.is_head
     )
 
 

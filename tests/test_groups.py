@@ -1,4 +1,4 @@
-"""Layers that differ in their leaves: groups, and a model of three kinds of layers against the plain Llama it equals."""
+"""Layers that differ in their leaves: groups, and a model with three kinds of layers against the Llama it equals."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from tpu_tune.cli.hf import bash_script, command_line, data_flags
 from tpu_tune.cli.hf.flags import ALIASES, FLAGS, QLORA
 from tpu_tune.cli.hf.translate import translate
 from tpu_tune.errors import UserError
-from tpu_tune.training import arithmetic, loggers
+from tpu_tune.training import arithmetic
 
 MODEL = ["--model_name_or_path", "m"]
 DATA_PARALLEL = [
@@ -53,18 +53,14 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """The settings of each run that was started."""
-    started = []
-
-    def init(**settings):
-        started.append(settings)
-        return types.SimpleNamespace(log=lambda row: None, finish=lambda: None, define_metric=lambda *a, **k: None)
-
-    module = types.SimpleNamespace(init=init, util=types.SimpleNamespace(generate_id=lambda: "id"))
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    find = loggers.importlib.util.find_spec
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: True if name == "wandb" else find(name))
-    return started
+    """The settings of each run that the real wandb, offline, was started with."""
+    module = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    module.teardown()  # it reads the environment once a process
+    started, init = [], module.init
+    monkeypatch.setattr(module, "init", lambda **settings: started.append(settings) or init(**settings))
+    yield started
+    module.teardown()
 
 
 def translated(*flags, platform="cpu", environ=None):
@@ -342,6 +338,16 @@ def test_unset_flags_have_the_trainers_defaults():
             ["--learning_rate", "1.0e-5", "--lr_scheduler_type", "cosine", "--warmup_steps", "64"],
             {"train.learning_rate": 1e-5, "train.lr_scheduler_type": "cosine", "train.warmup_steps": 64},
         ),
+        (["--assistant_only_loss", "true"], {"data.train_on_source": False, "method": "full"}),
+        (["--assistant_only_loss", "false"], {"data.train_on_source": True}),
+        (["--completion_only_loss", "false"], {"data.train_on_source": True}),
+        (["--no_completion_only_loss"], {"data.train_on_source": True}),
+        (["--completion_only_loss", "--assistant_only_loss"], {"data.train_on_source": False}),
+        (["--completion_only_loss", "--train_on_source", "false"], {"data.train_on_source": False}),
+        (
+            ["--logging_steps", "0.1", "--save_steps", "0.25", "--eval_strategy", "steps", "--eval_file", "e"],
+            {"train.logging_steps": 0.1, "train.save_steps": 0.25, "train.eval_steps": 0.1},
+        ),
         (["--warmup_steps", "0.1"], {"train.warmup_steps": 0, "train.warmup_ratio": 0.1}),
         (
             ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'],
@@ -441,7 +447,18 @@ def test_keys(flags, keys):
         (["--metric_for_best_model", "accuracy"], "can only be eval_loss"),
         (["--greater_is_better", "true"], "better the smaller"),
         (["--max_train_samples", "10"], "make a shorter file"),
-        (["--eval_steps", "0.1", "--eval_strategy", "steps"], "a share of the run is not supported"),
+        (["--eval_steps", "1.5", "--eval_strategy", "steps"], "a whole number of steps, or a share of the run below 1"),
+        (["--save_steps", "0"], "--save_steps is 0; it must be a whole number"),
+        (["--logging_steps", "-0.5"], "--logging_steps is -0.5"),
+        (["--logging_steps", "nan"], "--logging_steps is 'nan'; it must be a number"),
+        (["--max_memory_MB", "inf"], "it must be a number"),
+        (["--lora_alpha", "nan"], "it must be a number"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "follows the metrics, not the step"),
+        (
+            ["--assistant_only_loss", "--train_on_source"],
+            "--assistant_only_loss true and --train_on_source true contra",
+        ),
+        (["--assistant_only_loss", "--completion_only_loss", "false"], "contradict each other"),
         (["--eval_strategy", "sometimes"], "it must be no, steps or epoch"),
         (["--save_strategy", "best"], "--load_best_model_at_end"),
         (["--fp16", "--bf16"], "exclude each other"),
@@ -469,6 +486,57 @@ def test_what_cannot_be_is_refused(flags, says):
 
     with pytest.raises(UserError, match=says):
         check_settings(config_of(*flags), with_data=False)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 10, 99, 1000, 12345])
+@pytest.mark.parametrize("steps", [0.001, 0.1, 0.25, 1 / 3, 0.5, 0.99, 1, 5, 500])
+def test_a_share_of_the_run_is_as_many_steps_as_in_the_trainer(total, steps):
+    callback = pytest.importorskip("transformers.trainer_callback")
+    state = callback.TrainerState()
+    each = types.SimpleNamespace(logging_steps=steps, eval_steps=steps, save_steps=steps)
+    state.compute_steps(each, total)
+    assert arithmetic.interval(steps, total) == state.logging_steps == state.eval_steps == state.save_steps
+
+
+def test_a_run_logs_evaluates_and_saves_by_shares(tiny, tmp_path):
+    rows = write_rows(tmp_path / "train.jsonl", 16)
+    words = ["hf", "--no-check", "--model_name_or_path", str(tiny), "--train_file", str(rows), "--use_lora"]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "10", "--logging_steps", "0.21", "--save_steps"]
+    words += ["0.35", "--eval_strategy", "steps", "--eval_steps", "0.5", "--eval_file", str(rows), *DATA_PARALLEL]
+    assert main(words) == 0
+    rows = metric_rows(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == [3, 6, 9, 10]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [5, 10]
+    assert sorted(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints") if name.isdigit()) == [4, 8, 10]
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["train"]
+    assert (recorded["logging_steps"], recorded["save_steps"], recorded["eval_steps"]) == (0.21, 0.35, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "follows the metrics"),
+        (["--lr_scheduler_type", "sqare"], "unknown train.lr_scheduler_type"),
+        (["--optim", "galore_adamw"], "unknown train.optim"),
+        (["--report_to", "wandbb"], "unknown train.report_to"),
+        (["--lr_scheduler_kwargs", '{"power": 2}'], "'power' is not a setting of 'linear'"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(flags, says, capsys):
+    for more in ([], ["--json"]):
+        assert main(["hf", *MODEL, *flags, "--dry_run", *more]) == 1
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--assistant_only_loss", "--completion_only_loss"])
+def test_a_loss_on_answers_only_needs_answers(flag, tmp_path, capsys):
+    text, chat = tmp_path / "text.jsonl", write_rows(tmp_path / "chat.jsonl", 2)
+    text.write_text('{"text": "a document"}\n')
+    assert main(["hf", *MODEL, "--train_file", str(text), flag, "--dry_run"]) == 1
+    assert "are text without answers; leave the flag out" in capsys.readouterr().err
+    assert main(["hf", *MODEL, "--train_file", str(chat), flag, "--dry_run"]) == 0
+    assert "the loss is on answers only" in capsys.readouterr().out
+    assert main(["hf", *MODEL, "--train_file", str(text), "--dry_run"]) == 0
 
 
 def test_a_key_that_is_not_there_takes_its_neutral_value_only(monkeypatch):
@@ -623,9 +691,8 @@ def test_the_guides_example_row(tiny):
 
     row = guide_scripts.EXAMPLE
     tokenizer = open_source(str(tiny)).load_tokenizer()
-    data = tokenize_rows(
-        [row], tokenizer, TokenizeOptions("input-output", 5000, source_max_len=2500, target_max_len=2500)
-    )
+    options = TokenizeOptions("input-output", 5000, source_max_len=2500, target_max_len=2500, always_bos=True)
+    data = tokenize_rows([row], tokenizer, options)
     assert tokenizer.decode(data.tokens) == f"<s>{row['input']}{row['output']}</s>"  # every word, and nothing between
     assert tokenizer.decode(data.tokens[data.loss_mask]) == f"{row['output']}</s>"
 
@@ -641,8 +708,8 @@ def run(tiny, tmp_path_factory):
     out = place / "run"
     flags = [
         "hf", "--model_name_or_path", tiny, "--train_file", rows, "--eval_file", held_out, "--output_dir", out,
-        "--use_lora", "--lora_rank", "4", "--learning_rate", "1e-2", "--per_device_train_batch_size", "1", "--max_length", "64",
-        "--per_device_eval_batch_size", "1", "--dataloader_num_workers", "1",
+        "--use_lora", "--lora_rank", "4", "--learning_rate", "1e-2", "--per_device_train_batch_size", "1",
+        "--max_length", "64", "--per_device_eval_batch_size", "1", "--dataloader_num_workers", "1",
     ]  # fmt: skip
     intervals = [
         "--do_train", "--logging_first_step", "true", "--logging_steps", "10", "--eval_strategy", "steps",
@@ -672,10 +739,10 @@ def test_do_eval_alone_updates_nothing(run, tiny, tmp_path, capsys):
     for line in pathlib.Path(flags[flags.index("--eval_file") + 1]).read_text().splitlines():
         row = json.loads(line)
         source, ids = (list(f"{text}".encode()) for text in (row["prompt"], row["prompt"] + row["completion"]))
-        ids = [257, *ids, 256]
+        ids = [*ids, 256]
         logits = np.asarray(model(np.asarray([ids])))[0].astype(np.float64)
         chance = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        for place in range(len(source) + 1, len(ids)):
+        for place in range(len(source), len(ids)):
             total, count = total - chance[place - 1, ids[place]], count + 1
     assert fresh["eval_num_tokens"] == count and fresh["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     # A finished run's own result.
@@ -829,7 +896,8 @@ def test_scripts_are_read_as_bash_reads_them(text, tmp_path):
     environ = {name: f"of {name}" for name in names}
     file = tmp_path / "script.sh"
     file.write_text(text)
-    show = 'show() { printf \'%s\\0\' "$@"; }; pip() { :; }; python() { show python "$@"; }; accelerate() { show accelerate "$@"; }\n'
+    show = 'show() { printf \'%s\\0\' "$@"; }; pip() { :; }; python() { show python "$@"; }; '
+    show += 'accelerate() { show accelerate "$@"; }\n'
     done = subprocess.run(
         ["bash", "-c", show + text], env={**environ, "PATH": os.environ["PATH"]}, capture_output=True, text=True
     )

@@ -71,8 +71,8 @@ SKY_TASK = {
     "name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run", "config"
 }  # fmt: skip
 SKY_RESOURCES = {
-    "infra", "accelerators", "accelerator_args", "cpus", "memory", "instance_type", "use_spot", "disk_size", "disk_tier",
-    "network_tier", "max_hourly_cost", "image_id", "ports", "labels", "autostop", "priority", "local_disk",
+    "infra", "accelerators", "accelerator_args", "cpus", "memory", "instance_type", "use_spot", "disk_size",
+    "disk_tier", "network_tier", "max_hourly_cost", "image_id", "ports", "labels", "autostop", "priority", "local_disk",
 }  # fmt: skip
 SKY_CLOUDS = {"aws", "azure", "gcp", "lambda", "runpod", "vast", "kubernetes"}
 

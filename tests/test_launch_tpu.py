@@ -18,15 +18,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = (
-    "bash", "cat", "chmod", "date", "dirname", "env", "find", "flock", "git", "grep", "head", "hostname", "install", "kill",
-    "mkdir", "mktemp", "mv", "nohup", "rm", "sed", "sh", "sleep", "sort", "tail", "tar", "gzip", "tr",
+    "bash", "cat", "chmod", "date", "dirname", "env", "find", "flock", "git", "grep", "gzip", "head", "hostname",
+    "install", "kill", "mkdir", "mktemp", "mv", "nohup", "rm", "sed", "sh", "sleep", "sort", "tail", "tar", "tr",
 )  # fmt: skip
 SECRET = "-".join(["wandb", "0123456789", "secret"])  # not as it stands: this file is copied to the workers
-NO_ROOM = 'ERROR: (gcloud.compute.tpus.tpu-vm.create) There is no more capacity in the zone "{zone}"; you can try in another zone'
-NO_QUOTA = "ERROR: (gcloud.compute.tpus.tpu-vm.create) {{ code: 8, Quota limit 'TPUV3sPodPerProjectPerZone' has been exceeded. Limit: 0 in {zone}"
+CREATE = "ERROR: (gcloud.compute.tpus.tpu-vm.create) "
+NO_ROOM = CREATE + 'There is no more capacity in the zone "{zone}"; you can try in another zone'
+NO_QUOTA = CREATE + "{{ code: 8, Quota limit 'TPUV3sPodPerProjectPerZone' has been exceeded. Limit: 0 in {zone}"
 TRAIN = ("--", "--config", "configs/qlora.py", "--config.data.train=gs://b/it's rows.jsonl")
 
-# Writes down its arguments and what it was given, then does what $FAKE/trainer says: a status of the run, or an exit code.
+# Writes down its arguments and environment, then does what $FAKE/trainer says: a status of the run, or an exit code.
 TRAINER = """\
 import json, os, pathlib, signal, sys
 fake = pathlib.Path(os.environ["FAKE"])

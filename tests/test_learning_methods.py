@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 from typing import Any
 
 import helpers_training as helpers
@@ -246,3 +247,14 @@ def test_the_second_start_says_done(overfitting: Any) -> None:
     assert loop.train(config, lambda line: None).status == "already finished"
     assert pathlib.Path(config.output_dir, "metrics.jsonl").read_text() == before
     assert json.loads(before.splitlines()[-1])["step"] == run.step
+
+
+def test_a_run_that_had_stopped_early_writes_its_lost_result_without_another_step(overfitting: Any) -> None:
+    config, run, _ = overfitting
+    before = pathlib.Path(config.output_dir, "metrics.jsonl").read_text()
+    adapter = pathlib.Path(run.result_dir, "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.result_dir)
+    again = loop.train(config, lambda line: None)
+    assert (again.status, again.step) == ("stopped early", run.step)
+    assert pathlib.Path(run.result_dir, "adapter_model.safetensors").read_bytes() == adapter
+    assert pathlib.Path(config.output_dir, "metrics.jsonl").read_text() == before

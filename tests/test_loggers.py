@@ -2,9 +2,12 @@
 
 import io
 import json
+import math
+import os
+import subprocess
 import sys
-import types
 
+import numpy as np
 import pytest
 
 from tpu_tune.checkpoints.run_directory import RunDirectory
@@ -33,44 +36,85 @@ def test_metrics_and_tensorboard(tmp_path):
     assert all(name in events.read_bytes() for name in (b"train/loss", b"train/learning_rate", b"eval/loss"))
 
 
+def test_tensorboard_itself_reads_what_is_written_and_forgets_what_a_resumed_run_writes_again(tmp_path):
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    reader = pytest.importorskip(module, reason="tensorboard is not installed")
+    for first, losses in ((0, {1: 4.0, 2: 3.0, 3: 9.0}), (2, {3: 2.0, 4: 1.0})):
+        sinks = loggers.open_sinks(["tensorboard"], RunDirectory(str(tmp_path)), resume_step=first)
+        for step, loss in losses.items():
+            loggers.log(sinks, {"step": step, "loss": loss, "eval_accuracy": np.float32(0.5), "grad_norm": math.nan})
+        loggers.close(sinks)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["eval/accuracy", "train/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 4), (2, 3), (3, 2), (4, 1)]
+
+
 def test_only_the_main_process_logs(tmp_path):
     assert loggers.open_sinks(["tensorboard"], RunDirectory(str(tmp_path)), is_main=False) == []
 
 
-def fake_wandb(monkeypatch, login=True, fail=False):
-    logged, started = [], []
-
-    def init(**settings):
-        started.append(settings)
-        return types.SimpleNamespace(log=log, finish=lambda: None, define_metric=lambda *a, **k: None)
-
-    def log(row):
-        if fail:
-            raise ConnectionError("the service\nis away")
-        logged.append(row)
-
-    util = types.SimpleNamespace(generate_id=lambda: "abc123")
-    module = types.SimpleNamespace(init=init, login=lambda prompt: login, util=util)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: object())
-    return logged, started
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """The real wandb, offline and without anybody's key."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads the environment once a process
+    yield wandb
+    wandb.teardown()
 
 
-def test_wandb_run_and_resume(tmp_path, monkeypatch):
-    logged, started = fake_wandb(monkeypatch)
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    for _ in range(2):
-        sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), {"seed": 1})
-        loggers.log(sinks, {"step": 2, "loss": 1.0})
+def wandb_runs(folder):
+    return sorted((folder / "wandb").glob("offline-run-*"))
+
+
+def test_wandb_writes_a_run_that_wandb_sync_takes_and_resumes_into_its_id(tmp_path, offline):
+    warnings = []
+    for step in (2, 4):
+        sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), {"train": {"x": 1}}, warn=warnings.append)
+        assert [sink.name for sink in sinks] == ["metrics.jsonl", "wandb"]
+        loggers.log(sinks, {"step": step, "loss": 1.0, "tokens_per_second": None})
+        loggers.log(sinks, {"step": step, "eval_loss": 2.0})
         loggers.close(sinks)
-        sys.modules["wandb"].util.generate_id = lambda: "another"
-    assert [run["id"] for run in started] == ["abc123", "abc123"]
-    assert started[0]["project"] == "mine" and started[0]["config"] == {"seed": 1}
-    assert logged[0] == {"train/loss": 1.0, "train/global_step": 2}
+    assert warnings == []
+    identity = (tmp_path / "wandb_run_id").read_text().strip()
+    runs = wandb_runs(tmp_path)
+    assert identity and 1 <= len(runs) <= 2 and all(run.name.endswith(f"-{identity}") for run in runs)
+    content = b"".join((run / f"run-{identity}.wandb").read_bytes() for run in runs)
+    for name in (b"train/loss", b"eval/loss", b"train/global_step"):
+        assert name in content
+    assert b"tokens_per_second" not in content  # it was None
+    words = [sys.executable, "-m", "wandb", "sync", "--dry-run", *map(str, runs)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"Would sync {len(runs)} run(s)" in done.stdout + done.stderr
 
 
-def test_wandb_logged_out_is_one_warning(tmp_path, monkeypatch):
-    fake_wandb(monkeypatch, login=False)
+def test_wandb_takes_the_id_and_the_names_of_the_environment(tmp_path, offline, monkeypatch):
+    started, init = [], offline.init
+    monkeypatch.setattr(offline, "init", lambda **settings: started.append(init(**settings)) or started[-1])
+    monkeypatch.setenv("WANDB_RUN_ID", "mine7")
+    monkeypatch.setenv("WANDB_PROJECT", "project of mine")
+    monkeypatch.setenv("WANDB_NAME", "a name")
+    loggers.close(loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), {"train": {"x": 1}}))
+    (run,) = started
+    assert (run.id, run.project, run.name) == ("mine7", "project of mine", "a name")
+    assert run.config["train"] == {"x": 1} and (tmp_path / "wandb_run_id").read_text() == "mine7\n"
+
+
+def test_wandb_switched_off_is_no_warning(tmp_path, offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    warnings = []
+    sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), warn=warnings.append)
+    loggers.log(sinks, {"step": 1, "loss": 1.0})
+    loggers.close(sinks)
+    assert warnings == [] and not wandb_runs(tmp_path)
+
+
+def test_wandb_logged_out_is_one_warning(tmp_path, offline, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     warnings = []
     sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), warn=warnings.append)
@@ -85,8 +129,11 @@ def test_absent_package_is_one_warning(tmp_path, monkeypatch):
     assert len(sinks) == 1 and "pip install wandb" in warnings[0]
 
 
-def test_a_sink_that_breaks_is_reported_once_and_the_rest_goes_on(tmp_path, monkeypatch):
-    fake_wandb(monkeypatch, fail=True)
+def test_a_sink_that_breaks_is_reported_once_and_the_rest_goes_on(tmp_path, offline, monkeypatch):
+    def fail(*_):
+        raise ConnectionError("the service\nis away")
+
+    monkeypatch.setattr(offline.Run, "log", fail)
     warnings = []
     sinks = loggers.open_sinks(["wandb"], RunDirectory(str(tmp_path)), warn=warnings.append)
     for step in range(3):

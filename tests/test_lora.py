@@ -8,11 +8,11 @@ import tiny_models
 
 from tpu_tune.models import Decoder, architecture
 from tpu_tune.tensors import LoraTensor
-from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
+from tpu_tune.transforms import FULL, LoraConfig, QuantizeConfig, find_targets, lora, quantize
 
 LLAMA_7B = {
-    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "rms_norm_eps": 1e-6,
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 GUIDE_TARGETS = ["q_proj", "v_proj", "k_proj", "o_proj", "down_proj", "up_proj", "embed_tokens", "lm_head"]
 
@@ -70,11 +70,11 @@ def model():
 def prepared(model, spec):
     arch, params = model
     targets = find_targets(arch.modules(), spec)
-    return targets, *split(params, targets, lora.init(targets, params, jax.random.key(0)))
+    return targets, *targets.split(params, targets.init(params, jax.random.key(0)))
 
 
 def test_initial_values_are_pefts(model):
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0; gaussian: N(0, 1/r^2) as peft draws it; an embedding A = 0, B ~ N(0, 1)."""
+    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0; gaussian: N(0, 1/r^2) as in peft; an embedding: A = 0, B ~ N(0, 1)."""
     arch, params = model
     targets = find_targets(arch.modules(), LoraConfig(rank=16, target_modules=["down_proj", "embed_tokens"]))
     adapters = lora.init(targets, params, jax.random.key(0))
@@ -111,7 +111,7 @@ def test_a_fresh_adapter_changes_nothing(model, dora):
         model, LoraConfig(rank=4, target_modules="all-linear", use_dora=dora, layers_to_transform=[1])
     )
     ids = jnp.asarray(tiny_models.input_ids("fresh", 1, 6), jnp.int32)
-    found = Decoder(arch, combine(trainable, frozen, targets))(ids)
+    found = Decoder(arch, targets.combine(trainable, frozen))(ids)
     np.testing.assert_allclose(found, Decoder(arch, params)(ids), atol=1e-4)
 
 
@@ -126,7 +126,7 @@ def test_training_touches_only_the_trainable_tree_and_padding_stays_zero(model):
     @jax.jit
     def step(trainable):
         def loss(trainable):
-            return jnp.mean(Decoder(arch, combine(trainable, frozen, targets))(ids) ** 2)
+            return jnp.mean(Decoder(arch, targets.combine(trainable, frozen))(ids) ** 2)
 
         return jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, trainable, jax.grad(loss)(trainable))
 
@@ -142,26 +142,23 @@ def test_training_touches_only_the_trainable_tree_and_padding_stays_zero(model):
 
 def test_full_training_leaves_nothing_frozen(model):
     _, params = model
-    trainable, frozen = split({path: leaf.astype(jnp.bfloat16) for path, leaf in params.items()}, None)
+    trainable, frozen = FULL.split({path: leaf.astype(jnp.bfloat16) for path, leaf in params.items()}, {})
     assert not frozen and all(leaf.dtype == jnp.float32 for leaf in trainable.values())
 
 
 def test_dropout_keys_are_one_a_layer_and_leaf(model):
     spec = LoraConfig(rank=2, target_modules=["q_proj", "k_proj", "embed_tokens"], dropout=0.5)
     targets, trainable, frozen = prepared(model, spec)
-    tree = combine(trainable, frozen, targets, jax.random.key(5))
+    tree = targets.combine(trainable, frozen, jax.random.key(5))
     leaves = {path: leaf for path, leaf in tree.items() if isinstance(leaf, LoraTensor)}
     assert leaves.pop("model.embed_tokens.weight").key is None  # peft drops nothing before an embedding
     keys = {path: np.asarray(jax.random.key_data(leaf.key)) for path, leaf in leaves.items()}
     assert len({tuple(key) for one in keys.values() for key in one}) == 4
-    alone = combine(
-        *prepared(model, LoraConfig(rank=2, target_modules=["k_proj"], dropout=0.5))[1:],
-        find_targets(model[0].modules(), LoraConfig(rank=2, target_modules=["k_proj"], dropout=0.5)),
-        jax.random.key(5),
-    )
+    one, *trees = prepared(model, LoraConfig(rank=2, target_modules=["k_proj"], dropout=0.5))
+    alone = one.combine(*trees, jax.random.key(5))
     path = "model.layers.self_attn.k_proj.weight"
     np.testing.assert_array_equal(jax.random.key_data(alone[path].key), keys[path])
-    assert combine(trainable, frozen, targets)[path].key is None
+    assert targets.combine(trainable, frozen)[path].key is None
 
 
 def test_dropout_is_reproducible_and_differs_by_key(model):
@@ -169,7 +166,7 @@ def test_dropout_is_reproducible_and_differs_by_key(model):
     targets, trainable, frozen = prepared(model, LoraConfig(rank=4, target_modules="all-linear", dropout=0.5))
     trainable = {path: leaf + 0.1 for path, leaf in trainable.items()}
     ids = jnp.asarray(tiny_models.input_ids("drop", 1, 6), jnp.int32)
-    run = jax.jit(lambda key: Decoder(arch, combine(trainable, frozen, targets, key))(ids))
+    run = jax.jit(lambda key: Decoder(arch, targets.combine(trainable, frozen, key))(ids))
     one, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
     np.testing.assert_array_equal(one, again)
     assert np.any(one != other)

@@ -283,7 +283,8 @@ def config_file(tiny, tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "tiny.py"
     values = json.dumps(configuration.to_dict(tiny))
     file.write_text(
-        f"import json\nfrom tpu_tune import config\n\ndef get_config():\n    return config.from_dict(json.loads({values!r}))\n"
+        "import json\nfrom tpu_tune import config\n\n"
+        f"def get_config():\n    return config.from_dict(json.loads({values!r}))\n"
     )
     return file
 

@@ -1,8 +1,8 @@
 """An objective that is not ours: registered from here, named by a config, trained and evaluated with.
 
-It weighs documents where cross-entropy weighs tokens, as a preference loss weighs pairs, and needs each document's summed
-log-probability. What training logs is held against the formula, one document at a time, without padding, batches or
-accumulation.
+It weighs documents where cross-entropy weighs tokens, as a preference loss weighs pairs, and needs each document's
+summed log-probability. What training logs is held against the formula, one document at a time, without padding, batches
+or accumulation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tpu_tune.models import Decoder, Execution
 from tpu_tune.training.objectives import OBJECTIVES, CrossEntropy
 from tpu_tune.training.opening import check_settings
 from tpu_tune.training.prepare_model import prepare_model
-from tpu_tune.transforms import combine, sharding
+from tpu_tune.transforms import sharding
 
 ROWS, SLOTS, BETA, RATE = 5, 8, 0.05, 0.3  # SLOTS: at least the documents of a row
 
@@ -91,7 +91,7 @@ def by_the_formula(config: Any) -> tuple[list[dict[str, float]], dict[str, float
 
     def log_probs(trainable: Any, tokens: np.ndarray, mask: np.ndarray) -> jax.Array:
         """Return the log-probability of each token that is trained on."""
-        decoder = Decoder(model.architecture, combine(trainable, model.frozen, model.method), Execution(jnp.float32))
+        decoder = Decoder(model.architecture, model.method.combine(trainable, model.frozen), Execution(jnp.float32))
         ids = jnp.asarray(tokens[None, :-1])
         places = jnp.arange(ids.shape[1])[None]
         logits = decoder.logits(decoder.hidden(ids, places, jnp.ones_like(ids))[0])

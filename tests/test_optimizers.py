@@ -161,6 +161,7 @@ def test_what_decays_is_what_decays_in_transformers(kind):
 
     sizes = dict(CONFIGS_OF_DECAY[kind])
     sizes |= dict(num_key_value_heads=2, head_dim=4) if kind in ("Llama", "Qwen3", "Gemma3") else {}
+    sizes |= dict(rotary_pct=0.5) if kind == "GPTNeoX" else {}
     name = {"Gemma3": "Gemma3Text"}.get(kind, kind)
     config = getattr(transformers, f"{name}Config")(**sizes)
     suffix = {"GPT2": "LMHeadModel", "T5": "ForConditionalGeneration"}.get(kind, "ForCausalLM")

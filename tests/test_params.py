@@ -1,4 +1,4 @@
-"""Loading weights into the tree: what is wrong is named, memory stays bounded, quantizing on the way changes nothing."""
+"""Loading weights into the tree: errors name what is wrong, memory stays bounded, quantizing on the way is the same."""
 
 import json
 import os

@@ -10,10 +10,10 @@ import pytest
 import tiny_models
 
 from tpu_tune.checkpoints.huggingface_write import write_model
-from tpu_tune.checkpoints.peft import adapter_tensors, read_adapter, read_spec, write_adapter
+from tpu_tune.checkpoints.peft import adapter_config, adapter_tensors, read_adapter, read_spec, write_adapter
 from tpu_tune.errors import UserError
 from tpu_tune.models import Decoder, architecture
-from tpu_tune.transforms import LoraConfig, QuantizeConfig, combine, find_targets, lora, quantize, split
+from tpu_tune.transforms import LoraConfig, QuantizeConfig, find_targets, quantize
 
 # name -> (model, LoRA settings by our names)
 SETTINGS = {
@@ -32,8 +32,23 @@ SETTINGS = {
     ),
     "patterns": (
         "qwen3", {
-            "target_modules": ["q_proj", "v_proj", "up_proj"], "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5},
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5},
             "alpha_pattern": {"v_proj": 3.0, "layers.0.self_attn.q_proj": 1.0},
+        },
+    ),
+    # Sorted, as PEFT writes them, the first key of each name is another one.
+    "overlapping_patterns": (
+        "qwen3", {
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 6, "q_proj": 2, r".*up_proj": 5, "layers.0.mlp.up_proj": 3},
+            "alpha_pattern": {"self_attn.v_proj": 3.0, r"layers\.\d+\.self_attn\.(q|v)_proj": 7.0, "q_proj": 1.0},
+        },
+    ),
+    "overlapping_patterns_of_neox_head": (
+        "neox_parallel", {
+            "target_modules": ["dense", "embed_out", "embed_in"],
+            "rank_pattern": {"embed_out": 6, "embed.*": 2}, "alpha_pattern": {"embed_(in|out)": 3.0},
         },
     ),
     "some_layers": (
@@ -60,7 +75,8 @@ SETTINGS = {
     "neox_tokens": ("neox_parallel", {"target_modules": ["dense"], "trainable_token_indices": [4, 89]}),
     "neox_tokens_tied": ("neox_full_rotary", {"target_modules": ["dense"], "trainable_token_indices": [4, 89]}),
     "neox_tokens_of_head": (
-        "neox_parallel", {"target_modules": ["dense"], "trainable_token_indices": {"embed_in": [4, 89], "embed_out": [3]}},
+        "neox_parallel",
+        {"target_modules": ["dense"], "trainable_token_indices": {"embed_in": [4, 89], "embed_out": [3]}},
     ),
     "neox": ("neox_parallel", {"target_modules": ["query_key_value", "dense_4h_to_h"]}),
     "neox_bias": ("neox_sequential", {"target_modules": ["query_key_value"], "bias": "all"}),
@@ -99,9 +115,9 @@ def trained(case, settings, policy=None):
     if policy is not None:
         params = quantize(params, arch.modules(), policy)
     targets = find_targets(arch.modules(), spec_of(settings), arch.default_targets)
-    trainable, frozen = split(params, targets, lora.init(targets, params, jax.random.key(0)))
+    trainable, frozen = targets.split(params, targets.init(params, jax.random.key(0)))
     trainable = randomized(trainable, arch)
-    return config, arch, params, targets, trainable, logits(arch, combine(trainable, frozen, targets))
+    return config, arch, params, targets, trainable, logits(arch, targets.combine(trainable, frozen))
 
 
 def logits(arch, params):
@@ -129,11 +145,15 @@ def test_ours_in_peft_and_back(name, tmp_path):
     assert back.keys() == trainable.keys()
     for path, leaf in trainable.items():
         np.testing.assert_array_equal(back[path], leaf, err_msg=path)
-    np.testing.assert_array_equal(logits(arch, combine(*split(params, again, back), again)), ours)
+    np.testing.assert_array_equal(logits(arch, again.combine(*again.split(params, back))), ours)
     assert tiny_models.difference(ours, peft_logits(base, tmp_path / "adapter")) < 1e-4
 
 
-OURS_ONLY = ("dora_head_some_layers", "some_layers", "neox_tokens_of_head")  # peft calls NeoX's head lm_head
+# peft calls NeoX's head lm_head, and what it writes of overlapping patterns it reads otherwise: it sorts them.
+OURS_ONLY = (
+    "dora_head_some_layers", "some_layers", "neox_tokens_of_head", "overlapping_patterns",
+    "overlapping_patterns_of_neox_head",
+)  # fmt: skip
 PEFT_MADE = [name for name in SETTINGS if name not in OURS_ONLY] + ["all_linear"]
 
 
@@ -163,7 +183,7 @@ def test_peft_s_adapter_loads_here(name, tmp_path):
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
     spec, trainable = read_adapter(str(tmp_path / "adapter"), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
-    assert tiny_models.difference(logits(arch, combine(*split(params, targets, trainable), targets)), expected) < 1e-4
+    assert tiny_models.difference(logits(arch, targets.combine(*targets.split(params, trainable))), expected) < 1e-4
     count, _ = model.get_nb_trainable_parameters()
     shorter = {f"{t.module.path}.{part}" for t in targets.adapted for part in ("lora_A", "lora_B")}
     ours = sum(leaf.size for path, leaf in trainable.items() if path not in shorter)
@@ -187,6 +207,31 @@ def write_model_of(directory, params, config, arch):
     write_model(
         str(directory), params, dataclasses.replace(tiny_models.source(config), load_tokenizer=lambda: tokenizer), arch
     )
+
+
+@pytest.mark.parametrize("name", ["patterns", "overlapping_patterns", "overlapping_patterns_of_neox_head"])
+def test_patterns_mean_the_same_in_any_order(name, tmp_path):
+    """PEFT, `json.dumps(sort_keys=True)` and what else writes the file again may order its keys anew."""
+    config, arch, params, targets, trainable, _ = trained(*SETTINGS[name])
+    write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, "base", params)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for order in (sorted, lambda keys: sorted(keys, reverse=True), lambda keys: sorted(keys, key=len)):
+        for table in ("rank_pattern", "alpha_pattern"):
+            content[table] = {key: content[table][key] for key in order(content[table])}
+        file.write_text(json.dumps(content))
+        spec, back = read_adapter(str(tmp_path / "adapter"), arch)
+        again = find_targets(arch.modules(), spec, arch.default_targets)
+        assert [(one.ranks, one.scales) for one in again.adapted] == [
+            (one.ranks, one.scales) for one in targets.adapted
+        ]
+        for path, leaf in trainable.items():
+            np.testing.assert_array_equal(back[path], leaf, err_msg=path)
+
+
+def test_patterns_without_overlap_are_written_as_they_were_given(tmp_path):
+    _, arch, _, targets, _, _ = trained(*SETTINGS["patterns"])
+    assert adapter_config(targets, "base", arch)["rank_pattern"] == SETTINGS["patterns"][1]["rank_pattern"]
 
 
 def test_padding_of_short_ranks_never_reaches_a_file():

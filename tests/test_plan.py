@@ -1,4 +1,4 @@
-"""`tpu-tune plan`: catalogue, presets, byte counts, the guide's figures, real compiles, and what is said of mistakes."""
+"""`tpu-tune plan`: catalogue, presets, byte counts, the guide's figures, real compiles, and users' mistakes."""
 
 from __future__ import annotations
 

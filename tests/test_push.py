@@ -1,4 +1,4 @@
-"""`tpu-tune push` against a hub that is not there: what would go up, what the card says and leaves unsaid, what fails."""
+"""`tpu-tune push` against a hub that is not there: what would go up, what the card says and omits, what fails."""
 
 import json
 import pathlib

@@ -19,8 +19,9 @@ from tpu_tune.curves.svg_chart import thin
 
 EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\"> & 'x'"
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1300,1600", "--virtual-time-budget=2000",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update",
+    "--window-size=1300,1600", "--virtual-time-budget=2000",
 )  # fmt: skip
 
 
@@ -155,7 +156,8 @@ def test_the_file_is_written_whole_or_not_at_all(directory, tmp_path):
 
 def test_hovering_shows_the_values_in_a_browser(chromium, report, directory, tmp_path):
     probe = """<script>addEventListener("load", () => {
-      const svg = document.querySelector("svg.chart"), chart = JSON.parse(document.getElementById("charts").textContent)[0];
+      const svg = document.querySelector("svg.chart");
+      const chart = JSON.parse(document.getElementById("charts").textContent)[0];
       const frame = svg.getBoundingClientRect(), said = {};
       const at = (step) => frame.left + (chart.box[0] + (step - chart.xRange[0]) / (chart.xRange[1] - chart.xRange[0])
         * chart.box[2]) / 560 * frame.width;

@@ -17,7 +17,6 @@ from tpu_tune import UserError
 from tpu_tune.tensors import LoraTensor
 from tpu_tune.training import loop
 from tpu_tune.training.loss_scale import LossScale
-from tpu_tune.transforms import combine
 
 WIDTH = 16
 
@@ -213,7 +212,7 @@ def test_every_optimizer_lowers_the_loss(tiny: pathlib.Path, optim: str) -> None
 def test_dropout_differs_between_layers_leaves_and_steps_and_comes_back(tiny: pathlib.Path) -> None:
     config = settings(tiny, lora__dropout=0.5, train__learning_rate=0.0, train__optim="sgd")
     model, steps = helpers.prepare(config, 4)
-    params = combine(model.trainable, model.frozen, model.method, jax.random.key(1))
+    params = model.method.combine(model.trainable, model.frozen, jax.random.key(1))
     keys = [jax.random.key_data(leaf.key) for leaf in params.values() if isinstance(leaf, LoraTensor)]
     flat = np.concatenate([np.asarray(key).reshape(-1, 2) for key in keys])
     assert len(flat) == 7 * 2 and len(np.unique(flat, axis=0)) == len(flat)

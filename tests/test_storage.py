@@ -1,4 +1,4 @@
-"""Runs and data in a bucket: fsspec's memory:// for the parts, and gcsfs with Orbax against a Google that is not real."""
+"""Runs and data in a bucket: fsspec's memory:// for the parts, and gcsfs with Orbax against a fake Google."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +26,7 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.curves.run_plot import plot_curves
 from tpu_tune.curves.runs import read_run
+from tpu_tune.data import streams
 from tpu_tune.data.sources import read_rows, resolve
 from tpu_tune.training import loggers, run_start
 
@@ -250,7 +253,7 @@ def test_a_bucket_that_does_not_answer_is_one_line(memory, monkeypatch):
     assert not run.exists() and run.summary() == {}
 
 
-# --- gs:// itself ------------------------------------------------------------------------------------------------------
+# --- gs:// itself -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +266,7 @@ def google() -> Iterator[tuple[fake_gcs.Store, dict[str, str]]]:
 
 
 def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_same_bytes(google, tmp_path):
-    """Data, config, metrics, curves, Orbax checkpoints and the adapter, all on gs://; beside it the same run on a disk."""
+    """Data, config, metrics, curves, Orbax checkpoints and the adapter on gs://; beside it the same run on disk."""
     store, environment = google
     tiny = helpers.write_tiny_llama(tmp_path / "model")
     rows = helpers.write_rows(tmp_path / "rows.jsonl", 42)
@@ -342,3 +345,49 @@ def test_a_bucket_that_is_not_there_is_one_line(google, tmp_path):
     done = subprocess.run(words, env=env | environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"^tpu-tune: output_dir gs://absent/run cannot be written: .*", done.stderr, re.M), done.stderr
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE) as reader:
+        storage.write_bytes(tmp_path / "pipe", b"content")
+        assert reader.stdout.read() == b"content"
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_device_is_written_to_and_stays():
+    with streams.writing(os.devnull) as out:
+        out.write({"text": "a"})
+    storage.write_bytes(os.devnull, b"content")
+    assert pathlib.Path(os.devnull).is_char_device()
+
+
+def test_standard_output_as_a_path(tmp_path):
+    """Into a pipe and into a file, whose writer keeps it open."""
+    code = "from tpu_tune.checkpoints import storage; storage.write_bytes('/dev/stdout', b'content')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"content"
+    with open(tmp_path / "out", "wb") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert (tmp_path / "out").read_bytes() == b"content"
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there/file")
+    for content in (b"new", b"newer"):  # the first time it leads to nothing
+        storage.write_bytes(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == ["link", "there"]
+
+
+def test_a_socket_and_a_disk_are_refused(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.fspath(tmp_path / "s"))
+        with pytest.raises(UserError, match="s: cannot be written \\(it is a socket and no file"):
+            with streams.writing(tmp_path / "s"):
+                pass
+    monkeypatch.setattr(storage.stat, "S_ISBLK", lambda mode: True)
+    (tmp_path / "disk").write_bytes(b"everything")
+    with pytest.raises(OSError, match="it is a disk and no file"):
+        storage.write_bytes(tmp_path / "disk", b"")
+    assert (tmp_path / "disk").read_bytes() == b"everything"

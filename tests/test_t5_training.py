@@ -344,5 +344,6 @@ def test_the_count_in_the_config_file_is_right():
     spec = LoraConfig(**configuration.from_file(ROOT / "configs" / "t5.py").lora)
     trained = sum(target.num_parameters for target in find_targets(arch.modules(), spec).adapted)
     total = sum(int(np.prod(shape)) for shape in arch.leaf_shapes().values())
-    words = f"trainable params: {trained:,} || all params: {trained + total:,} || trainable%: {100 * trained / (trained + total):.4f}"
+    share = 100 * trained / (trained + total)
+    words = f"trainable params: {trained:,} || all params: {trained + total:,} || trainable%: {share:.4f}"
     assert words in (ROOT / "configs" / "t5.py").read_text()

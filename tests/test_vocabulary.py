@@ -175,7 +175,9 @@ def test_a_gguf_grows_and_is_written_for_transformers(tmp_path):
 
 RUNS = {
     # name: (model, tokens, settings)
-    "qlora_tied": ("padded", [*TOKENS, *[f"<{n}>" for n in range(6)]], {"quantize.format": "nf4", "quantize.group_size": 32}),
+    "qlora_tied": (
+        "padded", [*TOKENS, *[f"<{n}>" for n in range(6)]], {"quantize.format": "nf4", "quantize.group_size": 32},
+    ),
     "lora_untied": ("full", TOKENS, {}),
     "untrained": ("full", TOKENS, {"model.train_added_tokens": False}),
     "full": ("full", TOKENS, {"method": "full"}),

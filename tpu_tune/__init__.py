@@ -7,20 +7,27 @@ model.generate(["What is AI?"])
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ml_collections import ConfigDict
-
-from tpu_tune import config
 from tpu_tune.errors import UserError
 
-if TYPE_CHECKING:  # jax is imported where a function is called
+if TYPE_CHECKING:  # what takes time is imported where it is used, so that the program has its handler of Ctrl-C first
+    from ml_collections import ConfigDict
+
+    from tpu_tune import config
     from tpu_tune.inference import Model
     from tpu_tune.training.loop import Run
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "config", "load", "plan", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "config":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("tpu_tune.config")
 
 
 def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Model:

@@ -1,4 +1,4 @@
-"""The TPU compiler's own figures at the sizes of a small Llama: what the scratch of a QLoRA step grows by with layers."""
+"""The TPU compiler's own figures at a small Llama's sizes: how the scratch of a QLoRA step grows with the layers."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_the_scratch_of_a_qlora_step_holds_no_dequantized_weight(steps) -> None:
     adapters = deep["trained"] - shallow["trained"]  # float32
     weights = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # one layer, bfloat16
     grown = deep["temp"] - shallow["temp"] - residuals
-    # What belongs to the adapters: their gradients, their updates, their copies in bfloat16. The codes of as many layers
-    # would be five times these, the dequantized stack of the smallest matrix nearly twice.
+    # What belongs to the adapters: their gradients, their updates, their copies in bfloat16. The codes of as many
+    # layers would be five times these, the dequantized stack of the smallest matrix nearly twice.
     assert grown <= 2 * adapters, f"{grown / 1e6:.1f} MB more than the residuals; the adapters are {adapters / 1e6:.1f}"
     # The codes are what is passed in: half a byte a weight, scales on top.
     per_layer = (deep["frozen"] - shallow["frozen"]) / (DEEP - SHALLOW)

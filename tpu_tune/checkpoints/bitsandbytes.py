@@ -14,14 +14,24 @@ stored as
 from __future__ import annotations
 
 import functools
-import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.errors import UserError
+from tpu_tune.models.values import NOTHING, OBJECT, TEXT, check, listing, number, one_line, shown, whole
 from tpu_tune.tensors import QuantizedTensor
+
+_STATE_KINDS = {
+    "shape": listing(whole(1, 2**31)),
+    "blocksize": whole(1, 2**20),
+    "dtype": TEXT,
+    "nested_blocksize": whole(0, 2**20) | NOTHING,
+    "nested_offset": number() | NOTHING,
+}
 
 Read = Callable[[str], Any]
 
@@ -51,6 +61,8 @@ def as_quantized(
     Raises:
       UserError: another quantization than bitsandbytes' NF4, or a matrix whose `in` is not whole blocks.
     """
+    if not OBJECT.holds(quantization):
+        raise UserError(f"{path}: 'quantization_config' is {shown(quantization)}; it must be an object")
     method = quantization.get("quant_method", "bitsandbytes")
     four_bits = quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")
     if method != "bitsandbytes" or not four_bits:
@@ -59,7 +71,7 @@ def as_quantized(
     states = {}
     for name in shapes:
         if _STATE in name:
-            matrix, kind = name.split(_STATE)
+            matrix, _, kind = name.partition(_STATE)
             if kind != "nf4":
                 raise UserError(f"{path}: {matrix} is in bitsandbytes' {kind}, which is not read; only nf4 is")
             states[matrix] = _read_state(path, matrix, read(name))
@@ -72,7 +84,8 @@ def as_quantized(
 
 def _read_state(path: str, matrix: str, packed: np.ndarray) -> dict[str, Any]:
     try:
-        state = json.loads(packed.tobytes().decode())
+        state = json_text.loads(packed.tobytes())
+        check(state, _STATE_KINDS, path)
         return {
             "shape": tuple(int(size) for size in state["shape"]),
             "group": int(state["blocksize"]),
@@ -94,7 +107,12 @@ def _checked_shape(
     for part in needed:
         if matrix + part not in shapes:
             raise UserError(f"{path}: {matrix}{part} is missing, so {matrix} cannot be decoded")
-    stored, expected = int(np.prod(shapes[matrix])), shape[0] * shape[1] // 2
+    stored, expected = math.prod(shapes[matrix]), shape[0] * shape[1] // 2
+    blocks = {".absmax": shape[0] * shape[1] // group, ".quant_map": 16}
+    blocks |= {".nested_quant_map": 256} if state["nested_group"] else {}
+    for part, size in blocks.items():
+        if math.prod(shapes[matrix + part]) != size:
+            raise UserError(f"{path}: {matrix}{part} has shape {shapes[matrix + part]} where {size} numbers belong")
     if stored != expected:
         raise UserError(f"{path}: {matrix} holds {stored} bytes where its shape {shape} needs {expected}")
     return shape
@@ -103,6 +121,11 @@ def _checked_shape(
 def _read(path: str, states: dict[str, dict[str, Any]], read: Read, name: str) -> np.ndarray | QuantizedTensor:
     if name not in states:
         return read(name)
+    with one_line(f"{path}: {name} cannot be decoded"):
+        return _decode(path, states, read, name)
+
+
+def _decode(path: str, states: dict[str, dict[str, Any]], read: Read, name: str) -> QuantizedTensor:
     state = states[name]
     if not np.allclose(read(f"{name}.quant_map"), _NF4, rtol=0, atol=1e-6):
         raise UserError(f"{path}: {name} says nf4 but its table is another one")

@@ -12,6 +12,7 @@ from tpu_tune.checkpoints.gguf_file import GgufFile, open_gguf_file, read_gguf_t
 from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
+from tpu_tune.models.values import one_line
 
 
 def open_gguf(path: str) -> WeightSource:
@@ -30,11 +31,13 @@ def open_gguf(path: str) -> WeightSource:
         raise UserError(f"{path}: architecture {architecture!r} is not known in GGUF files (known: {known})")
     family = FAMILIES[architecture]
     stored = _stored_names(file, family)
-    config = family.config(file)
+    with one_line(f"{path}: its metadata or a tensor's shape cannot be used"):
+        config = family.config(file)
+        shapes = {name: family.shape(name, file.tensors[original].shape) for name, original in stored.items()}
     return WeightSource(
         path=file.path,
         config=config,
-        shapes={name: family.shape(name, file.tensors[original].shape) for name, original in stored.items()},
+        shapes=shapes,
         read=functools.partial(_read, file, stored, family, config),
         load_tokenizer=functools.partial(build_tokenizer, file.path, file.metadata),
         fingerprint=file.fingerprint,

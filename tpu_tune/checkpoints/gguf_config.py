@@ -13,6 +13,28 @@ import numpy as np
 
 from tpu_tune.checkpoints.gguf_file import GgufFile, read_gguf_tensor
 from tpu_tune.errors import UserError
+from tpu_tune.models.families.checked import MOST_LAYERS, MOST_POSITIONS
+from tpu_tune.models.values import FLAG, TEXT, check, number, whole
+
+_POSITIVE = number(0, above=True)
+_COUNT = whole(0, MOST_POSITIONS)
+_SIZE = whole(1, MOST_POSITIONS)
+# What a key of the architecture's holds; one that is not here holds a size.
+_KINDS = {
+    **dict.fromkeys(("rope.freq_base", "rope.freq_base_swa", "rope.scale_linear", "rope.scaling.factor"), _POSITIVE),
+    **dict.fromkeys(("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"), number(0, 1)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "rope.scaling.attn_factor"), number(0)),
+    **dict.fromkeys(
+        (
+            "expert_count", "attention.sliding_window", "attention.sliding_window_pattern", "decoder_start_token_id",
+            "rope.scaling.original_context_length",
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(("block_count", "decoder_block_count"), whole(1, MOST_LAYERS)),
+    "rope.scaling.type": TEXT,
+    "use_parallel_residual": FLAG,
+}  # fmt: skip
 
 
 def _value(file: GgufFile, key: str, *default: Any) -> Any:
@@ -22,6 +44,7 @@ def _value(file: GgufFile, key: str, *default: Any) -> Any:
         value = file.metadata[full]
         if isinstance(value, (list, np.ndarray)):
             raise UserError(f"{file.path}: {full} differs from layer to layer, which is not supported")
+        check({full: value}, {full: _KINDS.get(key, _SIZE)}, file.path)
         return value
     if not default:
         raise UserError(f"{file.path}: its metadata lacks {full}")
@@ -38,12 +61,15 @@ def _check(file: GgufFile) -> None:
 def _common(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
     """What every family's config calls by the same name."""
     _check(file)
-    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {"bos_token_id": "bos", "pad_token_id": "padding"}
+    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(number for number in ends if number is not None))
     return {
         "model_type": model_type,
         "architectures": [class_name],
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "vocab_size": _rows(file, "token_embd.weight"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
     } | {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in ids.items()}
 
 
@@ -227,7 +253,10 @@ def t5_config(file: GgufFile) -> dict[str, Any]:
 def _rows(file: GgufFile, name: str) -> int:
     if name not in file.tensors:
         raise UserError(f"{file.path}: lacks {name}")
-    return file.tensors[name].shape[0]
+    shape = file.tensors[name].shape
+    if len(shape) != 2:
+        raise UserError(f"{file.path}: {name} has the shape {shape} where a matrix is expected")
+    return shape[0]
 
 
 def _rope_scaling(file: GgufFile) -> dict[str, Any] | None:

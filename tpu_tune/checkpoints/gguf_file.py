@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from tpu_tune.errors import UserError
+from tpu_tune.models.values import TEXT, Kind, check, shown, whole
 
 VERSIONS = (2, 3)
 _MAGIC = b"GGUF"
@@ -27,6 +28,11 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 _SAMPLE_BYTES = 4096
+_MOST_DIMENSIONS = 4  # ggml's own bound
+_DEEPEST = 4  # arrays in one another; llama.cpp writes one
+_ALIGNMENTS = [2**power for power in range(17)]  # llama.cpp refuses what is no power of two
+_ALIGNMENT = Kind("a power of two up to 65,536", lambda value: isinstance(value, int) and value in _ALIGNMENTS)
+_KINDS = {"general.architecture": TEXT, "split.count": whole(0, 65535)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +74,9 @@ def open_gguf_file(path: str) -> GgufFile:
             metadata, tensors, end = _read_header(data)
         except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
             raise UserError(f"{path}: cut short or damaged inside its header ({size} bytes); fetch it again") from error
-        except _UnknownType as error:
+        except _Unusable as error:
             raise UserError(f"{path}: {error}") from error
+        check(metadata, _KINDS, path)
         _check_whole(path, metadata, tensors, size)
         digest = hashlib.sha256(str(size).encode() + data[:end])
         for tensor in tensors.values():
@@ -90,8 +97,8 @@ def read_gguf_tensor(file: GgufFile, name: str) -> np.ndarray:
     return gguf.dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.format).reshape(tensor.shape)
 
 
-class _UnknownType(Exception):
-    """The header names a value type or number format that is not known here."""
+class _Unusable(Exception):
+    """The header names a value type or number format that is not known here, or says what no GGUF file says."""
 
 
 def _check_start(path: str, data: mmap.mmap) -> None:
@@ -109,22 +116,31 @@ def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GgufTensor]
     at, metadata = 24, {}
     for _ in range(value_count):
         key, at = _read_string(data, at)
+        if key in metadata:
+            raise _Unusable(f"its metadata has {shown(key)} twice; fetch it again")
         (kind,) = struct.unpack_from("<I", data, at)
         metadata[key], at = _read_value(data, at + 4, kind)
     entries = []
     for _ in range(tensor_count):
         name, at = _read_string(data, at)
         (dimensions,) = struct.unpack_from("<I", data, at)
+        if dimensions > _MOST_DIMENSIONS:
+            raise _Unusable(f"{shown(name)} has {dimensions} dimensions, more than {_MOST_DIMENSIONS}; fetch it again")
         *shape, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, at + 4)
         at += 16 + 8 * dimensions
         entries.append((name, tuple(reversed(shape)), _format(name, kind), offset))
-    alignment = int(metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)) or 1
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not _ALIGNMENT.holds(alignment):
+        raise _Unusable(f"general.alignment is {shown(alignment)}; it must be {_ALIGNMENT.words}")
     start = -(-at // alignment) * alignment
     tensors = {}
     for name, shape, format_, offset in entries:
         elements, block_bytes = gguf.GGML_QUANT_SIZES[format_]
-        if shape and shape[-1] % elements:
-            raise _UnknownType(f"{name} has rows of {shape[-1]}, not whole blocks of {format_.name}")
+        if name in tensors:
+            raise _Unusable(f"it has two tensors named {shown(name)}; fetch it again")
+        if elements > 1 and (not shape or shape[-1] % elements):
+            row = shape[-1] if shape else 1
+            raise _Unusable(f"{name} has rows of {row}, not whole blocks of {format_.name}")
         tensors[name] = GgufTensor(format_, shape, start + offset, math.prod(shape) // elements * block_bytes)
     return metadata, tensors, at
 
@@ -137,24 +153,26 @@ def _read_string(data: mmap.mmap, at: int) -> tuple[str, int]:
     return data[at + 8 : end].decode(), end
 
 
-def _read_value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
+def _read_value(data: mmap.mmap, at: int, kind: int, depth: int = 0) -> tuple[Any, int]:
     if kind == _STRING:
         return _read_string(data, at)
     if kind == _ARRAY:
-        return _read_array(data, at)
+        return _read_array(data, at, depth + 1)
     code = _scalar(kind)
     (value,) = struct.unpack_from("<" + code, data, at)
     # The shortest decimal of a float32: 1e-05 rather than 9.99999974e-06.
     return float(str(np.float32(value))) if code == "f" else value, at + struct.calcsize("<" + code)
 
 
-def _read_array(data: mmap.mmap, at: int) -> tuple[Any, int]:
+def _read_array(data: mmap.mmap, at: int, depth: int) -> tuple[Any, int]:
+    if depth > _DEEPEST:
+        raise _Unusable(f"its metadata has arrays nested more than {_DEEPEST} deep; fetch it again")
     kind, count = struct.unpack_from("<IQ", data, at)
     at += 12
     if kind in (_STRING, _ARRAY):
         values = []
         for _ in range(count):
-            value, at = _read_value(data, at, kind)
+            value, at = _read_value(data, at, kind, depth)
             values.append(value)
         return values, at
     code = _scalar(kind)
@@ -166,7 +184,7 @@ def _read_array(data: mmap.mmap, at: int) -> tuple[Any, int]:
 
 def _scalar(kind: int) -> str:
     if kind not in _SCALARS:
-        raise _UnknownType(f"metadata of an unknown type ({kind}); damaged, or newer than this reader")
+        raise _Unusable(f"metadata of an unknown type ({kind}); damaged, or newer than this reader")
     return _SCALARS[kind]
 
 
@@ -174,11 +192,11 @@ def _format(name: str, kind: int) -> gguf.GGMLQuantizationType:
     try:
         return gguf.GGMLQuantizationType(kind)
     except ValueError as error:
-        raise _UnknownType(f"{name} is in an unknown number format ({kind}); a newer `gguf` may know it") from error
+        raise _Unusable(f"{shown(name)} is in an unknown number format ({kind}); a newer `gguf` may know it") from error
 
 
 def _check_whole(path: str, metadata: dict[str, Any], tensors: dict[str, GgufTensor], size: int) -> None:
-    parts = int(metadata.get("split.count", 1))
+    parts = metadata.get("split.count", 1)
     if parts > 1:
         raise UserError(f"{path}: one of {parts} parts; join them first (llama.cpp's `llama-gguf-split --merge`)")
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)

@@ -216,6 +216,11 @@ def _phi3(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
 def _t5(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "feed_forward_proj", "relu", "gated-gelu")
     _expect(config, "relative_attention_max_distance", 128)
+    if config["num_decoder_layers"] > config["num_layers"]:
+        raise UserError(
+            f"llama.cpp cannot start a T5 with more decoder layers ({config['num_decoder_layers']}) than encoder "
+            f"layers ({config['num_layers']}); export it with --merge"
+        )
     start = config.get("decoder_start_token_id")
     return {
         "context_length": config.get("n_positions") or 512,

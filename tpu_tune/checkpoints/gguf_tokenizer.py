@@ -15,7 +15,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
+from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
 from tpu_tune.errors import UserError
+from tpu_tune.models.values import FLAG, TEXT, Kind, check, listing, shown, whole
 
 # tokenizer.ggml.token_type (llama.cpp's llama_token_type)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -57,6 +59,27 @@ _SENTINELS = 100
 # Text is composed (Unicode NFC) first: Qwen's and GPT-NeoX's tokenizers.
 _COMPOSED = ("qwen2", "deepseek-r1-qwen", "olmo", "mpt", "stablelm2")
 
+_TEMPLATES = "tokenizer.chat_templates"
+
+_TOKEN = whole(-1, 2**32)  # what is no token of the vocabulary stands for none
+_WHOLE_NUMBERS = Kind("an array of whole numbers", lambda value: _is_array(value, "iu"))
+# Metadata under `tokenizer.`
+_KINDS = {
+    **dict.fromkeys(("ggml.model", "ggml.pre", "chat_template"), TEXT),
+    **dict.fromkeys(("ggml.tokens", "ggml.merges"), listing(TEXT)),
+    **dict.fromkeys(("ggml.token_type", "ggml.precompiled_charsmap"), _WHOLE_NUMBERS),
+    "ggml.scores": Kind("an array of finite numbers", lambda value: _is_array(value, "fiu")),
+    "chat_templates": listing(TEXT),
+    **{f"ggml.{name}_token_id": _TOKEN for name in ("bos", "eos", "unknown", "padding")},
+    **dict.fromkeys(
+        ("ggml.add_bos_token", "ggml.add_eos_token", "ggml.add_space_prefix", "ggml.remove_extra_whitespaces"), FLAG
+    ),
+}
+
+
+def _is_array(value: Any, kinds: str) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in kinds and bool(np.isfinite(value).all())
+
 
 def build_tokenizer(path: str, metadata: dict[str, Any]) -> Any:
     """Build a `transformers.PreTrainedTokenizerFast` from a GGUF file's metadata, chat template included.
@@ -66,8 +89,29 @@ def build_tokenizer(path: str, metadata: dict[str, Any]) -> Any:
       metadata: its metadata, as `open_gguf_file` reads it.
 
     Raises:
-      UserError: there is no tokenizer in the file, or its kind or pre-tokenizer is unknown.
+      UserError: there is no tokenizer in the file, its kind or pre-tokenizer is unknown, or its parts are of a wrong
+        type or do not fit one another.
     """
+    _check(path, metadata)
+    with tokenizer_errors(f"{path}: its tokenizer cannot be built"):
+        return check_tokenizer(path, _build(path, metadata))
+
+
+def _check(path: str, metadata: dict[str, Any]) -> None:
+    """Hold what a file says of its tokenizer against kinds, and its lists against each other's lengths."""
+    check(metadata, {f"tokenizer.{key}": kind for key, kind in _KINDS.items()}, path)
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
+        if key in metadata and len(metadata[key]) != len(tokens):
+            raise UserError(f"{path}: '{key}' has {len(metadata[key])} entries for {len(tokens)} tokens")
+    merges = metadata.get("tokenizer.ggml.merges", ())
+    wrong = next((merge for merge in merges if " " not in merge[1:-1]), None)
+    if wrong is not None:
+        raise UserError(f"{path}: 'tokenizer.ggml.merges' has {shown(wrong)}, which is not two pieces with a space")
+
+
+def _build(path: str, metadata: dict[str, Any]) -> Any:
+    """The tokenizer of metadata whose types are right."""
     from transformers import PreTrainedTokenizerFast
 
     kind = metadata.get("tokenizer.ggml.model")
@@ -83,7 +127,7 @@ def build_tokenizer(path: str, metadata: dict[str, Any]) -> Any:
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None and index < len(tokens):
+        if index is not None and 0 <= index < len(tokens):
             special[f"{name}_token"] = tokens[index]
     first = metadata.get("tokenizer.ggml.pre") if kind == "gpt2" else kind
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", first in _BOS_FIRST)
@@ -97,8 +141,16 @@ def build_tokenizer(path: str, metadata: dict[str, Any]) -> Any:
         model_max_length=int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 1 << 30)),
         **special,
     )
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = _template(metadata)
     return tokenizer
+
+
+def _template(metadata: dict[str, Any]) -> str | dict[str, str] | None:
+    """The chat template, or name -> text where the file has several."""
+    default = metadata.get("tokenizer.chat_template")
+    named = {name: metadata.get(f"tokenizer.chat_template.{name}") for name in metadata.get(_TEMPLATES, ())}
+    named = {name: text for name, text in named.items() if text}
+    return ({"default": default} if default else {}) | named if named else default
 
 
 def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from tpu_tune.checkpoints.gguf_tokenizer import (
 )
 from tpu_tune.errors import UserError
 
+TEMPLATE = "tokenizer.chat_template"
 # None begins with a blank: whether ▁ comes before one differs between tokenizer.json files (and transformers' versions)
 # of the same SentencePiece model; llama.cpp does as SentencePiece does.
 _PROBE = (
@@ -192,6 +195,15 @@ def _special(tokenizer: Any) -> dict[str, Any]:
     before, behind = framed[:start], framed[start + len(plain) :]
     metadata["tokenizer.ggml.add_bos_token"] = before == [tokenizer.bos_token_id]
     metadata["tokenizer.ggml.add_eos_token"] = behind == [tokenizer.eos_token_id]
-    if isinstance(tokenizer.chat_template, str):
-        metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    return metadata
+    return metadata | template_metadata(tokenizer.chat_template)
+
+
+def template_metadata(template: str | Mapping[str, str] | None) -> dict[str, Any]:
+    """Return a chat template's metadata; several go by their names beside the default, as gguf's own writer has it."""
+    named = template if isinstance(template, Mapping) else {"default": template or ""}
+    named = {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in named.items()}
+    metadata: dict[str, Any] = {TEMPLATE: named["default"]} if named.get("default") else {}
+    more = sorted(name for name in named if name != "default")
+    if more:
+        metadata[f"{TEMPLATE}s"] = more
+    return metadata | {f"{TEMPLATE}.{name}": named[name] for name in more}

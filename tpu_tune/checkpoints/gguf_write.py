@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import gguf
@@ -21,9 +21,11 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
-from tpu_tune.checkpoints.gguf_tokenizer_write import fit_to_rows, tokenizer_metadata
+from tpu_tune.checkpoints.gguf_tokenizer_write import TEMPLATE, fit_to_rows, template_metadata, tokenizer_metadata
+from tpu_tune.checkpoints.huggingface_write import untied_config
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
+from tpu_tune.models import architecture as architecture_of
 
 # name on the command line -> number format of the matrices, and GGUF's general.file_type
 FORMATS = {
@@ -47,7 +49,8 @@ def write_gguf(
 
     Args:
       path: file to write; an existing one is replaced when the new one is complete.
-      tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out.
+      tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out (a
+        T5's is written all the same, with the scaling that llama.cpp does not do).
       source: the model's origin; configuration and tokenizer are taken from it.
       kind: number format of the matrices: f16, bf16 or q8_0 (matrices whose rows are no multiple of 32 become F16).
         Vectors, norms and learned positions are float32, as in llama.cpp.
@@ -57,7 +60,7 @@ def write_gguf(
       UserError: llama.cpp does not know the family, GGUF cannot express the configuration or the tokenizer, a weight
         does not fit into half precision, or the file cannot be written.
     """
-    config = source.config | ({"tie_word_embeddings": False} if untied else {})
+    config = source.config | (untied_config(source.config) if untied else {})
     architecture, metadata, extra = gguf_metadata(config)
     writer = gguf.GGUFWriter(None, architecture)
     try:
@@ -65,7 +68,7 @@ def write_gguf(
             shapes = {}
             for name, array in extra.items():
                 _append(data, writer, name, array, kind)
-            for name, array in tensors:
+            for name, array in _with_t5_head(tensors, config):
                 shapes[name] = array.shape
                 _append(data, writer, *_to_gguf(architecture, config, source, name, array), kind)
             tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
@@ -91,6 +94,26 @@ def write_gguf(
     finally:
         with contextlib.suppress(OSError):  # a full disk fails again when the rest of a buffer is written
             writer.close()
+
+
+def _with_t5_head(
+    tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors, with a T5's head as llama.cpp needs it: it never scales the states before the head."""
+    if config["model_type"] != "t5":
+        yield from tensors
+        return
+    scale = np.float32(architecture_of(config).head_scale)
+    head = None
+    for name, array in tensors:
+        if name == "shared.weight" and head is None:
+            head = array
+        if name == "lm_head.weight":
+            head = array
+        else:
+            yield name, array
+    if head is not None:
+        yield "lm_head.weight", head * scale
 
 
 def _to_gguf(
@@ -154,9 +177,13 @@ def _name(path: str, architecture: str, tokenizer: dict[str, Any]) -> str:
 
 def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, Any]:
     """The tokenizer's metadata, as the source's where that is a GGUF file."""
-    if source.path.endswith(".gguf") and os.path.isfile(source.path):
+    if source.path.endswith(".gguf") and os.path.isfile(source.path) and not source.added_tokens:
         metadata = open_gguf_file(source.path).metadata
-        return fit_to_rows({key: value for key, value in metadata.items() if key.startswith("tokenizer.")}, rows)
+        kept = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+        if source.chat_template:
+            kept = {key: value for key, value in kept.items() if not key.startswith(TEMPLATE)}
+            kept |= template_metadata(source.chat_template)
+        return fit_to_rows(kept, rows)
     return tokenizer_metadata(source.load_tokenizer(), rows, architecture)
 
 

@@ -11,24 +11,32 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints import bitsandbytes
+from tpu_tune.checkpoints import bitsandbytes, json_text
+from tpu_tune.checkpoints.params import with_stored_head
 from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
+from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
 from tpu_tune.checkpoints.torch_file import read_torch_header
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
+from tpu_tune.models.values import TEXT, check, listing, shown, whole
 
 _SAMPLE_BYTES = 4096
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
+_ENTRY_KINDS = {
+    "dtype": TEXT,
+    "shape": listing(whole(0, 2**48)),
+    "data_offsets": listing(whole(0, 2**60)),
+}
 
 
 def open_huggingface(directory: str) -> WeightSource:
-    """Open a model directory as Hugging Face writes it; only headers are read.
+    """Open a model directory as Hugging Face writes it; only headers are read, and a tied head that is stored.
 
     bitsandbytes' 4-bit matrices appear under their own name and logical (out, in) shape, and are read as
     `QuantizedTensor`.
@@ -48,7 +56,7 @@ def open_huggingface(directory: str) -> WeightSource:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if config.get("quantization_config"):
         shapes, read = bitsandbytes.as_quantized(directory, config["quantization_config"], shapes, read)
-    return WeightSource(
+    source = WeightSource(
         path=directory,
         config=config,
         shapes=shapes,
@@ -56,6 +64,7 @@ def open_huggingface(directory: str) -> WeightSource:
         load_tokenizer=functools.partial(load_tokenizer, directory),
         fingerprint=_fingerprint(directory, tensors),
     )
+    return with_stored_head(source)
 
 
 def load_tokenizer(directory: str) -> Any:
@@ -66,11 +75,9 @@ def load_tokenizer(directory: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its many loaders raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{directory}: no usable tokenizer (tokenizer.json and the like) in it: {reason}") from error
+    with tokenizer_errors(f"{directory}: no usable tokenizer (tokenizer.json and the like) in it"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return check_tokenizer(directory, tokenizer)
 
 
 def read_header(path: str) -> dict[str, StoredTensor]:
@@ -86,20 +93,38 @@ def read_header(path: str) -> dict[str, StoredTensor]:
         start = 8 + int.from_bytes(file.read(8), "little")
         if size < 8 or start > size:
             raise UserError(f"{path}: cut short or not a safetensors file ({size} bytes); fetch it again")
+        if start - 8 > _LONGEST_HEADER:
+            raise UserError(
+                f"{path}: its header has {start - 8:,} bytes, more than {_LONGEST_HEADER:,}; fetch it again"
+            )
         text = file.read(start - 8)
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = StoredTensor(path, start + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
-        end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        header = json_text.loads(text)
+    except ValueError as error:
         raise UserError(f"{path}: its header is not a safetensors header; fetch the file again") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: its header is not a safetensors header; fetch the file again")
+    header.pop("__metadata__", None)
+    tensors = {name: _header_entry(path, start, name, entry) for name, entry in header.items()}
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
     if end > size:
         raise UserError(f"{path}: cut short: its header promises {end} bytes, it has {size}; fetch it again")
     return tensors
+
+
+def _header_entry(path: str, start: int, name: str, entry: Any) -> StoredTensor:
+    """What a header says of one tensor, checked; `start` is where the tensors' bytes begin."""
+    where = f"{path}: its header is not a safetensors header"
+    if not isinstance(entry, dict) or not set(_ENTRY_KINDS) <= set(entry):
+        raise UserError(f"{where}: {shown(name)} has no {', '.join(_ENTRY_KINDS)}; fetch the file again")
+    if not name.isprintable():  # half a surrogate pair, which no UTF-8 has, among others
+        raise UserError(f"{where}: {shown(name)} is no tensor's name; fetch the file again")
+    check(entry, _ENTRY_KINDS, f"{where}: {name}")
+    offsets = entry["data_offsets"]
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise UserError(f"{where}: {name} lies from and to {shown(offsets)}; fetch the file again")
+    begin, end = offsets
+    return StoredTensor(path, start + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
 
 
 _HeaderReader = Callable[[str], dict[str, StoredTensor]]
@@ -127,13 +152,14 @@ def read_config(directory: str) -> dict[str, Any]:
     config = _read_json(path)
     if "model_type" not in config:
         raise UserError(f"{path}: has no model_type, so the architecture is unknown")
+    check(config, {"model_type": TEXT}, path)
     return config
 
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        with open(path, "rb") as file:
+            content = json_text.loads(file.read())
     except ValueError as error:  # bad JSON and bad UTF-8
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):

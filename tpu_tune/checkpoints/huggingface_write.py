@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import chat_template, storage
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import dense
@@ -71,16 +71,20 @@ def tensors_with_head(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield all tensors as `merged_tensors`; a head that merging has untied from its embedding gets the weight it used.
 
+    T5's scaling goes into the weight of such a head, since older readers scale the states of a tied one only.
+
     Args:
       params: a combined tree.
       architecture: the model's facts.
       untied: whether merging unties the head (`unties_head`).
     """
-    yield from merged_tensors(params, architecture.modules())
+    head = f"{architecture.names.head}.weight"
+    for name, value in merged_tensors(params, architecture.modules()):
+        yield name, value * np.float32(architecture.head_scale) if untied and name == head else value
     for module in architecture.modules():
         if module.tied_to and untied and module.weight not in params:
             base = params[f"{module.tied_to}.weight"].base
-            yield module.weight, np.asarray(dense(base))
+            yield module.weight, np.asarray(dense(base)) * np.float32(architecture.head_scale)
 
 
 def write_config(directory: str, source: WeightSource, dtype: str, untied: bool = False) -> None:
@@ -88,22 +92,33 @@ def write_config(directory: str, source: WeightSource, dtype: str, untied: bool 
     config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype" if "torch_dtype" not in source.config else "torch_dtype"] = dtype
     if untied:
-        config["tie_word_embeddings"] = False
+        config |= untied_config(config)
     with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as stream:
         json.dump(config, stream, indent=2)
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes in a config.json where merging has untied the head, as `tensors_with_head` writes it."""
+    scaling = {"scale_decoder_outputs": False} if config["model_type"] == "t5" else {}
+    return {"tie_word_embeddings": False, **scaling}
 
 
 def write_tokenizer(directory: str, source: WeightSource) -> None:
     """Copy the source's tokenizer and generation files byte for byte, or write them from a GGUF's metadata.
 
-    Where tokens were added, the tokenizer is written anew with them, and what does not speak of them is copied.
+    Where tokens were added, the tokenizer is written anew with them, and what does not speak of them is copied. The
+    chat template is the source's, which may not be the one in its files.
     """
     if os.path.isdir(source.path):
         for name in _STILL_TRUE if source.added_tokens else _CARRIED:
             if os.path.isfile(os.path.join(source.path, name)):
                 shutil.copyfile(os.path.join(source.path, name), os.path.join(directory, name))
+        if not source.added_tokens and os.path.isdir(os.path.join(source.path, chat_template.MORE)):
+            shutil.copytree(os.path.join(source.path, chat_template.MORE), os.path.join(directory, chat_template.MORE))
         if source.added_tokens:
             source.load_tokenizer().save_pretrained(directory)
+        if source.chat_template:
+            chat_template.write_template(directory, source.chat_template)
         return
     source.load_tokenizer().save_pretrained(directory)
     ids = {key: source.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source.config}

@@ -7,6 +7,7 @@ tensor in float32.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import math
@@ -97,6 +98,54 @@ def open_architecture(source: WeightSource) -> Architecture:
         return architecture(source.config)
     except UserError as error:
         raise UserError(f"{source.path}: {error}") from None
+
+
+def with_stored_head(source: WeightSource) -> WeightSource:
+    """Return a source whose config ties the head to the embedding if its tensors do, as transformers 5 decides it.
+
+    A head that is stored and differs from the embedding is used, whatever the config says; it is what merging a trained
+    head into a tied model leaves. T5's config says with `tie_word_embeddings` whether the states are scaled before the
+    head: its head is tied where none is stored.
+
+    Raises:
+      UserError: a tensor cannot be read, or T5's encoder or decoder has an embedding of its own.
+    """
+    config = source.config
+    try:
+        tied = architecture({**config, "tie_word_embeddings": True})
+        is_tied = architecture(config).tied
+    except UserError:  # whoever needs the architecture says what is wrong with it
+        return source
+    head, embedding = (
+        next((name for name in source.shapes if _canonical(name, {path: None}) == path), "")
+        for path in (f"{tied.names.head}.weight", f"{tied.names.embed}.weight")
+    )
+    own = bool(head) and not (embedding and _equal(source, head, embedding))
+    if tied.encoder:
+        for name in source.shapes:
+            if name.endswith(".embed_tokens.weight") and embedding and not _equal(source, name, embedding):
+                raise UserError(f"{source.path}: '{name}' is not the same as '{embedding}', which this family shares")
+        scaled = architecture(config).head_scale != 1.0
+        return dataclasses.replace(
+            source, config={**config, "tie_word_embeddings": not own, "scale_decoder_outputs": scaled}
+        )
+    if is_tied and own:
+        log.warning(
+            "%s: its config ties the head to the embedding, and its files hold another '%s'; that is the head",
+            source.path,
+            head,
+        )
+        return dataclasses.replace(source, config={**config, "tie_word_embeddings": False})
+    return source
+
+
+def _equal(source: WeightSource, one: str, other: str) -> bool:
+    if source.shapes[one] != source.shapes[other]:
+        return False
+    values = [source.read(name) for name in (one, other)]
+    if any(isinstance(value, QuantizedTensor) for value in values):
+        values = [value.dequantize() if isinstance(value, QuantizedTensor) else value.T for value in values]
+    return np.array_equal(*values)
 
 
 def check_names(source: WeightSource, architecture: Architecture) -> dict[str, str]:

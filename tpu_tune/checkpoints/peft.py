@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,15 +19,18 @@ import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16, which safetensors needs
 import numpy as np
 from safetensors.numpy import load, load_file, save_file
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.checkpoints.peft_values import check_adapter_config
 from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraConfig, Target, Targets, find_targets
+from tpu_tune.transforms.select import by_pattern
 
 PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
 _NEOX_HEAD = ("embed_out", "lm_head")  # in files of weights; as transformers 5, and thus PEFT, calls it in memory
 _TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 # Keys of adapter_config.json that change the mathematics and are not implemented; other unknown keys are ignored.
@@ -36,6 +40,17 @@ _REFUSED = (
     "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 _INITIAL_ONLY = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # they only shape the initial values
+# Values of init_lora_weights that leave the base as it is; what else they do is over when the adapter is saved.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+# Those with which PEFT changes the base too, and does so again on loading (`adapter_base` redoes it).
+REDONE_STARTS = ("pissa", "olora")
+# Those whose changed base cannot be had again from the adapter and the original, and why.
+_LOST_STARTS = {
+    "pissa_niter_": "its decomposition is drawn at random",
+    "corda": "it needs the covariances of the texts it was made with",
+    "loftq": "it is an approximation of the base by quantized weights that the adapter does not hold",
+    "lora_ga": "it needs the gradients it was made with",
+}
 
 
 def write_adapter(
@@ -57,7 +72,7 @@ def write_adapter(
       base_name: `base_model_name_or_path`.
       params: the base tree; where embeddings or head are targeted, their weights are written beside the adapter as
         PEFT's `save_embedding_layers="auto"` does, if it is given.
-      source: the opened base model; if tokens were added to it, they and the tokenizer are written too.
+      source: the opened base model; the tokenizer is written too if its tokens or its chat template are not the base's.
 
     Raises:
       UserError: the directory cannot be written.
@@ -67,10 +82,10 @@ def write_adapter(
             name.replace(*(f".{part}." for part in _NEOX_HEAD)): value
             for name, value in adapter_tensors(trainable, targets, architecture, params).items()
         }
-        save_file(tensors, os.path.join(aside, "adapter_model.safetensors"), metadata={"format": "pt"})
+        save_file(tensors, os.path.join(aside, WEIGHTS), metadata={"format": "pt"})
         with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as stream:
             json.dump(adapter_config(targets, base_name, architecture), stream, indent=2, sort_keys=True)
-        if source is not None and source.added_tokens:
+        if source is not None:
             write_record(aside, source)
 
 
@@ -95,8 +110,10 @@ def adapter_config(targets: Targets, base_name: str, architecture: Architecture)
         "fan_in_fan_out": any(target.module.fan_in_fan_out for target in targets.adapted),
         "layers_to_transform": list(spec.layers_to_transform) or None,
         "layers_pattern": spec.layers_pattern or None,
-        "rank_pattern": dict(spec.rank_pattern),
-        "alpha_pattern": {key: _whole(value) for key, value in spec.alpha_pattern.items()},
+        "rank_pattern": _in_any_order(spec.rank_pattern, spec.rank, targets),
+        "alpha_pattern": {
+            key: _whole(value) for key, value in _in_any_order(spec.alpha_pattern, spec.alpha, targets).items()
+        },
         "use_rslora": spec.use_rslora,
         "use_dora": spec.use_dora,
         "init_lora_weights": True if spec.init_lora_weights == "true" else spec.init_lora_weights,
@@ -107,6 +124,24 @@ def adapter_config(targets: Targets, base_name: str, architecture: Architecture)
         exclude = spec.exclude_modules
         config["exclude_modules"] = exclude if isinstance(exclude, str) else list(exclude)
     return config
+
+
+def _in_any_order(table: Mapping[str, Any], default: Any, targets: Targets) -> dict[str, Any]:
+    """Return a rank_pattern or alpha_pattern that gives every adapted layer its value in whatever order it is read.
+
+    The first key that matches a name counts, and PEFT sorts the keys. Where several keys match a name and differ, or
+    none does under PEFT's name of it, each layer gets a key of its own.
+    """
+    values = {
+        _renamed([name], *_NEOX_HEAD)[0]: by_pattern(table, name, default)
+        for target in targets.adapted
+        for name in target.names
+    }
+    for name, value in values.items():
+        matching = {entry for key, entry in table.items() if by_pattern({key: True}, name, False)}
+        if (matching or {default}) != {value}:
+            return {re.escape(name): value for name, value in values.items() if value != default}
+    return dict(table)
 
 
 def _token_indices(targets: Targets) -> list[int] | dict[str, list[int]]:
@@ -125,8 +160,8 @@ def adapter_tensors(
     has_embedding = False
     for target in targets.adapted:
         module = target.module
-        a, b = (np.asarray(trainable[path]) for path in (target.a, target.b))
-        magnitude = trainable.get(target.magnitude)
+        a, b = (np.asarray(trainable[path]) for path in (target.a_path, target.b_path))
+        magnitude = trainable.get(target.magnitude_path)
         for index, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
             a_one, b_one = (a[index], b[index]) if target.layers else (a, b)
             form = (
@@ -177,40 +212,31 @@ def _whole_modules(trainable: Mapping[str, Any], targets: Targets, architecture:
     return tensors
 
 
-def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraConfig, dict[str, Any]]:
+def read_adapter(
+    directory: str, architecture: Architecture, over_its_base: bool = False
+) -> tuple[LoraConfig, dict[str, Any]]:
     """Read a PEFT directory into a spec and the trainable tree that `split` takes.
+
+    Args:
+      directory: what PEFT or `write_adapter` wrote.
+      architecture: the base model's facts.
+      over_its_base: the weights are those of `adapter_base.base_of_adapter`. Without it, an adapter that belongs to
+        other weights than the model's is refused.
 
     Raises:
       UserError: files missing or broken, an adapter of another kind or model, or a setting that is not implemented.
     """
-    spec = read_spec(directory)
-    back = _NEOX_HEAD[::-1] if architecture.names.head == _NEOX_HEAD[0] else ("", "")
-    tokens = spec.trainable_token_indices
-    if isinstance(tokens, Mapping):
-        tokens = dict(zip(_renamed(list(tokens), *back), tokens.values(), strict=True))
-    spec = dataclasses.replace(
-        spec,
-        target_modules=_renamed(spec.target_modules, *back),
-        modules_to_save=_renamed(spec.modules_to_save, *back),
-        trainable_token_indices=tokens,
-    )
-    file = os.path.join(directory, "adapter_model.safetensors")
-    if not storage.exists(file):
-        pickled = storage.exists(os.path.join(directory, "adapter_model.bin"))
-        hint = " (adapter_model.bin is there: convert it to safetensors with peft)" if pickled else ""
-        raise UserError(f"{file}: there is no such file{hint}")
-    try:
-        tensors = load(storage.read_bytes(file)) if storage.is_remote(file) else load_file(file)
-    except Exception as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if any(back):
-        tensors = {name.replace(*(f".{part}." for part in back)): value for name, value in tensors.items()}
+    file = os.path.join(directory, WEIGHTS)
+    spec, tensors = read_files(directory, architecture)
+    if not over_its_base:
+        _check_base(file, spec, architecture, tensors)
     try:
         targets = find_targets(architecture.modules(), spec, architecture.default_targets)
     except UserError as error:  # its keys are PEFT's, and the adapter's own
         raise UserError(
             f"{directory}: this adapter does not fit the model: {str(error).removeprefix('lora.')}"
         ) from None
+    _check_tying(directory, architecture, targets)
     trainable: dict[str, Any] = {}
     used: set[str] = set()
 
@@ -237,10 +263,121 @@ def read_adapter(directory: str, architecture: Architecture) -> tuple[LoraConfig
     adapted = {target.module.path for target in targets.adapted}
     for path in [*wanted, *targets.biases]:
         trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
-    left = [key for key in tensors if key not in used and ".base_layer." not in key]
+    used |= saved_embeddings(architecture, spec, tensors).keys()
+    copies = (".base_layer.", ".modules_to_save.")  # the latter twice, as the embedding and as the module saved
+    left = [key for key in tensors if key not in used and not any(part in key for part in copies)]
     if left:
         raise UserError(f"{file}: {len(left)} tensors do not belong to a LoRA of this model, e.g. '{left[0]}'")
     return spec, trainable
+
+
+def read_files(directory: str, architecture: Architecture) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Read an adapter's settings and tensors, both under the names that the model's files have.
+
+    Raises:
+      UserError: files missing or broken, or a setting that is not implemented.
+    """
+    spec = read_spec(directory)
+    back = _NEOX_HEAD[::-1] if architecture.names.head == _NEOX_HEAD[0] else ("", "")
+    tokens = spec.trainable_token_indices
+    if isinstance(tokens, Mapping):
+        tokens = dict(zip(_renamed(list(tokens), *back), tokens.values(), strict=True))
+    spec = dataclasses.replace(
+        spec,
+        target_modules=_renamed(spec.target_modules, *back),
+        modules_to_save=_renamed(spec.modules_to_save, *back),
+        trainable_token_indices=tokens,
+        rank_pattern=_renamed_keys(spec.rank_pattern, *back),
+        alpha_pattern=_renamed_keys(spec.alpha_pattern, *back),
+    )
+    file = os.path.join(directory, WEIGHTS)
+    if not storage.exists(file):
+        pickled = storage.exists(os.path.join(directory, "adapter_model.bin"))
+        hint = " (adapter_model.bin is there: convert it to safetensors with peft)" if pickled else ""
+        raise UserError(f"{file}: there is no such file{hint}")
+    try:
+        tensors = load(storage.read_bytes(file)) if storage.is_remote(file) else load_file(file)
+    except Exception as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if any(back):
+        tensors = {name.replace(*(f".{part}." for part in back)): value for name, value in tensors.items()}
+    return spec, tensors
+
+
+def saved_embeddings(
+    architecture: Architecture, spec: LoraConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Module]:
+    """Return tensor name -> module of the embedding and head weights of the base that PEFT saved with an adapter.
+
+    PEFT does so where tokens were added (`save_embedding_layers`), and where an adapter stands on them.
+    """
+    named = {}
+    for module in architecture.modules():
+        if module.path == architecture.names.embed or module.is_head:
+            saved = is_saved(module, spec)
+            for inner in (".original_module",) if saved else ("", ".base_layer", ".token_adapter.base_layer"):
+                named[f"{PREFIX}{module.path}{inner}.weight"] = module
+    return {name: module for name, module in named.items() if name in tensors}
+
+
+def _check_base(file: str, spec: LoraConfig, architecture: Architecture, tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuse an adapter that belongs to other weights than the model's.
+
+    Raises:
+      UserError: PEFT re-derives its base, or it has embeddings of its own.
+    """
+    hint = "it can be used (generate, eval, tpu_tune.load), not trained on; merge it with peft's merge_and_unload first"
+    if spec.init_lora_weights in REDONE_STARTS:
+        raise UserError(f"{file}: init_lora_weights='{spec.init_lora_weights}' changes the weights of its base; {hint}")
+    for name, module in saved_embeddings(architecture, spec, tensors).items():
+        rows, size = tensors[name].shape[0], architecture.vocab_size
+        if rows != size or name == f"{PREFIX}{module.path}.weight":
+            raise UserError(
+                f"{file}: '{name}' replaces the whole '{module.path}' of the base ({rows} rows for its {size}; peft "
+                f"saves it where tokens were added); {hint}"
+            )
+
+
+def is_saved(module: Module, spec: LoraConfig) -> bool:
+    """Return whether `modules_to_save` names a module."""
+    return any(module.path.endswith(name) for name in spec.modules_to_save)
+
+
+def _check_tying(directory: str, architecture: Architecture, targets: Targets) -> None:
+    """Refuse `ensure_weight_tying` where it would have embedding and head share what is trained.
+
+    Raises:
+      UserError: it is set, the model is tied, and one of them is trained.
+    """
+    config = json_text.loads(storage.read_bytes(os.path.join(directory, "adapter_config.json")))
+    trained = [target.module for target in targets.adapted] + list(targets.saved)
+    for module in trained if config.get("ensure_weight_tying") and architecture.tied else []:
+        if module.path == architecture.names.embed or module.is_head:
+            raise UserError(
+                f"{directory}: 'ensure_weight_tying' has embedding and head share the training of '{module.path}', "
+                "which is not implemented here; merge it with peft's merge_and_unload"
+            )
+
+
+def _start(file: str, how: Any) -> str:
+    """Return what `init_lora_weights` means here: `true`, `gaussian`, or one of `REDONE_STARTS`.
+
+    Raises:
+      UserError: its base cannot be re-derived, or it is not known.
+    """
+    name = how.lower() if isinstance(how, str) else how
+    for start, reason in _LOST_STARTS.items():
+        if isinstance(name, str) and name.startswith(start):
+            raise UserError(
+                f"{file}: init_lora_weights '{how}' changes the weights of its base, and they cannot be derived again: "
+                f"{reason}; convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...), or, "
+                "where model.path is the changed base, set init_lora_weights to true"
+            )
+    if name in REDONE_STARTS or name == "gaussian":
+        return name
+    if name is None or isinstance(name, bool) or name in _PLAIN_STARTS:
+        return "true"
+    raise UserError(f"{file}: init_lora_weights {how!r} is not known here; peft may change the base with it")
 
 
 def read_spec(directory: str) -> LoraConfig:
@@ -251,17 +388,17 @@ def read_spec(directory: str) -> LoraConfig:
     """
     file = os.path.join(directory, "adapter_config.json")
     try:
-        config = json.loads(storage.read_bytes(file).decode())
+        config = json_text.loads(storage.read_bytes(file))
     except FileNotFoundError:
         raise UserError(f"{file}: there is no such file; an adapter is a directory that peft has written") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+    check_adapter_config(file, config)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')}; only LORA is implemented")
     for key in _REFUSED:
         if config.get(key) and key not in _INITIAL_ONLY:
             raise UserError(f"{file}: '{key}' is set and not implemented here")
-    how = config.get("init_lora_weights", True)
     layers = config.get("layers_to_transform")
     pattern = config.get("layers_pattern") or ""
     return LoraConfig(
@@ -279,7 +416,7 @@ def read_spec(directory: str) -> LoraConfig:
         alpha_pattern=config.get("alpha_pattern") or {},
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
-        init_lora_weights="gaussian" if how == "gaussian" else "true",
+        init_lora_weights=_start(file, config.get("init_lora_weights", True)),
     )
 
 
@@ -289,15 +426,15 @@ def _read_target(target: Target, spec: LoraConfig, take: Any) -> dict[str, Any]:
     form = (
         ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     )
-    parts: dict[str, list[np.ndarray]] = {target.a: [], target.b: []}
+    parts: dict[str, list[np.ndarray]] = {target.a_path: [], target.b_path: []}
     for name, rank in zip(target.names, target.ranks, strict=True):
         short = target.rank - rank
-        parts[target.a].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
+        parts[target.a_path].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
         b = module.interleave(take(f"{name}.{form[1]}", (outer, rank)).T)
-        parts[target.b].append(np.pad(b, [(0, short), (0, 0)]))
+        parts[target.b_path].append(np.pad(b, [(0, short), (0, 0)]))
         if spec.use_dora:
             magnitude = module.interleave(take(f"{name}.lora_magnitude_vector.weight", (outer,)))
-            parts.setdefault(target.magnitude, []).append(magnitude)
+            parts.setdefault(target.magnitude_path, []).append(magnitude)
     return {path: jnp.asarray(np.stack(arrays) if target.layers else arrays[0]) for path, arrays in parts.items()}
 
 
@@ -313,6 +450,10 @@ def _read_whole(module: Module, path: str, take: Any, adapted: bool) -> Any:
 def _renamed(names: Any, old: str, new: str) -> Any:
     """Return a list of module names with one of them exchanged; a regular expression stays as it is."""
     return names if isinstance(names, str) else [new if name == old else name for name in names]
+
+
+def _renamed_keys(table: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return dict(zip(_renamed(list(table), old, new), table.values(), strict=True))
 
 
 def _whole(value: float) -> float | int:

@@ -56,7 +56,7 @@ class RunCheckpoints:
         # Orbax's event loop closed print theirs through the hook.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_from_orbax)
-        self._hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
+        self._hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops(sys.unraisablehook)
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -180,6 +180,9 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())
 
 
-def _without_closed_loops(problem: Any) -> None:
-    if str(problem.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(problem)
+def _without_closed_loops(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    def report(problem: Any) -> None:
+        if str(problem.exc_value) != "Event loop is closed":
+            hook(problem)
+
+    return report

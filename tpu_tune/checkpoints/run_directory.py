@@ -3,7 +3,7 @@
     config.json      the resolved configuration       checkpoints/<step>/  see `run_checkpoints`
     metrics.jsonl    one row a line                   adapter/ | model/    the result of a finished run
     summary.json     counts, sizes, memory            curves.png, report.html
-    samples.jsonl    answers before and after
+    samples.jsonl    answers before and after         run.lock             the process that trains, while it does
 
 Small files are written aside and renamed, so that a kill leaves the old or the new one. A file in a bucket cannot be
 appended to: `MetricsFile` uploads it whole, now and then, and when it is flushed.
@@ -23,8 +23,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.checkpoints.run_values import SUMMARY, metrics_row, without_odd
 from tpu_tune.errors import UserError
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class RunDirectory:
         return found.rows if found else []
 
     def summary(self) -> dict[str, Any]:
-        """Return `summary.json`; {} where there is none that can be read."""
+        """Return `summary.json`, less what is of a wrong type; {} where there is none that can be read."""
         try:
-            return self.read_json("summary.json") or {}
+            return without_odd(self.read_json("summary.json") or {}, SUMMARY)[0]
         except UserError:
             return {}
 
@@ -143,10 +146,10 @@ class RunDirectory:
         """
         file = self.file(name)
         try:
-            content = json.loads(storage.read_bytes(file).decode())
+            content = json_text.loads(storage.read_bytes(file))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{file} cannot be read: it holds a {type(content).__name__} and no JSON object")
@@ -184,6 +187,18 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be made: {error.strerror}") from error
         self.write_text("config.json", json.dumps(configuration.to_dict(config), indent=2) + "\n")
+
+    def undo_start(self) -> None:
+        """Take away what a start has written that came to nothing: neither a row of metrics nor a checkpoint.
+
+        The same directory then takes another configuration. What cannot be removed stays.
+        """
+        with contextlib.suppress(OSError, UserError):
+            if self.metrics() or self.saved_steps():
+                return
+            for name in ("summary.json", "samples.jsonl", "metrics.jsonl", "config.json"):
+                storage.remove(self.file(name))
+            os.rmdir(self.checkpoints)  # a bucket has no directories
 
     def update_summary(self, values: Mapping[str, Any]) -> None:
         """Write `summary.json`: the one that is there, with these values laid over it.
@@ -319,6 +334,8 @@ def plain_number(value: Any) -> Any:
 def read_json_lines(file: str) -> JsonLines | None:
     """Read a JSON Lines file as far as it can be read; None where there is no such file.
 
+    A row of a metrics.jsonl must have its step, and numbers where numbers belong, to count as readable.
+
     Raises:
       UserError: it cannot be read at all.
     """
@@ -343,9 +360,10 @@ def _parse(name: str, text: str) -> JsonLines:
     found, bad = JsonLines([], [], []), []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # such as a line that a kill or a full disk cut off
+            row = json_text.loads(line)
+        except ValueError:  # such as a line that a kill or a full disk cut off
             row = None
+        row = metrics_row(row) if name == METRICS else row
         if isinstance(row, dict):
             found.rows.append(row)
             found.lines.append(line)

@@ -13,11 +13,13 @@ installed; and it takes a scheme that it does not know (memory://) for a local p
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,14 +148,47 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
             raise OSError("there is no such bucket") from error
 
 
+def remove(path: str | os.PathLike) -> None:
+    """Remove a file, where there is one.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
+    path = os.fspath(path)
+    with contextlib.suppress(FileNotFoundError):
+        if not is_remote(path):
+            os.unlink(path)
+            return
+        with _as_os_error(path, "cannot be removed") as fs:
+            fs.rm_file(path)
+
+
+def is_special(path: str | os.PathLike) -> bool:
+    """Whether a local path is a device or a pipe that can be written to, and nothing that could be renamed over.
+
+    Raises:
+      OSError: it is a disk without a file system, or a socket, which nothing is to be written to.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        kind = "a disk" if stat.S_ISBLK(mode) else "a socket"
+        raise OSError(errno.EINVAL, f"it is {kind} and no file; name a file to write", os.fspath(path))
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[str]:
     """Yield a local path to write to; the file becomes `path` when the block ends well, and disappears when not.
 
     On a disk it lies beside `path`, is flushed and renamed; for a bucket it is a temporary one, uploaded at the end.
+    Into a device or a pipe (/dev/null, /dev/stdout) it is copied at the end: a rename would put a file in its place.
+    A link stays, and what it leads to is replaced.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: it cannot be written; to a disk without a file system, or a socket, nothing is.
     """
     path = os.fspath(path)
     if is_remote(path):
@@ -163,6 +198,14 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
             with _as_os_error(path, "cannot be written") as fs:
                 fs.put_file(local, path)
         return
+    if is_special(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = os.path.join(folder, os.path.basename(path))
+            yield local
+            with open(local, "rb") as content, open(path, "wb") as stream:
+                shutil.copyfileobj(content, stream, 2**20)
+        return
+    path = os.path.realpath(path) if os.path.islink(path) else path
     # A name of its own, should two threads or processes write the same file.
     aside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
     try:

@@ -1,14 +1,15 @@
-"""A model's tokenizer alone, without its weights: what preparing data needs."""
+"""A model's tokenizer alone, without its weights, and how a text to go on from is encoded, in training and in use."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer
 from tpu_tune.checkpoints.huggingface import load_tokenizer
+from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
 from tpu_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,13 +45,33 @@ def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"{path}: there is no such file or directory")
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # the client's many errors mean one thing to the user
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path}: not a local directory, and the Hugging Face hub did not give its tokenizer ({reason})"
-        ) from error
+    with tokenizer_errors(f"{path}: not a local directory, and the Hugging Face hub did not give its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return check_tokenizer(path, tokenizer)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts BOS before a text by itself."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text to go on from, as training encodes a prompt.
+
+    BOS stands before it where the tokenizer adds one and the text does not begin with it; the EOS that some tokenizers
+    add is no part of a text to go on from.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not tokenizer.bos_token or ids[:1] == [tokenizer.bos_token_id] or not adds_bos(tokenizer):
+        return ids
+    return [tokenizer.bos_token_id, *ids]
+
+
+def with_bos(tokenizer: Any, text: str) -> str:
+    """Return a text that begins with BOS, where there is one, as QLoRA writes it (`data.add_bos_token=always`)."""
+    bos = tokenizer.bos_token or ""
+    return text if text.startswith(bos) else bos + text
 
 
 def _has_config(file: str) -> bool:
@@ -61,10 +82,8 @@ def _has_config(file: str) -> bool:
 def _from_file(path: str) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    with tokenizer_errors(f"{path}: not a tokenizer.json"):
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=path)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())[:200]})") from error
     vocabulary = tokenizer.get_vocab()
     known = [token for token in _ENDS if token in vocabulary]
     if known:

@@ -18,26 +18,37 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.checkpoints.chat_template import Template, template_of, with_template
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
+from tpu_tune.models.families.checked import MOST_TOKENS
+from tpu_tune.models.values import check, mapping, whole
 from tpu_tune.tensors import QuantizedTensor
 
 # Beside a PEFT adapter: token -> id, the tokens that its base was grown by.
 RECORD = "added_special_tokens.json"
 
 
-def open_configured(model: ConfigDict) -> WeightSource:
+def open_configured(model: ConfigDict, template: Template = "") -> WeightSource:
     """Open what `config.model` describes: the model at its `path`, with its `add_special_tokens`.
+
+    Args:
+      model: `config.model`.
+      template: the chat template in place of the tokenizer's own (`chat_template.read_text` of `data.chat_template`);
+        "" takes the one that stands beside `model.adapter`, or else the tokenizer's.
 
     Raises:
       UserError: nothing usable is there, or the tokens cannot be added.
     """
     source = open_source(model.path)
-    return with_added_tokens(source, list(model.add_special_tokens)) if model.add_special_tokens else source
+    if model.add_special_tokens:
+        source = with_added_tokens(source, list(model.add_special_tokens))
+    adapter = getattr(model, "adapter", "")
+    return with_template(source, template or (template_of(adapter) if adapter else ""))
 
 
 def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSource:
@@ -68,7 +79,7 @@ def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSour
     identity = json.dumps([source.fingerprint, ids])
     return dataclasses.replace(
         source,
-        config=_with_vocabulary(source.config, size),
+        config=with_vocabulary(source.config, size),
         shapes={name: (size, *shape[1:]) if name in growing else shape for name, shape in source.shapes.items()},
         read=functools.partial(_read, source, frozenset(growing), fresh, size),
         load_tokenizer=functools.partial(_load_tokenizer, source, tuple(tokens)),
@@ -78,8 +89,15 @@ def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSour
 
 
 def write_record(directory: str, source: WeightSource) -> None:
-    """Write into an adapter's directory which tokens its base was grown by, and the tokenizer that has them."""
+    """Write into an adapter's directory the tokens that its base was grown by, and the tokenizer that has them.
+
+    The tokenizer is written too where only its chat template is not the base's own.
+    """
+    if not source.added_tokens and not source.chat_template:
+        return
     source.load_tokenizer().save_pretrained(directory)
+    if not source.added_tokens:
+        return
     with open(os.path.join(directory, RECORD), "w", encoding="utf-8") as stream:
         json.dump(source.added_tokens, stream, indent=2, ensure_ascii=False)
 
@@ -92,11 +110,12 @@ def read_record(directory: str) -> dict[str, int]:
     """
     file = os.path.join(directory, RECORD)
     try:
-        record = json.loads(storage.read_bytes(file).decode())
-        return {str(token): int(number) for token, number in record.items()}
+        record = json_text.loads(storage.read_bytes(file))
+        check({"the record": record}, {"the record": mapping(whole(0, MOST_TOKENS))}, file)
+        return dict(record)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
 
 
@@ -166,7 +185,7 @@ def _read(source: WeightSource, growing: frozenset[str], fresh: Sequence[int], s
     return grown
 
 
-def _with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Return a config.json's content with another vocab_size, also where the text model's is one of several."""
     changed = {**config, "vocab_size": size}
     nested = config.get("text_config")

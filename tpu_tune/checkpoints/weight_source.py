@@ -7,7 +7,7 @@ finished tree and a single tensor, whatever the file format. `source.open_source
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,9 @@ class WeightSource:
         file stores in a 4-bit format we know comes as a `QuantizedTensor`, already (in, out).
       load_tokenizer: builds the tokenizer, chat template included.
       fingerprint: changes when the weights do; run checkpoints record it.
+      base_of: the adapter directory whose base the weights are (`adapter_base.base_of_adapter`), "" for no one's.
       added_tokens: token -> id of what `vocabulary.with_added_tokens` was asked to add.
+      chat_template: what `chat_template.with_template` put in place of the tokenizer's own, or "".
     """
 
     path: str
@@ -39,4 +41,6 @@ class WeightSource:
     read: Callable[[str], np.ndarray | QuantizedTensor]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     fingerprint: str
+    base_of: str = ""
     added_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    chat_template: str | Mapping[str, str] = ""

@@ -14,6 +14,19 @@ from tpu_tune import config as configuration
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, to which the beginning of one option's two spellings is not ambiguous (`spellings`).
+
+    So have it later Pythons: `--skip` is `--skip-bad` and `--skip_bad`, which are one option.
+    """
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        first: dict[int, Any] = {}
+        for found in super()._get_option_tuples(option_string):
+            first.setdefault(id(found[0]), found)
+        return list(first.values())
+
+
 @dataclass(frozen=True)
 class Commands:
     """The commands of one parser; those of `data` are a `Commands` of their own.

@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
         required=True,
         help="Hugging Face id, model directory (a merged one too), .gguf file, or run directory, local or gs://",
     )
-    parser.add_argument("--adapter", help="PEFT adapter directory, local or gs://")
+    parser.add_argument("--adapter", help="PEFT adapter directory, local or gs://; of a run, in place of its own")
     parser.add_argument(
         "--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input"
     )
@@ -38,7 +38,11 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of activations and weights (default: a run's own, float32 of a model)"
     )
-    parser.add_argument("--quantize", choices=("int8", "int4", "nf4"), help="store the linear layers so")
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "int8", "int4", "nf4"),
+        help="store the linear layers so (default: as the run did)",
+    )
     parser.add_argument(
         "--no-chat", dest="chat", action="store_false", help="go on from the plain text, without the chat template"
     )

@@ -1,4 +1,4 @@
-"""The `tpu-tune` program: its parser, and `main`, which runs one command and turns a user's mistake into one line.
+"""The `tpu-tune` program: its parser, and `run`, which runs one command and turns a user's mistake into one line.
 
 Configuration keys are given as in absl and ml_collections: `--config FILE.py`, then `--config.train.learning_rate=1e-4`
 for single keys; lists and patterns also as JSON text.
@@ -15,15 +15,19 @@ from collections.abc import Sequence
 from tpu_tune import __version__
 from tpu_tune import config as configuration
 from tpu_tune.cli import curves, data, eval, export, generate, inspect, lr_find, plan, push, train
-from tpu_tune.cli.common import Commands
+from tpu_tune.cli.common import Commands, Parser
 from tpu_tune.cli.hf import command as hf
 from tpu_tune.errors import UserError
 
 COMMANDS = (train, lr_find, hf, plan, curves, data, generate, eval, export, push, inspect)  # in the order of the help
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 1 for a user's mistake, 2 for a wrong command line."""
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, 1 for a user's mistake, 2 for a wrong command line.
+
+    Raises:
+      KeyboardInterrupt: `ctrl_c.run` handles it.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("tpu_tune").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing on purpose
@@ -34,19 +38,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         return _print_error(str(error))
-    except KeyboardInterrupt:
-        _print_error("interrupted")
-        return 130
     except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        return _print_error(f"{os.fsdecode(error.filename)[:200]}: {error.strerror}")
+    except MemoryError as error:
+        return _print_error(
+            f"this machine ran out of memory ({str(error)[:200] or 'MemoryError'}). Lower "
+            "train.per_device_train_batch_size, data.max_length or lora.rank, whichever is large"
+        )
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _print_error(
             f"the device ran out of memory ({str(error).splitlines()[0][:200]}). Lower "
             "train.per_device_train_batch_size (and raise train.gradient_accumulation_steps as much) or "
-            "data.max_length, or set model.remat=full or quantize.format=nf4"
+            "data.max_length or lora.rank, or set model.remat=full or quantize.format=nf4"
         )
 
 
@@ -76,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser with all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tpu-tune",
         description="Fine-tune an open language model with JAX on a TPU, a GPU or a CPU.",
         epilog="tpu-tune COMMAND --help shows a command's options and an example.",

@@ -27,6 +27,9 @@ from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
 
+# The largest and the smallest number of float32, in which a device computes; smaller ones are 0 there.
+LARGEST, SMALLEST = 3.4028234e38, 1.1754944e-38
+
 # What a value's type is called, and values of it among the entries of a list or dict.
 _WORDS = {
     str: ("str", "text"),
@@ -59,9 +62,13 @@ class Bounds:
     def broken(self, number: float) -> str:
         """Return what is wrong with a number, after "it must be"; "" when nothing is."""
         most = self.whole if isinstance(number, int) and self.at_most == math.inf else self.at_most
-        if number == self.also or (self.at_least <= number <= most and self.above < number < self.below):
+        is_float32 = isinstance(number, int) or number == 0 or SMALLEST <= abs(number) <= LARGEST
+        if number == self.also or (is_float32 and self.at_least <= number <= most and self.above < number < self.below):
             return ""
-        parts = ["finite"] if isinstance(number, float) and not math.isfinite(number) else []
+        parts = []
+        if not is_float32:
+            finite = isinstance(number, int) or math.isfinite(number)
+            parts.append(f"0 or between {SMALLEST:.1e} and {LARGEST:.1e}, as float32 is," if finite else "finite")
         if self.above > -math.inf:
             parts.append("positive" if self.above == 0 else f"above {self.above:g}")
         if self.at_least > -math.inf:
@@ -254,10 +261,15 @@ def _item(hint: Any) -> Any:
     return (typing.get_args(hint) or (Any, Any))[1 if issubclass(typing.get_origin(hint) or hint, Mapping) else 0]
 
 
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+
+
 def _convert(said: str, hint: Any, value: Any, entry: bool = False) -> Any:
     """Give a value the type of an annotation, reading text as the command line writes it."""
     kinds = _kinds(hint)
     if Any in kinds:
+        if isinstance(value, str) and value in _PYTHON_WORDS:  # as the command line's other booleans
+            return _PYTHON_WORDS[value]
         with contextlib.suppress(ValueError):
             return json.loads(value) if isinstance(value, str) else _plain(value)
         return value

@@ -13,6 +13,12 @@ def _hold(config: ConfigDict) -> None:
     train, tokens = config.train, config.model.add_special_tokens
     if train.max_steps <= 0 and train.num_train_epochs <= 0:
         raise UserError("config key 'train.num_train_epochs' must be positive (or set 'train.max_steps')")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if train[name] > 1 and train[name] != int(train[name]):
+            raise UserError(
+                f"config key 'train.{name}' is {train[name]:g}; it must be a whole number of updates, or a share of "
+                "the run below 1"
+            )
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if train[name] and (train.eval_strategy == "no" or (config.data.eval_ratio == 0 and not config.data.eval)):
             raise UserError(

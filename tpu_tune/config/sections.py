@@ -1,7 +1,7 @@
 """Every key of the configuration: its type, default, meaning and bounds, one dataclass a section.
 
 Keys keep Hugging Face's names where Hugging Face has one, and PEFT's in `lora` but for `rank` (r) and `alpha`.
-`Literal` lists the choices. Numbers are finite, and whole numbers below 2^31, unless a line says otherwise.
+`Literal` lists the choices. Numbers are float32's, and whole numbers below 2^31, unless a line says otherwise.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ class Data:
     format: RowFormat = key("auto", "of the rows; auto goes by the keys of the first")
     columns: Mapping[str, str] = key({}, 'the file\'s key -> the format\'s key, e.g. {"question": "input"}')
     chat_template: str = key("", "Jinja text or file; empty: the tokenizer's own")
+    chat_template_kwargs: Mapping[str, Any] = key({}, 'e.g. {"enable_thinking": False}; a row\'s own come first')
     response_markers: Sequence[str] = key([], "text rows: loss only after one of these, up to an instruction marker")
     instruction_markers: Sequence[str] = key([], "strings that end a response")
+    add_bos_token: Literal["auto", "always"] = key("auto", "before a pair: as the tokenizer does it, or as QLoRA")
     max_length: int = key(2048, "tokens a row; of an encoder-decoder, of the input and of the output each", above=0)
     packing: bool = key(True, "several documents a row, each attending to itself; an encoder-decoder has one a row")
     train_on_source: bool = key(False, "loss on the prompt too")
@@ -130,12 +132,13 @@ class Train:
     optim_offload: bool = key(False, "optimizer state waits in host memory and comes layer by layer; slower")
     loss_chunk_size: int = key(0, "a device's tokens with logits at a time; 0: 256 MiB, at most 1,024", at_least=0)
     max_nonfinite_steps: int = key(10, "end after so many updates in a row with a non-finite loss or gradient", above=0)
-    logging_steps: int = key(10, "updates between rows of metrics.jsonl", above=0)
+    # The three numbers of steps may be a share of the run, below 1, rounded up to a step as the Trainer does.
+    logging_steps: int | float = key(10, "updates between rows of metrics.jsonl", above=0)
     logging_first_step: bool = key(True, "a row for the first update too")
     eval_strategy: Strategy = key("steps", "when to evaluate")
-    eval_steps: int = key(100, "updates between evaluations", above=0)
+    eval_steps: int | float = key(100, "updates between evaluations", above=0)
     save_strategy: Strategy = key("steps", "when to save a checkpoint")
-    save_steps: int = key(100, "updates between checkpoints", above=0)
+    save_steps: int | float = key(100, "updates between checkpoints", above=0)
     save_total_limit: int = key(2, "checkpoints to keep; 0: all", at_least=0)
     load_best_model_at_end: bool = key(False, "end with the weights of the smallest eval_loss, saved at once")
     early_stopping_patience: int = key(0, "evaluations without improvement; 0: never stop early", at_least=0)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_directory import RunDirectory, one_line_error, read_json_lines
+from tpu_tune.checkpoints.run_values import SUMMARY, config_kinds, without_odd
 from tpu_tune.curves.diagnosis import Diagnosis, diagnose
 from tpu_tune.errors import UserError
 
@@ -82,7 +83,9 @@ def read_run(path: str | os.PathLike) -> CurveRun:
     recorded: dict[str, dict[str, Any]] = {}
     for key in ("config", "summary"):
         try:
-            recorded[key] = run.read_json(f"{key}.json") or {}
+            content = run.read_json(f"{key}.json") or {}
+            recorded[key], odd = without_odd(content, config_kinds() if key == "config" else SUMMARY)
+            notes += [f"{key}.json: {one}" for one in odd]
         except UserError:
             notes.append(f"{key}.json cannot be read and was left out")
     samples = read_json_lines(run.file("samples.jsonl"))
@@ -102,7 +105,7 @@ def _pairs(samples: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Answers of step 0 and of the last step to the same prompts."""
     answers: dict[str, dict[int, str]] = {}
     for row in samples:
-        if all(key in row for key in ("step", "prompt", "answer")):
+        if all(key in row for key in ("step", "prompt", "answer")) and isinstance(row["step"], int):
             answers.setdefault(str(row["prompt"]), {})[int(row["step"])] = str(row["answer"])
     return [
         {"prompt": prompt, "before": found.get(0, ""), "after": found[max(found)] if max(found) > 0 else ""}

@@ -2,8 +2,9 @@
 
 A file is an Arrow IPC *file* of record batches with the columns `input_ids` and `labels`, lists of int64, where -100
 marks what is not predicted: what PygmalionAI's training code maps into memory and `datasets` loads. Read are also its
-files for plain text (one batch of plain integers a block), columns of other integer types, further columns (which are
-left alone, such as pandas' `__index_level_0__`), and the IPC *stream* format that `datasets` saves.
+files for plain text (one batch of plain integers a block), columns of other integer types, and the IPC *stream* format
+that `datasets` saves. Of further columns, `completion_mask` and `assistant_masks` say what is predicted and
+`attention_mask` what is padding; others are named in a warning.
 
 Reading converts nothing: `Values` cuts an example's tokens out of the mapped file when a batch is made of it. What is
 held for a file is some 60 bytes an example. The file is gone through once, in pieces, to check it and to count.
@@ -12,6 +13,7 @@ held for a file is some 60 bytes an example. The file is gone through once, in p
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +22,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tpu_tune.checkpoints import json_text
+from tpu_tune.data import columnar
 from tpu_tune.data.loading import IGNORE
-from tpu_tune.data.sources import open_arrow
 from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.errors import UserError
 
+# Of each token 0 or 1: what is no padding, and what is to be predicted. TRL and transformers know them by these names.
+_PADDING_MASK, _LOSS_MASKS = "attention_mask", ("completion_mask", "assistant_masks")
 METADATA = b"tpu_tune"  # key of the schema's metadata, and of a batch's
+# Columns that say nothing which is not known without them: pandas' index, and what collators add.
+_IDLE = {"__index_level_0__", "length", "token_type_ids", "special_tokens_mask"}
+logger = logging.getLogger(__name__)
 _PIECE = 2**18  # values that are looked at together
 
 
@@ -58,12 +66,28 @@ def is_tokenized(source: str) -> bool:
     Raises:
       UserError: it is named .arrow and cannot be read as such.
     """
-    return Path(source).suffix.lower() == ".arrow" and "input_ids" in open_arrow(source)[0].names
+    return Path(source).suffix.lower() == ".arrow" and "input_ids" in _open(source)[0].names
+
+
+def _open(source: str) -> tuple[pa.Schema, Iterator[tuple[pa.RecordBatch, Any]]]:
+    """As `columnar.open_arrow`, with errors that name the file."""
+    try:
+        schema, batches = columnar.open_arrow(source)
+    except columnar.BadTable as error:
+        raise UserError(f"{source}: {error}") from error
+    return schema, _named(source, batches)
+
+
+def _named(source: str, batches: Iterator[tuple[pa.RecordBatch, Any]]) -> Iterator[tuple[pa.RecordBatch, Any]]:
+    try:
+        yield from batches
+    except columnar.BadTable as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def read_about(source: str) -> dict[str, Any]:
     """The file's own metadata: `max_length`, `tokenizer` (a hash), `format`; empty where another program wrote it."""
-    return _about(open_arrow(source)[0].metadata)
+    return _about(_open(source)[0].metadata)
 
 
 @dataclass(frozen=True)
@@ -136,23 +160,34 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
     """
     loaded, formats = _Loaded(), []
     for source in sources:
-        schema, batches = open_arrow(source)
+        schema, batches = _open(source)
         about = _about(schema.metadata)
+        if schema.get_field_index("input_ids") < 0:  # also where there are several of them
+            raise UserError(f"{source}: has no one column input_ids; tokenize it again")
         plain = pa.types.is_integer(schema.field("input_ids").type)
-        formats.append(about.get("format", "text" if plain else ""))
+        formats.append(str(about.get("format", "text" if plain else "")))
+        used = {"input_ids", "labels", _PADDING_MASK, *_LOSS_MASKS, *_IDLE}
+        if others := [name for name in schema.names if name not in used]:
+            logger.warning("%s: columns that training does not use: %s", source, ", ".join(others))
         first = loaded.rows
         for batch, metadata in batches:
             ids, labels, bounds = _columns(source, batch, loaded.rows - first)
             if len(bounds) < 2:
                 continue
-            per_row = _about(metadata).get("examples_per_row") or np.ones(len(bounds) - 1, np.int64)
-            if sum(per_row) != len(bounds) - 1:
+            per_row = _about(metadata).get("examples_per_row") or [1] * (len(bounds) - 1)
+            if not _counts_rows(per_row, len(bounds) - 1):
                 raise UserError(f"{source}: its metadata does not fit its rows; tokenize it again")
             rows = loaded.sources + np.repeat(np.arange(len(per_row)), per_row)
             loaded.sources += len(per_row)
             batch_rows = _Batch(source, loaded.rows - first, ids, labels, bounds)
             _add(loaded, batch_rows, rows, max_length, formats[-1] == "text")
     return _finish(loaded, formats)
+
+
+def _counts_rows(per_row: Any, examples: int) -> bool:
+    """Whether what a file says of its rows' examples are counts that add up to its examples."""
+    counts = isinstance(per_row, list) and all(type(count) is int and 0 < count <= examples for count in per_row)
+    return counts and sum(per_row) == examples
 
 
 @dataclass(frozen=True)
@@ -272,19 +307,61 @@ def _finish(loaded: _Loaded, formats: list[str]) -> TokenizedSet:
 
 
 def _columns(source: str, batch: pa.RecordBatch, rows_before: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The batch's ids, its labels (the ids again where the file has none), and its examples' bounds in both."""
-    try:
-        ids, bounds = _values(batch.column("input_ids"))
-        labels, same = (ids, bounds) if "labels" not in batch.schema.names else _values(batch.column("labels"))
-    except (TypeError, pa.ArrowException) as error:
-        raise UserError(f"{source}: input_ids and labels have to be lists of whole numbers ({error})") from error
-    # Lists of several batches may lie in one buffer, and begin anywhere in it.
-    ids, labels = ids[bounds[0] :], labels[same[0] :]
-    bounds, same = bounds - bounds[0], same - same[0]
-    if not np.array_equal(bounds, same):
-        row = rows_before + int(np.argmax(bounds != same))
-        raise UserError(f"{source}, row {row}: input_ids and labels are not of the same length")
+    """The batch's ids, its labels (the ids again where the file has none), and its examples' bounds in both.
+
+    Labels are -100 where a mask of the file says that a token is not to be predicted, as TRL's collator has it, and
+    padding is taken out. Only then are the arrays copies.
+    """
+    ids, bounds = _column(source, batch, "input_ids", rows_before)
+    names = batch.schema.names
+    labels = _column(source, batch, "labels", rows_before, bounds)[0] if "labels" in names else ids
+    for name in _LOSS_MASKS:
+        if name in names:
+            mask = _column(source, batch, name, rows_before, bounds)[0]
+            if not mask.all():
+                labels = np.where(mask != 0, labels, IGNORE)
+    if _PADDING_MASK in names:
+        mask = _column(source, batch, _PADDING_MASK, rows_before, bounds)[0] != 0
+        if not mask.all():
+            ids, labels, bounds = _without_padding(source, ids, labels, bounds, mask, rows_before)
     return ids, labels, bounds
+
+
+def _column(
+    source: str, batch: pa.RecordBatch, name: str, rows_before: int, like: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a column, and its rows' bounds in them, which are to be `like` those of `input_ids`."""
+    try:
+        values, bounds = _values(batch.column(name))
+    except (TypeError, KeyError, pa.ArrowException) as error:
+        what = "input_ids and labels have" if name in ("input_ids", "labels") else f"{name} has"
+        raise UserError(f"{source}: {what} to be lists of whole numbers ({error})") from error
+    # Lists of several batches may lie in one buffer, and begin anywhere in it.
+    values, bounds = values[bounds[0] :], bounds - bounds[0]
+    if like is not None and not np.array_equal(like, bounds):
+        row = rows_before + (int(np.argmax(like != bounds)) if len(like) == len(bounds) else 1)
+        raise UserError(f"{source}, row {row}: input_ids and {name} are not of the same length")
+    return values[: bounds[-1]], bounds
+
+
+def _without_padding(
+    source: str, ids: np.ndarray, labels: np.ndarray, bounds: np.ndarray, mask: np.ndarray, rows_before: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Take out the tokens that the attention mask leaves out before or behind each row's text.
+
+    Raises:
+      UserError: it leaves out some in the middle of a row, which another model would read differently.
+    """
+    begins = mask & ~np.concatenate([[False], mask[:-1]])
+    begins[bounds[:-1][np.diff(bounds) > 0]] = mask[bounds[:-1][np.diff(bounds) > 0]]
+    pieces = np.diff(np.concatenate([[0], np.cumsum(begins)])[bounds])
+    if (pieces > 1).any():
+        row = rows_before + int(np.argmax(pieces > 1)) + 1
+        raise UserError(
+            f"{source}, row {row}: attention_mask leaves out tokens in the middle; only padding is taken out"
+        )
+    kept = np.concatenate([[0], np.cumsum(mask)])[bounds]
+    return ids[mask], labels[mask], kept
 
 
 def _values(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -295,6 +372,8 @@ def _values(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         values, bounds = array.values, array.offsets.to_numpy().astype(np.int64)
     else:
         values, bounds = array, np.asarray([0, len(array)], np.int64)  # one block of text, as plain numbers
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
     if not pa.types.is_integer(values.type):
         raise TypeError(f"they hold {values.type}")
     if array.null_count or values.null_count:
@@ -304,7 +383,7 @@ def _values(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 def _about(metadata: Any) -> dict[str, Any]:
     try:
-        about = json.loads((metadata or {})[METADATA])
+        about = json_text.loads((metadata or {})[METADATA])
     except (KeyError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}

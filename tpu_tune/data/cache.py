@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.data.sources import is_hub
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when the same input would give other tokens
+_VERSION = 2  # raise it when the same input would give other tokens
 _ARRAYS = ("tokens", "loss_mask", "offsets", "source_rows")
 
 
@@ -85,10 +85,10 @@ def _describe_tokenizer(tokenizer: Any) -> bytes:
 def load(root: Path, key: str) -> TokenizedSet | None:
     """Return the stored set, memory-mapped, or None where there is none (or a damaged one)."""
     folder = root / "tokenized" / key
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which is False, not an error, for a name that is too long
         return None
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json_text.loads((folder / "summary.json").read_bytes())
         arrays = {}
         for name in _ARRAYS:
             file = folder / f"{name}.npy"
@@ -97,7 +97,7 @@ def load(root: Path, key: str) -> TokenizedSet | None:
         if len(arrays["tokens"]) != summary["tokens"] or len(arrays["offsets"]) != summary["examples"] + 1:
             raise ValueError("arrays and summary disagree")
         return TokenizedSet(**arrays, summary=summary)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged (%s); tokenizing again", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
@@ -115,7 +115,7 @@ def save(root: Path, key: str, data: TokenizedSet) -> None:
         Path(aside, "summary.json").write_text(json.dumps(data.summary, indent=1), encoding="utf-8")
         os.rename(aside, parent / key)
     except OSError as error:
-        if (root / "tokenized" / key).is_dir():
+        if os.path.isdir(root / "tokenized" / key):
             logger.info("another process has stored the same tokenized data")
         else:
             logger.warning("tokenized data could not be cached in %s (%s); going on without", root, error)

@@ -117,6 +117,7 @@ def _row_views(where: str, row: dict[str, Any], tokenizer: Any, options: Tokeniz
     complete = tokenize_rows([row], tokenizer, uncut, [where])
     views = _views(data, where, tokenizer, range(len(data)))
     reasons = [f"not trained on: {reason}" for reason in data.summary["dropped"]]
+    reasons += [f"'{key}' is not used: it is not in the text" for key in data.summary["unused"]]
     if not views:
         if not len(complete):
             everything = dataclasses.replace(uncut, train_on_source=True, response_markers=())

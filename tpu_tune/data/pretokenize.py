@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
-import json
 import logging
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.data import arrow, cache
 from tpu_tune.data.formats import detect
 from tpu_tune.data.processes import Engine
@@ -74,7 +74,8 @@ def tokenize_file(
     if tokenizer.eos_token_id is None and options.num_eos:
         logger.warning("the tokenizer has no end-of-text token, so the model will not learn to stop")
     predicted, expected = _predict(path, rows, tokenizer, options)
-    _check_room(path, output, predicted)
+    if not storage.is_special(output):
+        _check_room(path, output, predicted)
     heavy = not tokenizer.is_fast or format in ("messages", "sharegpt")  # work that holds Python's lock
     processes = num_processes(expected, num_workers) if heavy or num_workers else 1
     batches = make_batches(read_any(path, skipped) if rows is None else rows)
@@ -83,7 +84,7 @@ def tokenize_file(
         sets = tokenize_batches(batches, tokenizer, options, processes)
     else:
         sets = engine(functools.partial(tokenize_batch, tokenizer=tokenizer, options=options), batches)
-    counts, dropped = Counter(), Counter()
+    counts, dropped, unused = Counter(), Counter(), Counter()
     with aside(output) as temporary:
         with (
             pa.OSFile(os.fspath(temporary), "wb") as file,
@@ -92,6 +93,7 @@ def tokenize_file(
         ):
             for one in sets:
                 _count(one, counts, dropped, skipped)
+                unused.update(one.summary["unused"])
                 if len(one):
                     arrow.write_batch(writer, one)
                 bar.update(one.summary["rows"])
@@ -104,6 +106,7 @@ def tokenize_file(
     return report | {
         "rows": counts["rows"] + skipped.count - counts["bad_rows"],  # rows that could not be read count as rows too
         "dropped": dict(sorted(dropped.items())),
+        "unused": dict(sorted(unused.items())),
         "bad_rows": skipped.count,
         "bad_examples": [str(row) for row in skipped.examples],
         "format": format,
@@ -219,8 +222,8 @@ def _sample_lines(path: str) -> tuple[list[dict[str, Any]], float]:
 def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
+            row = json_text.loads(line.decode("utf-8-sig"))
+        except ValueError:
             continue
         if isinstance(row, dict):
             yield row

@@ -12,20 +12,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.data import columnar, saved_sets
+from tpu_tune.data.formats import without_nulls
+from tpu_tune.data.saved_sets import EVAL_NAMES, TRAIN_NAMES
 from tpu_tune.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _HUB = "hub:"  # a hub source is written hub:<dataset id>:<split>
-_TRAIN_NAMES = ("train", "training")
-_EVAL_NAMES = ("val", "valid", "validation", "dev", "eval", "evaluation", "test")  # the first kind present is taken
-_NOTES = ("dataset_info.json", "state.json")  # what `datasets` saves beside its Arrow files
 _SKIP_ADVICE = "fix it or set data.skip_bad_rows=True"
 
 
@@ -49,7 +49,8 @@ def resolve(path: str) -> tuple[list[str], list[str] | None]:
     Returns:
       (training sources, evaluation sources or None), each to be given to `read_rows`. In a directory, files named
       `train*` are the training set and files named `val*`, `validation*`, `dev*`, `eval*` or `test*` (the first kind
-      present) the evaluation set; where no file is named `train*`, every other data file is training data.
+      present) the evaluation set; where no file is named `train*`, every other data file is training data. Of a set
+      that `datasets` saved, or a clone of a hub repository whose README names files, the index says which they are.
 
     Raises:
       UserError: nothing there, nothing readable there, or the hub dataset cannot be had.
@@ -58,9 +59,14 @@ def resolve(path: str) -> tuple[list[str], list[str] | None]:
         raise UserError("no data given; set data.train to a .jsonl file, a directory or a hub id")
     if storage.is_remote(path):
         return _resolve_remote(path.rstrip("/"))
-    location = Path(path).expanduser()
+    if any(len(part) > 255 for part in os.fsencode(path).split(b"/")):
+        raise UserError(f"{path[:60]}...: there is no such file or directory (a name has 255 bytes at most)")
+    location = Path(os.path.expanduser(path))
     if location.is_dir():
-        return _resolve_directory(location)
+        try:
+            return _resolve_directory(str(location))
+        except OSError as error:
+            raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
     if location.is_file():
         if location.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path}: unknown kind of data file '{location.suffix}'; known: {', '.join(SUFFIXES)}")
@@ -81,36 +87,64 @@ def _resolve_remote(path: str) -> tuple[list[str], list[str] | None]:
                     f"{path}: unknown kind of data file '{Path(path).suffix}'; known: {', '.join(SUFFIXES)}"
                 )
             return [path], None
-        files = [file for file in storage.list_files(path) if Path(file).suffix.lower() in SUFFIXES]
+        return _resolve_directory(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    return _split_files(path, files)
 
 
-def _resolve_directory(directory: Path) -> tuple[list[str], list[str] | None]:
-    files = _data_files(directory) or _data_files(directory / "data")  # hub repositories keep theirs in data/
-    return _split_files(str(directory), [str(file) for file in files])
+def _resolve_directory(directory: str) -> tuple[list[str], list[str] | None]:
+    splits = saved_sets.splits_of(directory)
+    if splits is not None and list(splits) == [""]:
+        return splits[""], None
+    # Hub repositories keep theirs in data/, and some a directory for each split.
+    if splits is None and not (files := _data_files(directory) or _data_files(os.path.join(directory, "data"))):
+        splits = _split_directories(directory) or _split_directories(os.path.join(directory, "data"))
+    if not splits:
+        return _split_files(directory, files)
+    for file in (file for of_split in splits.values() for file in of_split):
+        if Path(file).suffix.lower() not in SUFFIXES:
+            raise UserError(f"{file}: unknown kind of data file '{Path(file).suffix}'; known: {', '.join(SUFFIXES)}")
+    train, held_out = saved_sets.choose_splits(directory, splits)
+    return splits[train], splits[held_out] if held_out else None
 
 
 def _split_files(directory: str, files: list[str]) -> tuple[list[str], list[str] | None]:
     if not files:
         raise UserError(f"{directory}: no data files in this directory; known kinds: {', '.join(SUFFIXES)}")
-    kinds = {file: re.split(r"[-_.]", Path(file).name.lower())[0] for file in files}
-    train = [file for file in files if kinds[file] in _TRAIN_NAMES]
-    train = train or [file for file in files if kinds[file] not in _EVAL_NAMES]
+    kinds = {file: saved_sets.kind_of(Path(file).name) for file in files}
+    train = [file for file in files if kinds[file] in TRAIN_NAMES]
+    train = train or [file for file in files if kinds[file] not in EVAL_NAMES]
     if not train:
         names = ", ".join(Path(file).name for file in files)
         raise UserError(f"{directory}: only evaluation files here ({names}); add a train.jsonl")
-    kind = next((name for name in _EVAL_NAMES if name in kinds.values()), None)
+    kind = next((name for name in EVAL_NAMES if name in kinds.values()), None)
     held_out = [file for file in files if kinds[file] == kind]
     return train, held_out or None
 
 
-def _data_files(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    files = sorted(file for file in directory.iterdir() if file.is_file() and file.suffix.lower() in SUFFIXES)
-    return [file for file in files if file.name not in _NOTES]
+def _data_files(directory: str) -> list[str]:
+    """The data files right in a directory; the notes of `datasets` are none, nor is what its `map` has cached."""
+    if storage.is_remote(directory):
+        files = storage.list_files(directory) if storage.is_dir(directory) else []
+    elif os.path.isdir(directory):
+        files = sorted(str(file) for file in Path(directory).iterdir() if file.is_file())
+    else:
+        files = []
+    names = ((file, os.path.basename(file)) for file in files)
+    return [
+        file
+        for file, name in names
+        if Path(name).suffix.lower() in SUFFIXES
+        and name not in saved_sets.NOTES
+        and not (name.startswith("cache-") and name.endswith(".arrow"))
+    ]
+
+
+def _split_directories(directory: str) -> dict[str, list[str]]:
+    """The data files of each directory that is named as a split is."""
+    names = [name for name in storage.list_names(directory) if saved_sets.kind_of(name) in (*TRAIN_NAMES, *EVAL_NAMES)]
+    found = {name: _data_files(os.path.join(directory, name)) for name in names}
+    return {name: files for name, files in found.items() if files}
 
 
 def _resolve_hub(name: str) -> tuple[list[str], list[str] | None]:
@@ -120,8 +154,8 @@ def _resolve_hub(name: str) -> tuple[list[str], list[str] | None]:
         splits = datasets.get_dataset_split_names(name)
     except Exception as error:  # network, permission and missing-dataset errors have no common type
         raise _no_hub(name, error) from error
-    train = next((split for split in splits if split in _TRAIN_NAMES), splits[0])
-    held_out = next((split for split in _EVAL_NAMES if split in splits and split != train), None)
+    train = next((split for split in splits if split in TRAIN_NAMES), splits[0])
+    held_out = next((split for split in EVAL_NAMES if split in splits and split != train), None)
     return [f"{_HUB}{name}:{train}"], [f"{_HUB}{name}:{held_out}"] if held_out else None
 
 
@@ -154,10 +188,8 @@ def read_rows(path: str, *, skip_bad_rows: bool = False) -> tuple[list[dict[str,
         rows, bad = _read_hub(path), []
     else:
         suffix = Path(path).suffix.lower()
-        if suffix == ".parquet":
-            rows, bad = _read_parquet(path), []
-        elif suffix == ".arrow":
-            rows, bad = _read_arrow(path), []
+        if suffix in (".parquet", ".arrow"):
+            rows, bad = _read_columns(path, suffix), []
         else:
             readers = {".json": _read_json, ".csv": _read_table, ".tsv": _read_table}
             rows, bad = readers.get(suffix, _read_json_lines)(path, _read_bytes(path))
@@ -166,6 +198,8 @@ def read_rows(path: str, *, skip_bad_rows: bool = False) -> tuple[list[dict[str,
     if not rows:
         which = f" that can be read ({len(bad)} bad ones, first {bad[0]})" if bad else ""
         raise UserError(f"{path}: no rows{which}")
+    if is_hub(path) or Path(path).suffix.lower() in (".parquet", ".arrow"):  # in whose structs absent keys are null
+        rows = [{key: without_nulls(value) for key, value in row.items()} for row in rows]
     return rows, bad
 
 
@@ -184,27 +218,33 @@ def _read_json_lines(path: str, content: bytes) -> tuple[list[dict], list[BadRow
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
-        reason = ""
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            reason = f"not valid UTF-8 (byte {error.start + 1} of the line)"
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"not valid JSON ({error.msg if isinstance(error, json.JSONDecodeError) else 'nested too deeply'})"
-        else:
-            if not isinstance(value, dict):
-                reason = f"not a JSON object but a {_kind(value)}"
-        if reason:
+        row, reason = parse_row(line)
+        if row is None:
             bad.append(BadRow(f"{path}:{number}", reason))
         else:
-            rows.append(value)
+            rows.append(row)
     return rows, bad
+
+
+def parse_row(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """Return (the object in a line of JSON Lines, None), or (None, why it is no row)."""
+    try:
+        value = json_text.loads(line)
+    except UnicodeDecodeError as error:
+        return None, f"not valid UTF-8 (byte {error.start + 1} of the line)"
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON ({error.msg})"
+    if not isinstance(value, dict):
+        return None, f"not a JSON object but a {_kind(value)}"
+    return value, ""
 
 
 def _read_json(path: str, content: bytes) -> tuple[list[dict], list[BadRow]]:
     text = _decode(path, content)
     try:
-        value = json.loads(text)
+        value = json_text.loads(text)
+    except json_text.BadJson as error:
+        raise UserError(f"{path}: not valid JSON ({error.msg}); fix it") from error
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON Lines under the name .json, as many hub datasets have it
             return _read_json_lines(path, content)
@@ -229,7 +269,7 @@ def _read_table(path: str, content: bytes) -> tuple[list[dict], list[BadRow]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.lower().endswith(".tsv") else ",")
     rows, bad = [], []
     try:
-        header = next(reader)
+        header = columnar.unique_names(next(reader))
         for row in reader:
             if not row:
                 continue
@@ -242,64 +282,23 @@ def _read_table(path: str, content: bytes) -> tuple[list[dict], list[BadRow]]:
     return rows, bad
 
 
-def _read_parquet(path: str) -> list[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _read_columns(path: str, suffix: str) -> list[dict]:
     try:
-        source = pyarrow.BufferReader(storage.read_bytes(path)) if storage.is_remote(path) else path
-        return pyarrow.parquet.read_table(source).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read as Parquet ({reason})") from error
+        if suffix == ".arrow":
+            batches = (batch for batch, _ in columnar.open_arrow(path)[1])
+            return list(columnar.rows_of(batches, "Arrow"))
+        return list(columnar.rows_of(columnar.parquet_batches(_open_parquet(path)), "Parquet"))
+    except (OSError, columnar.BadTable) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_arrow(path: str) -> list[dict]:
+def _open_parquet(path: str) -> Any:
     import pyarrow
 
-    schema, batches = open_arrow(path)
-    return pyarrow.Table.from_batches([batch for batch, _ in batches], schema).to_pylist()
-
-
-def open_arrow(path: str) -> tuple[Any, Iterator[tuple[Any, Any]]]:
-    """Open an Arrow file of either kind, file (mapped into memory where it is local) or stream.
-
-    Returns:
-      (pyarrow schema, iterator over (pyarrow record batch, its own metadata or None)).
-
-    Raises:
-      UserError: it cannot be read, also while iterating.
-    """
-    import pyarrow
-
-    try:
-        remote = storage.is_remote(path)
-        file = pyarrow.BufferReader(storage.read_bytes(path)) if remote else pyarrow.memory_map(path)
-        try:
-            reader = pyarrow.ipc.open_file(file)
-        except pyarrow.ArrowInvalid:
-            file.seek(0)
-            reader = pyarrow.ipc.open_stream(file)
-        return reader.schema, _batches(path, reader)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise _no_arrow(path, error) from error
-
-
-def _batches(path: str, reader: Any) -> Iterator[tuple[Any, Any]]:
-    import pyarrow
-
-    try:
-        if isinstance(reader, pyarrow.RecordBatchFileReader):
-            for number in range(reader.num_record_batches):
-                yield reader.get_batch_with_custom_metadata(number)
-        else:
-            yield from reader.iter_batches_with_custom_metadata()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise _no_arrow(path, error) from error
-
-
-def _no_arrow(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be read as an Arrow file ({' '.join(str(error).split())[:200]})")
+    if not storage.is_remote(path):
+        return columnar.open_parquet(path, os.path.getsize(path))
+    content = storage.read_bytes(path)
+    return columnar.open_parquet(pyarrow.BufferReader(content), len(content))
 
 
 def _read_hub(source: str) -> list[dict]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.data.streams import MAX_ROW_BYTES, Skipped, aside, progress, read_lines
 from tpu_tune.errors import UserError
 
@@ -145,8 +146,8 @@ def _rows(path: str, options: SplitOptions, skipped: Skipped) -> Iterator[tuple[
 def _value(line: bytes, key: str) -> tuple[str, str]:
     """Return (value of the key as text, reason why there is none)."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        row = json_text.loads(line.decode("utf-8-sig"))
+    except ValueError:
         return "", "not valid JSON in UTF-8"
     value = row
     for part in [key] if isinstance(row, dict) and key in row else key.split("."):

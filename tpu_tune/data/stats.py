@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.data import arrow
+from tpu_tune.data import arrow, saved_sets
 from tpu_tune.data.breakage import Breakage
-from tpu_tune.data.formats import Chat, Pair, RowError, Sample, convert, detect
+from tpu_tune.data.formats import Chat, Pair, RowError, Sample, check_characters, convert, detect
 from tpu_tune.data.pretokenize import Row, make_batches
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
@@ -104,9 +104,11 @@ class _RowCounts:
         """Pass rows on, but those that cannot be used, and count."""
         for where, row in rows:
             try:
-                texts, empty = (
-                    _texts(convert(row, self.format, self.columns)) if self.format else (_strings(row), False)
-                )
+                if self.format:
+                    texts, empty = _texts(convert(row, self.format, self.columns))
+                else:
+                    texts, empty = _strings(row), False
+                    check_characters(texts)
             except RowError as error:
                 self.skipped.add(where, str(error))
                 continue
@@ -177,7 +179,8 @@ def _files(path: str) -> list[str]:
         files = [path]
     else:
         train, held_out = resolve(path)
-        files = [*train, *(held_out or [])]
+        # Of a set that was saved in splits, the one that is trained on: the others are sets of their own.
+        files = train if saved_sets.splits_of(path) else [*train, *(held_out or [])]
     for file in files:
         if os.path.isfile(file) and arrow.is_tokenized(file):
             raise UserError(f"{file}: is tokenized already; give the rows that it was made from")

@@ -141,19 +141,7 @@ def cut_lines(file: IO[bytes]) -> Iterator[bytes | None]:
 def _parse(line: bytes | None) -> tuple[dict[str, Any] | None, str]:
     if line is None:
         return None, f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return None, f"not valid UTF-8 (byte {error.start + 1} of the line)"
-    except json.JSONDecodeError as error:
-        return None, f"not valid JSON ({error.msg})"
-    except RecursionError:
-        return None, "not valid JSON (nested too deeply)"
-    except ValueError:  # Python reads numbers of up to 4,300 digits
-        return None, "a number of it is too long"
-    if not isinstance(value, dict):
-        return None, f"not a JSON object but a {type(value).__name__}"
-    return value, ""
+    return sources.parse_row(line)
 
 
 class Writer:

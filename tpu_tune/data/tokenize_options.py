@@ -17,7 +17,8 @@ class TokenizeOptions:
       format: the rows' format, a key of `formats.FORMATS`; `auto`, where it is allowed, goes by the first row.
       max_length: most tokens of an example.
       columns: the rows' own keys -> the format's keys.
-      chat_template: the Jinja text itself.
+      chat_template: the Jinja text itself, or name -> text of a tokenizer that has several.
+      chat_template_kwargs: variables for the template; those of a row come first.
       response_markers: of plain text, strings after which the text is trained on.
       instruction_markers: of plain text, strings that end what is trained on.
       train_on_source: train on the prompt too.
@@ -26,13 +27,15 @@ class TokenizeOptions:
       skip_bad_rows: count rows that cannot be used, instead of stopping at the first.
       encoder_decoder: make pairs for an encoder-decoder model (`pairs`).
       drop_long: leave out pairs and chats that are too long, instead of cutting them.
-      num_eos: end-of-text tokens after an answer or a text.
+      num_eos: end-of-text tokens after an answer or a text; those that it ends in already are counted.
+      always_bos: BOS before every pair's prompt, as QLoRA has it; else where the tokenizer adds it.
     """
 
     format: str
     max_length: int
     columns: Mapping[str, str] = field(default_factory=dict)
-    chat_template: str = ""
+    chat_template: str | Mapping[str, str] = ""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_markers: tuple[str, ...] = ()
     instruction_markers: tuple[str, ...] = ()
     train_on_source: bool = False
@@ -42,6 +45,7 @@ class TokenizeOptions:
     encoder_decoder: bool = False
     drop_long: bool = False
     num_eos: int = 1
+    always_bos: bool = False
 
 
 def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False) -> TokenizeOptions:
@@ -51,6 +55,7 @@ def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False
         max_length=data.max_length,
         columns=dict(data.columns),
         chat_template=chat.read_template(tokenizer, data.chat_template),
+        chat_template_kwargs=dict(data.chat_template_kwargs),
         response_markers=tuple(data.response_markers),
         instruction_markers=tuple(data.instruction_markers),
         train_on_source=data.train_on_source,
@@ -58,4 +63,5 @@ def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False
         target_max_len=data.target_max_len,
         skip_bad_rows=data.skip_bad_rows,
         encoder_decoder=encoder_decoder,
+        always_bos=data.add_bos_token == "always",
     )

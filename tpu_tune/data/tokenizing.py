@@ -5,7 +5,8 @@ never silently trained on.
 
 The mask says which tokens are to be predicted:
 * text: every one (or, with response markers, those of the responses);
-* pair: the target and EOS (or everything with `train_on_source`), as the collator of qlora has it;
+* pair: the target and EOS (or everything with `train_on_source`); what it goes on from is encoded as a prompt is
+  (`tokenizers.encode_text`), or with `always_bos` as the collator of qlora has it;
 * chat: what the assistant says (or everything with `train_on_source`).
 An example's first token is never predicted, so it is never marked. For an encoder-decoder every row is a pair, and EOS
 ends its source too: what is marked goes to the decoder (`pairs`), and each side is cut by itself, before its EOS, as
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tpu_tune.data import chat as chats
-from tpu_tune.data.formats import Chat, Pair, RowError, Sample, Text, convert
+from tpu_tune.data.formats import Chat, Pair, RowError, Sample, Text, convert, is_context_only, unused_keys
 from tpu_tune.data.sources import BadRow
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
@@ -44,12 +45,12 @@ class _Marks:
 
 
 def _read_marks(tokenizer: Any) -> _Marks:
+    from tpu_tune.checkpoints.tokenizers import adds_bos  # which imports jax, for reading data alone
+
     bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    first = list(tokenizer("a")["input_ids"][:1])
     closing = frozenset(tokenizer.added_tokens_encoder.values()) | ({eos_id} - {None})
-    adds_bos = bos_id is not None and first == [bos_id]
     # A missing token is None, which would otherwise become the word "None" when strings are joined.
-    return _Marks(tokenizer.bos_token or "", bos_id, tokenizer.eos_token or "", eos_id, adds_bos, closing)
+    return _Marks(tokenizer.bos_token or "", bos_id, tokenizer.eos_token or "", eos_id, adds_bos(tokenizer), closing)
 
 
 def tokenize_rows(
@@ -80,7 +81,7 @@ def tokenize_rows(
         return f"{where} {index + 1}" if isinstance(where, str) else where[index - first]
 
     marks = _read_marks(tokenizer)
-    counts, dropped, bad = Counter(), Counter(), []
+    counts, dropped, unused, bad = Counter(), Counter(), Counter(), []
     ids_list, mask_list, row_list = [], [], []
     for start in range(0, len(rows), _BATCH):
         samples = []
@@ -89,7 +90,9 @@ def tokenize_rows(
                 sample = convert(row, options.format, options.columns)
                 if options.encoder_decoder and not isinstance(sample, Pair):
                     raise UserError(_no_pair(sample, where_is(index)))
+                sample, unread = _for_template(sample, tokenizer, options)
                 samples.append((index, _prepare(sample, tokenizer, options)))
+                unused.update([*unused_keys(row, options.format, options.columns), *unread])
             except RowError as error:
                 bad.append(BadRow(where_is(index), str(error)))
                 if not options.skip_bad_rows:
@@ -110,6 +113,7 @@ def tokenize_rows(
         "split": counts["split"],
         "open_ended": counts["open_ended"],
         "dropped": dict(sorted(dropped.items())),
+        "unused": dict(sorted(unused.items())),
         "bad_rows": len(bad),
         "bad_examples": [str(row) for row in bad[:5]],
         "max_token_id": int(tokens.max(initial=-1)),
@@ -132,11 +136,29 @@ class _Encoded:
     mask: np.ndarray
 
 
+def _for_template(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> tuple[Sample, list[str]]:
+    """Make a chat ready for its template; also name what it holds and the template does not read."""
+    if not isinstance(sample, Chat):
+        return sample, []
+    if options.train_on_source and any(map(is_context_only, sample.messages)):
+        raise RowError(
+            "a message is marked not to be trained on (weight, train or training), and data.train_on_source trains on "
+            "everything; take one of them away"
+        )
+    template = chats.template_of(options.chat_template, sample)
+    unread = chats.unread(template, sample)  # not of the configuration's variables, which are for every row
+    variables = {**options.chat_template_kwargs, **sample.template_kwargs}
+    chats.check_variables(tokenizer, variables)
+    sample = replace(sample, template_kwargs=variables)
+    return chats.with_arguments(tokenizer, template, sample), unread
+
+
 def _prepare(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> Text | Pair | _Spans | _Encoded:
     if isinstance(sample, Chat):
-        if chats.has_generation_tag(options.chat_template):
-            return _Encoded(*chats.encode_tagged(tokenizer, options.chat_template, sample))
-        text, spans = chats.assistant_spans(tokenizer, options.chat_template, sample)
+        template = chats.template_of(options.chat_template, sample)
+        if chats.has_generation_tag(template):
+            return _Encoded(*chats.encode_tagged(tokenizer, template, sample))
+        text, spans = chats.assistant_spans(tokenizer, template, sample)
         return _Spans(text, tuple(spans))
     return sample
 
@@ -154,6 +176,8 @@ def _encode(
     encoded = _tokenize(tokenizer, texts, with_offsets)
     for index, sample in samples:
         pieces = [next(encoded) for _ in _texts(sample, marks, options)]
+        if isinstance(sample, Pair):
+            pieces[0] = (_with_bos(pieces[0][0], marks), None)
         if options.drop_long and _length(sample, pieces) > options.max_length:
             dropped["longer than max_length"] += 1
             continue
@@ -163,10 +187,11 @@ def _encode(
         elif isinstance(sample, Pair):
             make = _two_sides if options.encoder_decoder else _pair_examples
             examples = make(pieces[0][0], pieces[1][0], marks, options, counts)
-            reason = "empty answer" if not sample.target else "no room for the answer within max_length"
+            says_nothing = not (sample.target.replace(marks.eos, "") if marks.eos else sample.target)
+            reason = "empty answer" if says_nothing else "no room for the answer within max_length"
             if options.encoder_decoder and not examples:
                 reason = "nothing to read"
-            if not sample.target and not options.train_on_source:
+            if says_nothing and not options.train_on_source:
                 examples = []  # only EOS is left to learn: to say nothing
         else:
             examples = _chat_examples(sample, pieces, marks, options, counts)
@@ -201,11 +226,26 @@ def _no_pair(sample: Sample, where: str) -> str:
 
 def _texts(sample: Any, marks: _Marks, options: TokenizeOptions) -> list[str]:
     if options.encoder_decoder:  # its pairs are read as Hugging Face's tokenizers read one text each
-        return [(marks.bos if marks.adds_bos else "") + sample.source, sample.target]
+        return [sample.source, sample.target]
     if isinstance(sample, Pair):
-        bos = "" if marks.bos and sample.source.startswith(marks.bos) else marks.bos
-        return [bos + sample.source, sample.target + marks.eos * options.num_eos]
+        bos = marks.bos if options.always_bos and not sample.source.startswith(marks.bos) else ""
+        return [bos + sample.source, sample.target + marks.eos * _missing_ends(sample.target, marks, options)]
     return [] if isinstance(sample, _Encoded) else [sample.text]
+
+
+def _missing_ends(target: str, marks: _Marks, options: TokenizeOptions) -> int:
+    """How many EOS an answer lacks; it may end in some already, as unsloth's notebooks write it."""
+    there = 0
+    while marks.eos and there < options.num_eos and target.endswith(marks.eos):
+        target, there = target.removesuffix(marks.eos), there + 1
+    return options.num_eos - there
+
+
+def _with_bos(ids: np.ndarray, marks: _Marks) -> np.ndarray:
+    """Put BOS before a text's ids where the tokenizer adds it; one that is there already is enough."""
+    if not marks.adds_bos or ids[:1].tolist() == [marks.bos_id]:
+        return ids
+    return np.concatenate([np.asarray([marks.bos_id], np.int32), ids])
 
 
 def _tokenize(tokenizer: Any, texts: list[str], with_offsets: bool) -> Iterator[tuple[np.ndarray, Any]]:
@@ -245,10 +285,11 @@ def _text_examples(
         open_at_end = bool(spans) and spans[-1][1] == len(sample.text)
     else:
         mask, open_at_end = np.ones(len(ids), bool), True
-    begin = [marks.bos_id] if marks.adds_bos and ids[0] != marks.bos_id else []
-    ends = [marks.eos_id] * options.num_eos if marks.eos_id is not None and ids[-1] != marks.eos_id else []
-    ids = np.concatenate([np.asarray(begin, np.int32), ids, np.asarray(ends, np.int32)])
-    mask = np.concatenate([np.zeros(len(begin), bool), mask, np.full(len(ends), open_at_end)])
+    begun = _with_bos(ids, marks)
+    there = len(ids) - int(np.flatnonzero(np.append(-1, ids) != marks.eos_id)[-1])  # EOS that it ends in already
+    ends = [marks.eos_id] * max(0, options.num_eos - there) if marks.eos_id is not None else []
+    mask = np.concatenate([np.zeros(len(begun) - len(ids), bool), mask, np.full(len(ends), open_at_end)])
+    ids = np.concatenate([begun, np.asarray(ends, np.int32)])
     width = options.max_length
     counts["split"] += len(ids) > width
     return [_example(ids[i : i + width], mask[i : i + width]) for i in range(0, len(ids), width)]
@@ -274,6 +315,8 @@ def _two_sides(
     source: np.ndarray, target: np.ndarray, marks: _Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     end = np.asarray([] if marks.eos_id is None else [marks.eos_id], np.int32)
+
+    source, target = (ids[:-1] if len(end) and ids[-1:].tolist() == end.tolist() else ids for ids in (source, target))
 
     def cut(ids: np.ndarray, limit: int) -> np.ndarray:
         return np.append(ids[: min(limit or options.max_length, options.max_length) - len(end)], end)

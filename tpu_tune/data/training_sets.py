@@ -240,6 +240,8 @@ def _warn(name: str, summary: dict[str, Any]) -> None:
     """Say aloud what of a set is not trained on as it was written."""
     for reason, count in summary["dropped"].items():
         logger.warning("%s: %d rows left out: %s", name, count, reason)
+    for key, count in summary.get("unused", {}).items():
+        logger.warning("%s: '%s' of %d rows is not used: it is not in the text that is trained on", name, key, count)
     if summary["bad_rows"]:
         logger.warning("%s: %d bad rows skipped, first %s", name, summary["bad_rows"], summary["bad_examples"][0])
     if summary["truncated"]:

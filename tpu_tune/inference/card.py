@@ -45,6 +45,7 @@ class CardFacts:
       license: keys of the front matter, {} where nothing is known.
       encoder_decoder: whether the model is one.
       added_tokens: whether the vocabulary was grown.
+      own_tokenizer: whether a tokenizer stands beside the result: it is not the base's, or has another template.
       has_curves: whether curves.png lies beside the card.
       gguf_file: its name, where that is the form.
       revision: the branch, "" for the main one.
@@ -61,6 +62,7 @@ class CardFacts:
     license: Mapping[str, str] = field(default_factory=dict)
     encoder_decoder: bool = False
     added_tokens: bool = False
+    own_tokenizer: bool = False
     has_curves: bool = False
     gguf_file: str = ""
     revision: str = ""
@@ -276,7 +278,7 @@ def _snippets(facts: CardFacts) -> list[str]:
     caption = "With transformers and PEFT:"
     if facts.base.kind == "gguf" and not facts.base.hub_id:
         caption = "With transformers and PEFT, which need the base as a Hugging Face model:"
-    words = "adapter" if facts.added_tokens else "base"
+    words = "adapter" if facts.own_tokenizer else "base"
     grown = "model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))\n"
     torch = (
         "from huggingface_hub import snapshot_download\nfrom peft import PeftModel\n"

@@ -27,7 +27,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
 from tpu_tune.inference.run_model import open_base
 from tpu_tune.models import Architecture
-from tpu_tune.transforms import QuantizeConfig, combine, find_targets, split, unties_head
+from tpu_tune.transforms import QuantizeConfig, find_targets, unties_head
 
 _PROBE_TOKENS = 64
 
@@ -119,7 +119,7 @@ def _trained(
 
     def load_tree(quantized: bool) -> dict[str, Any]:
         params = load_params(source, arch, jnp.float32, quantization if quantized else None)
-        return combine(*split(params, targets, adapters), targets)
+        return targets.combine(*targets.split(params, adapters))
 
     return source, arch, load_tree
 

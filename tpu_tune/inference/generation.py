@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from tpu_tune.checkpoints.ends import end_ids
+from tpu_tune.checkpoints.template_limits import template_errors
+from tpu_tune.checkpoints.tokenizers import encode_text
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, Cache, Decoder, Execution, check_length, empty_cache, encode
 
@@ -55,40 +59,94 @@ def generate(
     params: dict[str, Any],
     tokenizer: Any,
     dtype: Any,
-    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
     sampling: Sampling,
-    chat: bool,
+    ends: Sequence[int],
 ) -> list[str]:
-    """Return one decoded answer a prompt (see `Model.generate`)."""
-    # An encoder-decoder's prompt is what its encoder reads, not a turn of a chat; EOS ends it, as in training.
-    encoded = [encode_prompt(tokenizer, prompt, chat and arch.encoder is None) for prompt in prompts]
+    """Return one decoded answer a prompt (see `Model.generate`).
+
+    Args:
+      arch, params, tokenizer, dtype: the model.
+      encoded: each prompt's ids, of `encode_prompt`.
+      sampling: how tokens are chosen.
+      ends: ids that end an answer.
+    """
+    # An encoder-decoder's prompt is what its encoder reads; EOS ends it, as in training.
     if arch.encoder and tokenizer.eos_token_id is not None:
         end = tokenizer.eos_token_id
         encoded = [ids if ids[-1:] == [end] else [*ids, end] for ids in encoded]
-    answers = generate_ids(arch, params, encoded, sampling, end_tokens(tokenizer), dtype)
+    answers = generate_ids(arch, params, encoded, sampling, ends, dtype)
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """Return a prompt's token ids, through the chat template or with the tokenizer's own special tokens."""
+def encode_prompt(
+    tokenizer: Any, prompt: str, chat: bool, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Return a prompt's token ids, through the chat template or as training encodes a prompt.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      prompt: the user's words, or with `chat=False` plain text to go on from.
+      chat: whether to put it into the chat template.
+      template_kwargs: variables of the template (`data.chat_template_kwargs`).
+
+    Raises:
+      UserError: there is no template, or it refuses the prompt.
+    """
     if not chat:
-        return list(tokenizer(prompt)["input_ids"])
+        return encode_text(tokenizer, prompt)
     if not tokenizer.chat_template:
         raise UserError(
             "this tokenizer has no chat template; use --no-chat (chat=False in Python) to go on from plain text"
         )
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
+    with template_errors(tokenizer.chat_template, _refused):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            tokenize=False,
+            **(template_kwargs or {}),
+        )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def end_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end an answer: the tokenizer's EOS and the usual end-of-turn tokens that it knows."""
+def _refused(reason: str) -> UserError:
+    return UserError(f"the chat template refuses the prompt ({reason}); --no-chat goes on from plain text")
+
+
+def end_tokens(tokenizer: Any, source: WeightSource | None = None) -> tuple[int, ...]:
+    """Return the ids that end an answer.
+
+    These are what the model's config.json and generation_config.json name, the tokenizer's EOS, the token with which
+    its chat template closes an answer, and the usual end-of-turn tokens that it knows.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      source: the opened model; None leaves its files out.
+
+    Raises:
+      UserError: one of the files cannot be read.
+    """
     names = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>")
     vocabulary = tokenizer.get_added_vocab()
-    ends = {vocabulary[name] for name in names if name in vocabulary}
-    return tuple(sorted(ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())))
+    ends = {vocabulary[name] for name in names if name in vocabulary} | _closing_ids(tokenizer)
+    ends |= {tokenizer.eos_token_id} - {None}
+    return tuple(sorted(ends | (end_ids(source) if source is not None else set())))
+
+
+def _closing_ids(tokenizer: Any) -> set[int]:
+    """The token that the chat template writes right behind an answer, where it writes one."""
+    if not tokenizer.chat_template:
+        return set()
+    answer = "0123456789"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        with template_errors(tokenizer.chat_template, ValueError):
+            text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template may refuse any chat, in words of its own; then it says nothing of an end
+        return set()
+    _, found, behind = text.rpartition(answer)
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"][:1] if found else []
+    return set(ids) & set(tokenizer.get_added_vocab().values())
 
 
 def generate_ids(

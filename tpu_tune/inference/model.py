@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,15 +13,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.checkpoints import peft
+from tpu_tune.checkpoints.adapter_base import base_of_adapter
+from tpu_tune.checkpoints.chat_template import with_template_of
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import open_source
+from tpu_tune.checkpoints.tokenizers import encode_text, with_bos
 from tpu_tune.checkpoints.vocabulary import with_tokens_of
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.inference.generation import Sampling, generate
+from tpu_tune.inference.generation import Sampling, encode_prompt, end_tokens, generate
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode
 from tpu_tune.tensors import FORMATS
-from tpu_tune.transforms import QuantizeConfig, Targets, combine, find_targets, split
+from tpu_tune.transforms import QuantizeConfig, Targets, find_targets
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,18 +36,29 @@ class Model:
     Attributes:
       architecture: the model's family and sizes.
       params: path -> leaf; adapters stand in it as `LoraTensor` leaves.
-      tokenizer: the Hugging Face tokenizer, chat template included.
       dtype: the activations' dtype.
       source: the opened model that the weights were read from.
       targets: the modules that the adapter changes, or None.
+      always_bos: plain prompts begin with BOS even where the tokenizer adds none (`data.add_bos_token=always`).
+      chat_template_kwargs: variables of the chat template (`data.chat_template_kwargs`).
     """
 
     architecture: Architecture
     params: dict[str, Any]
-    tokenizer: Any
     dtype: Any
     source: WeightSource
     targets: Targets | None = None
+    always_bos: bool = False
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, chat template included; it is loaded when it is first asked for.
+
+        Raises:
+          UserError: the model has none, or none that can be read.
+        """
+        return self.source.load_tokenizer()
 
     def __call__(self, input_ids: Any, decoder_input_ids: Any = None) -> Float[Array, "B T V"]:
         """Return the next token's logits (float32) at every position of `input_ids` (B, T).
@@ -76,9 +90,26 @@ class Model:
           sampling: length, temperature, top-k, top-p, seed; greedy by default.
           chat: put each prompt into the tokenizer's chat template.
         """
+        encoded = [self.encode_prompt(prompt, chat) for prompt in prompts]
         return generate(
-            self.architecture, self.params, self.tokenizer, self.dtype, prompts, sampling or Sampling(), chat
+            self.architecture, self.params, self.tokenizer, self.dtype, encoded, sampling or Sampling(), self.ends
         )
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end an answer (see `end_tokens`)."""
+        return end_tokens(self.tokenizer, self.source)
+
+    def encode_prompt(self, text: str, chat: bool = False) -> list[int]:
+        """Return the ids of a prompt (`chat`) or of plain text to go on from, as in training.
+
+        What an encoder reads is no turn of a chat; it ends in EOS.
+        """
+        if chat and self.architecture.encoder is None:
+            return encode_prompt(self.tokenizer, text, True, self.chat_template_kwargs)
+        ids = encode_text(self.tokenizer, with_bos(self.tokenizer, text) if self.always_bos else text)
+        end = self.tokenizer.eos_token_id
+        return ids if self.architecture.encoder is None or end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Model:
@@ -88,7 +119,8 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
       path: Hugging Face id, local directory, or .gguf file.
       dtype: the dtype of activations and unquantized weights: float32, bfloat16 or float16.
       quantize: int8, int4 or nf4 for the linear layers (groups of 64, double quantization at four bits).
-      adapter: a PEFT adapter directory; special tokens that its run added are added here too.
+      adapter: a PEFT adapter directory; special tokens that its run added are added here too, and the chat template
+        beside it is used.
 
     Raises:
       UserError: nothing usable at `path`, an unknown dtype or format, an adapter that does not fit.
@@ -99,22 +131,21 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
         raise UserError(f"quantize is '{quantize}'; it must be one of {', '.join(FORMATS)}")
     source = open_source(path)
     if adapter:
-        source = with_tokens_of(source, adapter)
+        source = base_of_adapter(with_template_of(with_tokens_of(source, adapter), adapter), adapter)
     return load_source(source, dtype, QuantizeConfig(quantize or "none"), adapter)
 
 
 def load_source(source: WeightSource, dtype: str, quantization: QuantizeConfig, adapter: str | None = None) -> Model:
     """Load an opened model: see `load`; `quantization` says in full what is quantized and how."""
     arch = open_architecture(source)
-    # Tokenizer and adapter first: what is wrong with them is reported before the weights are read.
-    tokenizer = source.load_tokenizer()
-    spec, trained = peft.read_adapter(adapter, arch) if adapter else (None, None)
+    # The adapter first: what is wrong with it is reported before the weights are read.
+    spec, trained = peft.read_adapter(adapter, arch, source.base_of == adapter) if adapter else (None, None)
     params = load_params(source, arch, jnp.dtype(dtype), quantization)
     targets = None
     if spec is not None:
         targets = find_targets(arch.modules(), spec, arch.default_targets)
-        params = combine(*split(params, targets, trained), targets)
-    return Model(arch, params, tokenizer, jnp.dtype(dtype), source, targets)
+        params = targets.combine(*targets.split(params, trained))
+    return Model(arch, params, jnp.dtype(dtype), source, targets)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.errors import UserError
 
@@ -183,8 +183,8 @@ def _is_template(text: str) -> bool:
 
 def _json(file: str) -> dict[str, Any]:
     try:
-        with open(file, encoding="utf-8") as stream:
-            values = json.load(stream)
+        with open(file, "rb") as stream:
+            values = json_text.loads(stream.read())
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

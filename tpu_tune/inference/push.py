@@ -9,7 +9,6 @@ nowhere else.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.vocabulary import RECORD
 from tpu_tune.errors import UserError
@@ -148,6 +147,7 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
         license={"license": request.license} if request.license else base.license,
         encoder_decoder=_is_encoder_decoder(result),
         added_tokens=storage.exists(os.path.join(result, RECORD)),
+        own_tokenizer=storage.exists(os.path.join(result, "tokenizer_config.json")),
         has_curves=bool(beside),
         revision=request.revision,
         gguf_file=f"{request.repo.rpartition('/')[2]}-{request.gguf_type}.gguf" if request.form == "gguf" else "",
@@ -277,7 +277,7 @@ def _files(directory: str, base: Any) -> list[File]:
 def _is_encoder_decoder(result: str) -> bool:
     for name, key, value in (("adapter_config.json", "task_type", "SEQ_2_SEQ_LM"), ("config.json", "model_type", "t5")):
         try:
-            if json.loads(storage.read_bytes(os.path.join(result, name)).decode()).get(key) == value:
+            if json_text.loads(storage.read_bytes(os.path.join(result, name))).get(key) == value:
                 return True
         except (OSError, ValueError, AttributeError):
             continue

@@ -114,12 +114,6 @@ def continuation_row(model: Model, context: Sequence[int], continuation: Sequenc
     return Row(ids[:-1], [IGNORED] * (len(ids) - 1 - num_targets) + ids[len(ids) - num_targets :])
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Return ids as the tokenizer makes them, BOS included where it adds one and the text does not begin with it."""
-    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
-
-
 def encode_continuation(model: Model, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Return the ids of a context and of its continuation, as lm-evaluation-harness parts them.
 
@@ -133,10 +127,10 @@ def encode_continuation(model: Model, context: str, continuation: str) -> tuple[
         start = start_token(tokenizer)
         return ([start], ids) if ids[:1] != [start] else (ids[:1], ids[1:])
     continuation = context[len(kept) :] + continuation
-    before = encode_text(tokenizer, kept)
+    before = model.encode_prompt(kept)
     if model.architecture.encoder:
         return before, list(tokenizer(continuation, add_special_tokens=False)["input_ids"])
-    return before, encode_text(tokenizer, kept + continuation)[len(before) :]
+    return before, model.encode_prompt(kept + continuation)[len(before) :]
 
 
 def start_token(tokenizer: Any) -> int:

@@ -45,15 +45,15 @@ def attention(
     """Softmax attention; H is a multiple of K (grouped heads), scores and softmax are float32.
 
     Args:
-      layout: indices and segments of queries and keys; where there are as many of both and attention is causal, they are one row
-        from its beginning.
-      window: each query sees so many keys, itself included; None for all.
-      scale: of the scores; D ** -0.5 by default.
+      layout: indices and segments of queries and keys; where there are as many of both and attention is causal, they
+        are one row from its beginning.
+      window: number of keys that each query sees, its own included; None: all.
+      scale: factor on the scores; D ** -0.5 by default.
       cap: soft limit of the scores, see `soft_cap`.
-      bias: added to the scores, a function of the indices.
+      bias: function from the indices to what is added to the scores; None without one.
       implementation: auto | reference | blockwise | splash | cudnn | pallas. What the last three cannot do (a cache, a
         bias, an encoder; for the GPU's also other things, see `gpu.py`) goes to auto.
-      mesh: for what runs on each device's part; None on one device.
+      mesh: the devices, each of which attends in its own part; None on one device.
 
     Raises:
       UserError: an unknown implementation.
@@ -65,9 +65,9 @@ def attention(
     row = bias is None and q.shape[1] == k.shape[1]  # queries and keys are the same tokens
     pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
     if implementation in _KERNELS and row and layout.causal:
-        found = _kernel(implementation, q, k, v, layout, window, scale, cap, mesh)
-        if found is not None:
-            return found
+        out = _kernel(implementation, q, k, v, layout, window, scale, cap, mesh)
+        if out is not None:
+            return out
     if pieces > 1 and row and implementation != "reference" and q.shape[1] % pieces == 0:
         return ring(q, k, v, layout, window, scale, mesh, cap)
     implementation = chosen("auto" if implementation in _KERNELS else implementation, q.shape[1], k.shape[1])
@@ -106,10 +106,10 @@ def for_device(implementation: str, device: Any, dtype: Any = jnp.bfloat16, pack
     """Return the implementation to use on a device: what is asked for, or the best where that is auto.
 
     Args:
-      implementation: as in `attention`.
-      device: of the mesh, there or of a topology.
-      dtype: of queries, keys and values.
-      packed: see `TokenLayout`.
+      implementation: a name as in `attention`.
+      device: one of the mesh's devices, attached or from a topology's description.
+      dtype: dtype of queries, keys and values.
+      packed: whether a row may hold several documents, see `TokenLayout`.
 
     Raises:
       UserError: a kernel on a device, or for a dtype or rows, that it is not for.
@@ -122,27 +122,28 @@ def for_device(implementation: str, device: Any, dtype: Any = jnp.bfloat16, pack
         if has_splash:
             return "splash"
         return ("pallas" if packed else "cudnn") if new_gpu and half else "auto"
-    said = f"model.attention={implementation}"
+    setting = f"model.attention={implementation}"
     if implementation == "splash" and not has_splash:
-        raise UserError(f"{said} needs a TPU v4 or later, and this is {kind}; leave it at auto")
+        raise UserError(f"{setting} needs a TPU v4 or later, and this is {kind}; leave it at auto")
     if implementation in ("cudnn", "pallas"):
         if not new_gpu:
             raise UserError(
-                f"{said} needs an NVIDIA GPU of compute capability 8.0 or later, and this is {kind}; leave it at auto"
+                f"{setting} needs an NVIDIA GPU of compute capability 8.0 or later, and this is {kind}; "
+                "leave it at auto"
             )
         if not half:
             raise UserError(
-                f"{said} takes bfloat16 or float16, and model.dtype is {jnp.dtype(dtype)}; leave it at auto"
+                f"{setting} takes bfloat16 or float16, and model.dtype is {jnp.dtype(dtype)}; leave it at auto"
             )
         if implementation == "cudnn" and packed:
-            raise UserError(f"{said} takes no packed rows; set data.packing=false, or leave it at auto")
+            raise UserError(f"{setting} takes no packed rows; set data.packing=false, or leave it at auto")
     return implementation
 
 
 def _capability(device: Any) -> tuple[int, int]:
-    """Return an NVIDIA GPU's compute capability, (0, 0) of anything else."""
-    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    """Return an NVIDIA GPU's compute capability, (0, 0) for anything else."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def chosen(implementation: str, queries: int, keys: int) -> str:
@@ -198,8 +199,8 @@ def rematerialised(
     @jax.checkpoint
     def one_block(_: None, queries: tuple[Array, Array, Array]) -> tuple[None, Array]:
         q_block, index, segments = queries
-        here = dataclasses.replace(layout, query_index=index, query_segments=segments)
-        return None, reference(q_block, k, v, here, window, scale, cap, bias)
+        block_layout = dataclasses.replace(layout, query_index=index, query_segments=segments)
+        return None, reference(q_block, k, v, block_layout, window, scale, cap, bias)
 
     _, out = jax.lax.scan(one_block, None, (blocks(q), blocks(layout.query_index), blocks(layout.query_segments)))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]

@@ -26,12 +26,12 @@ _NEVER = -1e30  # finite: a query that sees no key must give zeros, not NaN
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What is static of one call.
+    """The static facts of one call.
 
     Attributes:
-      window, scale, cap: of the mask and the scores, see `attention.attention`.
-      size: tokens of a block.
-      queries, keys: blocks of each.
+      window, scale, cap: settings of the mask and the scores, as in `attention.attention`.
+      size: number of tokens in a block.
+      queries, keys: number of blocks of queries, and of keys.
       causal: whether keys behind the query are hidden from it.
       aligned: whether queries and keys are parts of one row, so that their indices tell which blocks may be skipped.
     """
@@ -49,7 +49,7 @@ class Blocks:
         """Return the first key block that a query block needs, and the one behind the last.
 
         Args:
-          query: number of the block.
+          query: index of the query block.
           offset: index of the first query in the row, minus that of the first key.
         """
         if not self.aligned:
@@ -79,7 +79,7 @@ def blockwise(
     block: int = BLOCK,
     cap: float | None = None,
 ) -> Float[Array, "B T H D"]:
-    """Return attention as `attention.reference` does; see there for the arguments. `block`: tokens of a block."""
+    """Return attention as `attention.reference` does; see there for the arguments. `block`: tokens in a block."""
     batch, length, heads, size = q.shape
     # Self-attention without a cache: an index is the position in the row, so that block numbers tell which are visible.
     aligned = layout.causal and length == k.shape[1]
@@ -102,7 +102,7 @@ def in_blocks(
     """Cut attention's arguments into blocks, for `forward` and `backward`.
 
     Returns:
-      What is static, and (q (blocks, B, block, K, G, D), k and v (blocks, B, block, K, D), (index and segments of
+      The static facts, and (q (blocks, B, block, K, G, D), k and v (blocks, B, block, K, D), (index and segments of
       queries, of keys, (blocks, B, block) each)).
     """
     batch, length, heads, size = q.shape
@@ -150,7 +150,7 @@ def forward(
     The latter is float32, and about -1e30 where a query sees no key. See `in_blocks` for the arguments.
     """
 
-    def one(_: None, scanned: tuple) -> tuple[None, tuple[Array, Array]]:
+    def one_query_block(_: None, scanned: tuple) -> tuple[None, tuple[Array, Array]]:
         number, queries, index, segments = scanned
 
         def add(key: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -173,8 +173,8 @@ def forward(
         out = jnp.moveaxis(out / total[..., None], 3, 1).astype(dtype)
         return None, (out, largest + jnp.log(total))
 
-    _, found = jax.lax.scan(one, None, (jnp.arange(blocks.queries), q, *where[:2]))
-    return found
+    _, results = jax.lax.scan(one_query_block, None, (jnp.arange(blocks.queries), q, *where[:2]))
+    return results
 
 
 def _flash_forward(blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, tuple]:
@@ -182,15 +182,15 @@ def _flash_forward(blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Ar
     return out, (q, k, v, where, out, normaliser)
 
 
-def _flash_backward(blocks: Blocks, kept: tuple, g: Array) -> tuple:
-    q, k, v, where, out, normaliser = kept
+def _flash_backward(blocks: Blocks, residuals: tuple, g: Array) -> tuple:
+    q, k, v, where, out, normaliser = residuals
     to_q = jnp.zeros(q.shape, jnp.float32)
     to_q, to_k, to_v = backward(blocks, q, k, v, where, g, normaliser, delta_of(out, g), to_q, k.dtype)
     return to_q.astype(q.dtype), to_k, to_v, no_gradient(where)
 
 
 def delta_of(out: Array, g: Array) -> Array:
-    """Return what the softmax's derivative needs of each query: the product of its result with what comes back."""
+    """Return what the softmax's derivative needs of each query: the product of its result and the result's gradient."""
     return jnp.einsum("nbtkgd,nbtkgd->nbkgt", out.astype(jnp.float32), g.astype(jnp.float32))
 
 
@@ -215,12 +215,12 @@ def backward(
     """Return `to_q` (float32) with these keys' part added, and the gradients of k and v in `dtype`.
 
     Args:
-      g: what comes back, as `q` is cut.
+      g: the result's gradient, cut into blocks as `q` is.
       normaliser: log-sum-exp of each query over all keys that it sees, here and elsewhere.
-      delta: from `delta_of`.
+      delta: what `delta_of` returns.
     """
 
-    def one(to_q: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
+    def one_key_block(to_q: Array, scanned: tuple) -> tuple[Array, tuple[Array, Array]]:
         number, keys, values, key_index, key_segments = scanned
 
         def add(query: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -246,7 +246,7 @@ def backward(
         to_q, to_k, to_v = jax.lax.fori_loop(*blocks.queries_of(number, offset), add, (to_q, zeros, zeros))
         return to_q, (to_k.astype(dtype), to_v.astype(dtype))
 
-    to_q, (to_k, to_v) = jax.lax.scan(one, to_q, (jnp.arange(blocks.keys), k, v, *where[2:]))
+    to_q, (to_k, to_v) = jax.lax.scan(one_key_block, to_q, (jnp.arange(blocks.keys), k, v, *where[2:]))
     return to_q, to_k, to_v
 
 

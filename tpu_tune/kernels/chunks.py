@@ -1,8 +1,8 @@
 """A function of each token alone, over chunks of tokens: what it holds on the way exists for one chunk at a time.
 
-A layer's MLP needs two or three arrays of (tokens, intermediate), its projections a dropped copy of their input each: at
-long contexts that is most of a training step's memory. `over_tokens` runs such a function chunk by chunk and keeps its
-inputs for the backward pass, which computes each chunk again. Weights that are trained gather their gradient in
+A layer's MLP needs two or three arrays of (tokens, intermediate), its projections a dropped copy of their input each:
+at long contexts that is most of a training step's memory. `over_tokens` runs such a function chunk by chunk and keeps
+its inputs for the backward pass, which computes each chunk again. Weights that are trained gather their gradient in
 float32, whatever they are stored in. Dropout's keys become one a token (`token_keys`), so that a mask does not depend
 on how the tokens are cut.
 """
@@ -33,9 +33,9 @@ def over_tokens(function: Callable[[Any, Any], Any], weights: Any, tokens: Any, 
     """Return function(weights, tokens), computed over chunks of tokens.
 
     Args:
-      function: pure, each token's result from that token and the weights alone; of arrays (B, t, ...) to arrays
-        (B, t, ...). Scalar PRNG keys among the weights reach it as one a token, (t,).
-      weights: pytree.
+      function: pure function (weights, tokens) from arrays (B, t, ...) to arrays (B, t, ...), each token's result from
+        that token and the weights alone. Scalar PRNG keys among the weights reach it as one a token, (t,).
+      weights: pytree of what all tokens share.
       tokens: pytree of floating (B, T, ...) arrays.
       chunk: tokens of each row and shard that are worked on at one time; 0, or as many as there are: all of them.
       shards: devices that share a row; each works on a chunk of its own tokens.
@@ -57,12 +57,12 @@ def over_tokens(function: Callable[[Any, Any], Any], weights: Any, tokens: Any, 
 
         return jax.tree.map(one, tree)
 
-    def put(whole: Any, parts: Any, number: Array) -> Any:
+    def put(out: Any, chunk_out: Any, number: Array) -> Any:
         def one(x: Array, new: Array) -> Array:
             new = new.reshape(batch, shards, size, *new.shape[2:])
             return jax.lax.dynamic_update_slice_in_dim(x, new, number * size, axis=2)
 
-        return jax.tree.map(one, whole, parts)
+        return jax.tree.map(one, out, chunk_out)
 
     def cut(x: Array) -> Array:
         x = x.reshape(batch, shards, local, *x.shape[2:])
@@ -81,11 +81,11 @@ def over_tokens(function: Callable[[Any, Any], Any], weights: Any, tokens: Any, 
 
     @jax.custom_vjp
     def mapped(leaves: list[Any], tokens: Any) -> Any:
-        def one(number: Array, out: Any) -> Any:
+        def add_chunk(number: Array, out: Any) -> Any:
             return put(out, function(built(leaves, number), part(tokens, number)), number)
 
         like = jax.eval_shape(lambda: function(built(leaves, 0), part(tokens, 0)))
-        return jax.lax.fori_loop(0, count, one, empty(like))
+        return jax.lax.fori_loop(0, count, add_chunk, empty(like))
 
     def forward(leaves: list[Any], tokens: Any) -> tuple[Any, tuple[list[Any], Any]]:
         primal = jax.custom_derivatives.custom_vjp_primal_tree_values
@@ -95,11 +95,11 @@ def over_tokens(function: Callable[[Any, Any], Any], weights: Any, tokens: Any, 
         fixed = [None if is_trained else leaf for leaf, is_trained in zip(leaves, trained, strict=True)]
         return mapped(leaves, tokens), (moving, fixed, tokens)
 
-    def backward(kept: tuple[list[Any], list[Any], Any], cotangents: Any) -> tuple[list[Any], Any]:
-        moving, fixed, tokens = kept
+    def backward(residuals: tuple[list[Any], list[Any], Any], cotangents: Any) -> tuple[list[Any], Any]:
+        moving, fixed, tokens = residuals
         cotangents = jax.tree.map(_instantiated, cotangents, is_leaf=_is_zero)
 
-        def one(number: Array, carry: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+        def add_chunk(number: Array, carry: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
             sums, back = carry
 
             def chunk_of(moving: list[Any], tokens: Any) -> Any:
@@ -115,7 +115,7 @@ def over_tokens(function: Callable[[Any, Any], Any], weights: Any, tokens: Any, 
             jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), moving),
             jax.tree.map(jnp.zeros_like, tokens),
         )
-        sums, back = jax.lax.fori_loop(0, count, one, start)
+        sums, back = jax.lax.fori_loop(0, count, add_chunk, start)
         return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, moving), back
 
     mapped.defvjp(forward, backward, symbolic_zeros=True)

@@ -21,7 +21,7 @@ IGNORED = -100  # Hugging Face's label for "no loss here"
 def token_losses(
     logits: Float[Array, "*N V"], targets: Int[Array, "*N"]
 ) -> tuple[Float[Array, "*N"], Bool[Array, "*N"]]:
-    """Return each token's cross-entropy (float32, 0 where the target is `IGNORED`), and whether it is the first guess."""
+    """Return each token's cross-entropy (float32, 0 if the target is `IGNORED`), and whether it is the first guess."""
     logits = logits.astype(jnp.float32)
     counted = targets != IGNORED
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
@@ -109,8 +109,8 @@ def _sum_of_chunks(chunk_loss: Callable, weights: Any, hidden: Array, targets: A
         grads = [next(source) if flag else None for flag in is_trained]
         return (loss, right), (grads, row_grads)
 
-    def backward(kept: tuple[list[Array | None], Array], cotangent: tuple[Array, Any]) -> tuple[list, Array]:
-        grads, row_grads = kept
+    def backward(residuals: tuple[list[Array | None], Array], cotangent: tuple[Array, Any]) -> tuple[list, Array]:
+        grads, row_grads = residuals
         factor = cotangent[0]
         scaled = [
             None if grad is None else (factor * grad).astype(leaf.dtype)

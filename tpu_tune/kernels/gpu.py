@@ -37,7 +37,7 @@ def cudnn(
     """Return causal self-attention of rows of one document each; see `attention` for the arguments.
 
     Args:
-      implementation: of `jax.nn.dot_product_attention`; xla tests the call without a GPU.
+      implementation: a name that `jax.nn.dot_product_attention` takes; xla tests the call without a GPU.
     """
 
     def local(q: Array, k: Array, v: Array) -> Array:
@@ -74,7 +74,7 @@ def pallas(
     segments = jnp.pad(segments, [(0, 0), (0, short)], constant_values=-1)
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        def one(q: Array, k: Array, v: Array) -> Array:
+        def one_member(q: Array, k: Array, v: Array) -> Array:
             return jax_pallas.mha(
                 q, k, v, segments, sm_scale=scale, causal=True, block_sizes=_blocks(q.shape[-1]), interpret=interpret
             )
@@ -82,13 +82,13 @@ def pallas(
         # The kernel wants a key head a query head. Mapped over the members of a group, it reads the group's keys where
         # they lie, instead of copies.
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-        return jax.vmap(one, in_axes=(3, None, None), out_axes=3)(grouped, k, v).reshape(q.shape)
+        return jax.vmap(one_member, in_axes=(3, None, None), out_axes=3)(grouped, k, v).reshape(q.shape)
 
     return on_each_device(local, mesh, q.shape[2], k.shape[2])(q, k, v, segments)[:, :length]
 
 
 def _blocks(size: int) -> jax_pallas.BlockSizes:
-    """Return jax's default blocks, or what fits the shared memory of a card of compute capability 8.6 with large heads."""
+    """Return jax's default blocks; for large heads, those that fit the shared memory of compute capability 8.6."""
     if size <= 128:
         return jax_pallas.BlockSizes.get_default()
     return jax_pallas.BlockSizes(64, 32, 32, 32, 32, 32)

@@ -27,8 +27,8 @@ class TokenLayout:
       query_index, key_index: position in the row, (B, T) and (B, S).
       query_segments, key_segments: document number; 0 is padding, and no other document sees it.
       causal: whether keys behind the query are hidden from it.
-      packed: whether a row may hold several documents. False: one from the row's beginning, padding behind it. What
-        padded queries see is then of no consequence, and causal kernels need no segments.
+      packed: whether a row may hold several documents. False: one from the row's beginning, padding behind it; what
+        padded queries see then does not matter, and causal kernels need no segments.
     """
 
     query_index: Int[Array, "B T"]

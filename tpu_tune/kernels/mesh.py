@@ -18,10 +18,11 @@ def on_each_device(
     """Return the function (q, k, v, index or segments (B, T)...) -> out that runs `local` on each device's part.
 
     Args:
-      local: function of the same arguments, of one device; collectives may use the mesh's axes.
-      mesh: over which rows, heads and tokens are cut; None on one device. Heads stay whole where they do not divide.
-      heads, groups: of queries and of keys.
-      first: the specs of another argument before all others.
+      local: function of one device's part of the same arguments; collectives may use the mesh's axes.
+      mesh: the devices over which rows, heads and tokens are cut; None on one device. Heads stay whole where they do
+        not divide.
+      heads, groups: number of query heads, and of key heads.
+      first: specs of another argument before all others; None without one.
     """
     if mesh is None or mesh.size == 1:
         return local

@@ -2,8 +2,8 @@
 
 Left to XLA, `x @ dequantize(w)` writes the dequantized weight to memory, there and back, for every product: 270 MB of
 scratch for LLaMA-7B's `up_proj` on a v5e. The Pallas kernel decodes a block of codes in the chip's own memory, where it
-meets the MXU, and holds nothing else. On GPUs `tensors.layer_view` dequantizes pieces, one after another. The reference is
-the formula itself, on a weight dequantized whole; the implementations add in another order.
+meets the MXU, and holds nothing else. On GPUs `tensors.layer_view` dequantizes pieces, one after another. The reference
+is the formula itself, on a weight dequantized whole; the implementations add in another order.
 
 Codes lie as `tensors.quantized` packs them: row k of a block of 256 shares a byte with row k + 128. They come stacked
 with the number of the layer to use, so that no layer is cut out of the stack.
@@ -39,7 +39,7 @@ class MatmulPlan:
     Attributes:
       implementation: xla (dequantize whole), pieces (dequantize some columns or rows at a time), or pallas.
       wide_operands: let the Pallas kernel multiply float32, where the MXU takes no bfloat16.
-      mesh: the devices, each of which computes its tokens' part with a whole kernel; None: one.
+      mesh: the devices, each of which multiplies its own tokens with the whole kernel; None on one device.
     """
 
     implementation: str = "xla"
@@ -90,18 +90,18 @@ def quantized_matmul(
     """Return x @ w, or x @ w.T, in x's dtype, for w (in, out) = layer `layer` of a stack; sums are float32.
 
     Args:
-      x: k is `in`, or `out` where transposed.
-      codes: two a byte.
+      x: left operand; k is `in`, or `out` where transposed.
+      codes: four-bit codes, two a byte.
       scales: (layers, in / group_size, out), float32, or uint8 with their largest in `scale_max`.
       scale_max: each column's largest scale under double quantization.
-      layer: which.
+      layer: index of the layer in the stack.
       decode: integer codes -> float32 in [-1, 1], elementwise.
-      group_size: rows that share a scale; divides 128.
-      transposed: contract over `out`.
-      plan: its operands' dtype and its mesh.
-      interpret: run on the CPU, for tests.
+      group_size: number of rows that share a scale; divides 128.
+      transposed: whether to contract over `out`.
+      plan: says whether operands are float32, and on which mesh to run.
+      interpret: run the kernel as plain JAX, to test it without a TPU.
     """
-    one = functools.partial(
+    on_one_device = functools.partial(
         _on_one_device,
         decode=decode,
         group_size=group_size,
@@ -110,11 +110,11 @@ def quantized_matmul(
         operands=jnp.dtype("float32") if plan.wide_operands else x.dtype,
     )
     if plan.mesh is None:
-        return one(x, codes, scales, scale_max, layer)
+        return on_one_device(x, codes, scales, scale_max, layer)
     tokens = PartitionSpec(ROWS, SEQUENCE, None)
-    whole = PartitionSpec()
+    replicated = PartitionSpec()
     return jax.shard_map(
-        one, mesh=plan.mesh, in_specs=(tokens, whole, whole, whole, whole), out_specs=tokens, check_vma=False
+        on_one_device, mesh=plan.mesh, in_specs=(tokens, *[replicated] * 4), out_specs=tokens, check_vma=False
     )(x, codes, scales, scale_max, layer)
 
 
@@ -220,10 +220,10 @@ def _backward(decode: Any, group_size: int, dtype: Any, _: Any, g: Any, codes: A
 
 
 def _group_scales(scales: Any, largest: list[Any]) -> Array:
-    found = scales[0]
+    stored = scales[0]
     if not largest:
-        return found
-    return found.astype(jnp.int32).astype(jnp.float32) * (largest[0][0] * jnp.float32(1 / 255))
+        return stored
+    return stored.astype(jnp.int32).astype(jnp.float32) * (largest[0][0] * jnp.float32(1 / 255))
 
 
 def _halves(decode: Any, group_size: int, codes: Any, scales: Any, step: Array, dtype: Any) -> list[Array]:

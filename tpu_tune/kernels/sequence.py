@@ -2,9 +2,9 @@
 
 Each device holds the queries, keys and values of its own tokens. Keys and values go round the ring of devices, and
 every device adds what its queries see of them; in the backward pass their gradients travel with them and arrive home
-complete (Liu et al. 2023, "Ring attention", arXiv:2310.01889). No device ever holds a whole row's keys. The compiler for
-v2-8 counts 118 MB of scratch for 64 heads of 128 at 2,048 tokens (32,768: 1,478 MB), forward and backward; gathered keys
-and values took 244 MB (3,086 MB), and with 8 key heads about as much as the ring.
+complete (Liu et al. 2023, "Ring attention", arXiv:2310.01889). No device ever holds a whole row's keys. The compiler
+for v2-8 counts 118 MB of scratch for 64 heads of 128 at 2,048 tokens (32,768: 1,478 MB), forward and backward; gathered
+keys and values took 244 MB (3,086 MB), and with 8 key heads about as much as the ring.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def ring(
     """Return self-attention as `attention.reference` does; see there for the arguments.
 
     Args:
-      mesh: T divides over its axis `sequence`.
-      block: tokens of a block, on each device.
+      mesh: the devices; T divides over the axis `sequence`.
+      block: number of tokens in a block, on each device.
     """
     heads, size = q.shape[2:]
 
     def local(q: Array, k: Array, v: Array, index: Array, segments: Array) -> Array:
-        here = dataclasses.replace(
+        local_layout = dataclasses.replace(
             layout, query_index=index, key_index=index, query_segments=segments, key_segments=segments
         )
-        blocks, cut_up = in_blocks(q, k, v, here, window, scale, cap, block, layout.causal)
+        blocks, cut_up = in_blocks(q, k, v, local_layout, window, scale, cap, block, layout.causal)
         out = _ring(_Ring(mesh.shape[SEQUENCE], q.shape[1], blocks), *cut_up)
         return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, q.shape[2], size)[:, : q.shape[1]]
 
@@ -56,7 +56,7 @@ def ring(
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """What is static: how many devices, the tokens of each, and how these are cut into blocks."""
+    """The static facts: how many devices, the tokens on each, and how these are cut into blocks."""
 
     devices: int
     tokens: int
@@ -64,12 +64,13 @@ class _Ring:
 
     def offset(self, step: Array) -> Array:
         """Return how far this device's queries stand behind the keys that it holds at a step, in tokens."""
-        here = jax.lax.axis_index(SEQUENCE)
-        return (here - (here - step) % self.devices) * self.tokens
+        device = jax.lax.axis_index(SEQUENCE)
+        return (device - (device - step) % self.devices) * self.tokens
 
     def onward(self, parts: Any) -> Any:
         """Hand parts to the next device."""
-        return jax.lax.ppermute(parts, SEQUENCE, [(one, (one + 1) % self.devices) for one in range(self.devices)])
+        pairs = [(device, (device + 1) % self.devices) for device in range(self.devices)]
+        return jax.lax.ppermute(parts, SEQUENCE, pairs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -78,7 +79,7 @@ def _ring(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, ...]) ->
 
 
 def _ring_forward(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, tuple]:
-    def one(carry: tuple, step: Array) -> tuple[tuple, None]:
+    def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
         out, normaliser, keys, values, key_layout = carry
         part, more = forward(way.blocks, q, keys, values, (*where[:2], *key_layout), jnp.float32, way.offset(step))
         total = jnp.logaddexp(normaliser, more)
@@ -87,7 +88,7 @@ def _ring_forward(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, 
 
     nothing = jnp.full((q.shape[0], q.shape[1], *q.shape[3:5], q.shape[2]), -1e30, jnp.float32)
     start = (jnp.zeros(q.shape, jnp.float32), nothing, k, v, where[2:])
-    (out, normaliser, *_), _ = jax.lax.scan(one, start, jnp.arange(way.devices))
+    (out, normaliser, *_), _ = jax.lax.scan(one_step, start, jnp.arange(way.devices))
     out = out.astype(v.dtype)
     return out, (q, k, v, where, out, normaliser)
 
@@ -97,11 +98,11 @@ def _weights(logs: Array) -> Array:
     return jnp.moveaxis(jnp.exp(logs), 4, 2)[..., None]
 
 
-def _ring_backward(way: _Ring, kept: tuple, g: Array) -> tuple:
-    q, k, v, where, out, normaliser = kept
+def _ring_backward(way: _Ring, residuals: tuple, g: Array) -> tuple:
+    q, k, v, where, out, normaliser = residuals
     delta = delta_of(out, g)
 
-    def one(carry: tuple, step: Array) -> tuple[tuple, None]:
+    def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
         to_q, to_k, to_v, keys, values, key_layout = carry
         to_q, more_k, more_v = backward(
             way.blocks,
@@ -120,7 +121,7 @@ def _ring_backward(way: _Ring, kept: tuple, g: Array) -> tuple:
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     start = (jnp.zeros(q.shape, jnp.float32), zeros, zeros, k, v, where[2:])
-    (to_q, to_k, to_v, *_), _ = jax.lax.scan(one, start, jnp.arange(way.devices))
+    (to_q, to_k, to_v, *_), _ = jax.lax.scan(one_step, start, jnp.arange(way.devices))
     return to_q.astype(q.dtype), to_k.astype(k.dtype), to_v.astype(v.dtype), no_gradient(where)
 
 

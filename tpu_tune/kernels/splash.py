@@ -42,10 +42,10 @@ def splash(
     """Return causal self-attention.
 
     Args:
-      segments: document of each token; queries see keys of their own.
-      window: each query sees so many keys, itself included; None for all.
-      scale, cap: of the scores, see `attention`.
-      mesh: over which rows, heads and tokens are cut; None on one device. See `fits`.
+      segments: document of each token; queries see keys of their own document.
+      window: number of keys that each query sees, its own included; None: all.
+      scale, cap: factor on the scores and their soft limit, see `attention`.
+      mesh: the devices over which rows, heads and tokens are cut; None on one device. See `fits`.
       interpret: run the kernel as plain JAX, to test it without a TPU.
     """
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
@@ -53,15 +53,15 @@ def splash(
     short = -length % _LANES
     q, k, v = (jnp.pad(part, [(0, 0), (0, short), (0, 0), (0, 0)]) for part in (q * scale, k, v))
     segments = jnp.pad(segments, [(0, 0), (0, short)], constant_values=-1)
-    here = heads // tensor if heads % tensor == 0 and groups % tensor == 0 else heads
-    kernel = _kernel(here, length + short, pieces, window, cap, interpret)
+    local_heads = heads // tensor if heads % tensor == 0 and groups % tensor == 0 else heads
+    kernel = _kernel(local_heads, length + short, pieces, window, cap, interpret)
 
     def local(kernel: Any, q: Array, k: Array, v: Array, segments: Array) -> Array:
-        whole = segments
+        key_segments = segments
         if pieces > 1:
-            k, v, whole = (jax.lax.all_gather(part, SEQUENCE, axis=1, tiled=True) for part in (k, v, segments))
-        turned = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
-        return jnp.swapaxes(jax.vmap(kernel)(*turned, splash_attention.SegmentIds(segments, whole)), 1, 2)
+            k, v, key_segments = (jax.lax.all_gather(part, SEQUENCE, axis=1, tiled=True) for part in (k, v, segments))
+        heads_first = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
+        return jnp.swapaxes(jax.vmap(kernel)(*heads_first, splash_attention.SegmentIds(segments, key_segments)), 1, 2)
 
     masks = None if mesh is None else kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, SEQUENCE)))
     run = on_each_device(local, mesh, heads, groups, masks)

@@ -27,7 +27,7 @@ class LayerNames:
     Attributes:
       mlp_norm: "" where the MLP reads what the attention reads (one norm for both).
       attention_out_norm, mlp_out_norm: applied to the output of attention and MLP, before it is added.
-      cross_norm, cross_q, cross_k, cross_v, cross_o: attention to an encoder.
+      cross_norm, cross_q, cross_k, cross_v, cross_o: modules of the attention to an encoder.
     """
 
     attention_norm: str
@@ -54,12 +54,12 @@ class LayerNames:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Hugging Face module paths by role, of what stands outside the layers; "" where a family has no such module.
+    """Hugging Face module paths by role, for what stands outside the layers; "" where a family has no such module.
 
     Attributes:
       layers: path of the list of layers, after which the layer index follows.
       positions: learned embedding of absolute positions.
-      project_in, project_out: between the embedding's width and the hidden one.
+      project_in, project_out: projections between the embedding's width and the hidden one.
       relative_bias: learned embedding of relative positions, added to the scores of every layer.
     """
 
@@ -78,7 +78,7 @@ class LayerKind:
     """What may differ from layer to layer.
 
     Attributes:
-      names: its modules; layers of other names or sizes have leaves of their own (see `groups.py`).
+      names: its modules' paths; layers of other names or sizes have leaves of their own (see `groups.py`).
       window: number of keys that each query sees, its own included (sliding window); None: all before it.
       rope: rotary embedding of queries and keys; None where positions enter otherwise.
       intermediate_size: width of the MLP; 0: the architecture's.
@@ -95,8 +95,8 @@ class RelativePositions:
     """Buckets of distances, for a learned bias on the scores (T5, arXiv:1910.10683, section 2.1).
 
     Attributes:
-      buckets: rows of the table.
-      max_distance: from here on all distances share a bucket.
+      buckets: number of buckets, which are the rows of the table.
+      max_distance: distance from which on all share a bucket.
     """
 
     buckets: int
@@ -112,24 +112,25 @@ class Architecture:
       names: which Hugging Face module plays which role, outside the layers.
       layer_kinds: one entry a layer, with the names inside it.
       norm: rms (no mean, no bias) or layer (both).
-      norm_offset: added to the stored weights of norms.
-      norm_first: attention and MLP read normed states (else the sums are normed).
+      norm_offset: number added to the stored weights of norms.
+      norm_first: whether attention and MLP read normed states (else the sums are normed).
       activation: name of the MLP's nonlinearity, see `check_activation`.
-      fused_heads: the file's fused q, k, v are ordered head by head, [q k v] of each in turn (GPT-NeoX), not q|k|v.
-      fan_in_fan_out: the file holds the layers' matrices as (in, out) (GPT-2's Conv1D).
+      fused_heads: whether the file's fused q, k, v are ordered head by head, [q k v] of each in turn (GPT-NeoX), not
+        q|k|v.
+      fan_in_fan_out: whether the file holds the layers' matrices as (in, out) (GPT-2's Conv1D).
       residual: sequential (attention, then MLP on its result) or parallel (both read the layer's input).
-      tied: the head uses the embedding's weight.
+      tied: whether the head uses the embedding's weight.
       embed_size: width of the embedding where `project_in` and `project_out` stand between; 0: the hidden size.
       embed_scale: factor on the embedding's rows.
       head_scale: factor on the hidden states that the head reads.
       attention_scale: factor on the scores; None: head_dim ** -0.5.
       attention_soft_cap, logit_soft_cap: c in c * tanh(x / c), on scores and logits; None for none.
-      max_positions: positions it was made for; with learned ones (`names.positions`) there are no more.
-      position_offset: rows of the table of positions before the first position's.
-      relative: of the bias under `names.relative_bias`.
-      causal: a token sees only those before it.
-      encoder: what `names.cross_q` attends to; it shares the embedding.
-      start_token: id before the first token of an answer, of an encoder-decoder.
+      max_positions: number of positions it was made for; with learned ones (`names.positions`) there are no more.
+      position_offset: number of rows of the table of positions before the first position's.
+      relative: buckets of the bias under `names.relative_bias`; None without one.
+      causal: whether a token sees only those before it.
+      encoder: the model that `names.cross_q` attends to; it shares the embedding. None without one.
+      start_token: id that comes before the first token of an encoder-decoder's answer.
       default_targets: module names that PEFT targets when none are given.
     """
 
@@ -171,7 +172,7 @@ class Architecture:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers; of an encoder-decoder, the decoder's."""
+        """Number of layers; in an encoder-decoder, the decoder's."""
         return len(self.layer_kinds)
 
     @property
@@ -194,16 +195,16 @@ class Architecture:
         names, width, vocabulary = self.names, self.hidden_size, self.vocab_size
         embed_size = self.embed_size or width
         norm_bias = self.norm == "layer"
-        found = self.encoder.modules() if self.encoder else []
+        modules = self.encoder.modules() if self.encoder else []
 
         def single(name: str, *facts: Any, **more: Any) -> None:
-            if name and name not in [module.path for module in found]:
-                found.append(Module(name, *facts, **more))
+            if name and name not in [module.path for module in modules]:
+                modules.append(Module(name, *facts, **more))
 
         single(names.embed, "embedding", (vocabulary, embed_size), ("vocab", "embed"))
         if self.encoder:
-            found[0] = dataclasses.replace(
-                found[0], no_adapter="encoder and decoder share it, and what PEFT puts on it reaches neither"
+            modules[0] = dataclasses.replace(
+                modules[0], no_adapter="encoder and decoder share it, and what PEFT puts on it reaches neither"
             )
         single(names.positions, "embedding", (self.max_positions + self.position_offset, width), ("vocab", "embed"))
         single(names.project_in, "linear", (embed_size, width), ("embed", "mlp"))
@@ -211,7 +212,7 @@ class Architecture:
             # "bias" in its name keeps weight decay from it, as in Hugging Face's Trainer.
             shape = (self.relative.buckets, self.num_heads)
             single(names.relative_bias, "embedding", shape, (None, None), decay=False)
-        found += self._layered_modules()
+        modules += self._layered_modules()
         single(names.final_norm, "norm", (width,), (None,), norm_bias)
         single(names.project_out, "linear", (width, embed_size), ("embed", "mlp"))
         tied = names.embed if self.tied else ""
@@ -224,7 +225,7 @@ class Architecture:
             is_head=True,
             tied_to=tied,
         )
-        return found
+        return modules
 
     def _layered_modules(self) -> list[Module]:
         """Stack the modules of all layers: those of one name and the same facts are one `Module`."""
@@ -233,14 +234,14 @@ class Architecture:
         for layer, kind in enumerate(self.layer_kinds):
             for module in modules_of[kind]:
                 layers_of.setdefault(module, []).append(layer)
-        found, paths = [], set()
+        modules, paths = [], set()
         for module, layers in layers_of.items():
             path = f"{self.names.layers}.{module.path}"
             if path in paths:
                 path = f"{self.names.layers}[{layers[0]}].{module.path}"
             paths.add(path)
-            found.append(dataclasses.replace(module, path=path, layers=tuple(layers), layers_path=self.names.layers))
-        return found
+            modules.append(dataclasses.replace(module, path=path, layers=tuple(layers), layers_path=self.names.layers))
+        return modules
 
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return path -> shape of every leaf, layers stacked on axis 0."""
@@ -262,15 +263,15 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     inner = kind.intermediate_size or arch.intermediate_size
     q_width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     qkv_width = q_width + 2 * kv_width
-    found = []
+    modules = []
 
     def norm(name: str, size: int = width) -> None:
         if name:
-            found.append(Module(name, "norm", (size,), (None,), arch.norm == "layer"))
+            modules.append(Module(name, "norm", (size,), (None,), arch.norm == "layer"))
 
     def linear(name: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool, **facts: Any) -> None:
         if name:
-            found.append(Module(name, "linear", shape, axes, bias, fan_in_fan_out=arch.fan_in_fan_out, **facts))
+            modules.append(Module(name, "linear", shape, axes, bias, fan_in_fan_out=arch.fan_in_fan_out, **facts))
 
     def attention(q: str, k: str, v: str) -> None:
         for name, size in ((q, q_width), (k, kv_width), (v, kv_width)):
@@ -295,7 +296,7 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     linear(names.up, (width, inner), ("embed", "mlp"), arch.mlp_bias)
     linear(names.down, (inner, width), ("mlp", "embed"), arch.mlp_bias)
     norm(names.mlp_out_norm)
-    return found
+    return modules
 
 
 def gate_unit(inner: int) -> int:

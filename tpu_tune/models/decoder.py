@@ -36,10 +36,11 @@ class Cache:
     """Keys and values of the tokens so far, for generation.
 
     Attributes:
-      past: of all layers on axis 0, (layers, B, S, kv heads, head_dim); an encoder's come with the first call.
+      past: keys and values of all layers on axis 0, (layers, B, S, kv heads, head_dim); an encoder's come
+        with the first call.
       segments: (B, S), 1 where a real token stands, 0 elsewhere.
-      length: tokens written so far, the same for every row.
-      encoder_segments: (B, M) of the encoder's tokens; None without an encoder.
+      length: number of tokens written so far, the same for every row.
+      encoder_segments: (B, M), segments of the encoder's tokens; None without an encoder.
     """
 
     past: Past
@@ -117,7 +118,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         encoder_output: EncoderOutput | None = None,
     ) -> Float[Array, "B T V"]:
-        """Return float32 logits of the next token at every place."""
+        """Return float32 logits of the next token at every position."""
         return self.logits(self.hidden(input_ids, positions, segment_ids, encoder_output=encoder_output)[0]).astype(
             jnp.float32
         )
@@ -135,11 +136,11 @@ class Decoder(nnx.Module):
 
         Args:
           input_ids: token ids.
-          positions: of each token in its document; by default the place in the row.
+          positions: position of each token in its document; by default its index in the row.
           segment_ids: document of each token, 0 for padding; by default one document a row.
-          cache: what came before; the T new tokens follow it.
-          encoder_output: what the encoder of an encoder-decoder made; with a cache only in the first call.
-          on_embeddings: changes the rows (B, T, D) as the embedding module gives them (scaled, in Gemma), e.g. by noise.
+          cache: keys and values of the tokens so far, which the T new ones follow; None without a cache.
+          encoder_output: output of an encoder-decoder's encoder; with a cache only in the first call.
+          on_embeddings: changes the rows (B, T, D) that the embedding module gives (scaled, in Gemma), e.g. by noise.
         """
         arch, run, names = self.architecture, self.execution, self.architecture.names
         batch, length = input_ids.shape

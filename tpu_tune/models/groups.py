@@ -2,7 +2,8 @@
 
 Layers with the same leaves are stacked, and a scan over the stack compiles one layer for all of them. Not all models
 have the same leaves everywhere: three layers of one kind and one of another, again and again, or a few dense layers
-before those with experts. Such a model is a few groups, each a pattern of layers that repeats; a scan walks the repeats.
+before those with experts. Such a model is a few groups, each a pattern of layers that repeats; a scan walks the
+repeats.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ class LayerGroup:
 
     Attributes:
       first: index of the group's first layer.
-      period: layers of the pattern.
-      repeats: how often the pattern comes, the length of the scan.
+      period: number of layers in the pattern.
+      repeats: number of times that the pattern comes, the length of the scan.
     """
 
     first: int

@@ -26,6 +26,7 @@ from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, gate_unit
 from tpu_tune.tensors import dense, embed, matmul, unembed
 
+PROJECTION = "projection"  # name of the outputs of linear layers, which model.remat=dots keeps
 KeysValues = tuple[Array, Array]  # (B, S, kv heads, head_dim) each
 
 
@@ -60,13 +61,13 @@ class LayerContext:
     Attributes:
       layout: indices and segments of queries and keys.
       angles: cosines and sines of each rotary embedding.
-      implementation: attention's, see `kernels.attention`.
+      implementation: name of attention's implementation, see `kernels.attention`.
       mesh: the devices, for attention's kernels; None on one device.
-      bias: added to the scores, from learned relative positions; or None.
+      bias: learned bias on the scores, from relative positions; None without one.
       encoder: an encoder's last hidden states (None: its keys and values are in the cache) and the layout of
         cross-attention; None without an encoder.
       start: index in the cache at which new keys and values are written, None without a cache.
-      chunk: tokens of each row that what is not attention works on at one time; 0: all.
+      chunk: number of tokens of each row that all but attention works on at one time; 0: all.
     """
 
     layout: TokenLayout
@@ -127,7 +128,7 @@ class Layer:
         return self.kinds[0].names
 
     def _sequential(self, x: Array, past: Past) -> tuple[Array, Past]:
-        """x = x + attention(norm(x)); x = x + mlp(norm(x))."""
+        """x = x + attention(norm(x)); x = x + mlp(norm(x)), or x = norm(x + ...) where norms follow."""
         attended, own = self._attention(x, past.own)
         return self._each_token(_add_attention_then_mlp, (x, attended), *_ATTENTION_OUT, *_MLP), Past(own)
 
@@ -189,7 +190,7 @@ class Layer:
         return attended.reshape(*attended.shape[:2], -1), entry
 
     def _cross_attention(self, x: Array, past: KeysValues | None) -> tuple[Float[Array, "B T HD"], KeysValues]:
-        """Attend to the encoder: its keys and values are made where its output is at hand, else taken from the cache."""
+        """Attend to the encoder; keys and values are made where its output is at hand, else taken from the cache."""
         arch, names = self.arch, self.names
         q = self._each_token(_cross_queries, x, "cross_norm", "cross_q")
         encoded, layout = self.context.encoder
@@ -279,7 +280,7 @@ def _mlp(layer: Layer, weights: Branch, x: Array) -> Array:
 
 def linear(module: Branch, x: Array) -> Array:
     """Return x @ weight + bias in x's dtype."""
-    y = checkpoint_name(matmul(x, module.leaf("weight")), "projection")
+    y = checkpoint_name(matmul(x, module.leaf("weight")), PROJECTION)
     bias = module.leaf("bias")
     return y if bias is None else y + dense(bias).astype(y.dtype)
 
@@ -287,7 +288,8 @@ def linear(module: Branch, x: Array) -> Array:
 def norm(arch: Architecture, module: Branch, x: Array) -> Array:
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) in float32.
 
-    A plain RMSNorm is rounded before the weight, one whose weight is stored with an offset after it, as HF does.
+    RMSNorm casts to the dtype of x, then scales; LayerNorm, and RMSNorm with an offset (Gemma), scale first: as
+    Hugging Face does.
     """
     wide = x.astype(jnp.float32)
     if arch.norm == "layer":

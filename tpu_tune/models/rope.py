@@ -26,15 +26,15 @@ class Rope:
     """One rotary embedding.
 
     Attributes:
-      dim: rotated elements of each head, the first ones; the rest pass unchanged.
+      dim: number of rotated elements of each head, the first ones; the rest pass unchanged.
       theta: base of the frequencies.
       kind: default | linear | dynamic | llama3 | longrope.
-      factor: by how much the context is stretched (linear, dynamic, llama3).
-      original_length: positions the model was trained on (dynamic, llama3, longrope).
-      low_freq_factor, high_freq_factor: llama3's band.
+      factor: factor by which the context is stretched (linear, dynamic, llama3).
+      original_length: number of positions the model was trained on (dynamic, llama3, longrope).
+      low_freq_factor, high_freq_factor: bounds of llama3's smooth band, in wavelengths per `original_length`.
       short_factors, long_factors: longrope's divisors of each frequency, up to `original_length` and beyond.
       magnitude: factor on cosines and sines (longrope).
-      interleaved: pairs are neighbours (GPT-J) instead of the two halves.
+      interleaved: whether pairs are neighbours (GPT-J) instead of the two halves.
     """
 
     dim: int
@@ -55,9 +55,9 @@ def from_config(config: Mapping[str, Any], dim: int, default_theta: float = 1000
 
     Args:
       config: content of config.json.
-      dim: rotated elements of each head.
+      dim: number of rotated elements of each head.
       default_theta: the family's base where the config names none.
-      layer_type: which entry of a `rope_parameters` that has one per layer type.
+      layer_type: the entry to read of a `rope_parameters` that has one per layer type.
 
     Raises:
       UserError: a rope type that is not implemented; it is named.

@@ -1,7 +1,7 @@
 """Walking the layers: `run_layers` scans each group's stacked leaves, every layer rematerialised by policy.
 
 `Execution` says how, apart from the mathematics. Leaves that `jax.lax.scan` slices are arrays; quantized stacks stay
-outside and are read layer by layer where they lie (`tensors.outside_scan`).
+outside on one device and are read layer by layer where they lie (`tensors.outside_scan`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jaxtyping import Array, Float
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.models.architecture import Architecture, LayerKind
 from tpu_tune.models.groups import LayerGroup
-from tpu_tune.models.layers import Layer, LayerContext, Past
+from tpu_tune.models.layers import PROJECTION, Layer, LayerContext, Past
 from tpu_tune.tensors import Module, outside_scan
 
 _LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("projection"),
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_LAYER_INPUT],
@@ -43,7 +43,7 @@ class Execution:
 
     Attributes:
       dtype: the activations' dtype; norms, rotary angles and softmax are float32 whatever it is.
-      attention: implementation, see `kernels.attention`.
+      attention: name of attention's implementation, see `kernels.attention`.
       mesh: the devices, for attention's kernels, each of which works on its device's part; None on one device.
       remat: none | full | dots | offload: what of a layer the backward pass recomputes; all but its input under full,
         which waits in the host's memory under offload.
@@ -99,7 +99,7 @@ def run_layers(
         written.append(new)
     if past is None:
         return x, None
-    return x, written[0] if len(written) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
+    return x, written[0] if len(written) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *written)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +107,10 @@ class _Stack:
     """A stacked leaf as one group's scan reads it.
 
     Attributes:
-      path: in the tree.
+      path: the leaf's path in the tree.
       name: the path relative to its layer.
       positions: which layers of the group's pattern have the leaf.
-      first: index in the stack of the group's first layer that has it.
+      start: index in the stack of the group's first layer that has it.
       scanned: arrays for the scan's inputs, (repeats, ...), or (repeats, positions, ...) where a pattern has several
         layers.
       layer: function (one layer's part of `scanned`, index in the stack) -> the layer's leaf.
@@ -119,30 +119,30 @@ class _Stack:
     path: str
     name: str
     positions: tuple[int, ...]
-    first: int
+    start: int
     scanned: Any
     layer: Callable[[Any, Array], Any]
 
     def at(self, position: int, repeat: Array, part: Any, is_pattern: bool) -> Any:
         """Return the leaf of the layer at a position of the pattern, given one repeat's part of `scanned`."""
-        rank = self.positions.index(position)
-        part = jax.tree.map(lambda array: array[rank], part) if is_pattern else part
-        return self.layer(part, self.first + repeat * len(self.positions) + rank)
+        offset = self.positions.index(position)
+        part = jax.tree.map(lambda array: array[offset], part) if is_pattern else part
+        return self.layer(part, self.start + repeat * len(self.positions) + offset)
 
 
 def _stack(module: Module, path: str, leaf: Any, group: LayerGroup, execution: Execution) -> _Stack:
     positions = tuple(position for position in range(group.period) if group.first + position in module.layers)
-    first, count = module.layers.index(group.first + positions[0]), group.repeats * len(positions)
-    # On more devices `gather` takes the layer that the scan cuts out.
-    whole, layer = outside_scan(leaf, execution.plan) if execution.mesh is None else (leaf, lambda part, index: part)
+    start, count = module.layers.index(group.first + positions[0]), group.repeats * len(positions)
+    # On a mesh the scan slices quantized stacks too: `Execution.gather` says how each slice lies on the devices.
+    sliced, layer = outside_scan(leaf, execution.plan) if execution.mesh is None else (leaf, lambda part, index: part)
 
     def of_group(array: Array) -> Array:
         if count < array.shape[0]:
-            array = jax.lax.slice_in_dim(array, first, first + count)
+            array = jax.lax.slice_in_dim(array, start, start + count)
         return array if group.period == 1 else array.reshape(group.repeats, len(positions), *array.shape[1:])
 
     name = path[len(module.layers_path) :].partition(".")[2]
-    return _Stack(path, name, positions, first, jax.tree.map(of_group, whole), layer)
+    return _Stack(path, name, positions, start, jax.tree.map(of_group, sliced), layer)
 
 
 def _run_group(
@@ -178,24 +178,24 @@ def _run_group(
 
     layer_kinds = [arch.layer_kinds[layer] for layer in group.layers]
     kinds = [tuple(dict.fromkeys(layer_kinds[position :: group.period])) for position in range(group.period)]
-    numbers = [kinds[index % group.period].index(kind) for index, kind in enumerate(layer_kinds)]
+    kind_indices = [kinds[index % group.period].index(kind) for index, kind in enumerate(layer_kinds)]
     layers = [layer_at(position, kinds[position]) for position in range(group.period)]
 
     def run_pattern(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
-        repeat, parts, numbers, past = scanned
+        repeat, parts, kind_indices, past = scanned
         written = []
         for position, run_layer in enumerate(layers):
-            own_past = jax.tree.map(lambda array, position=position: array[position], past)
-            x, new = run_layer(x, (repeat, parts, numbers[position], own_past))
+            layer_past = jax.tree.map(lambda array, position=position: array[position], past)
+            x, new = run_layer(x, (repeat, parts, kind_indices[position], layer_past))
             written.append(new)
         return x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *written)
 
     def by_repeat(array: Array) -> Array:
         return array.reshape(group.repeats, group.period, *array.shape[1:]) if is_pattern else array
 
-    of_group = Past() if past is None else jax.tree.map(lambda array: array[group.first : group.layers.stop], past)
+    group_past = Past() if past is None else jax.tree.map(lambda array: array[group.first : group.layers.stop], past)
     parts = {stack.path: stack.scanned for stack in stacks}
-    numbers, of_group = jax.tree.map(by_repeat, (jnp.asarray(np.array(numbers, np.int32)), of_group))
-    scanned = (jnp.arange(group.repeats), parts, numbers, of_group)
+    indices = jnp.asarray(np.array(kind_indices, np.int32))
+    scanned = (jnp.arange(group.repeats), parts, *jax.tree.map(by_repeat, (indices, group_past)))
     x, written = jax.lax.scan(run_pattern if is_pattern else layers[0], x, scanned)
     return x, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]) if is_pattern else array, written)

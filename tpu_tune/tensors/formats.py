@@ -42,6 +42,10 @@ class Format:
     encode: Callable[[Float[Array, "..."]], UInt8[Array, "..."]]
     decode: Callable[[UInt8[Array, "..."]], Float[Array, "..."]]
 
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"a code takes 4 or 8 bits, not {self.bits}: nothing else is packed")
+
 
 def _encode_nf4(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     # The codebook is sorted, so a code is the number of thresholds below x (strictly: ties go to the lower code).

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan, fits, quantized_matmul
 from tpu_tune.tensors.formats import FORMATS
-from tpu_tune.tensors.leaf import Leaf
 from tpu_tune.tensors.product import contract_array, product
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class LayerView:
     """One layer of a stacked `QuantizedTensor`, not cut out: what reads it reads the stack.
 
     Slices that `jax.lax.scan` makes of its inputs are copies wherever they go into another loop, and all of a layer's
-    at once. Of this, a product cuts what it needs at that moment.
+    at once. Of a `LayerView`, a product cuts only what it needs at that moment.
 
     Attributes:
       stack: all layers, on a leading axis.
@@ -46,7 +45,7 @@ class LayerView:
         return self.stack.shape
 
     def cut(self, axis: int = 1, start: Any = 0, size: int | None = None) -> QuantizedTensor:
-        """Return the layer, or of its axis `in` (0: whole groups and pack blocks) or `out` (1) a part."""
+        """Return the layer, or a part of its axis `in` (0: whole groups and pack blocks) or `out` (1)."""
         stack, size = self.stack, self.stack.shape[axis] if size is None else size
 
         def slice_of(leaf: Array, rows_each: int) -> Array:
@@ -117,24 +116,24 @@ class LayerView:
 
 
 def outside_scan(leaves: Any, plan: MatmulPlan) -> tuple[Any, Callable[[Any, Array], Any]]:
-    """Split stacked leaves into what `jax.lax.scan` is to slice and what stays outside: parts that have a `view`.
+    """Split stacked leaves into what `jax.lax.scan` is to slice and what stays outside: parts that have a `layer_view`.
 
     Args:
       leaves: a tree of stacked leaves.
-      plan: how products with the quantized ones are computed.
+      plan: how products with the quantized leaves are computed.
 
     Returns:
       A tree for scan's inputs, and a function (one slice of it, the layer's index in the stack) -> the layer's leaves.
     """
 
     def has_view(leaf: Any) -> bool:
-        return hasattr(leaf, "view") and isinstance(leaf, Leaf)
+        return hasattr(leaf, "layer_view")
 
     flat, structure = jax.tree.flatten(leaves, is_leaf=has_view)
     sliced = [None if has_view(leaf) else leaf for leaf in flat]
 
     def layer(slices: Any, index: Array) -> Any:
         pairs = zip(flat, slices, strict=True)
-        return structure.unflatten([leaf.view(index, plan) if has_view(leaf) else part for leaf, part in pairs])
+        return structure.unflatten([leaf.layer_view(index, plan) if has_view(leaf) else part for leaf, part in pairs])
 
     return sliced, layer

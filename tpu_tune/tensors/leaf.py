@@ -1,28 +1,30 @@
 """What every kind of weight leaf can do, and how the model asks for it: `matmul`, `embed`, `unembed`, `dense`.
 
-A leaf of the parameter tree is an array or an object of a class like `QuantizedTensor` or `LoraTensor`: one class in one
-file, a frozen dataclass registered as a pytree, with the methods of `Leaf`. Model code calls the four functions here and
-never asks for a leaf's type, so that a new kind of leaf is a new class and nothing else. A leaf that wraps another one
-holds it in a field called `base` (see `map_base`).
+A leaf of the parameter tree is an array or an object of a class like `QuantizedTensor` or `LoraTensor`: one class in
+one file, a frozen dataclass registered as a pytree, with the methods of `Leaf`. Model code calls the four functions
+here and never asks for a leaf's type, so that a new kind of leaf is a new class and nothing else. A leaf that wraps
+another one holds it in a field called `base` (see `map_base`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tpu_tune.tensors.product import product
+from tpu_tune.tensors.product import ARRAYS, product
 
 
-@runtime_checkable
 class Leaf(Protocol):
     """A weight that is not a plain array; its methods are what the functions of this module do with it.
 
-    Under `jax.lax.scan` a leaf of stacked layers is sliced array by array, and the slice is again a valid leaf.
+    Under `jax.lax.scan` a leaf of stacked layers is sliced array by array, and the slice is again a valid leaf. A leaf
+    that wraps another one over an embedding and lets the tied head use its own values says `unties_head = False`; by
+    default the head is taken to go on using `base`, as PEFT has it. A stored format has four members more, which
+    `QuantizedTensor` shows: `contract` (`product.Contracts`), `layer_view`, and for meshes `row_unit` and `map_parts`.
     """
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -40,12 +42,12 @@ class Leaf(Protocol):
 
 def matmul(x: Float[Array, "*batch in"], w: Array | Leaf) -> Float[Array, "*batch out"]:
     """Return x @ w in x's dtype for a kernel leaf w of logical shape (in, out); sums are float32."""
-    return w.matmul(x) if isinstance(w, Leaf) else product(x, w, False)
+    return product(x, w, False) if isinstance(w, ARRAYS) else w.matmul(x)
 
 
 def embed(ids: Int[Array, "*batch"], w: Array | Leaf, dtype: Any) -> Float[Array, "*batch dim"]:
     """Return the rows of an embedding leaf w of logical shape (vocabulary, dim), in `dtype`."""
-    return w.embed(ids, dtype) if isinstance(w, Leaf) else w[ids].astype(dtype)
+    return w[ids].astype(dtype) if isinstance(w, ARRAYS) else w.embed(ids, dtype)
 
 
 def unembed(x: Float[Array, "*batch dim"], w: Array | Leaf) -> Float[Array, "*batch vocabulary"]:
@@ -53,12 +55,12 @@ def unembed(x: Float[Array, "*batch dim"], w: Array | Leaf) -> Float[Array, "*ba
 
     An adapter or a trained copy on the embedding does not reach the head, single trained tokens do: as PEFT has it.
     """
-    return w.unembed(x) if isinstance(w, Leaf) else product(x, w, True)
+    return product(x, w, True) if isinstance(w, ARRAYS) else w.unembed(x)
 
 
 def dense(w: Array | Leaf) -> Float[Array, "*layers in out"]:
     """Return a leaf as one float32 array, adapters merged in; a leading layer axis is kept."""
-    return w.dense() if isinstance(w, Leaf) else w.astype(jnp.float32)
+    return w.astype(jnp.float32) if isinstance(w, ARRAYS) else w.dense()
 
 
 def map_base(function: Callable[[Any], Any], leaf: Any) -> Any:

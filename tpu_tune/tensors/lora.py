@@ -30,7 +30,7 @@ class LoraTensor:
       b: (..., rank, out) float32.
       scale: (...,) float32, alpha / rank or alpha / sqrt(rank).
       key: a typed PRNG key a layer for dropout, or None in evaluation.
-      magnitude: DoRA's (..., out) float32, or None.
+      magnitude: DoRA's magnitudes, (..., out) float32; None for plain LoRA.
       active: (...,) bool, which of the stacked layers carry the adapter; None: all. Only DoRA needs to know: where a
         and b are zero, plain LoRA changes nothing.
       dropout: probability that an element of the adapter's input is dropped.
@@ -44,8 +44,6 @@ class LoraTensor:
     magnitude: Float[Array, "*layers out"] | None = None
     active: Bool[Array, "*layers"] | None = None
     dropout: float = 0.0
-
-    unties_head = True  # a tied head goes on using `base`, as PEFT has it
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return x @ base + scale * dropout(x) @ a @ b, under DoRA with the columns' norms set to `magnitude`."""
@@ -87,7 +85,7 @@ class LoraTensor:
 
 
 def _dropout(x: Array, key: Array, rate: float) -> Array:
-    """Drop elements of x, (..., tokens, dim); `key` is one, or one a token (see `kernels.chunks.token_keys`)."""
+    """Drop elements of x, (..., tokens, dim); `key` is one key, or one a token (see `kernels.chunks.token_keys`)."""
     keys = token_keys(key, jnp.arange(x.shape[-2])) if key.ndim == 0 else key
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (*x.shape[:-2], x.shape[-1])))(keys)
     keep = jnp.moveaxis(keep, 0, -2)

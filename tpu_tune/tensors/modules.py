@@ -20,10 +20,11 @@ Kind = Literal["linear", "embedding", "norm"]
 
 @dataclasses.dataclass(frozen=True)
 class LeafSpec:
-    """What is known of a leaf from its path, whoever trains, shards or stores it.
+    """What transforms need to know of a leaf: its module says it, so that nobody guesses from a name.
 
     Attributes:
-      axes: a logical name for each axis of one layer's array, which `transforms.sharding` maps to mesh axes; None: whole.
+      axes: a logical name for each axis of one layer's array, which `transforms.sharding` maps to mesh axes; None: an
+        axis that is never cut.
       stacked: whether axis 0 of the leaf counts layers, before `axes`.
       unit: entries of the last axis that belong together; a mesh cuts between units only.
       decay: whether weight decay applies.
@@ -42,17 +43,17 @@ class Module:
     """One module of the tree, or a stack of the same module over the layers that have it.
 
     Attributes:
-      path: the module's path in the tree, without `.weight`. Where layers have modules of one name that differ in shape,
-        each stack after the first has the index of its first layer in brackets: `model.layers[3].mlp.up_proj`.
-      kind: what it is; `linear` and `embedding` modules can carry adapters.
-      shape: of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim) or (dim,).
+      path: the module's path in the tree, without `.weight`. Where layers have modules of one name that differ in
+        shape, each stack after the first has the index of its first layer in brackets: `model.layers[3].mlp.up_proj`.
+      kind: linear, embedding or norm; `linear` and `embedding` modules can carry adapters.
+      shape: shape of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim) or (dim,).
       axes: logical names of those axes, as in `LeafSpec`.
       bias: whether it has a bias beside the weight.
       layers: indices of the layers that are stacked, ascending; () for a module that is there once.
       layers_path: the part of its Hugging Face name before the layer index, "" for a module that is there once.
-      is_head: the output head, which `all-linear` leaves out.
+      is_head: whether it is the output head, which `all-linear` leaves out.
       tied_to: path of the embedding whose weight this head uses; it has then no leaf of its own.
-      fan_in_fan_out: the file holds the weight as (in, out), as GPT-2's Conv1D does.
+      fan_in_fan_out: whether the file holds the weight as (in, out), as GPT-2's Conv1D does.
       segments: widths of the matrices that the file has side by side along `out`, in order; () where there is one.
         In the tree they lie in pieces, a `unit` holding the matching piece of each: see `from_torch`.
       unit: columns of `out` that belong together; a mesh cuts between units only.
@@ -88,15 +89,15 @@ class Module:
     def leaves(self) -> dict[str, LeafSpec]:
         """Return path -> facts of its leaves: the weight, and the bias where there is one."""
         stacked = bool(self.layers)
-        found = {self.weight: LeafSpec(self.axes, stacked, self.unit, self.decay and self.kind != "norm")}
+        specs = {self.weight: LeafSpec(self.axes, stacked, self.unit, self.decay and self.kind != "norm")}
         if self.bias:
-            found[f"{self.path}.bias"] = LeafSpec((None,), stacked, self.unit, decay=False)
-        return found
+            specs[f"{self.path}.bias"] = LeafSpec((None,), stacked, self.unit, decay=False)
+        return specs
 
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return path -> shape of its leaves, layers stacked on axis 0; none for a tied head."""
-        found = {} if self.tied_to else {self.weight: self.stack + self.shape}
-        return found | ({f"{self.path}.bias": self.stack + self.shape[-1:]} if self.bias and not self.tied_to else {})
+        shapes = {} if self.tied_to else {self.weight: self.stack + self.shape}
+        return shapes | ({f"{self.path}.bias": self.stack + self.shape[-1:]} if self.bias and not self.tied_to else {})
 
     def name(self, layer: int | str | None = None) -> str:
         """Return the Hugging Face module name, with the layer index where there is one."""

@@ -8,14 +8,16 @@ adapter) used by bfloat16 activations gets its gradient without a rounding betwe
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+ARRAYS = (jax.Array, np.ndarray)
 
-@runtime_checkable
+
 class Contracts(Protocol):
     """A stored weight that computes its own products."""
 
@@ -28,9 +30,9 @@ def product(x: Float[Array, "*batch k"], w: Array | Contracts, transposed: bool)
     """Return x @ w, or x @ w.T, summed in float32 and rounded to x's dtype once.
 
     Args:
-      x: k is `in`, or `out` where transposed.
-      w: (in, out); a gradient flows into an array only, what is stored in another form is frozen.
-      transposed: contract over `out`.
+      x: left operand; k is `in`, or `out` where transposed.
+      w: the weight, (in, out); a gradient flows into an array only, what is stored in another form is frozen.
+      transposed: whether to contract over `out`.
     """
     return _contract(x, w, int(transposed))
 
@@ -42,7 +44,7 @@ def contract_array(x: Array, w: Array, axis: int) -> Array:
 
 
 def _contract(x: Array, w: Any, axis: int) -> Array:
-    return w.contract(x, axis) if isinstance(w, Contracts) else contract_array(x, w.astype(x.dtype), axis)
+    return contract_array(x, w.astype(x.dtype), axis) if isinstance(w, ARRAYS) else w.contract(x, axis)
 
 
 def _forward(x: Any, w: Any, transposed: bool) -> tuple[Array, tuple[Array | None, Any]]:
@@ -60,7 +62,7 @@ def _backward(transposed: bool, residuals: tuple[Array | None, Any], g: Array) -
         return x_gradient, _outer(g, x).astype(w.dtype)
     if 4 * g.shape[-1] > x.shape[-1]:
         return x_gradient, _outer(x, g).astype(w.dtype)
-    # XLA's CPU backend transposes the first operand. Of an adapter's A it should be the narrow one; the barrier keeps
+    # XLA's CPU backend transposes the first operand. For an adapter's A it should be the narrow one; the barrier keeps
     # XLA from exchanging them again.
     return x_gradient, jax.lax.optimization_barrier(_outer(g, x)).T.astype(w.dtype)
 

@@ -44,9 +44,9 @@ class QuantizedTensor:
       scales: (..., groups, out), each group's absolute maximum: float32, or uint8 under double quantization.
       scale_max: (..., 1, out) float32, the column's largest scale, under double quantization; else None.
       format: a key of `formats.FORMATS`.
-      shape: the logical (in, out).
-      group_size: input rows that share a scale.
-      pack_block: input rows packed together (see the module's docstring); 1 where codes take a byte.
+      shape: the logical shape, (in, out).
+      group_size: number of input rows that share a scale.
+      pack_block: number of input rows packed together (see the module's docstring); 1 where codes take a byte.
     """
 
     codes: Array
@@ -88,7 +88,7 @@ class QuantizedTensor:
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "*layers in out"]:
         """Return the weight: decoded and scaled in float32, then cast, as bitsandbytes does."""
         values = FORMATS[self.format].decode(self.unpacked())
-        return _scale_groups(values, self.group_scales(), self.group_size, jnp.multiply).astype(dtype)
+        return _scale_groups(values, self.group_scales(), self.group_size).astype(dtype)
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return x @ w."""
@@ -110,7 +110,7 @@ class QuantizedTensor:
         """Return x @ w (axis 0) or x @ w.T (axis 1), dequantized whole in x's dtype."""
         return contract_array(x, self.dequantize(x.dtype), axis)
 
-    def view(self, layer: Int[Array, ""], plan: MatmulPlan) -> LayerView:
+    def layer_view(self, layer: Int[Array, ""], plan: MatmulPlan) -> LayerView:
         """Return one layer of a stacked tensor without cutting it out."""
         return LayerView(self, layer, plan)
 
@@ -120,7 +120,7 @@ class QuantizedTensor:
         return math.lcm(self.group_size, self.pack_block)
 
     def map_parts(self, function: Callable[[bool], Any]) -> QuantizedTensor:
-        """Return the same structure of what `function` gives for each array, told whether the array has an axis `in`."""
+        """Return the same structure of `function`'s results for each array, told whether the array has an axis `in`."""
         largest = None if self.scale_max is None else function(False)
         return dataclasses.replace(self, codes=function(True), scales=function(True), scale_max=largest)
 
@@ -154,7 +154,7 @@ def quantize_tensor(
     weight = weight.astype(jnp.float32)
     scales = _absolute_maxima(weight, group_size)
     inverse = jnp.where(scales > 0, 1.0 / jnp.where(scales > 0, scales, 1.0), 0.0)
-    codes = FORMATS[format].encode(_scale_groups(weight, inverse, group_size, jnp.multiply))
+    codes = FORMATS[format].encode(_scale_groups(weight, inverse, group_size))
     tensor = QuantizedTensor.from_codes(codes, scales, format, group_size)
     return double_quantize(tensor) if double_quant else tensor
 
@@ -173,11 +173,11 @@ def _absolute_maxima(weight: Array, group_size: int) -> Array:
     return jnp.max(_grouped(padded, group_size), axis=-2)
 
 
-def _scale_groups(values: Array, scales: Array, group_size: int, operation: Any) -> Array:
+def _scale_groups(values: Array, scales: Array, group_size: int) -> Array:
     rows = values.shape[-2]
     if rows % group_size == 0:
-        return operation(_grouped(values, group_size), scales[..., None, :]).reshape(values.shape)
-    return operation(values, jnp.repeat(scales, group_size, axis=-2)[..., :rows, :])
+        return (_grouped(values, group_size) * scales[..., None, :]).reshape(values.shape)
+    return values * jnp.repeat(scales, group_size, axis=-2)[..., :rows, :]
 
 
 def _grouped(values: Array, size: int) -> Array:

@@ -23,8 +23,6 @@ class SavedTensor:
     base: Any
     value: Array
 
-    unties_head = True
-
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return x @ value."""
         return matmul(x, self.value)

@@ -22,7 +22,7 @@ class TokensTensor:
     Attributes:
       base: the frozen leaf: an array, a `QuantizedTensor` or a `Transposed`.
       ids: the tokens, each once.
-      rows: what stands in for their rows, float32.
+      rows: the trained rows that replace these tokens' rows of `base`, float32.
       axis: where the tokens lie in `base`: 0 in an embedding (vocabulary, dim), whose tied head uses the rows too; 1 in
         a head's kernel (dim, vocabulary).
     """
@@ -32,14 +32,14 @@ class TokensTensor:
     rows: Float[Array, "n dim"]
     axis: int = 0
 
-    unties_head = False
+    unties_head = False  # the trained rows reach a tied head
 
     def matmul(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocabulary"]:
         """Return a head's logits."""
         return self._replace_columns(matmul(x, self.base), x)
 
     def embed(self, ids: Int[Array, "*batch"], dtype: Any) -> Float[Array, "*batch dim"]:
-        """Return the rows of `base`, and of the trained tokens their own."""
+        """Return the rows of `base`; the trained tokens have their own."""
         row_of = jnp.full(self.base.shape[0], -1, jnp.int32)
         row = row_of.at[self.ids].set(jnp.arange(len(self.ids), dtype=jnp.int32))[ids]
         return jnp.where(row[..., None] < 0, embed(ids, self.base, dtype), self.rows[row].astype(dtype))

@@ -102,8 +102,8 @@ def quantize_blocks(x: jax.Array, signed: bool, stacked: bool = False) -> BlockM
 
     Args:
       x: float32, any shape; nonnegative when not `signed`.
-      signed: 128 positive values, 127 negative ones and zero; else 255 positive values and zero.
-      stacked: axis 0 counts layers.
+      signed: whether the map has 128 positive values, 127 negative ones and zero; else 255 positive ones and zero.
+      stacked: whether axis 0 counts layers.
 
     Returns:
       The codes (unsigned: the index in the map; signed: 0 to 128 the index of a nonnegative value, above it 128 plus
@@ -176,7 +176,7 @@ def scale_by_adam_8bit(
         correct1 = 1 - b1 ** count.astype(jnp.float32)
         correct2 = 1 - b2 ** count.astype(jnp.float32)
 
-        def one(path, grad, mu, nu):
+        def one_leaf(path, grad, mu, nu):
             packed, is_stacked = isinstance(mu, BlockMoment), stacked(_dotted(path))
             grad = grad.astype(jnp.float32)
             if packed:
@@ -191,7 +191,7 @@ def scale_by_adam_8bit(
 
         leaves, treedef = jax.tree_util.tree_flatten_with_path(grads)
         moments = zip(treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True)
-        results = [one(path, grad, mu, nu) for (path, grad), (mu, nu) in zip(leaves, moments, strict=True)]
+        results = [one_leaf(path, grad, mu, nu) for (path, grad), (mu, nu) in zip(leaves, moments, strict=True)]
         steps, mus, nus = ([result[k] for result in results] for k in range(3))
         return treedef.unflatten(steps), Adam8bitState(count, treedef.unflatten(mus), treedef.unflatten(nus))
 

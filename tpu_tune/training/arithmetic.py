@@ -12,6 +12,8 @@ import math
 from tpu_tune.data.loading import steps_per_epoch
 from tpu_tune.errors import UserError
 
+MAX_STEPS = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class RunLength:
@@ -52,7 +54,7 @@ def run_length(
     """Count a run's steps as Hugging Face's Trainer does: ceil(epochs * steps an epoch), or `max_steps` if positive.
 
     Raises:
-      UserError: nothing to train on, a batch of no rows, or no steps.
+      UserError: nothing to train on, a batch of no rows, no steps, or more than the int32 that counts them holds.
     """
     for name, value in (
         ("training rows", rows),
@@ -66,9 +68,18 @@ def run_length(
         raise UserError(f"num_train_epochs is {epochs:g}; it must be positive")
     each = steps_per_epoch(rows, per_device * devices, accumulation)
     total = max_steps if max_steps > 0 else math.ceil(epochs * each)
+    if total > MAX_STEPS:
+        raise UserError(
+            f"{epochs:g} epochs of {each:,} steps are more than {MAX_STEPS:,} steps; lower num_train_epochs"
+        )
     return RunLength(
         rows, per_device, devices, accumulation, each, total, total / each if max_steps > 0 else float(epochs)
     )
+
+
+def interval(steps: float, total_steps: int) -> int:
+    """Return a number of steps that may be given as a share of the run, below 1; rounded up, as the Trainer does."""
+    return math.ceil(total_steps * steps) if steps < 1 else int(steps)
 
 
 def words(length: RunLength) -> str:

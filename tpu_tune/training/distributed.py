@@ -311,8 +311,8 @@ def leaving_alone() -> Iterator[None]:
             text = str(error)
         elif isinstance(error, RuntimeError) and lost:
             text = (
-                f"another host has gone ({_short(error)[:120]}); its log says why. The same command on every host goes on "
-                "from the last checkpoint"
+                f"another host has gone ({_short(error)[:120]}); its log says why. The same command on every host goes "
+                "on from the last checkpoint"
             )
         else:
             traceback.print_exc()

@@ -29,7 +29,7 @@ def compute_dtype(config: ConfigDict) -> Any:
 
 def loss_chunk(config: ConfigDict, vocabulary: int, rows: int) -> int:
     """Return the tokens of each of a device's `rows` whose logits exist at one time."""
-    # Logits are float32, of a power of two of tokens: the less they are, the more often the head's weights are read.
+    # Logits are float32, for a power of two of tokens: the fewer tokens, the more often the head's weights are read.
     most = 1 << max(LOGITS_BYTES // (4 * vocabulary), 1).bit_length() - 1
     return max(1, (config.train.loss_chunk_size or min(most, 1024)) // rows)
 
@@ -39,8 +39,8 @@ def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
 
     Args:
       config: the whole configuration.
-      rows: of a micro-batch, on the device.
-      shards: devices that share a row.
+      rows: number of rows of a micro-batch on one device.
+      shards: number of devices that share a row.
     """
     if config.model.token_chunk_size:
         return max(1, config.model.token_chunk_size // rows)
@@ -58,7 +58,7 @@ def execution(
       architecture: the model's facts.
       mesh: the devices.
       shardings: path -> sharding of every leaf of the base tree.
-      rows: of a micro-batch, on one device.
+      rows: number of rows of a micro-batch on one device.
     """
     dtype, packed, several = compute_dtype(config), config.data.packing, mesh if mesh.size > 1 else None
     attention = for_device(config.model.attention, mesh.devices.flat[0], dtype, packed)
@@ -75,8 +75,8 @@ def execution(
         if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
         leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, sharding)
-        if hasattr(leaf, "view") and plan.implementation != "xla":
-            return jax.tree.map(lambda part: part[None], leaf).view(jnp.int32(0), plan)
+        if hasattr(leaf, "layer_view") and plan.implementation != "xla":
+            return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), plan)
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:

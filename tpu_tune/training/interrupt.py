@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from tpu_tune import ctrl_c
+
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[int], bool]]:
     """Yield a function that says whether to stop after a step, because SIGTERM or SIGINT has come.
 
-    It is asked once a step. A second SIGINT interrupts at once. With several processes one's signal stops all of them
-    after the same step.
+    It is asked once a step. Nothing is raised where the signal lands, which may be a callback that would drop it. A
+    second SIGINT ends the program at once; in a notebook it is a KeyboardInterrupt. With several processes one's signal
+    stops all of them after the same step.
     """
     came = threading.Event()
     if jax.process_count() > 1:
@@ -30,7 +33,7 @@ def catch_signals() -> Iterator[Callable[[int], bool]]:
 
     def handle(number: int, _: object) -> None:
         if came.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            ctrl_c.leave()
         came.set()
         print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
 

@@ -141,7 +141,9 @@ def _open_tensorboard(run: RunDirectory, config: Mapping[str, Any], resume_step:
     from tensorboardX import SummaryWriter  # not torch's: the library never imports torch
 
     folder = run.file("tensorboard")
-    writer = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None)
+    # The file's name is the second of its start: a name of its own keeps it from replacing one of the same second.
+    suffix = f".{resume_step:010d}"
+    writer = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None, filename_suffix=suffix)
 
     def write(row: Mapping[str, Any]) -> None:
         for name, value in _scalars(row).items():
@@ -157,19 +159,17 @@ def _open_wandb(run: RunDirectory, config: Mapping[str, Any], resume_step: int) 
     if os.environ.get("WANDB_MODE", "online") in ("online", "run") and not wandb.login(prompt=False):
         # wandb would ask for a key and wait; a run that was started and left must not.
         raise RuntimeError("not logged in: run `wandb login`, or set WANDB_MODE=offline")
-    # A resumed run goes on in the same wandb run, whose id is kept beside the metrics.
+    # A resumed run goes on in the same wandb run, whose id is kept beside the metrics. Without one wandb draws it.
     id_file = run.file("wandb_run_id")
-    identity = wandb.util.generate_id()
-    if storage.exists(id_file):
-        identity = storage.read_bytes(id_file).decode().strip() or identity
+    identity = storage.read_bytes(id_file).decode().strip() if storage.exists(id_file) else ""
     session = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "tpu_tune"),
-        id=identity,
+        id=identity or None,
         resume="allow",
         dir=None if storage.is_remote(run.path) else run.path,
         config=dict(config),
     )
-    run.write_text("wandb_run_id", identity + "\n")
+    run.write_text("wandb_run_id", session.id + "\n")
     session.define_metric("train/global_step")
     session.define_metric("*", step_metric="train/global_step")
 

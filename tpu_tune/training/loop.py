@@ -31,6 +31,7 @@ from tpu_tune.training.opening import Session, open_session
 from tpu_tune.training.prepare_steps import Steps, prepare_steps
 from tpu_tune.training.progress import Progress
 from tpu_tune.training.result import write_result
+from tpu_tune.training.run_lock import RunLock, refuse_second
 from tpu_tune.training.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
         returns after an evaluation is shown.
 
     Raises:
-      UserError: anything the user can mend; nothing half-written stays behind.
+      UserError: anything the user can mend; what is wrong with settings, data or model is found before anything is
+        written. Also where the last loss, the weights or every step was not finite: such a run has no result.
     """
     is_main = jax.process_index() == 0
     say = say if is_main else lambda line: None
@@ -80,13 +82,23 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
 
     # --- settings, data, model: whatever can be wrong with them is found before the run directory is made -------
     session = open_session(config, _find_run, say)
-    config, model, total = session.config, session.model, session.length.total_steps
-    run = RunDirectory(config.output_dir)
-    result = run.result(config.method)
+    run = RunDirectory(session.config.output_dir)
 
-    # --- the run directory --------------------------------------------------------------------------------------
-    distributed.together("config.json", lambda: run.write_config(config) if is_main else None)
-    distributed.together("run directory", lambda: run_start.check_shared(run))
+    def on_main(what: str, act: Callable[[], Any]) -> Any:
+        return distributed.together(what, lambda: act() if is_main else None)
+
+    with run_start.begin(run, session.config, say, on_main) as lock:
+        distributed.together("run directory", lambda: run_start.check_shared(run))
+        return _train(session, run, lock, say, on_eval)
+
+
+def _train(
+    session: Session, run: RunDirectory, lock: RunLock | None, say: Callable[[str], None], on_eval: OnEval | None
+) -> Run:
+    """Train in a run directory that is this start's."""
+    is_main = jax.process_index() == 0
+    config, model, total = session.config, session.model, session.length.total_steps
+    result = run.result(config.method)
     _introduce(session, say)
 
     # --- steps --------------------------------------------------------------------------------------------------
@@ -96,8 +108,9 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
         state, loop_state = _restore(checkpoints, steps, session, say)
         first = int(state.step)
         # Asked before anything is written there: a process that is behind must see what the others saw.
-        ended = first >= total or loop_state.out_of_patience(config.train.early_stopping_patience)
-        main_step, is_done = distributed.from_main([first, ended and storage.is_complete(result)], "checkpoint")
+        stopped_early = loop_state.out_of_patience(config.train.early_stopping_patience)
+        ended = (first >= total or stopped_early) and storage.is_complete(result)
+        main_step, is_done = distributed.from_main([first, ended], "checkpoint")
         distributed.together("checkpoint", lambda: _check_same_step(first, main_step))
         if is_main:
             run.truncate_metrics(first)
@@ -111,13 +124,18 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
             sample(state, 0)
 
         # --- loop -----------------------------------------------------------------------------------------------
-        sinks = loggers.open_sinks(config.train.report_to, run, configuration.to_dict(config), first, is_main)
-        try:
-            loop = TrainingLoop(session, steps, checkpoints, loop_state, first, sinks, say, on_eval)
-            state, status = loop.run(state)
-        finally:
-            loggers.close(sinks)
-        checkpoints.wait()
+        status = "stopped early"
+        if not stopped_early:  # else it was killed after it had stopped, before its result was complete
+            sinks = loggers.open_sinks(config.train.report_to, run, configuration.to_dict(config), first, is_main)
+            if lock is not None:  # asked before a row or a checkpoint is written
+                sinks.insert(0, loggers.Sink("lock", lambda row: lock.check(), flush=lock.check))
+            try:
+                loop = TrainingLoop(session, steps, checkpoints, loop_state, first, sinks, say, on_eval)
+                state, status = loop.run(state)
+            finally:
+                if lock is None or not lock.is_lost:  # closing writes
+                    loggers.close(sinks)
+            checkpoints.wait()
         taken = int(state.step)
         if is_main:
             run.update_summary(summary.peak_memory())
@@ -130,6 +148,7 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
         if config.train.load_best_model_at_end and best and best != taken:
             state = checkpoints.restore(state, best)[0]
             say(f"taking the weights of step {best}, eval_loss {loop_state.best_loss:.4f}")
+        _check_ended_finite(loop_state, taken, total)
         write_result(config, model, state, result)
         sample(state, taken)
         distributed.barrier("result")
@@ -169,9 +188,12 @@ class TrainingLoop:
         self.sinks, self.say, self.on_eval = sinks, say, on_eval
         self.train = session.config.train
         self.first, self.total = first, session.length.total_steps
+        self.every = {
+            name: arithmetic.interval(self.train[f"{name}_steps"], self.total) for name in ("logging", "eval", "save")
+        }
         self.steps_per_epoch = session.batches.steps_per_epoch
         self.meter = Meter(loop_state, first, self.steps_per_epoch)
-        self.progress = Progress(self.total, first, self.train.logging_steps, show=jax.process_index() == 0)
+        self.progress = Progress(self.total, first, self.every["logging"], show=jax.process_index() == 0)
 
     def run(self, state: TrainState) -> tuple[TrainState, str]:
         """Train from `state` to the end; return the last state and how the run ended.
@@ -184,19 +206,19 @@ class TrainingLoop:
         started, status, step, last_eval = time.monotonic(), "finished", first, 0
         with self.progress, catch_signals() as interrupted_at:
             for step, batch in enumerate(prefetch(self.session.batches.batch, first, total), start=first + 1):
-                state, metrics = steps.train(state, frozen, steps.put_batch(batch, 1))
+                state, metrics = steps.train(state, frozen, steps.put_batch(batch, leading=1))
                 metrics = self.meter.add(step, metrics)
                 if step == first + 1:
                     self.say(f"first step after {time.monotonic() - started:.1f} s, compiling included")
                 _check_finite(metrics, step, train.max_nonfinite_steps)
                 self.log(step)
                 stop, interrupted = False, interrupted_at(step)
-                if evaluates and self.is_due(train.eval_strategy, train.eval_steps, step):
+                if evaluates and self.is_due(train.eval_strategy, self.every["eval"], step):
                     last_eval = step
                     self.evaluate(state)
                     stop = self.loop_state.out_of_patience(train.early_stopping_patience)
                 is_best = train.load_best_model_at_end and self.loop_state.best_step == step
-                if interrupted or stop or is_best or self.is_due(train.save_strategy, train.save_steps, step):
+                if interrupted or stop or is_best or self.is_due(train.save_strategy, self.every["save"], step):
                     self.save(state)
                 if interrupted:
                     return state, "interrupted"
@@ -218,7 +240,7 @@ class TrainingLoop:
     def log(self, step: int) -> None:
         """Show the step, and log a row where one is due."""
         train = self.train
-        if step % train.logging_steps and step != self.total and not (step == 1 and train.logging_first_step):
+        if step % self.every["logging"] and step != self.total and not (step == 1 and train.logging_first_step):
             return self.progress.update(step)
         row = self.meter.row(step)
         loggers.log(self.sinks, row)
@@ -248,6 +270,8 @@ class TrainingLoop:
 
 def _find_run(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
     """Compare a configuration with the run in its `output_dir`; return it with the run's seeds, and lines to say."""
+    if jax.process_index() == 0:
+        refuse_second(RunDirectory(config.output_dir))
     start = run_start.open_run(config, write=False)
     return start.config, start.notes
 
@@ -283,8 +307,8 @@ def _restore(
         say(f"resuming from step {int(state.step)} of {session.length.total_steps}")
         if loop_state.rows not in (0, rows):
             say(
-                f"a step was {loop_state.rows} rows and is now {rows}, because the mesh has changed: order and schedule "
-                "are new from here on"
+                f"a step was {loop_state.rows} rows and is now {rows}, because the mesh has changed: order and "
+                "schedule are new from here on"
             )
     loop_state.rows = rows
     return state, loop_state
@@ -305,3 +329,17 @@ def _check_finite(metrics: dict[str, float], step: int, most: int) -> None:
             f"no update was made from them (last loss {metrics['loss']:.4g}). Lower train.learning_rate, or set "
             "model.dtype=float32 to see whether it is the precision"
         )
+
+
+def _check_ended_finite(loop_state: LoopState, taken: int, total: int) -> None:
+    """Hold against a run that would end as done although nothing came of it; a start after that says so again."""
+    if not loop_state.loss_is_finite:
+        what = "its last loss is not finite"
+    elif taken and loop_state.skipped >= taken:
+        what = "no update was made, because the loss or the gradient was not finite in any of them"
+    else:
+        return
+    raise UserError(
+        f"the run has made {taken} of {total} steps, and {what}; it has no result. In another output_dir, lower "
+        "train.learning_rate, or set model.dtype=float32 to see whether it is the precision"
+    )

@@ -29,6 +29,7 @@ class LoopState:
       evals_without_gain: evaluations since the last one that gained enough for the patience to start anew.
       skipped: steps without an update, because something was not finite.
       rows: rows of a step, over all devices and micro-batches.
+      loss_is_finite: whether the last loss was, of a step or of an evaluation after it.
     """
 
     num_tokens: int = 0
@@ -38,6 +39,7 @@ class LoopState:
     evals_without_gain: int = 0
     skipped: int = 0
     rows: int = 0
+    loss_is_finite: bool = True
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> LoopState:
@@ -51,6 +53,7 @@ class LoopState:
         if is_best:
             self.best_loss, self.best_step = eval_loss, step
         self.evals_without_gain = 0 if is_gain else self.evals_without_gain + 1
+        self.loss_is_finite = math.isfinite(eval_loss)
 
     def out_of_patience(self, patience: int) -> bool:
         """Whether `train.early_stopping_patience` evaluations have gained nothing; never where it is 0."""
@@ -86,6 +89,7 @@ class Meter:
         state.num_tokens += int(metrics["num_tokens"])
         state.skipped += metrics["finite"] == 0
         state.window.append(metrics["loss"])
+        state.loss_is_finite = math.isfinite(metrics["loss"])
         if step == self._first + 1:
             self.restart_clock()  # the first step of a start compiles
         return metrics

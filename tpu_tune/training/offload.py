@@ -1,4 +1,4 @@
-"""Optimizer state in the host's memory between steps (`train.optim_offload`), what the guide's paged optimizers are for.
+"""Optimizer state in host memory between steps (`train.optim_offload`), what the guide's paged optimizers are for.
 
 The state of one layer of one leaf at a time comes to the device, is updated there and goes back: a loop over the
 layers, because XLA starts all transfers that nothing holds back at once, and then the device holds the whole state
@@ -30,16 +30,16 @@ def waits(state: Any, specs: Mapping[str, LeafSpec]) -> Any:
     0.0.42 aborts at a slice of one row between host and device.
 
     Args:
-      state: of arrays or shapes.
+      state: the optimizer's state, of arrays or shapes.
       specs: path -> facts of every trained leaf.
     """
 
-    def one(path: tuple[Any, ...], leaf: Any) -> bool:
+    def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         is_stacked = any(key in specs and specs[key].stacked for key in keys)
         return leaf.ndim >= 2 + is_stacked
 
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree_util.tree_map_with_path(is_matrix, state)
 
 
 def to_host(shardings: Any, waiting: Any) -> Any:
@@ -61,13 +61,14 @@ def update_each(
     """Return (weights, state) after an update of one layer of one leaf after the other.
 
     Args:
-      update: of any part of the tree: the optimizer's, given the same three trees with some paths and layers only.
+      update: the optimizer's update, which can be called with the same three trees of some paths and layers only.
       grads: path -> gradient.
-      state: the optimizer's; what belongs to a leaf stands in a dict under its path, and has its axis 0.
+      state: the optimizer's state; what belongs to a leaf stands in a dict under its path, and has its axis 0.
       weights: path -> leaf.
-      is_finite: bool; where it is False, `update` changes nothing. Layers are then not visited. That their number is not
-        known beforehand also keeps XLA from taking loops apart whose transfers then need more semaphores than a TPU has.
-      shardings: the state's, where its leaves lie and are to lie again.
+      is_finite: bool; where it is False, `update` changes nothing. Layers are then not visited. That their number is
+        not known beforehand also keeps XLA from taking loops apart whose transfers then need more semaphores than a TPU
+        has.
+      shardings: shardings of the state: where its leaves lie and are to lie again.
       specs: path -> facts of every trained leaf.
     """
     new_weights, new_state = {}, state
@@ -80,8 +81,8 @@ def update_each(
 
 
 def _whole(update: Update, path: str, grad: Array, state: Any, weight: Array, shardings: Any) -> tuple[Array, Any]:
-    found, state = update({path: grad}, _fetched(state, shardings), {path: weight})
-    return found[path], _returned(state, shardings)
+    new_weights, state = update({path: grad}, _fetched(state, shardings), {path: weight})
+    return new_weights[path], _returned(state, shardings)
 
 
 def _each_layer(
@@ -93,15 +94,15 @@ def _each_layer(
     def put(leaf: Array, new: Array, layer: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(leaf, new, layer, 0) if leaf.ndim else new
 
-    def one(layer: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    def one_layer(layer: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         weight, carried = carry
         # Counters are those from before the step in every layer.
-        here = jax.tree.map(lambda new, old: at(new if new.ndim else old, layer), carried, state)
-        found, here = update({path: at(grad, layer)}, _fetched(here, shardings), {path: at(weight, layer)})
-        here = jax.tree.map(lambda leaf, new: put(leaf, new, layer), carried, _returned(here, shardings))
-        return put(weight, found[path], layer), here
+        part = jax.tree.map(lambda new, old: at(new if new.ndim else old, layer), carried, state)
+        new_weights, part = update({path: at(grad, layer)}, _fetched(part, shardings), {path: at(weight, layer)})
+        carried = jax.tree.map(lambda leaf, new: put(leaf, new, layer), carried, _returned(part, shardings))
+        return put(weight, new_weights[path], layer), carried
 
-    return jax.lax.fori_loop(0, jnp.where(is_finite, weight.shape[0], 0), one, (weight, state))
+    return jax.lax.fori_loop(0, jnp.where(is_finite, weight.shape[0], 0), one_layer, (weight, state))
 
 
 def _fetched(state: Any, shardings: Any) -> Any:

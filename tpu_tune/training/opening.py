@@ -7,6 +7,7 @@ processes a mistake of one ends all of them.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
@@ -96,6 +98,8 @@ def open_session(
         new, notes = resolve_run(check_settings(new))
         mesh = sharding.make_mesh(new.mesh)
         micro_batch_rows(new, mesh)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            _check_batch(new, name, mesh.shape["data"] * mesh.shape["fsdp"])
         return new, mesh, notes
 
     config, mesh, notes = distributed.together("settings", settings)
@@ -129,8 +133,8 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
       with_data: whether the data must be there; a plan needs none.
 
     Raises:
-      UserError: an unknown method, optimizer, objective, schedule (or setting of it) or reporter, data that is not there, or
-        settings that exclude each other.
+      UserError: an unknown method, optimizer, objective, schedule (or setting of it) or reporter, data that is not
+        there, or settings that exclude each other.
     """
     config = configuration.from_dict(config)
     canonical_name(config.train.optim)
@@ -165,6 +169,23 @@ def micro_batch_rows(config: ConfigDict, mesh: Mesh) -> tuple[int, int]:
     return config.train.per_device_train_batch_size * shards, config.train.per_device_eval_batch_size * shards
 
 
+def _check_batch(config: ConfigDict, name: str, shards: int) -> None:
+    """Raise where a batch is larger than a device can count or this machine can hold, before it is killed for it."""
+    rows, length = config.train[name], config.data.max_length
+    said = f"train.{name}={rows} rows of data.max_length={length} tokens"
+    if rows * length >= 2**31:
+        raise UserError(f"{said} are more tokens than a device counts (2^31); lower one of them")
+    accumulation = config.train.gradient_accumulation_steps if "train_batch" in name else 1
+    size = rows * length * shards * accumulation // jax.process_count() * 4  # of one array; a batch has several
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        times = f", times train.gradient_accumulation_steps={accumulation}" if accumulation > 1 else ""
+        raise UserError(
+            f"{said}{times} on {shards} devices are {size / 2**30:,.0f} GiB a batch, and this machine has "
+            f"{memory / 2**30:,.0f} GiB of memory; lower one of them"
+        )
+
+
 def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
     """Open the model, and check what the configuration says about its modules against it; no weight is read.
 
@@ -172,7 +193,7 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
       UserError: no usable model, an adapter that does not fit, names that match no module, or rows longer than the
         model has positions for.
     """
-    source = open_configured(config.model)
+    source = open_configured(config.model, read_text(config.data.chat_template))
     arch = open_architecture(source)
     check_names(source, arch)
     check_length(arch, config.data.max_length)

@@ -1,9 +1,10 @@
 """Optimizers by Hugging Face's names, as optax transformations over the trainable tree.
 
-The trainable tree holds float32 arrays under dotted Hugging Face names; a leaf may stack its layers on axis 0, which its
-`LeafSpec` tells. Whatever computes a statistic per matrix then works layer by layer, and whether weight decay applies is
-the module's fact, as in Hugging Face's Trainer: not to biases and norms, but to LoRA's matrices. The learning rate of update s is `schedule(s)`; clipping is a separate function,
-because the train step also reports the norm.
+The trainable tree holds float32 arrays under dotted Hugging Face names; a leaf may stack its layers on axis 0, which
+its `LeafSpec` tells. Whatever computes a statistic per matrix then works layer by layer, and whether weight decay
+applies is the module's fact, as in Hugging Face's Trainer: not to biases and norms, but to LoRA's matrices. The
+learning rate of update s is `schedule(s)`; clipping is a separate function, because the train step also reports the
+norm.
 
 How each relates to torch:
 - adamw: `torch.optim.AdamW` (decay decoupled and multiplied by the learning rate, epsilon outside the root).
@@ -44,7 +45,7 @@ def canonical_name(name: str) -> str:
     """Our name of an optimizer, from ours or one of Hugging Face's spellings.
 
     Raises:
-      UserError: not known, or not supported here; the nearest name is given.
+      UserError: the name is not known, or not supported here; the nearest known one is suggested.
     """
     spellings = {alias: ours for ours, aliases in OPTIMIZERS.items() for alias in (ours, *aliases)}
     if name in spellings:
@@ -78,38 +79,38 @@ def make_optimizer(
     Raises:
       UserError: the optimizer is not known.
     """
-    name = canonical_name(train.optim)
-    factor = loraplus_factor(train, specs)
-
-    def stacked(path: str) -> bool:
-        return specs[path].stacked
-
-    b1, b2, eps = train.adam_beta1, train.adam_beta2, train.adam_epsilon
-    if name == "adamw":
-        direction = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
-    elif name == "adamw_8bit":
-        direction = scale_by_adam_8bit(b1, b2, eps, stacked)
-    elif name == "adafactor":
-        # Hugging Face factors every matrix, however small. Rows and columns change roles with the sizes in optax; the
-        # product of the two factors is the same.
-        matrix = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
-        direction = per_matrix(matrix, stacked)
-    elif name == "lion":
-        direction = optax.scale_by_lion(b1, b2)
-    else:
-        direction = optax.identity()
+    name, factor = canonical_name(train.optim), loraplus_factor(train, specs)
 
     def mask(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: specs[dotted(path)].decay, params)
 
-    parts = [direction]
+    steps = [_direction(name, train, lambda path: specs[path].stacked)]
     if train.weight_decay:
-        parts.append(optax.add_decayed_weights(train.weight_decay, mask))
+        steps.append(optax.add_decayed_weights(train.weight_decay, mask))
     if factor is not None:
-        parts.append(scale_each(factor))
+        steps.append(scale_each(factor))
     if schedule is None:
-        return optax.chain(*parts, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+        return optax.chain(*steps, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
+    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+
+
+def _direction(name: str, train: Any, stacked: Callable[[str], bool]) -> optax.GradientTransformation:
+    """Return an optimizer's update, before weight decay and the learning rate."""
+    b1, b2, eps = train.adam_beta1, train.adam_beta2, train.adam_epsilon
+    if name == "adamw":
+        return optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
+    if name == "adamw_8bit":
+        return scale_by_adam_8bit(b1, b2, eps, stacked)
+    if name == "adafactor":
+        # Hugging Face factors every matrix, however small. Rows and columns change roles with the sizes in optax; the
+        # product of the two factors is the same.
+        matrix = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
+        return per_matrix(matrix, stacked)
+    if name == "lion":
+        return optax.scale_by_lion(b1, b2)
+    if name == "sgd":
+        return optax.identity()
+    raise NotImplementedError(f"{name} stands in OPTIMIZERS, but has no update here")
 
 
 def scale_each(factor: Callable[[str], float]) -> optax.GradientTransformation:
@@ -122,8 +123,9 @@ def scale_each(factor: Callable[[str], float]) -> optax.GradientTransformation:
 def loraplus_factor(train: Any, specs: Mapping[str, LeafSpec]) -> Callable[[str], float] | None:
     """Return what LoRA+ (Hayou et al. 2024, arXiv:2402.12354) multiplies each leaf's learning rate by; None without it.
 
-    As PEFT's `create_loraplus_optimizer`: lora_B and everything with one axis in torch (biases, DoRA's magnitudes) learn
-    `loraplus_lr_ratio` times faster, adapters of embeddings at `loraplus_lr_embedding`. Weight decay follows the rate.
+    As PEFT's `create_loraplus_optimizer`: lora_B and everything with one axis in torch (biases, DoRA's magnitudes)
+    learn `loraplus_lr_ratio` times faster, adapters of embeddings at `loraplus_lr_embedding`. Weight decay follows the
+    rate.
 
     Args:
       train: the `train` part of the configuration.
@@ -143,7 +145,7 @@ def loraplus_factor(train: Any, specs: Mapping[str, LeafSpec]) -> Callable[[str]
 
 
 def set_learning_rate(opt_state: Any, rate: float) -> Any:
-    """Return the state of an optimizer made without a schedule with another rate in it, which lies where the old one lay."""
+    """Return the state with another learning rate, sharded as the old one; its optimizer has no schedule."""
     old = optax.tree.get(opt_state, "learning_rate")
     return optax.tree.set(opt_state, learning_rate=jax.device_put(np.asarray(rate, old.dtype), old.sharding))
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import open_configured
@@ -92,7 +93,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     Raises:
       UserError: anything about the model, the adapter or the LoRA settings that does not fit.
     """
-    source = open_configured(config.model)
+    source = open_configured(config.model, read_text(config.data.chat_template))
     arch = open_architecture(source)
     method, adapters, quantization = _method(config, arch, source.added_tokens.values())
     specs = arch.leaves()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import huggingface_write, peft
+from tpu_tune.errors import UserError
 from tpu_tune.training import distributed
 from tpu_tune.training.prepare_model import PreparedModel
 from tpu_tune.training.step import TrainState
@@ -18,8 +20,13 @@ def write_result(config: ConfigDict, model: PreparedModel, state: TrainState, di
     """Write `adapter/` or `model/` from process 0; every process has to call this.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written, or a weight is not finite.
     """
+    if not bool(_all_finite(state.trainable)):
+        raise UserError(
+            f"the trained weights are not finite, so {directory} is not written: the last updates were too large. "
+            "In another output_dir, lower train.learning_rate"
+        )
     trainable = jax.tree.map(distributed.full_array, state.trainable)
     frozen = _frozen_parts(model)
     if jax.process_index() != 0:
@@ -31,6 +38,11 @@ def write_result(config: ConfigDict, model: PreparedModel, state: TrainState, di
     else:
         merged = model.method.combine(trainable, frozen)
         huggingface_write.write_model(directory, merged, model.source, model.architecture)
+
+
+@jax.jit
+def _all_finite(leaves: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(leaves)] or [jnp.bool_(True)]).all()
 
 
 def _frozen_parts(model: PreparedModel) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Whether a start begins a run or continues the one that is in `output_dir`.
 
-`open_run` is the first thing a start does: it compares the new configuration with the recorded one and refuses what would
-silently change a run half-way. The files themselves are `checkpoints.run_directory`'s.
+`open_run` is the first thing a start does: it compares the new configuration with the recorded one and refuses what
+would silently change a run half-way. The files themselves are `checkpoints.run_directory`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from tpu_tune import config as configuration
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
+from tpu_tune.training import run_lock
 
 # What may differ between two starts of one run: how long it goes on, what it reports, and the machine it runs on.
 MAY_CHANGE = (
@@ -77,6 +79,36 @@ def open_run(config: ConfigDict, write: bool = True) -> RunStart:
     else:
         run.check_writable()
     return RunStart(resolved, recorded is not None, notes)
+
+
+@contextlib.contextmanager
+def begin(
+    run: RunDirectory, config: ConfigDict, say: Callable[[str], None], together: Callable[[str, Callable], Any]
+) -> Iterator[run_lock.RunLock | None]:
+    """Hold the run directory for this start and write `config.json`; the lock is process 0's, None in others.
+
+    A start that fails before its first row of metrics and its first checkpoint takes back what it wrote, so that the
+    directory can be used with another configuration. What a kill leaves is a run that goes on from its beginning.
+
+    Args:
+      run: the run directory.
+      config: the configuration as resolved.
+      say: receives lines about a lock that was left.
+      together: `distributed.together`: (what, function of process 0) -> its result, None elsewhere.
+
+    Raises:
+      UserError: another process trains there, or the directory cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        lock = together("run.lock", lambda: stack.enter_context(run_lock.hold(run, say)))
+        is_new = lock is not None and not storage.exists(run.file("config.json"))
+        try:
+            together("config.json", lambda: run.write_config(config))
+            yield lock
+        except BaseException:
+            if is_new and not lock.is_lost:
+                run.undo_start()
+            raise
 
 
 def with_seeds(config: ConfigDict) -> tuple[ConfigDict, list[str]]:

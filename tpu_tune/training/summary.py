@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints.run_directory import RunDirectory
+from tpu_tune.checkpoints.tokenizers import with_bos
 from tpu_tune.data import Datasets
 from tpu_tune.errors import UserError
-from tpu_tune.inference.generation import Sampling, generate
+from tpu_tune.inference.generation import Sampling, encode_prompt, end_tokens, generate
 from tpu_tune.training.execution import compute_dtype
 from tpu_tune.training.opening import Session
 from tpu_tune.training.prepare_model import PreparedModel
@@ -93,10 +94,15 @@ def write_samples(
     tokenizer = model.source.load_tokenizer()
     params = model.method.combine(trainable, model.frozen)
     chat = data_format in ("messages", "sharegpt") and bool(tokenizer.chat_template)
+    chat = chat and model.architecture.encoder is None  # what an encoder reads is no turn of a chat
+    begun = prompts
+    if config.data.add_bos_token == "always" and not chat:
+        begun = [with_bos(tokenizer, prompt) for prompt in prompts]
+    ends, sampling = end_tokens(tokenizer, model.source), Sampling(SAMPLE_TOKENS)
+    variables = dict(config.data.chat_template_kwargs)
     try:
-        answers = generate(
-            model.architecture, params, tokenizer, compute_dtype(config), prompts, Sampling(SAMPLE_TOKENS), chat
-        )
+        encoded = [encode_prompt(tokenizer, prompt, chat, variables) for prompt in begun]
+        answers = generate(model.architecture, params, tokenizer, compute_dtype(config), encoded, sampling, ends)
     except UserError as error:
         raise UserError(f"train.sample_prompts: {error}") from error
     run = RunDirectory(config.output_dir)

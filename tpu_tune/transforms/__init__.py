@@ -4,7 +4,7 @@ from tpu_tune.config import LoraConfig, QuantizeConfig
 from tpu_tune.transforms import lora, sharding
 from tpu_tune.transforms.lora import Target, Targets, TokenRows
 from tpu_tune.transforms.merge import merge, merged_tensors, unties_head
-from tpu_tune.transforms.methods import FULL, FullTuning, Method, combine, split
+from tpu_tune.transforms.methods import FULL, FullTuning, Method
 from tpu_tune.transforms.quantize import quantize, quantize_weight, quantized_paths
 from tpu_tune.transforms.targets import find_targets, token_rows
 
@@ -17,7 +17,6 @@ __all__ = [
     "Target",
     "Targets",
     "TokenRows",
-    "combine",
     "find_targets",
     "lora",
     "merge",
@@ -26,7 +25,6 @@ __all__ = [
     "quantize_weight",
     "quantized_paths",
     "sharding",
-    "split",
     "token_rows",
     "unties_head",
 ]

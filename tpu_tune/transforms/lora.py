@@ -21,7 +21,6 @@ from jaxtyping import Array
 
 from tpu_tune.config import LoraConfig
 from tpu_tune.tensors import (
-    Leaf,
     LeafSpec,
     LoraTensor,
     Module,
@@ -31,8 +30,8 @@ from tpu_tune.tensors import (
     dense,
     embed,
 )
-
-Tree = dict[str, Any]
+from tpu_tune.tensors.product import ARRAYS
+from tpu_tune.transforms.methods import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Target:
     Attributes:
       module: the module, all layers of it.
       layers: the layers that carry one, ascending; empty for a module that is there once.
-      ranks, alphas, scales: one a stored layer (one in all for a module that is there once).
+      ranks, alphas, scales: LoRA's settings for each stored layer (one in all for a module that is there once).
     """
 
     module: Module
@@ -72,17 +71,17 @@ class Target:
         return [self.module.name(layer) for layer in self.layers or (None,)]
 
     @property
-    def a(self) -> str:
+    def a_path(self) -> str:
         """Path of the leaf A, (layers, in, rank)."""
         return f"{self.module.path}.lora_A"
 
     @property
-    def b(self) -> str:
+    def b_path(self) -> str:
         """Path of the leaf B, (layers, rank, out)."""
         return f"{self.module.path}.lora_B"
 
     @property
-    def magnitude(self) -> str:
+    def magnitude_path(self) -> str:
         """Path of DoRA's leaf, (layers, out)."""
         return f"{self.module.path}.lora_magnitude_vector"
 
@@ -95,8 +94,8 @@ class Target:
         b = dataclasses.replace(
             facts, axes=(None, outer), unit=module.unit, lora_plus="embedding" if of_embedding else "ratio"
         )
-        magnitude = {self.magnitude: dataclasses.replace(facts, axes=(None,))} if use_dora else {}
-        return {self.a: a, self.b: b, **magnitude}
+        magnitude = {self.magnitude_path: dataclasses.replace(facts, axes=(None,))} if use_dora else {}
+        return {self.a_path: a, self.b_path: b, **magnitude}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Targets:
 
     Attributes:
       adapted: modules with an adapter.
-      saved: modules trained in full beside it (`modules_to_save`).
+      saved: modules trained in full beside the adapters (`modules_to_save`).
       biases: paths of the bias leaves that are trained.
       spec: the settings they were resolved from.
       tokens: rows of embedding and head that are trained.
@@ -144,32 +143,33 @@ class Targets:
         return sum(leaf.size for leaf in trainable.values()) - sum(target.padding for target in self.adapted)
 
     def leaves(self, base: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
-        """Return path -> facts of every leaf of the trainable tree, given those of the base's."""
-        found: dict[str, LeafSpec] = {}
+        """Return path -> facts of every leaf of the trainable tree, given the facts of the base's leaves."""
+        specs: dict[str, LeafSpec] = {}
         for target in self.adapted:
-            found |= target.leaves(self.spec.use_dora)
-        found |= {rows.path: LeafSpec((None, None)) for rows in self.tokens}
-        found |= {path: spec for module in self.saved for path, spec in module.leaves().items()}
-        return found | {path: base[path] for path in self.biases}
+            specs |= target.leaves(self.spec.use_dora)
+        specs |= {rows.path: LeafSpec((None, None)) for rows in self.tokens}
+        specs |= {path: spec for module in self.saved for path, spec in module.leaves().items()}
+        return specs | {path: base[path] for path in self.biases}
 
     def init(self, params: Mapping[str, Any], key: Array) -> Tree:
         """Return fresh adapters: see `init`."""
         return init(self, params, key)
 
-    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
-        """Return (trainable, frozen): adapters, saved modules and biases are trained, in float32; the base is frozen."""
+    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array]) -> tuple[Tree, Tree]:
+        """Return (trainable, frozen): adapters, saved modules and biases, in float32, and the frozen base."""
         frozen = dict(params)
-        trainable = dict(adapters or {})
+        trainable = dict(adapters)
         for module in self.saved:
             for path in module.leaves():
-                trainable.setdefault(path, dense(frozen[path]))
+                if path not in trainable:
+                    trainable[path] = dense(frozen[path])
                 if module.kind != "embedding":  # a tied head goes on using the frozen embedding
                     del frozen[path]
         for rows in self.tokens:
-            trainable.setdefault(rows.path, _original_rows(rows, frozen))
+            if rows.path not in trainable:
+                trainable[rows.path] = _original_rows(rows, frozen)
         for path in self.biases:
             trainable.setdefault(path, jnp.asarray(frozen.pop(path), jnp.float32))
-            frozen.pop(path, None)
         return trainable, frozen
 
     def combine(
@@ -196,7 +196,7 @@ class Targets:
         self, target: Target, base: Any, trainable: Mapping[str, Any], dropout_key: Array | None
     ) -> LoraTensor:
         module, dropout = target.module, self.spec.dropout
-        a, b, magnitude = trainable[target.a], trainable[target.b], trainable.get(target.magnitude)
+        a, b, magnitude = trainable[target.a_path], trainable[target.b_path], trainable.get(target.magnitude_path)
         scales = np.asarray(target.scales, np.float32)
         key = None
         if dropout_key is not None and dropout > 0 and module.kind == "linear":
@@ -214,7 +214,7 @@ class Targets:
             scale = jnp.zeros(count, jnp.float32).at[chosen].set(scales)
             a, b = (jnp.zeros((count, *part.shape[1:]), part.dtype).at[chosen].set(part) for part in (a, b))
             if magnitude is not None:
-                # A layer without an adapter divides by its own norm nowhere: `active` is false there.
+                # Unused where a layer has no adapter: `active` is False there.
                 magnitude = jnp.ones((count, *magnitude.shape[1:]), magnitude.dtype).at[chosen].set(magnitude)
                 active = jnp.zeros(count, bool).at[chosen].set(True)
         return LoraTensor(base, a, b, scale, key, magnitude, active, dropout if key is not None else 0.0)
@@ -227,24 +227,22 @@ def init(targets: Targets, params: Mapping[str, Any], key: Array) -> dict[str, A
     The values depend on (key, module path, layer) alone, not on what else is targeted.
 
     Args:
-      targets: what carries an adapter.
+      targets: the modules that get an adapter, and the settings.
       params: the base tree; read only for DoRA's magnitudes.
       key: PRNG key.
     """
     adapters: dict[str, Array] = {}
     for target in targets.adapted:
         module = target.module
-        inner, outer = module.shape
         pairs = []
         for layer, rank in zip(target.layers or (0,), target.ranks, strict=True):
             layer_key = jax.random.fold_in(path_key(key, module.path), layer)
             a, b = _initial_pair(layer_key, module, rank, targets.spec.init_lora_weights)
             pairs.append((jnp.pad(a, [(0, 0), (0, target.rank - rank)]), jnp.pad(b, [(0, target.rank - rank), (0, 0)])))
         a, b = (jnp.stack(parts) if target.layers else parts[0] for parts in zip(*pairs, strict=True))
-        assert a.shape[-2:] == (inner, target.rank) and b.shape[-2:] == (target.rank, outer)
-        adapters |= {target.a: a, target.b: b}
+        adapters |= {target.a_path: a, target.b_path: b}
         if targets.spec.use_dora:
-            adapters[target.magnitude] = _column_norms(target, params)
+            adapters[target.magnitude_path] = _column_norms(target, params)
     return adapters
 
 
@@ -270,8 +268,8 @@ def _column_norms(target: Target, params: Mapping[str, Any]) -> Array:
     leaf = params[module.weight]
     if not module.layers:
         return jnp.linalg.norm(dense(leaf), axis=-2)
-    one = jax.jit(lambda stacked, layer: jnp.linalg.norm(dense(jax.tree.map(lambda x: x[layer], stacked)), axis=-2))
-    return jnp.stack([one(leaf, module.layers.index(layer)) for layer in target.layers])
+    norms = jax.jit(lambda stacked, layer: jnp.linalg.norm(dense(jax.tree.map(lambda x: x[layer], stacked)), axis=-2))
+    return jnp.stack([norms(leaf, module.layers.index(layer)) for layer in target.layers])
 
 
 def _original_rows(rows: TokenRows, frozen: Mapping[str, Any]) -> Array:
@@ -279,4 +277,4 @@ def _original_rows(rows: TokenRows, frozen: Mapping[str, Any]) -> Array:
     if module.kind == "embedding" or module.tied_to:
         return embed(ids, frozen[f"{module.tied_to or module.path}.weight"], jnp.float32)
     leaf = frozen[module.weight]
-    return (dense(leaf) if isinstance(leaf, Leaf) else jnp.asarray(leaf))[:, ids].T.astype(jnp.float32)
+    return (jnp.asarray(leaf) if isinstance(leaf, ARRAYS) else dense(leaf))[:, ids].T.astype(jnp.float32)

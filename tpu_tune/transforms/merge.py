@@ -18,7 +18,7 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
     weight is yielded and the caller must untie the model.
 
     Args:
-      params: a combined tree (see `split.combine`).
+      params: a combined tree (see `methods.combine`).
       modules: the model's modules.
     """
     for module in modules:
@@ -39,7 +39,7 @@ def unties_head(params: Mapping[str, Any], modules: list[Module]) -> bool:
     for module in modules:
         if module.tied_to:
             embedding = params[f"{module.tied_to}.weight"]
-            return module.weight in params or getattr(embedding, "unties_head", False)
+            return module.weight in params or getattr(embedding, "unties_head", hasattr(embedding, "base"))
     return False
 
 

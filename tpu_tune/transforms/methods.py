@@ -2,8 +2,8 @@
 
     full: everything is trained.            lora: adapters, modules_to_save and biases are; the base is frozen.
 
-A `Method` is an object with these two functions and the facts of the leaves it trains. `combine` is what the jitted loss
-calls: it wraps frozen leaves and what is trained in leaves that compute both, without copying either, so that the
+A `Method` is an object with these two functions and the facts of the leaves it trains. `combine` is what the jitted
+loss calls: it wraps frozen leaves and what is trained in leaves that compute both, without copying either, so that the
 gradient is taken with respect to the small tree only. LoRA's method is `lora.Targets`.
 """
 
@@ -35,12 +35,12 @@ class Method(Protocol):
     def init(self, params: Mapping[str, Any], key: Array) -> Tree:
         """Return the fresh leaves that the method adds to the tree, which change nothing yet."""
 
-    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
+    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array]) -> tuple[Tree, Tree]:
         """Return (trainable, frozen) trees; trained leaves are float32 arrays.
 
         Args:
           params: the base tree.
-          adapters: from `init` or a file; may hold saved modules and biases too.
+          adapters: leaves from `init` or a file; may hold saved modules and biases too.
         """
 
     def combine(
@@ -49,13 +49,13 @@ class Method(Protocol):
         """Return the tree that the model runs on; pure, and free inside a jitted function.
 
         Args:
-          trainable, frozen: from `split`.
+          trainable, frozen: the trees that `split` returned.
           dropout_key: PRNG key of this micro-batch; None switches dropout off. Every layer of every leaf gets a key of
             its own from it, whatever else is trained.
         """
 
     def leaves(self, base: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
-        """Return path -> facts of every leaf of the trainable tree, given those of the base's."""
+        """Return path -> facts of every leaf of the trainable tree, given the facts of the base's leaves."""
 
     def num_parameters(self, trainable: Mapping[str, Any]) -> int:
         """Return the number of trained parameters."""
@@ -72,7 +72,7 @@ class FullTuning:
         """Return nothing: the method adds no leaf."""
         return {}
 
-    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array] | None = None) -> tuple[Tree, Tree]:
+    def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array]) -> tuple[Tree, Tree]:
         """Return all leaves as trainable, and none as frozen."""
         return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in params.items()}, {}
 
@@ -92,17 +92,3 @@ class FullTuning:
 
 
 FULL = FullTuning()
-
-
-def split(
-    params: Mapping[str, Any], method: Method | None, adapters: Mapping[str, Array] | None = None
-) -> tuple[Tree, Tree]:
-    """Return (trainable, frozen): see `Method.split`; None trains everything."""
-    return (method or FULL).split(params, adapters)
-
-
-def combine(
-    trainable: Mapping[str, Any], frozen: Mapping[str, Any], method: Method | None, dropout_key: Array | None = None
-) -> Tree:
-    """Return the tree that the model runs on: see `Method.combine`; None trains everything."""
-    return (method or FULL).combine(trainable, frozen, dropout_key)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tpu_tune.config import QuantizeConfig
 from tpu_tune.errors import UserError
-from tpu_tune.tensors import Module, QuantizedTensor, pack_block, quantize_tensor
+from tpu_tune.tensors import FORMATS, Module, QuantizedTensor, pack_block, quantize_tensor
 from tpu_tune.transforms.select import choices, matches, targeted
 
 
@@ -51,7 +51,9 @@ def quantize_weight(weight: Any, config: QuantizeConfig) -> QuantizedTensor:
     """
     if isinstance(weight, QuantizedTensor):
         return weight
-    return quantize_tensor(weight, config.format, config.group_size, config.double_quant and config.format != "int8")
+    return quantize_tensor(
+        weight, config.format, config.group_size, config.double_quant and FORMATS[config.format].bits == 4
+    )
 
 
 def quantize(params: Mapping[str, Any], modules: Sequence[Module], config: QuantizeConfig) -> dict[str, Any]:

@@ -29,9 +29,9 @@ def choose(modules: Iterable[Module], meant: Callable[[Module, str], bool]) -> d
     """Return module path -> chosen layers (`(None,)` for a module that is there once), asking by full name."""
     chosen = {}
     for module in modules:
-        kept = tuple(layer for layer in module.layers or (None,) if meant(module, module.name(layer)))
-        if kept:
-            chosen[module.path] = kept
+        layers = tuple(layer for layer in module.layers or (None,) if meant(module, module.name(layer)))
+        if layers:
+            chosen[module.path] = layers
     return chosen
 
 
@@ -50,8 +50,8 @@ def targeted(
     Args:
       modules: the tree's modules.
       pattern: names, regex or "all-linear" (every linear module but the output head).
-      exclude, also_exclude: taken out first (`exclude_modules`, `modules_to_save`).
-      layers: only these layer indices; as in PEFT, neither for a regex nor for names given in full.
+      exclude, also_exclude: patterns of the modules to leave out (`exclude_modules`, `modules_to_save`).
+      layers: indices of the layers to take, () for all; as in PEFT, ignored for a regex and for names in full.
       layers_pattern: name of the layer list, where the general rule does not find the index.
       key: the config key, for messages.
 
@@ -72,8 +72,8 @@ def targeted(
         if not layers or isinstance(pattern, str) or name in pattern:
             return True
         rule = rf"(?:^|.*?\.)(?:{layers_pattern})\.(\d+)\." if layers_pattern else r".*?\.[^.]*\.(\d+)\."
-        found = re.match(rule, name)
-        return found is not None and int(found.group(1)) in layers
+        match = re.match(rule, name)
+        return match is not None and int(match.group(1)) in layers
 
     chosen = choose(modules, meant)
     if not chosen and layers and choose(modules, lambda _, name: matches(name, pattern)):

@@ -1,8 +1,8 @@
 """Where each leaf's axes live on the mesh: logical axes, as a `Module` names them, go to mesh axes by `RULES`.
 
 One mesh `data, fsdp, tensor, sequence`. The batch is split over (data, fsdp), tokens over sequence, weights over
-(fsdp, sequence) and tensor. What does not divide is moved to the other axis of its matrix or left whole, with a message,
-so that no model fails for its sizes.
+(fsdp, sequence) and tensor. What does not divide is moved to the other axis of its matrix or left whole, with a
+message, so that no model fails for its sizes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 STORED = ("fsdp", "sequence")  # the axes that share out storage; training gathers over them
-Rule = tuple[str, tuple[str, ...]]  # logical axis of a leaf (`LeafSpec.axes`) -> mesh axes
 
 # Megatron's layout (arXiv:1909.08053): what a column-parallel product's output is cut into, the row-parallel one reads.
-RULES: tuple[Rule, ...] = (
-    ("heads", ("tensor",)),
-    ("mlp", ("tensor",)),
-    ("vocab", ("tensor",)),
-    ("embed", STORED),
-)
+RULES: dict[str, tuple[str, ...]] = {  # logical axis of a leaf (`LeafSpec.axes`) -> mesh axes
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "embed": STORED,
+}
 
 
 def mesh_sizes(sizes: Mapping[str, int] | ConfigDict, count: int) -> dict[str, int]:
@@ -46,8 +45,8 @@ def mesh_sizes(sizes: Mapping[str, int] | ConfigDict, count: int) -> dict[str, i
     if -1 in shape and count % known == 0:
         shape[shape.index(-1)] = count // known
     if any(size < 1 for size in shape) or math.prod(shape) != count:
-        told = ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in AXES)
-        raise UserError(f"{told} does not make {count} devices; set one of them to -1")
+        settings = ", ".join(f"mesh.{axis}={sizes[axis]}" for axis in AXES)
+        raise UserError(f"{settings} does not make {count} devices; set one of them to -1")
     return dict(zip(AXES, shape, strict=True))
 
 
@@ -75,64 +74,57 @@ def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
     return local
 
 
-def leaf_sharding(path: str, leaf: Any, spec: LeafSpec, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
+def leaf_sharding(path: str, leaf: Any, spec: LeafSpec, mesh: Mesh) -> Any:
     """Return the sharding of a leaf: a NamedSharding, or for a stored format a tree of them in its shape.
 
     Args:
-      path: in the tree, for messages.
+      path: the leaf's path in the tree, for messages.
       leaf: the leaf, or anything of its shape.
       spec: the leaf's facts. The axis of the layers is never cut.
-      mesh: from `make_mesh`.
-      rules: the first that names a logical axis says where it goes.
+      mesh: the mesh that `make_mesh` returned.
     """
-    wanted = [_mesh_axes(axis, rules) for axis in spec.axes]
+    mesh_axes = [RULES.get(axis, ()) for axis in spec.axes]
     stack = [None] if spec.stacked else []
     if not hasattr(leaf, "map_parts"):
         shape = leaf.shape[len(stack) :]
-        cut = _fit(path, shape, [1] * (len(shape) - 1) + [spec.unit], wanted, mesh)
+        cut = _fit(path, shape, [1] * (len(shape) - 1) + [spec.unit], mesh_axes, mesh)
         return NamedSharding(mesh, PartitionSpec(*stack, *cut))
-    inner, outer = _fit(path, leaf.shape, [leaf.row_unit, spec.unit], wanted, mesh)
+    inner, outer = _fit(path, leaf.shape, [leaf.row_unit, spec.unit], mesh_axes, mesh)
     return leaf.map_parts(
         lambda has_rows: NamedSharding(mesh, PartitionSpec(*stack, inner if has_rows else None, outer))
     )
 
 
-def shardings(
-    tree: Mapping[str, Any], specs: Mapping[str, LeafSpec], mesh: Mesh, rules: Sequence[Rule] = RULES
-) -> dict[str, Any]:
+def shardings(tree: Mapping[str, Any], specs: Mapping[str, LeafSpec], mesh: Mesh) -> dict[str, Any]:
     """Return path -> sharding for a whole tree, given the facts of its leaves."""
-    return {path: leaf_sharding(path, leaf, specs[path], mesh, rules) for path, leaf in tree.items()}
+    return {path: leaf_sharding(path, leaf, specs[path], mesh) for path, leaf in tree.items()}
 
 
 def gathered(sharding: Any) -> Any:
     """Return the sharding of one layer of a stacked leaf without the storage axes: how its products want it."""
     return jax.tree.map(
-        lambda one: NamedSharding(one.mesh, PartitionSpec(*[_without(axes) for axes in one.spec[1:]])),
+        lambda leaf: NamedSharding(leaf.mesh, PartitionSpec(*[_without(axes) for axes in leaf.spec[1:]])),
         sharding,
         is_leaf=lambda leaf: isinstance(leaf, NamedSharding),
     )
 
 
 def _without(axes: Any) -> Any:
-    kept = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in STORED)
-    return kept[0] if len(kept) == 1 else (kept or None)
-
-
-def _mesh_axes(axis: str | None, rules: Sequence[Rule]) -> tuple[str, ...]:
-    return next((mesh_axes for name, mesh_axes in rules if name == axis), ())
+    remaining = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in STORED)
+    return remaining[0] if len(remaining) == 1 else (remaining or None)
 
 
 def _fit(
-    path: str, shape: Sequence[int], units: Sequence[int], wanted: Sequence[tuple[str, ...]], mesh: Mesh
+    path: str, shape: Sequence[int], units: Sequence[int], mesh_axes: Sequence[tuple[str, ...]], mesh: Mesh
 ) -> list[Any]:
     """Give each axis of a leaf those mesh axes that cut it into whole units; the others move to the other axis."""
-    given: list[list[str]] = [[] for _ in shape]
+    assigned: list[list[str]] = [[] for _ in shape]
 
     def fits(axis: int, name: str) -> bool:
-        pieces = math.prod(mesh.shape[other] for other in [*given[axis], name])
+        pieces = math.prod(mesh.shape[other] for other in [*assigned[axis], name])
         return shape[axis] % (pieces * units[axis]) == 0
 
-    for axis, names in enumerate(wanted[: len(shape)]):
+    for axis, names in enumerate(mesh_axes[: len(shape)]):
         for name in names:
             if mesh.shape[name] == 1:
                 continue
@@ -151,7 +143,7 @@ def _fit(
                     log.info(
                         "%s: axis %d of %s moved to axis %d for mesh axis '%s'", path, axis, tuple(shape), chosen, name
                     )
-                given[chosen].append(name)
+                assigned[chosen].append(name)
     # The storage axes come last: gathering over them then leaves each device its own contiguous piece of `tensor`.
-    given = [sorted(names, key=lambda name: name in STORED) for names in given]
-    return [tuple(names) if len(names) > 1 else (names[0] if names else None) for names in given]
+    assigned = [sorted(names, key=lambda name: name in STORED) for names in assigned]
+    return [tuple(names) if len(names) > 1 else (names[0] if names else None) for names in assigned]

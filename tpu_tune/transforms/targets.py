@@ -20,7 +20,7 @@ def find_targets(modules: Sequence[Module], config: LoraConfig, default_targets:
     Args:
       modules: the model's modules.
       config: the LoRA settings.
-      default_targets: what an empty `target_modules` means: PEFT's table for the family.
+      default_targets: the names that an empty `target_modules` means: PEFT's table for the family.
 
     Raises:
       UserError: a name that matches nothing (the choices are listed), a norm as a target, or settings that exclude each
@@ -65,11 +65,11 @@ def _saved(modules: Sequence[Module], config: LoraConfig, chosen: Mapping[str, t
     by_path = {module.path: module for module in modules}
     saved: list[Module] = []
     for name in config.modules_to_save:
-        found = choose(modules, lambda module, full, name=name: full.endswith(name))  # peft: no dot needed before it
-        if not found:
+        matched = choose(modules, lambda module, full, name=name: full.endswith(name))  # peft: no dot needed before it
+        if not matched:
             names = ", ".join(dict.fromkeys(module.path.rsplit(".")[-1] for module in modules))
             raise UserError(f"lora.modules_to_save: '{name}' matches no module; choose among {names}")
-        for path, layers in found.items():
+        for path, layers in matched.items():
             module = by_path[path]
             if len(layers) < len(module.layers):
                 raise UserError(f"lora.modules_to_save: '{name}' takes only some layers of '{path}'; name all of them")
@@ -116,15 +116,15 @@ def token_rows(modules: Sequence[Module], indices: TokenIndices) -> tuple[TokenR
     key = "lora.trainable_token_indices"
     able = [module for module in modules if module.kind == "embedding" or module.is_head]
     named = indices if isinstance(indices, Mapping) else {able[0].path: indices}
-    found: dict[str, TokenRows] = {}
+    rows_of: dict[str, TokenRows] = {}
     for name, ids in named.items():
         matched = [module for module in able if module.path.endswith(name)]
         if not matched:
             choices = ", ".join(module.path.rsplit(".")[-1] for module in able)
             raise UserError(f"{key}: '{name}' is neither embedding nor head; choose among {choices}")
         for module in matched if ids else []:
-            found[module.path] = TokenRows(module, tuple(ids))
-    for rows in found.values():
+            rows_of[module.path] = TokenRows(module, tuple(ids))
+    for rows in rows_of.values():
         module, size = rows.module, rows.module.shape[1 if rows.module.is_head else 0]
         wrong = next((number for number in rows.ids if not 0 <= number < size or rows.ids.count(number) > 1), None)
         if wrong is not None:
@@ -139,8 +139,8 @@ def token_rows(modules: Sequence[Module], indices: TokenIndices) -> tuple[TokenR
                 "with lora.modules_to_save"
             )
     # A tied head with the same tokens follows its embedding; with others it has rows of its own.
-    followed = {path: rows.ids for path, rows in found.items()}
-    return tuple(rows for rows in found.values() if followed.get(rows.module.tied_to) != rows.ids)
+    followed = {path: rows.ids for path, rows in rows_of.items()}
+    return tuple(rows for rows in rows_of.values() if followed.get(rows.module.tied_to) != rows.ids)
 
 
 def _check_tokens(
@@ -152,8 +152,8 @@ def _check_tokens(
             if module.path in reached and (module in saved or module.path in chosen):
                 which = "modules_to_save" if module in saved else "target_modules"
                 raise UserError(
-                    f"lora.trainable_token_indices (model.train_added_tokens sets it) trains tokens of '{module.path}', "
-                    f"which lora.{which} takes too; PEFT can do only one of them: exclude it from one"
+                    "lora.trainable_token_indices (model.train_added_tokens sets it) trains tokens of "
+                    f"'{module.path}', which lora.{which} takes too; PEFT can do only one of them: exclude it from one"
                 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.cli.common import Commands
 from tpu_tune.cli.data.arguments import same_names
 from tpu_tune.errors import UserError
@@ -172,7 +173,7 @@ def _columns(text: str | None) -> dict[str, str]:
     if not text:
         return {}
     try:
-        columns = json.loads(text)
+        columns = json_text.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f'--columns: not valid JSON ({error.msg}); write it as \'{{"question": "input"}}\'') from error
     if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns.values()):

@@ -96,16 +96,12 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
-    import codecs
-
     from tpu_tune.data.ingest import IngestOptions, ingest
+    from tpu_tune.data.ingest.encodings import is_text_encoding
     from tpu_tune.errors import UserError
 
-    if options.encoding:
-        try:
-            codecs.lookup(options.encoding)
-        except LookupError as error:
-            raise UserError(f"--encoding {options.encoding} is unknown; e.g. utf-8, cp1252, shift_jis") from error
+    if options.encoding and not is_text_encoding(options.encoding):
+        raise UserError(f"--encoding {options.encoding} is unknown; e.g. utf-8, cp1252, shift_jis")
     columns = []
     for word in filter(None, (word.strip() for word in options.kept_columns.split(","))):
         old, _, new = word.partition("=")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.cli.common import Commands, read_config, spellings
 from tpu_tune.cli.data.tokenize import add_tokenizer
 from tpu_tune.errors import UserError
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("give INPUT and --tokenizer, or a --config that sets data.train and model.path")
     if options.count < 1 or (options.row is not None and options.row < 1):
         raise UserError("-n and --row must be at least 1")
+    from tpu_tune.checkpoints.chat_template import template_of
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.checkpoints.vocabulary import add_tokens
     from tpu_tune.data.look import look, show
@@ -54,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
 
     tokenizer = open_tokenizer(model)
     add_tokens(tokenizer, list(config.model.add_special_tokens))
+    if config.model.adapter and (template := template_of(config.model.adapter)):
+        tokenizer.chat_template = template
     tokenize_options = options_from_config(config.data, tokenizer, _is_encoder_decoder(model))
     views = look(os.path.expanduser(path), tokenizer, tokenize_options, options.count, options.seed, options.row)
     if options.json:
@@ -64,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
                 "trained": int(view.trained.sum()),
                 "cut": view.cut,
                 "notes": view.notes,
+                "text": "".join(view.texts),
                 "texts": view.texts,
                 "mask": view.trained.tolist(),
             }
@@ -81,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _is_encoder_decoder(path: str) -> bool:
     try:
-        with open(os.path.join(os.path.expanduser(path), "config.json"), encoding="utf-8") as file:
-            return bool(json.load(file).get("is_encoder_decoder"))
+        with open(os.path.join(os.path.expanduser(path), "config.json"), "rb") as file:
+            return bool(json_text.loads(file.read()).get("is_encoder_decoder"))
     except (OSError, ValueError, AttributeError):
         return False

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from tpu_tune.cli.common import Commands, spellings
-from tpu_tune.cli.data.tokenize import add_format, add_tokenizer, columns
+from tpu_tune.cli.data.tokenize import add_format, add_tokenizer, columns, template_variables
 
 
 def add(commands: Commands) -> None:
@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
         max_length=options.max_length,
         columns=columns(options),
         chat_template=chat.read_template(tokenizer, options.chat_template),
+        chat_template_kwargs=template_variables(options),
     )
     figures = stats.describe(options.input, tokenizer, tokenize_options, options.method, options.skip_bad)
     print(json.dumps(figures, ensure_ascii=False) if options.json else stats.table(figures))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.cli.common import Commands, spellings
 
 
@@ -20,13 +22,19 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-i",
         *spellings("--input-file"),
+        "--input",
         required=True,
         metavar="FILE",
         help=".jsonl (or .jsonl.gz), .json, .csv, .tsv or .parquet with text, input/output, prompt/generation, alpaca "
         "or chat rows",
     )
     parser.add_argument(
-        "-o", *spellings("--output-file"), required=True, metavar="FILE", help="the .arrow file to write"
+        "-o",
+        *spellings("--output-file"),
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the .arrow file to write",
     )
     add_tokenizer(parser)
     parser.add_argument(
@@ -87,6 +95,32 @@ def add_format(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="Jinja text or file (default: the tokenizer's own)",
     )
+    parser.add_argument(
+        *spellings("--chat-template-kwargs"),
+        default="",
+        metavar="JSON",
+        help="its variables, e.g. '{\"enable_thinking\": false}'; a row's own come first",
+    )
+
+
+def template_variables(options: argparse.Namespace) -> dict[str, Any]:
+    """Read `--chat-template-kwargs`.
+
+    Raises:
+      UserError: it is no JSON object.
+    """
+    from tpu_tune.errors import UserError
+
+    text = options.chat_template_kwargs
+    try:
+        found = json_text.loads(text) if text else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"--chat-template-kwargs {text[:60]!r} is no JSON object; e.g. '{{\"enable_thinking\": false}}'"
+        )
+    return found
 
 
 def columns(options: argparse.Namespace) -> dict[str, str]:
@@ -112,6 +146,7 @@ def run(options: argparse.Namespace) -> int:
         max_length=options.max_length,
         columns=columns(options),
         chat_template=chat.read_template(tokenizer, options.chat_template),
+        chat_template_kwargs=template_variables(options),
         train_on_source=options.train_on_source,
         num_eos=options.num_eos,
     )
@@ -129,6 +164,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{report['split']:,} texts cut into blocks of {report['max_length']} tokens")
     for reason, count in report["dropped"].items():
         print(f"{count:,} rows left out: {reason}")
+    for key, count in report["unused"].items():
+        print(f"'{key}' of {count:,} rows is not used: it is not in the text that is trained on")
     if report["bad_rows"]:
         print(f"{report['bad_rows']:,} bad rows left out, first {report['bad_examples'][0]}")
     return 0

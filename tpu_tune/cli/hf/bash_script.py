@@ -2,6 +2,8 @@
 
 The parser understands what the guide's listings contain: `export VAR="..."`, `$VAR` and `${VAR}`, quotes, comments,
 lines that end in a backslash, `$@`. A command substitution is an error, because its value is known only by running it.
+A script, and the values of all variables in a line, have at most a million characters, and the words of a script's
+commands and variables ten million.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from tpu_tune.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
+LONGEST_SCRIPT = LONGEST_LINE = 1_000_000  # characters; a kernel takes about as much for all words of a command
+LONGEST_WORDS = 10_000_000
 _EXPORTS = ("export", "declare", "readonly", "local")
 
 
@@ -32,12 +36,15 @@ def read_script(path: str, environ: Mapping[str, str] = os.environ) -> tuple[lis
     """
     try:
         with open(path, encoding="utf-8") as stream:
-            text = stream.read()
+            text = stream.read(LONGEST_SCRIPT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if len(text) > LONGEST_SCRIPT:
+        raise UserError(f"{path}: more than {LONGEST_SCRIPT:,} characters, so it is not the script of a command")
     variables: dict[str, str] = {}
     commands: list[list[str]] = []
     others: list[str] = []
+    length = 0
     for number, line in _lines(text):
         where = f"{path}:{number}"
         is_training = bool(re.search(r"--(model[_-]name[_-]or[_-]path|output[_-]dir|train[_-]file|dataset)\b", line))
@@ -48,6 +55,9 @@ def read_script(path: str, environ: Mapping[str, str] = os.environ) -> tuple[lis
                 raise
             others.append(line.strip())  # a condition or a loop, which is not run anyway
             continue
+        length += sum(map(len, words))
+        if length > LONGEST_WORDS:
+            raise UserError(f"{where}: with its variables the script grows to more than {LONGEST_WORDS:,} characters")
         if words and words[0] in _EXPORTS:
             words = words[1:]
         if words and all(_ASSIGNMENT.fullmatch(word) for word in words):
@@ -78,7 +88,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 def _words(line: str, variables: Mapping[str, str], where: str) -> list[str]:
     """Split a line into words as bash does, with variables expanded."""
     words: list[str] = []
-    word, quote, started, index = "", "", False, 0
+    word, quote, started, index, grown = "", "", False, 0, 0
     while index < len(line):
         letter = line[index]
         if quote == "'":
@@ -102,6 +112,12 @@ def _words(line: str, variables: Mapping[str, str], where: str) -> list[str]:
                     f"{where}: ${name} is not set; write {name}=... before it, or set it in the environment"
                 )
             value = variables[name]
+            grown += len(value)
+            if grown > LONGEST_LINE:
+                raise UserError(
+                    f"{where}: with its variables it grows to more than {LONGEST_LINE:,} characters; write the values "
+                    "themselves"
+                )
             if quote:
                 word, started = word + value, True
             else:  # bash splits a value without quotes

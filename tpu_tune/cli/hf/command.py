@@ -94,14 +94,16 @@ def _words(options: argparse.Namespace) -> tuple[list[str], dict[str, str], list
 
 def _translate(flags: Any, exported: dict[str, str], options: argparse.Namespace) -> Any:
     """Return the translation with --config.KEY=VALUE applied; set the environment variables that it asks for."""
-    from tpu_tune.cli.hf.data_flags import fit_max_length
+    from tpu_tune.cli.hf.data_flags import check_answers, fit_max_length
     from tpu_tune.cli.hf.translate import translate
+    from tpu_tune.training.opening import check_settings
 
     translation = translate(flags, _platform, {**os.environ, **exported})
     os.environ.update({name: exported[name] for name in _EXPORTED if name in exported} | translation.environ)
     for key, value in options.overrides:
         configuration.assign(translation.config, key, value)
-    configuration.check(translation.config)
+    check_settings(translation.config, with_data=False)  # what a run refuses, a dry run refuses too
+    check_answers(flags, translation.config)
     if translation.derived_length and "data.max_length" not in dict(options.overrides):
         translation.notes += fit_max_length(translation.config)
     return translation

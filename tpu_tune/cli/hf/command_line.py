@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.cli.hf.flags import ALIASES, FLAGS, Flag
 from tpu_tune.errors import UserError
 
@@ -149,7 +151,7 @@ def _value(flag: Flag, spelling: str, arguments: Sequence[str]) -> Any:
         return text
     try:
         number = float(text)
-        if flag.kind is int and number != int(number):
+        if not math.isfinite(number) or (flag.kind is int and number != int(number)):
             raise ValueError
         return flag.kind(number)
     except (ValueError, OverflowError):
@@ -159,7 +161,7 @@ def _value(flag: Flag, spelling: str, arguments: Sequence[str]) -> Any:
 
 def _json(spelling: str, text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json_text.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{spelling} is {text!r}, which is not JSON ({error.msg})") from None
     if not isinstance(value, dict):

@@ -44,7 +44,7 @@ def set_data(flags: ScriptFlags, config: ConfigDict, evaluates: bool) -> None:
             raise UserError(f"{flags.spelled('dataset_format')} is '{format}'; it must be one of {', '.join(FORMATS)}")
         data.format, columns = FORMATS[format]
         data.columns = dict(columns)
-    data.train_on_source = flags.get("train_on_source", False)
+    data.train_on_source = _train_on_source(flags)
     workers = flags.get("preprocessing_num_workers", flags.get("dataloader_num_workers", 0))
     data.num_workers = max(0, workers)
     tokens = flags.get("add_special_tokens", [])
@@ -62,6 +62,50 @@ def set_data(flags: ScriptFlags, config: ConfigDict, evaluates: bool) -> None:
         data.eval = flags.get("eval_file")
         return
     _set_eval_ratio(flags, config)
+
+
+def _train_on_source(flags: ScriptFlags) -> bool:
+    """Whether the loss is on prompts too: qlora.py's flag, and TRL's two, which say the opposite.
+
+    TRL's own default differs by the rows: all of a chat, and the completion only of a prompt with one. Ours is the
+    answers only; rows that are text alone are trained on in full.
+    """
+    said = {
+        name: not flags.get(name) for name in ("assistant_only_loss", "completion_only_loss") if name in flags.values
+    }
+    if "train_on_source" in flags.values:
+        said["train_on_source"] = flags.get("train_on_source")
+    if len(set(said.values())) > 1:
+        names = " and ".join(f"{flags.spelled(name)} {str(flags.get(name)).lower()}" for name in said)
+        raise UserError(f"{names} contradict each other: the loss is on the prompts or not; leave one of them out")
+    on_source = any(said.values())
+    for name in said.keys() - {"train_on_source"}:
+        what = "prompts too" if on_source else "answers only (rows that are text alone have none, and are refused)"
+        flags.note(f"{flags.spelled(name)} {str(flags.get(name)).lower()}: the loss is on {what}")
+    return on_source
+
+
+def check_answers(flags: ScriptFlags, config: ConfigDict) -> None:
+    """Hold TRL's flags for a loss on answers only against rows that have none; of a hub dataset this is not known.
+
+    Raises:
+      UserError: the first row is text alone.
+    """
+    from tpu_tune.data.formats import detect
+    from tpu_tune.data.sources import is_hub, read_rows, resolve
+
+    names = [name for name in ("assistant_only_loss", "completion_only_loss") if flags.get(name)]
+    path = config.data.train
+    if not names or not os.path.exists(os.path.expanduser(path)):
+        return
+    source = resolve(path)[0][0]
+    rows = [] if is_hub(source) else read_rows(source)[0]
+    try:
+        is_text = any(detect(row, config.data.format, config.data.columns) == "text" for row in rows[:1])
+    except UserError:
+        return  # training reports it with more context
+    if is_text:
+        raise UserError(f"{flags.spelled(names[0])}: the rows of {path} are text without answers; leave the flag out")
 
 
 def _set_eval_ratio(flags: ScriptFlags, config: ConfigDict) -> None:

@@ -82,6 +82,7 @@ QLORA_TRAINER = {  # defaults of the Trainer that qlora.py changes, and we do no
 _USED = {
     "model_name_or_path": str, "output_dir": str, "train_file": str, "eval_file": str, "dataset": str,
     "dataset_format": str, "eval_dataset_size": float, "validation_split_percentage": float, "train_on_source": bool,
+    "assistant_only_loss": bool, "completion_only_loss": bool,
     "source_max_len": int, "target_max_len": int, "max_length": int, "packing": bool, "add_special_tokens": list,
     "preprocessing_num_workers": int, "dataloader_num_workers": int, "do_train": bool, "do_eval": bool,
     "eval_strategy": str, "eval_steps": float, "save_strategy": str, "save_steps": float, "save_total_limit": int,

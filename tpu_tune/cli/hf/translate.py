@@ -156,6 +156,7 @@ def _method(flags: ScriptFlags, config: ConfigDict) -> None:
         raise UserError("--full_finetune and --use_lora exclude each other")
     config.method = "lora" if lora else "full"
     defaults = LORA_DEFAULTS if use_lora or not is_qlora else QLORA_DEFAULTS
+    config.data.add_bos_token = "always" if is_qlora else "auto"  # qlora.py writes it before every prompt
     bits = flags.get("bits", loaded_bits or (16 if full else defaults["bits"]))
     if bits not in (16, 8, 4):
         raise UserError(f"{flags.spelled('bits')} is {bits}; it must be 16, 8 or 4")
@@ -259,12 +260,14 @@ def _intervals(flags: ScriptFlags, config: ConfigDict, evaluates: bool, trains: 
         configuration.assign(config, "train.warmup_steps", warmup)
 
 
-def _steps(flags: ScriptFlags, name: str, default: int) -> int:
+def _steps(flags: ScriptFlags, name: str, default: float) -> float:
+    """Return a number of steps, or a share of the run, as the Trainer takes them."""
     value = flags.get(name, default)
-    if value < 1 or value != int(value):
-        share = "a share of the run is not supported; " if 0 < value < 1 else ""
-        raise UserError(f"{flags.spelled(name)} is {value:g}; {share}it must be a whole number of steps, at least one")
-    return int(value)
+    if value <= 0 or (value > 1 and value != int(value)):
+        raise UserError(
+            f"{flags.spelled(name)} is {value:g}; it must be a whole number of steps, or a share of the run below 1"
+        )
+    return value if value < 1 else int(value)
 
 
 def _optimizer(flags: ScriptFlags, config: ConfigDict) -> None:

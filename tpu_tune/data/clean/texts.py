@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tpu_tune.checkpoints import json_text
 from tpu_tune.data.formats import FORMATS, RowError, detect, rename, role_of
 from tpu_tune.errors import UserError
 
@@ -167,8 +168,8 @@ def _opened(value: Any) -> Any:
     """Lists inside CSV are written as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            opened = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+            opened = json_text.loads(value)
+        except json.JSONDecodeError:
             return value
         return opened
     return value

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 import zipfile
@@ -35,6 +36,9 @@ HEADER_BYTES = 64 * 2**20  # of a tar archive between two files
 SPOOL_BYTES = 16 * 2**20
 # What the decompressors raise at data that is damaged or cut short.
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, OSError)
+# What Python's readers of archives raise beside that: at a packing or a version that they do not know, and at numbers
+# in a header that no archive has.
+_UNREADABLE = (NotImplementedError, RuntimeError, ValueError, ArithmeticError, LookupError, struct.error, MemoryError)
 _ARCHIVES = (".zip", ".tar")
 _SHORT = {".tgz": ".tar.gz", ".tbz": ".tar.bz2", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
 
@@ -113,7 +117,8 @@ class CountedStream:
         """Read `size` bytes, fewer only at the end; the budget is checked before all of them are held."""
         pieces: list[bytes] = []
         while size:
-            piece = self._file.read(2**20 if size < 0 else min(size, 2**20))
+            with readable():
+                piece = self._file.read(2**20 if size < 0 else min(size, 2**20))
             if not piece:
                 break
             self._budget.spend(len(piece))
@@ -197,8 +202,20 @@ def damage(error: BaseException) -> str:
     return f"is cut short or damaged ({' '.join(str(error).split())[:120] or type(error).__name__})"
 
 
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Turn what the readers of archives raise at an archive that they cannot read into `BadSource`."""
+    try:
+        yield
+    except (BadSource, *DAMAGED):
+        raise
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise BadSource(f"cannot be unpacked ({reason}); unpack it first") from error
+
+
 def _zip_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
-    with blob.open() as file, seekable(file) as archive_file, zipfile.ZipFile(archive_file) as archive:
+    with readable(), blob.open() as file, seekable(file) as archive_file, zipfile.ZipFile(archive_file) as archive:
         for entry in archive.infolist():
             if entry.is_dir():
                 continue
@@ -213,11 +230,16 @@ def _zip_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
             except BadSource as error:
                 tally.skipped.add(name, str(error))
                 continue
-            yield Blob(name, lambda entry=entry: CountedStream(archive.open(entry), budget))
+            yield Blob(name, lambda entry=entry: CountedStream(_zip_file(archive, entry), budget))
+
+
+def _zip_file(archive: zipfile.ZipFile, entry: zipfile.ZipInfo | str) -> IO[bytes]:
+    with readable():
+        return archive.open(entry)
 
 
 def _tar_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
-    with blob.open() as file:
+    with readable(), blob.open() as file:
         # A compressed archive's bytes are counted as they are unpacked; those of a plain one are what the disk holds.
         stream = file if isinstance(file, CountedStream) else CountedStream(file, Budget(blob.name, 2**62, 2**62, 1.0))
         stream.allowed = HEADER_BYTES
@@ -246,7 +268,8 @@ def _tar_members(blob: Blob, tally: Tally, budget: Budget) -> Iterator[Blob]:
 
 
 def _tar_file(archive: tarfile.TarFile, entry: tarfile.TarInfo, budget: Budget | None) -> IO[bytes]:
-    file = archive.extractfile(entry)
+    with readable():
+        file = archive.extractfile(entry)
     return CountedStream(file, budget) if budget else file
 
 
@@ -270,7 +293,9 @@ def read_member(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
       BadSource: it is larger than a row may be, or the archive unpacks to more than it may.
       KeyError: there is none of that name.
     """
-    with archive.open(name) as file:
+    if name not in archive.NameToInfo:
+        raise KeyError(name)
+    with readable(), archive.open(name) as file:
         content = file.read(streams.MAX_ROW_BYTES + 1)
     budget.spend(len(content))
     if len(content) > streams.MAX_ROW_BYTES:

@@ -12,6 +12,8 @@ from tpu_tune.data import streams
 from tpu_tune.data.ingest.blobs import BadSource, Blob
 
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte that does not fit
+# Python's codecs of text that are no encodings of a file: of names in the DNS, of source code.
+_NO_ENCODINGS = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "unicode_escape")
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
           (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # fmt: skip
 
@@ -40,6 +42,15 @@ def byte_order_mark(start: bytes) -> tuple[str, int]:
     return next(((name, len(mark)) for mark, name in _MARKS if start.startswith(mark)), ("", 0))
 
 
+def is_text_encoding(name: str) -> bool:
+    """Whether Python can decode a text by this name; rot13, base64, idna, `undefined` and the like are no encodings."""
+    try:
+        found = codecs.lookup(name)
+        return found._is_text_encoding and found.name not in _NO_ENCODINGS and b"".decode(name) == ""
+    except (LookupError, ValueError, TypeError):
+        return False
+
+
 def decode(content: bytes, encoding: str = "") -> str:
     """Decode a text strictly: by `encoding`, its byte order mark, or else as UTF-8.
 
@@ -50,10 +61,18 @@ def decode(content: bytes, encoding: str = "") -> str:
     name = encoding or marked or "utf-8"
     if marked and (not encoding or codecs.lookup(encoding).name.startswith(marked[:5])):
         content, name = content[length:], marked
+    _check_mark(name, marked)
     try:
         return content.decode(name)
     except UnicodeDecodeError as error:
         raise BadSource(does_not_fit(content, error, name)) from error
+
+
+def _check_mark(encoding: str, marked: str) -> None:
+    """Refuse UTF-16 and UTF-32 without the mark that says in which order their bytes stand."""
+    if encoding and not marked and codecs.lookup(encoding).name in ("utf-16", "utf-32"):
+        name = codecs.lookup(encoding).name
+        raise BadSource(f"has no byte order mark, which {name} wants; --encoding {name}-le or {name}-be reads it")
 
 
 def does_not_fit(content: bytes, error: UnicodeDecodeError, name: str) -> str:
@@ -104,6 +123,7 @@ def decoded(file: IO[bytes], encoding: str = "") -> io.TextIOWrapper:
     if marked and (not encoding or codecs.lookup(encoding).name.startswith(marked[:5])):
         stream.read(length)
         encoding = marked
+    _check_mark(encoding, marked)
     return io.TextIOWrapper(stream, encoding=encoding or "utf-8", errors="surrogateescape", newline="")
 
 

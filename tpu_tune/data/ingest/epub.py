@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from lxml import etree
 
-from tpu_tune.data.ingest.archives import Budget, checked_member, read_member, seekable
+from tpu_tune.data.ingest.archives import Budget, checked_member, read_member, readable, seekable
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.html import xhtml_text
 from tpu_tune.data.ingest.ingest_options import IngestOptions
@@ -20,7 +20,9 @@ def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str,
     """Yield a book's chapters in reading order (its spine), a row each; its tables of contents are left out."""
     with blob.open() as file, seekable(file) as book:
         try:
-            with zipfile.ZipFile(book) as archive:
+            with readable():
+                archive = zipfile.ZipFile(book)
+            with archive:
                 yield from _chapters(blob, archive, Budget.of(blob, options), tally)
         except (zipfile.BadZipFile, etree.XMLSyntaxError, KeyError) as error:
             raise BadSource(f"is cut short, or no EPUB ({error})") from error

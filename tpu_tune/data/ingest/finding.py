@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tpu_tune.data import saved_sets
 from tpu_tune.data.ingest import catalog, dictd
 from tpu_tune.data.ingest.blobs import suffix_of
 from tpu_tune.data.ingest.reading import is_readable, kind_of
@@ -28,7 +29,7 @@ class Found:
     passed_over: Counter = field(default_factory=Counter)
 
 
-def find_sources(inputs: Sequence[str], format: str = "auto", exclude: str = "") -> Found:
+def find_sources(inputs: Sequence[str], format: str = "auto", exclude: str = "", split: str = "train") -> Found:
     """Find what to read.
 
     A folder is searched recursively, in the order of names; hidden files are left out, and so are files of no known
@@ -39,9 +40,10 @@ def find_sources(inputs: Sequence[str], format: str = "auto", exclude: str = "")
       inputs: files, folders, patterns with `*`, `?`, `[`, and names: `tfds:NAME`, `datasets:NAME`, OWNER/NAME of the
         hub.
       exclude: a path that is not read: the output.
+      split: of folders that `datasets` saved in splits.
 
     Raises:
-      UserError: nothing is there.
+      UserError: nothing is there, or no such split.
     """
     found, known = Found(), {os.path.abspath(exclude)} if exclude else set()
     for word in inputs:
@@ -49,7 +51,7 @@ def find_sources(inputs: Sequence[str], format: str = "auto", exclude: str = "")
         if catalog.is_named(word):
             paths, named = iter([word]), True
         else:
-            paths, named = _paths(word, format)
+            paths, named = _paths(word, format, split)
         for path in paths:
             key = path if catalog.is_named(path) else os.path.abspath(path)
             if key in known:
@@ -72,13 +74,13 @@ def find_sources(inputs: Sequence[str], format: str = "auto", exclude: str = "")
     return found
 
 
-def _paths(word: str, format: str) -> tuple[Iterator[str], bool]:
+def _paths(word: str, format: str, split: str) -> tuple[Iterator[str], bool]:
     """The files behind one input, and whether it names a file outright."""
     path = os.path.expanduser(word)
     if re.match(r"[a-z][a-z0-9+.-]*://", word):
         raise UserError(f"{word}: only local files are read; copy it here first, e.g. with gcloud storage cp -r")
     if os.path.isdir(path):
-        return _walk(path), False
+        return _walk(path, split), False
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise UserError(f"{word}: is neither a file nor a folder")
@@ -93,16 +95,32 @@ def _paths(word: str, format: str) -> tuple[Iterator[str], bool]:
     raise UserError(f"{word}: there is no such file or folder")
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _walk(folder: str, split: str) -> Iterator[str]:
     def complain(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     for directory, folders, files in os.walk(folder, onerror=complain):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if splits := saved_sets.splits_of(directory):
+            folders.clear()  # its index names all that it holds
+            yield from _of_split(directory, splits, split)
+            continue
+        is_clone = "dataset_infos.json" in files
         for name in sorted(files):
             path = os.path.join(directory, name)
+            if name in saved_sets.NOTES or (is_clone and name == "README.md"):
+                continue  # what `datasets` says about the rows
             if not name.startswith(".") and os.path.isfile(path):
                 yield path
+
+
+def _of_split(directory: str, splits: dict[str, list[str]], split: str) -> list[str]:
+    if list(splits) == [""]:
+        return splits[""]
+    if split not in splits:
+        there = ", ".join(splits)
+        raise UserError(f"{directory}: there is no split '{split}'; --split names one that is there: {there}")
+    return splits[split]
 
 
 def _matches(pattern: str) -> Iterator[str]:

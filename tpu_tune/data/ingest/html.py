@@ -18,7 +18,7 @@ from charset_normalizer import from_bytes
 from lxml import etree
 
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
-from tpu_tune.data.ingest.encodings import byte_order_mark, decode, does_not_fit, read_document
+from tpu_tune.data.ingest.encodings import byte_order_mark, decode, does_not_fit, is_text_encoding, read_document
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 
 _DROPPED = frozenset(
@@ -215,10 +215,7 @@ def _decode_markup(content: bytes, encoding: str = "") -> str:
         return decode(content, encoding)
     declared = EncodingDetector.find_declared_encoding(content, is_html=True)
     if declared:
-        try:
-            name = codecs.lookup(declared).name
-        except LookupError:
-            name = ""
+        name = codecs.lookup(declared).name if is_text_encoding(declared) else ""
         if name in ("iso8859-1", "ascii"):  # as every browser reads them; HTML's standard says so
             name = "cp1252"
         if name and not name.startswith(("utf-16", "utf-32")):  # else the declaration could not have been read

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.data.formats import FORMATS
 from tpu_tune.data.ingest.blobs import Tally
 from tpu_tune.data.ingest.catalog import is_named
@@ -79,7 +80,7 @@ def ingest(
     """
     if options.format != "auto" and options.format not in KINDS:
         raise UserError(f"--format {options.format} is unknown; known: auto, {', '.join(KINDS)}")
-    found = find_sources(inputs, options.format, output)
+    found = find_sources(inputs, options.format, output, options.split)
     for kind in sorted({options.format} - {"auto"} or {kind_of(source) for source in found.sources} - {""}):
         reader_of(kind)  # a library that is not installed is missed before anything is read
     report = IngestReport(
@@ -127,7 +128,8 @@ def _by_engine(
 ) -> None:
     # Workers write their rows to files beside the output, so that no source's rows are ever held in memory.
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ingest-", dir=Path(output).absolute().parent))
+        beside = None if storage.is_special(output) else Path(output).absolute().parent
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ingest-", dir=beside))
         tasks = ((source, options, os.path.join(folder, str(number))) for number, source in enumerate(sources))
         parts = stack.enter_context(contextlib.closing(engine(read_to_file, tasks)))
         for part, count, found, formats_read in progress(parts, "ingest", len(sources), unit="files"):

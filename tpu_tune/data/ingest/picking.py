@@ -14,7 +14,14 @@ from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.errors import UserError
 
 # Further keys that belong to a format, and travel with it.
-_ALSO = {"alpaca": ("input", "system"), "messages": ("system", "tools"), "sharegpt": ("system", "tools")}
+_FOR_CHATS = ("system", "tools", "documents", "chat_template_kwargs")
+_ALSO = {
+    "alpaca": ("input", "system", "history"),
+    "messages": _FOR_CHATS,
+    "sharegpt": _FOR_CHATS,
+    "prompt-completion": _FOR_CHATS,
+    "prompt-generation": _FOR_CHATS,
+}
 MAX_DEPTH = 100  # of lists and objects in a row
 Pick = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 
@@ -112,6 +119,10 @@ def _known(row: Mapping[str, Any], format: str, options: IngestOptions) -> dict[
         found: dict[str, Any] = {"messages": [plain(message, "messages") for message in chat.messages]}
         if chat.tools:
             found["tools"] = plain(list(chat.tools), "tools")
+        if chat.documents:
+            found["documents"] = plain(list(chat.documents), "documents")
+        if chat.template_kwargs:
+            found["chat_template_kwargs"] = plain(dict(chat.template_kwargs), "chat_template_kwargs")
         return {**found, **kept}
     if missing := [key for key in FORMATS[format] if key not in row]:
         raise RowError(f"no '{missing[0]}'; its keys: {_listed(list(row))}")
@@ -120,7 +131,8 @@ def _known(row: Mapping[str, Any], format: str, options: IngestOptions) -> dict[
     if all(row.get(key) is None for key in FORMATS[format]):
         return None
     if format in ("text", "input-output", "alpaca"):
-        return {**{key: text_of(row.get(key), key) for key in keys}, **kept}
+        made = {key: plain(row[key], key) if key == "history" else text_of(row.get(key), key) for key in keys}
+        return {**made, **kept}
     return {**{key: plain(row.get(key), key) for key in keys}, **kept}
 
 

@@ -136,5 +136,8 @@ def _rows(blob: Blob, kind: str, options: IngestOptions, tally: Tally) -> Iterat
         raise
     except (BadSource, RowError) as error:
         tally.skipped.add(blob.name, str(error))
+    except UnicodeError as error:  # such as half a character at the end, which stands for no byte
+        name, reason = getattr(error, "encoding", "its encoding"), getattr(error, "reason", error)
+        tally.skipped.add(blob.name, f"not valid {name} ({reason}); --encoding names another")
     except DAMAGED as error:
         tally.skipped.add(blob.name, damage(error))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tpu_tune.data import streams
 from tpu_tune.data.ingest.blobs import BadSource
+from tpu_tune.data.ingest.encodings import too_long
 from tpu_tune.data.ingest.sql_tokens import END, NAME, NUMBER, SIGN, STRING, WORD, Tokens
 
 
@@ -62,7 +64,7 @@ def _value(tokens: Tokens) -> Any:
         if token == (SIGN, "||"):
             tokens.next()
             other = _single(tokens)
-            value = None if value is None or other is None else f"{value}{other}"
+            value = None if value is None or other is None else _joined([str(value), str(other)])
         elif token == (SIGN, "::"):
             tokens.next()
             _type(tokens)
@@ -160,7 +162,9 @@ def _call(word: str, arguments: list[Any], unknown: str) -> Any:
     texts = [str(argument) for argument in arguments if argument is not None]
     if not unknown and len(texts) == len(arguments):
         if word == "REPLACE" and len(texts) == 3:
-            return texts[0].replace(texts[1], texts[2])
+            grown = texts[0].count(texts[1]) * (len(texts[2]) - len(texts[1])) if texts[1] else 0
+            _check_length(len(texts[0]) + grown)
+            return texts[0].replace(texts[1], texts[2]) if texts[1] else texts[0]
         if word in ("CHAR", "CHR", "NCHAR") and all(
             isinstance(code, int) and 0 <= code < 0x110000 for code in arguments
         ):
@@ -168,7 +172,7 @@ def _call(word: str, arguments: list[Any], unknown: str) -> Any:
         if word == "CAST" and len(arguments) == 1:
             return arguments[0]
         if word == "CONCAT":
-            return "".join(texts)
+            return _joined(texts)
         if word == "UNISTR" and len(texts) == 1:
             return re.sub(
                 r"\\(?:\\|\+([0-9A-Fa-f]{6})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|([0-9A-Fa-f]{4}))",
@@ -176,3 +180,14 @@ def _call(word: str, arguments: list[Any], unknown: str) -> Any:
                 texts[0],
             )
     raise _Unknown(f"{word}(...)" if not unknown else unknown)
+
+
+def _joined(texts: list[str]) -> str:
+    _check_length(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _check_length(characters: int) -> None:
+    """Refuse a value before it is made: functions inside one another grow it tenfold each."""
+    if characters > streams.MAX_ROW_BYTES:
+        raise BadSource(f"a value of its functions is longer than {too_long()}")

@@ -7,18 +7,18 @@ that a cut or shifted row looks like a good one. For undamaged tables both give 
 from __future__ import annotations
 
 import csv
-import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
-from tpu_tune.data import streams
+from tpu_tune.data import columnar, streams
+from tpu_tune.data.formats import without_nulls
 from tpu_tune.data.ingest.archives import inner_name, seekable
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.encodings import TextLines, misfit, too_long
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 
-BATCH_ROWS = 256
 _DELIMITERS = (",", ";", "\t", "|")
 
 
@@ -59,7 +59,7 @@ def read_csv(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[
         delimiter = "\t" if suffix_of(inner_name(blob.name)) in (".tsv", ".tab") else _delimiter(first)
         csv.field_size_limit(streams.MAX_ROW_BYTES)
         reader = csv.reader(_Joined(first, lines), delimiter=delimiter)
-        header = _unique(next(reader))
+        header = columnar.unique_names(next(reader))
         lines.row.clear()
         if misfit("".join(header)):
             raise BadSource("line 1 is not valid in its encoding; --encoding names another")
@@ -129,30 +129,19 @@ def _delimiter(first: str) -> str:
     return "," if counts[","] > 1 else max(_DELIMITERS, key=lambda mark: counts[mark])
 
 
-def _unique(header: list[str]) -> list[str]:
-    """Column names as pandas gives them: a second `a` is `a.1`, one without a name `Unnamed: 3`."""
-    found: list[str] = []
-    for number, name in enumerate(header):
-        name = name or f"Unnamed: {number}"
-        names = itertools.chain([name], (f"{name}.{again}" for again in itertools.count(1)))
-        found.append(next(candidate for candidate in names if candidate not in found))
-    return found
-
-
 def read_parquet(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file; only the columns that are picked are read."""
-    import pyarrow
-    import pyarrow.parquet
-
     with blob.open() as file, seekable(file) as source:
         try:
-            table = pyarrow.parquet.ParquetFile(source)
+            size = source.seek(0, os.SEEK_END)
+            source.seek(0)
+            table = columnar.open_parquet(source, size, options.max_ratio)
             columns = table.schema_arrow.names
-            to_read = _columns_to_read(columns, options)
-            batches = table.iter_batches(BATCH_ROWS, columns=to_read)
-            yield from picked(_batch_rows(blob.name, batches), options, tally, blob.name, columns)
-        except pyarrow.ArrowException as error:
-            raise BadSource(f"cannot be read as Parquet ({_first_line(error)})") from error
+            batches = columnar.parquet_batches(table, _columns_to_read(columns, options))
+            rows = columnar.rows_of(batches, "Parquet", streams.MAX_ROW_BYTES)
+            yield from picked(_numbered(blob.name, rows, tally), options, tally, blob.name, columns)
+        except columnar.BadTable as error:
+            raise BadSource(str(error)) from error
 
 
 def _columns_to_read(columns: list[str], options: IngestOptions) -> list[str] | None:
@@ -165,40 +154,18 @@ def _columns_to_read(columns: list[str], options: IngestOptions) -> list[str] | 
 
 def read_arrow(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of an Arrow IPC file or stream, or of a Feather file of either version."""
-    import pyarrow
-
     with blob.open() as file, seekable(file) as source:
         try:
-            columns, batches = _arrow_batches(source)
-            yield from picked(_batch_rows(blob.name, batches), options, tally, blob.name, columns)
-        except pyarrow.ArrowException as error:
-            raise BadSource(f"cannot be read as Arrow ({_first_line(error)})") from error
+            schema, batches = columnar.open_arrow(source)
+            rows = columnar.rows_of((batch for batch, _ in batches), "Arrow", streams.MAX_ROW_BYTES)
+            yield from picked(_numbered(blob.name, rows, tally), options, tally, blob.name, schema.names)
+        except columnar.BadTable as error:
+            raise BadSource(str(error)) from error
 
 
-def _arrow_batches(file: Any) -> tuple[list[str], Iterator[Any]]:
-    import pyarrow
-    import pyarrow.feather
-
-    magic = file.read(6)
-    file.seek(0)
-    if magic.startswith(b"FEA1"):
-        table = pyarrow.feather.read_table(file)
-        return table.schema.names, iter(table.to_batches())
-    if magic == b"ARROW1":
-        reader = pyarrow.ipc.open_file(file)
-        return reader.schema.names, (reader.get_batch(number) for number in range(reader.num_record_batches))
-    reader = pyarrow.ipc.open_stream(file)
-    return reader.schema.names, iter(reader)
-
-
-def _batch_rows(name: str, batches: Iterator[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, BATCH_ROWS):
-            for row in batch.slice(start, BATCH_ROWS).to_pylist():
-                number += 1
-                yield f"{name}:{number}", row
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def _numbered(name: str, rows: Iterator[dict[str, Any] | None], tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(rows, start=1):
+        if row is None:
+            tally.skipped.add(f"{name}:{number}", f"the row is larger than {too_long()}")
+        else:
+            yield f"{name}:{number}", {key: without_nulls(value) for key, value in row.items()}

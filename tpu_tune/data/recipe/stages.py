@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -119,14 +119,14 @@ def _run(stage: Stage, files: list[str], stage_folder: Path, key: str) -> Done:
 
 def _find_finished(stage_folder: Path, stage: Stage, key: str) -> Done | None:
     try:
-        record = json.loads((stage_folder / "stage.json").read_text(encoding="utf-8"))
+        record = json_text.loads((stage_folder / "stage.json").read_bytes())
         if record["key"] != key:
             return None
         if any(os.path.getsize(stage_folder / name) != size for name, size in record["outputs"].items()):
             return None
         outputs = [str(stage_folder / name) for name in record["outputs"]]
         return Done(stage.name, stage_folder, outputs, stage.parameters, record["report"], record["seconds"], True)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

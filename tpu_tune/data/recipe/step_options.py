@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class TokenizeStep:
       format: of the rows; auto goes by the keys of the first.
       columns: the rows' own key -> the format's key.
       chat_template: Jinja text or file; "" for the tokenizer's own.
+      chat_template_kwargs: the template's variables; a row's own come first.
     """
 
     tokenizer_path: str = ""
@@ -46,3 +48,4 @@ class TokenizeStep:
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     chat_template: str = ""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -112,6 +112,7 @@ def _tokenize(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, A
         max_length=step.max_length,
         columns=dict(step.columns),
         chat_template=chat.read_template(tokenizer, step.chat_template),
+        chat_template_kwargs=dict(step.chat_template_kwargs),
         train_on_source=step.train_on_source,
         num_eos=step.num_eos,
     )

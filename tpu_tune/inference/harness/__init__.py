@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tpu_tune.checkpoints.template_limits import template_errors
+from tpu_tune.checkpoints.tokenizers import encode_text
 from tpu_tune.errors import UserError
 from tpu_tune.inference import scoring
-from tpu_tune.inference.generation import Sampling, end_tokens, generate_ids
+from tpu_tune.inference.generation import Sampling, generate_ids
 from tpu_tune.inference.run_model import load_any
 
 try:
@@ -73,7 +75,7 @@ class TpuTuneLM(LM):
         """Return the log-likelihood of each text, in windows where it is longer than the model."""
         rows, counts = [], []
         for request in requests:
-            windows = scoring.rolling_rows(self._model, scoring.encode_text(self.tokenizer, request.args[0]))
+            windows = scoring.rolling_rows(self._model, encode_text(self.tokenizer, request.args[0]))
             rows += windows
             counts.append(len(windows))
         values = iter(scoring.score(self._model, rows, batch_tokens=self._batch_tokens).log_likelihood)
@@ -95,9 +97,7 @@ class TpuTuneLM(LM):
                     f"{sampling.max_new_tokens} new tokens leave no room for a context: this model has "
                     f"{scoring.max_length(self._model)} positions"
                 )
-            prompts = {
-                number: scoring.encode_text(self.tokenizer, requests[number].args[0])[-room:] for number in members
-            }
+            prompts = {number: self._model.encode_prompt(requests[number].args[0])[-room:] for number in members}
             order = sorted(members, key=lambda number: -len(prompts[number]))
             for start in range(0, len(order), self._rows):
                 numbers = order[start : start + self._rows]
@@ -109,12 +109,16 @@ class TpuTuneLM(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a chat as the tokenizer's template writes it."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        with template_errors(
+            self.tokenizer.chat_template or "", lambda reason: UserError(f"the chat template refuses a task ({reason})")
+        ):
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **self._model.chat_template_kwargs,
+            )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the template's text, for the harness's records."""
@@ -127,9 +131,7 @@ class TpuTuneLM(LM):
 
     def _answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         model = self._model
-        answers = generate_ids(
-            model.architecture, model.params, prompts, sampling, end_tokens(self.tokenizer), model.dtype
-        )
+        answers = generate_ids(model.architecture, model.params, prompts, sampling, model.ends, model.dtype)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
     def _remembered(self, what: str, requests: Sequence[Instance], results: list) -> list:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.architecture import Architecture
+from tpu_tune.models.families.checked import check_architecture, check_config
 from tpu_tune.models.families.gemma import gemma, gemma2, gemma3
 from tpu_tune.models.families.gpt2 import gpt2
 from tpu_tune.models.families.gpt_neox import gpt_neox
@@ -16,6 +17,7 @@ from tpu_tune.models.families.llama import llama, mistral, qwen2, qwen3
 from tpu_tune.models.families.opt import opt
 from tpu_tune.models.families.phi import phi, phi3
 from tpu_tune.models.families.t5 import t5
+from tpu_tune.models.values import one_line, shown
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "llama": llama,
@@ -39,14 +41,21 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """Return the Architecture that a Hugging Face `config.json` describes.
 
     Raises:
-      UserError: an unknown `model_type` (the known are listed), or a key that the family needs and the config lacks.
+      UserError: an unknown `model_type` (the known are listed), a key that the family needs and the config lacks, or a
+        value of a wrong type or range; key and value are named.
     """
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"model_type is {shown(kind)}; it must be one of {', '.join(FAMILIES)}")
     if kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, 1, 0.8)
+        near = difflib.get_close_matches(kind, FAMILIES, 1, 0.8)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise UserError(f"model_type '{kind}' is not known{hint}; the known architectures are {', '.join(FAMILIES)}")
-    try:
-        return FAMILIES[kind](config)
-    except KeyError as error:
-        raise UserError(f"the config of this {kind} model lacks the key {error}") from None
+    check_config(config)
+    with one_line(f"the config of this {kind} model"):
+        try:
+            made = FAMILIES[kind](config)
+        except KeyError as error:
+            raise UserError(f"the config of this {kind} model lacks the key {error}") from None
+        check_architecture(made)
+    return made

@@ -26,7 +26,8 @@ def t5(config: Mapping[str, Any]) -> Architecture:
     if kind == "gated-gelu":  # as transformers reads it
         activation = "gelu_new"
     # T5 1.0 scales the decoder's states before its tied head; 1.1 has a head of its own and does not. transformers 5
-    # writes tie_word_embeddings=true for both, and tells them apart by scale_decoder_outputs.
+    # writes tie_word_embeddings=true for both, keeps scale_decoder_outputs beside it, and ties where the files hold no
+    # head (`params.with_stored_head`).
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
     width, heads = config["d_model"], config["num_heads"]
     encoder = Architecture(
@@ -62,7 +63,7 @@ def t5(config: Mapping[str, Any]) -> Architecture:
         encoder,
         names=dataclasses.replace(_names("decoder"), head="lm_head"),
         layer_kinds=(LayerKind(layer_names),) * (config.get("num_decoder_layers") or config["num_layers"]),
-        tied=bool(scaled),
+        tied=config.get("tie_word_embeddings") is not False,
         head_scale=width**-0.5 if scaled else 1.0,
         causal=True,
         encoder=encoder,

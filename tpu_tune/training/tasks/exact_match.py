@@ -14,9 +14,8 @@ from typing import Any
 
 from tpu_tune.data.formats import RowError
 from tpu_tune.errors import UserError
-from tpu_tune.inference.generation import Sampling, encode_prompt, end_tokens, generate_ids
+from tpu_tune.inference.generation import Sampling, generate_ids
 from tpu_tune.inference.model import Model
-from tpu_tune.inference.scoring import encode_text
 from tpu_tune.training.tasks.intervals import Measure, Outcome
 from tpu_tune.training.tasks.questions import with_shots
 from tpu_tune.training.tasks.task_rows import LocatedRow
@@ -90,10 +89,10 @@ def score_answers(
     asked = list(asked) if examples is not None else list(asked)[shots:]
     if chat:
         prompts = [question for question, _, _ in asked]
-        encoded = [encode_prompt(model.tokenizer, prompt, True) for prompt in prompts]
+        encoded = [model.encode_prompt(prompt, chat=True) for prompt in prompts]
     else:
         prompts = [with_shots("", solved, _stem(question)) for question, _, _ in asked]
-        encoded = [encode_text(model.tokenizer, prompt) for prompt in prompts]
+        encoded = [model.encode_prompt(prompt) for prompt in prompts]
     answers = [until(text, STOPS) for text in answer_all(model, encoded, Sampling(max_new_tokens))]
     numeric = all(_NUMBER.fullmatch(right.strip()) for _, right, _ in asked)
     counted: dict[str, Callable[[str, str], bool]] = (
@@ -124,7 +123,7 @@ def answer_all(model: Model, prompts: Sequence[Sequence[int]], sampling: Samplin
     """Return the decoded answers to prompts of token ids, in their order; prompts of like length go together."""
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     answers = [""] * len(prompts)
-    tokenizer, ends = model.tokenizer, end_tokens(model.tokenizer)
+    tokenizer = model.tokenizer
     if model.architecture.encoder and tokenizer.eos_token_id is not None:
         end = tokenizer.eos_token_id
         prompts = [ids if list(ids[-1:]) == [end] else [*ids, end] for ids in prompts]
@@ -133,7 +132,7 @@ def answer_all(model: Model, prompts: Sequence[Sequence[int]], sampling: Samplin
         batch = [prompts[number] for number in numbers]
         if start:
             batch += [batch[-1]] * (_BATCH - len(batch))  # the shape that is compiled already
-        generated = generate_ids(model.architecture, model.params, batch, sampling, ends, model.dtype)
+        generated = generate_ids(model.architecture, model.params, batch, sampling, model.ends, model.dtype)
         for number, ids in zip(numbers, generated, strict=False):
             answers[number] = tokenizer.decode(ids, skip_special_tokens=True)
     return answers

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from tpu_tune.checkpoints.tokenizers import encode_text
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import Model
-from tpu_tune.inference.scoring import choice_logits, encode_text, score_continuations
+from tpu_tune.inference.scoring import choice_logits, score_continuations
 from tpu_tune.training.tasks.intervals import Measure, Outcome
 from tpu_tune.training.tasks.questions import LETTERS, Question, letter_block, split_shots, with_shots
 
@@ -84,9 +85,11 @@ def by_letter(
     most = max(len(question.choices) for question in questions)
     if most > len(LETTERS):
         raise UserError(f"a question has {most} choices, and there are {len(LETTERS)} letters")
+    if model.architecture.encoder:
+        raise UserError("letters are scored with decoder-only models; score by likelihood instead (--by likelihood)")
     tokens, before = letter_tokens(model.tokenizer, most)
     prompts = [
-        [*(encode_text(model.tokenizer, with_shots(_about(question), solved, letter_block(question)))), *before]
+        [*model.encode_prompt(with_shots(_about(question), solved, letter_block(question))), *before]
         for question in questions
     ]
     logits = choice_logits(model, prompts, tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.data import saved_sets
 from tpu_tune.data.sources import SUFFIXES, is_hub, read_rows, resolve
 from tpu_tune.errors import UserError
 
@@ -52,7 +53,16 @@ def _of_split(path: str, train: list[str], held_out: list[str] | None, split: st
     names = {"val": ("val", "valid", "validation", "dev", "eval")}.get(split, (split,))
     if not storage.is_remote(path) and Path(path).expanduser().is_dir():
         directory = Path(path).expanduser()
-        files = sorted(file for file in directory.iterdir() if file.suffix.lower() in SUFFIXES)
+        if of_splits := saved_sets.splits_of(directory):
+            found = [file for name, files in of_splits.items() if saved_sets.kind_of(name) in names for file in files]
+            if not found:
+                raise UserError(f"{path}: there is no split '{split}'; there is: {', '.join(of_splits)}")
+            return found
+        files = sorted(
+            file
+            for file in directory.iterdir()
+            if file.suffix.lower() in SUFFIXES and file.name not in saved_sets.NOTES
+        )
         sources = [str(file) for file in files]
     else:
         sources = [*train, *(held_out or [])]

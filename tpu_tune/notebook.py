@@ -26,7 +26,7 @@ from tpu_tune.planning import Device
 
 def show_device() -> Device | None:
     """Print what JAX runs on, and return what `plan` knows of it: None on a CPU."""
-    device = planning.device_here()
+    device = planning.local_device()
     print(jax.devices())
     print(f"{device.name}: {device.capacity / 1e9:.1f} GB usable" if device else "no accelerator that plan knows")
     return device

@@ -125,7 +125,7 @@ def measure(source: Any, ids: Any, targets: Any, variant: tuple[str, str, bool],
         loss, tokens = loss + float(batch_loss), tokens + int(batch_tokens)
     linear = quantized_paths(arch.modules(), QuantizeConfig("int8"))
     size = sum(params[path].nbytes for path in linear)
-    weights = sum(max(1, m.layers) * math.prod(m.shape) for m in arch.modules() if m.weight in linear)
+    weights = sum((len(m.layers) or 1) * math.prod(m.shape) for m in arch.modules() if m.weight in linear)
     return {"loss": loss, "tokens": tokens, "bytes": size, "bits": 8 * size / weights}
 
 

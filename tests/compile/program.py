@@ -102,7 +102,7 @@ def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
 def dequantized(text: str, model: PreparedModel) -> list[str]:
     """Return the shapes of floats in a program's text that are as large as a stacked quantized leaf, in any layout."""
     stacks = {
-        math.prod(leaf.shape) * module.layers
+        math.prod(leaf.shape) * len(module.layers)
         for module in model.architecture.modules()
         if module.layers and isinstance(leaf := model.frozen.get(module.weight), QuantizedTensor)
     }

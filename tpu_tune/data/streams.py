@@ -53,7 +53,7 @@ class Skipped:
         """
         bad = BadRow(where, reason)
         if not self.allowed:
-            raise UserError(f"{bad}; fix it, or give --skip-bad to go on without it")
+            raise UserError(sources.with_advice(bad, "fix it, or give --skip-bad to go on without it"))
         self.count += 1
         if len(self.examples) < 5:
             self.examples.append(bad)

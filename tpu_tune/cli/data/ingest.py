@@ -6,7 +6,7 @@ import argparse
 import json
 
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data.arguments import same_names
+from tpu_tune.cli.data.arguments import add_as, same_names
 
 _FORMATS = (
     "html", "text", "markdown", "csv", "tsv", "jsonl", "json", "discord", "parquet", "arrow", "sql", "sqlite", "epub",
@@ -52,6 +52,7 @@ def add(commands: Commands) -> None:
     )
     picks.add_argument("--table", default="", metavar="NAME", help="the table of a SQLite file or SQL dump")
     picks.add_argument("--split", default="train", metavar="NAME", help="the split of a named dataset (default train)")
+    add_as(picks)
     chats = parser.add_argument_group("chat exports")
     chats.add_argument(
         "--assistant", default="", metavar="NAME", help="whose words are the assistant's in a Discord channel"
@@ -117,6 +118,12 @@ def run(options: argparse.Namespace) -> int:
         return 0
     formats = ", ".join(f"{count:,} {name}" for name, count in report["formats"].items())
     print(f"{options.output}: {report['rows']:,} rows ({formats}) from {report['sources']:,} sources")
+    if report["rewritten"]:
+        print(
+            f"  written as {options.as_format}: "
+            + ", ".join(f"{count:,} {name}" for name, count in report["rewritten"].items())
+            + " (each the words of an assistant whom nobody asks)" * ("text" in report["rewritten"])
+        )
     if report["bad"]:
         print(f"  {report['bad']:,} bad ones skipped, the first: {report['bad_examples'][0]}")
     if report["empty"]:

@@ -17,11 +17,12 @@ from typing import Any
 
 import regex
 
+from tpu_tune.data.as_messages import as_messages
 from tpu_tune.data.clean import language, repair
 from tpu_tune.data.clean.clean_options import CleanOptions, check
 from tpu_tune.data.clean.phrases import Phrase, compile_lists
-from tpu_tune.data.clean.texts import Part, cut, format_of, parts, replace, visible
-from tpu_tune.data.formats import RowError
+from tpu_tune.data.clean.texts import Part, cut, parts, replace, visible
+from tpu_tune.data.formats import RowError, format_of
 from tpu_tune.errors import UserError
 
 PATTERN_SECONDS = 5.0  # for one pattern in one text, then it is taken for one that would never end
@@ -124,6 +125,9 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
     if reason := _out_of_bounds(row, found, options):
         hits.append(Hit(reason, "dropped", snippet(visible(row, found))))
         return None, hits
+    if options.as_format and (format != "messages" or options.columns):
+        row = as_messages(row, format, options.columns)
+        hits.append(Hit(f"written as {options.as_format}, from {format}", "rewritten", snippet(visible(row, found))))
     return row, hits
 
 

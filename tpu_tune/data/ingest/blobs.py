@@ -19,11 +19,13 @@ class Tally:
       skipped: what could not be read.
       empty: documents without any text, and rows whose picked column is NULL; they give no row.
       passed_over: members of archives that are of no known kind, by suffix.
+      rewritten: rows that were written in another format, by their own.
     """
 
     skipped: Skipped = field(default_factory=Skipped)
     empty: int = 0
     passed_over: Counter = field(default_factory=Counter)
+    rewritten: Counter = field(default_factory=Counter)
 
     def add(self, other: Tally) -> None:
         """Count what a part of the work found."""
@@ -31,6 +33,7 @@ class Tally:
         self.skipped.examples = (self.skipped.examples + other.skipped.examples)[:5]
         self.empty += other.empty
         self.passed_over.update(other.passed_over)
+        self.rewritten.update(other.rewritten)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class IngestOptions:
       assistant: whose words in a chat export are the assistant's: a name, nickname or id.
       gap_minutes: a silence this long ends a conversation of a chat export.
       keep_conversations: leave ShareGPT rows as `conversations`; otherwise they become `messages`.
+      as_format: `messages` writes every row so, whatever its format; "" leaves rows in theirs.
       skip_bad: count what cannot be read and go on; otherwise the first is an error.
       max_unpacked_bytes: what one compressed file or archive may unpack to, all it contains taken together.
       max_ratio: how many times its own size an archive may unpack to, once that is over 64 MiB.
@@ -37,6 +38,7 @@ class IngestOptions:
     assistant: str = ""
     gap_minutes: float = 60.0
     keep_conversations: bool = False
+    as_format: str = ""
     skip_bad: bool = False
     max_unpacked_bytes: int = 20_000_000_000
     max_ratio: float = 300.0

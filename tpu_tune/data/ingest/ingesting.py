@@ -7,13 +7,14 @@ import functools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tpu_tune.checkpoints import storage
-from tpu_tune.data.formats import FORMATS
+from tpu_tune.data import as_messages
+from tpu_tune.data.formats import RowError, format_of, own_format
 from tpu_tune.data.ingest.blobs import Tally
 from tpu_tune.data.ingest.catalog import is_named
 from tpu_tune.data.ingest.finding import find_sources
@@ -37,6 +38,7 @@ class IngestReport:
       empty: documents without text and rows whose picked column is NULL, which give no row.
       skipped: what could not be read.
       passed_over: files of no known kind, by suffix.
+      rewritten: rows that were written in another format, by their own.
     """
 
     rows: int = 0
@@ -45,6 +47,7 @@ class IngestReport:
     empty: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     passed_over: Counter = field(default_factory=Counter)
+    rewritten: Counter = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
         """The figures, as JSON can say them."""
@@ -56,6 +59,7 @@ class IngestReport:
             "bad": self.skipped.count,
             "bad_examples": [str(bad) for bad in self.skipped.examples],
             "passed_over": dict(self.passed_over),
+            "rewritten": dict(self.rewritten),
         }
 
 
@@ -80,6 +84,7 @@ def ingest(
     """
     if options.format != "auto" and options.format not in KINDS:
         raise UserError(f"--format {options.format} is unknown; known: auto, {', '.join(KINDS)}")
+    as_messages.check(options.as_format)
     found = find_sources(inputs, options.format, output, options.split)
     for kind in sorted({options.format} - {"auto"} or {kind_of(source) for source in found.sources} - {""}):
         reader_of(kind)  # a library that is not installed is missed before anything is read
@@ -96,6 +101,7 @@ def ingest(
             _by_engine(found.sources, output, options, engine, writer, tally, report.formats)
         report.rows, report.empty = writer.count, tally.empty
         report.passed_over.update(tally.passed_over)
+        report.rewritten = tally.rewritten
         if not report.rows:
             raise UserError(_nothing(inputs, report, options))
     return report
@@ -112,7 +118,7 @@ def _in_this_process(
     sources: list[str], options: IngestOptions, writer: Writer, tally: Tally, formats: Counter
 ) -> None:
     for source in progress(sources, "ingest", unit="files"):
-        for row in read_source(source, options, tally):
+        for row in _rows(source, options, tally):
             writer.write(row)
             formats[_format(row)] += 1
 
@@ -146,14 +152,30 @@ def read_to_file(task: tuple[str, IngestOptions, str]) -> tuple[str, int, Tally,
     tally, formats = Tally(Skipped(options.skip_bad)), Counter()
     with open(path, "wb") as file:
         writer = Writer(file)
-        for row in read_source(source, options, tally):
+        for row in _rows(source, options, tally):
             writer.write(row)
             formats[_format(row)] += 1
     return path, writer.count, tally, formats
 
 
+def _rows(source: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
+    """The rows of a source, in the format that the options name."""
+    for row in read_source(source, options, tally):
+        if not options.as_format:
+            yield row
+            continue
+        try:
+            format = format_of(row)
+            yield as_messages.as_messages(row, format)
+        except RowError as error:
+            tally.skipped.add(row["source"], str(error))
+        else:
+            if format != options.as_format:
+                tally.rewritten[format] += 1
+
+
 def _format(row: dict[str, Any]) -> str:
-    return next((name for name, keys in FORMATS.items() if all(key in row for key in keys)), "other")
+    return own_format(row) or "other"
 
 
 def _nothing(inputs: Sequence[str], report: IngestReport, options: IngestOptions) -> str:

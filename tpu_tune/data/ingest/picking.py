@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tpu_tune.data.formats import FORMATS, RowError, convert
+from tpu_tune.data.formats import FORMATS, RowError, convert, own_format
 from tpu_tune.data.ingest.blobs import Tally, row_of
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.errors import UserError
@@ -29,8 +29,8 @@ Pick = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 def picker(columns: Sequence[str], options: IngestOptions, where: str) -> Pick:
     """Return the function that turns one row of these columns into an output row (without `source`).
 
-    The columns are those that `options` names; else those of a known format, or the only one there is. The function
-    returns None for a row whose picked columns are NULL, and raises `RowError` for one that holds no text there.
+    The columns are those that `options` names; else those of each row's own format, or the only one there is. The
+    function returns None for a row whose picked columns are NULL, and raises `RowError` for one without text there.
 
     Raises:
       UserError: a named column is missing, or none is named and the text column is not obvious; lists the columns.
@@ -46,13 +46,10 @@ def picker(columns: Sequence[str], options: IngestOptions, where: str) -> Pick:
         return lambda row: _named(row, main, options.columns)
     if options.columns and {new for _, new in options.columns} & {"text", "input", "output", "messages"}:
         return lambda row: _named(row, (), options.columns)
-    format = next((name for name, keys in FORMATS.items() if all(key in columns for key in keys)), "")
-    if format:
-        return lambda row: _known(row, format, options)
-    if len(columns) == 1:
-        return lambda row: _named(row, ((columns[0], "text"),), ())
-    if options.columns:
-        return lambda row: _named(row, (), options.columns)
+    format = own_format(dict.fromkeys(columns))
+    only = ((columns[0], "text"),) if len(columns) == 1 else ()
+    if format or only or options.columns:
+        return lambda row: _by_its_keys(row, format, only, options)
     raise UserError(
         f"{where}: which column holds the text? give --column NAME, or --input-column A --output-column B; "
         f"there is: {_listed(columns)}"
@@ -109,6 +106,15 @@ def _named(
     for old, new in kept:
         found[new] = plain(row.get(old), old)
     return found
+
+
+def _by_its_keys(
+    row: Mapping[str, Any], usual: str, only: tuple[tuple[str, str], ...], options: IngestOptions
+) -> dict[str, Any] | None:
+    """A row of a file that may hold several kinds: by its own format, or as the first row was."""
+    if format := own_format(row) or usual:
+        return _known(row, format, options)
+    return _named(row, only, () if only else options.columns)
 
 
 def _known(row: Mapping[str, Any], format: str, options: IngestOptions) -> dict[str, Any] | None:

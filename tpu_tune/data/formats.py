@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpu_tune.checkpoints.prompts import ALPACA_TURN, ALPACA_TURN_WITH_INPUT, ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from tpu_tune.data.messages import (
     NULL_IS_A_VALUE,
     RowError,
@@ -42,19 +43,8 @@ NAMES = ("auto", *FORMATS, f"auto{AS_CHAT}", *(name + AS_CHAT for name in PAIRS)
 # In what is said of a row that is good, and read in another format: nobody is to be told to skip it.
 ANOTHER_READS = "another format reads it"
 
-# Stanford Alpaca's own prompt. The variants that go about differ in what follows the last colon: nothing here, one
-# space in qlora, a line break in axolotl and LLaMA-Factory.
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
-_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-_TURN_WITH_INPUT = "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-_TURN_WITHOUT_INPUT = "\n\n### Instruction:\n{instruction}\n\n### Response:"
-STANFORD_ALPACA_WITH_INPUT = _WITH_INPUT + _TURN_WITH_INPUT
-STANFORD_ALPACA_WITHOUT_INPUT = _WITHOUT_INPUT + _TURN_WITHOUT_INPUT
+STANFORD_ALPACA_WITH_INPUT = ALPACA_WITH_INPUT + ALPACA_TURN_WITH_INPUT
+STANFORD_ALPACA_WITHOUT_INPUT = ALPACA_WITHOUT_INPUT + ALPACA_TURN
 
 # Keys of rows that other trainers put into the text, or a template does. Where they are not used, it is said aloud.
 _MEANINGFUL = (
@@ -324,9 +314,9 @@ def _alpaca(row: Mapping[str, Any]) -> Pair:
     instruction, output, extra, system = _alpaca_texts(row)
     with_input = bool(extra.strip())
     # A system prompt stands in the place of Stanford's sentence, as in axolotl; earlier turns stand before the last.
-    start = system if system.strip() else _WITH_INPUT if with_input else _WITHOUT_INPUT
-    turns = [_TURN_WITHOUT_INPUT.format(instruction=said) + answer for said, answer in _history(row.get("history"))]
-    last = (_TURN_WITH_INPUT if with_input else _TURN_WITHOUT_INPUT).format(instruction=instruction, input=extra)
+    start = system if system.strip() else ALPACA_WITH_INPUT if with_input else ALPACA_WITHOUT_INPUT
+    turns = [ALPACA_TURN.format(instruction=said) + answer for said, answer in _history(row.get("history"))]
+    last = (ALPACA_TURN_WITH_INPUT if with_input else ALPACA_TURN).format(instruction=instruction, input=extra)
     return Pair("".join([start, *turns, last]), output)
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tpu_tune.data.formats import RowError
+from tpu_tune.data.formats import RowError, convert, own_format
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate_ids
 from tpu_tune.inference.model import Model
@@ -38,12 +38,22 @@ def read_asked(rows: Sequence[LocatedRow]) -> list[tuple[str, str, dict[str, Any
     asked = []
     for where, row in rows:
         try:
-            asked.append((_text(row, _QUESTIONS, "question"), _text(row, _ANSWERS, "answer"), row))
+            asked.append((*_question_and_answer(row), row))
         except RowError as error:
             raise UserError(f"{where}: {error}") from error
     if not asked:
         raise UserError("there is no question to answer")
     return asked
+
+
+def _question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
+    format = own_format(row)
+    if format not in ("messages", "sharegpt"):
+        return _text(row, _QUESTIONS, "question"), _text(row, _ANSWERS, "answer")
+    messages = [message for message in convert(row, format).messages if message["role"] != "system"]
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        raise RowError("a chat of other turns than one question and its answer")
+    return messages[0]["content"], messages[1]["content"]
 
 
 def _text(row: Mapping[str, Any], keys: Sequence[str], what: str) -> str:

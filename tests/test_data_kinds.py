@@ -121,7 +121,7 @@ def test_training_reads_what_the_kinds_alone_give(mixed):
     assert (summary["bad_rows"], summary["rows"], summary["formats"]) == (0, 21, dict.fromkeys(sorted(KINDS), 3))
     assert (summary["chats"], summary["pairs"]) == (6, 12) and "messages 3" in summary["format"]
     # as in a run that reads several files, whose first is of one kind
-    write(mixed.parent / "set" / "a.jsonl", ROWS[:1]) if (mixed.parent / "set").mkdir() else None
+    (mixed.parent / "set").mkdir()
     write(mixed.parent / "set" / "a.jsonl", ROWS[:1])
     write(mixed.parent / "set" / "b.jsonl", ROWS[1:])
     assert examples(load(mixed.parent / "set", tokenizer).train.data) == examples(data.train.data)
@@ -345,10 +345,8 @@ def test_as_chat_keeps_what_belongs_to_the_row():
 
 
 def test_rows_past_the_template_are_said_once(mixed, tiny, capsys, caplog):
-    wanted = (
-        "12 rows (alpaca, prompt-completion, prompt-generation, input-output) are trained on without the tokenizer's "
-        "chat template, through which a chat model is usually asked: "
-    )
+    wanted = "12 rows (alpaca, prompt-completion, prompt-generation, input-output) are trained on without the "
+    wanted += "tokenizer's chat template, through which a chat model is usually asked: "
     way_out = "=auto-as-chat makes prompt and answer its turns"
     with caplog.at_level(logging.WARNING):
         load(mixed, _open(tiny))
@@ -358,8 +356,10 @@ def test_rows_past_the_template_are_said_once(mixed, tiny, capsys, caplog):
     words = ["data", "tokenize", "-i", str(mixed), "-o", str(mixed.parent / "a.arrow"), "-t", str(tiny)]
     assert main(words) == 0 and capsys.readouterr().out.count("note: " + wanted + "--format" + way_out) == 1
     assert main(["data", "look", str(mixed), "-t", str(tiny), "-n", "21"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("without the tokenizer's chat template") == 1 and "data.format" + way_out in shown
+    assert capsys.readouterr().out.count(f"({wanted}data.format{way_out})") == 1
+    assert main(["data", "look", str(mixed), "-t", str(tiny), "--row", "1", "--json"]) == 0
+    [view] = json.loads(capsys.readouterr().out)
+    assert view["notes"][0].startswith("1 row (input-output) is trained on without the tokenizer's chat template")
 
 
 def test_nothing_is_said_where_no_template_is_passed_by(mixed, tiny, tmp_path, capsys, caplog):

@@ -64,7 +64,9 @@ def add(commands: Commands) -> None:
         help="what decides a multiple choice (default likelihood)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer (default 256)")
-    parser.add_argument("--chat", action="store_true", help="exact-match: ask through the chat template")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--chat", action="store_true", help="exact-match: ask through the chat template")
+    forms.add_argument("--as-taught", action="store_true", help="exact-match: ask as the rows of a run's training did")
     parser.add_argument(
         "--seed", type=int, default=0, help="of shuffled choices and of the intervals' draws (default 0)"
     )
@@ -100,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
         options.limit,
         options.max_new_tokens,
         options.chat,
+        options.as_taught,
         seed=options.seed,
     )
     config = None

@@ -42,7 +42,7 @@ class View:
       cut: tokens of the row that are not seen at all.
       cut_text: what they say, where they are the row's end.
       notes: what is worth knowing, such as why it is not trained on.
-      past_template: what to say where it goes past the tokenizer's chat template.
+      pair: the row's format where it is a prompt and an answer, and no chat.
     """
 
     where: str
@@ -52,7 +52,7 @@ class View:
     cut: int = 0
     cut_text: str = ""
     notes: list[str] = field(default_factory=list)
-    past_template: str = ""
+    pair: str = ""
 
 
 def look(
@@ -80,8 +80,10 @@ def look(
     rows = ((where, found) for file in files for where, found in read_any(file, skipped))
     chosen = _draw(progress(_checked(rows, files[0], options), "look"), path, count, seed, row)
     views = [view for where, found in chosen for view in _row_views(where, found, tokenizer, options)]
-    if past := next((view for view in views if view.past_template), None):
-        past.notes.append(past.past_template)
+    past = [view for view in views if view.pair]
+    if past:
+        summary = {"pairs": len(past), "formats": [view.pair for view in past]}
+        past[0].notes += filter(None, [past_template(summary, options, "data.format")])
     return views
 
 
@@ -145,7 +147,8 @@ def _row_views(where: str, row: dict[str, Any], tokenizer: Any, options: Tokeniz
     if data.summary["open_ended"]:
         reasons.append("no end token after the last answer: the model will not learn to stop")
     views[-1].notes += reasons
-    views[0].past_template = past_template(data.summary, options, "data.format")
+    if data.summary["pairs"]:
+        [views[0].pair] = data.summary["formats"]
     return views
 
 

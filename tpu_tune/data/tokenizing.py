@@ -146,9 +146,10 @@ def past_template(summary: Mapping[str, Any], options: TokenizeOptions, option: 
     if not pairs or not options.chat_template or options.encoder_decoder:
         return ""
     formats = [name for name in PAIRS if name in summary["formats"]]
+    rows = f"{pairs:,} rows ({', '.join(formats)}) are" if pairs > 1 else f"1 row ({formats[0]}) is"
     return (
-        f"{pairs:,} rows ({', '.join(formats)}) are trained on without the tokenizer's chat template, through which a "
-        f"chat model is usually asked: {option}=auto{AS_CHAT} makes prompt and answer its turns"
+        f"{rows} trained on without the tokenizer's chat template, through which a chat model is usually asked: "
+        f"{option}=auto{AS_CHAT} makes prompt and answer its turns"
     )
 
 

@@ -47,8 +47,7 @@ def load_any(
         return dataclasses.replace(model, **prompts_of(taught_by)) if taught_by else model
     config = run.config()
     model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before)
-    asked = prompts_of(run_of(adapter) or run)
-    return dataclasses.replace(model, **{**asked, "taught": ""} if before else asked)
+    return dataclasses.replace(model, **prompts_of(run_of(adapter) or run))
 
 
 def _load_run(

@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
         print(
             f"  written as {options.as_format}: "
             + ", ".join(f"{count:,} {name}" for name, count in report["rewritten"].items())
-            + " (each the words of an assistant whom nobody asks)" * ("text" in report["rewritten"])
+            + "; a text is the words of an assistant whom nobody asks" * ("text" in report["rewritten"])
         )
     if report["bad"]:
         print(f"  {report['bad']:,} bad ones skipped, the first: {report['bad_examples'][0]}")

@@ -72,7 +72,7 @@ def score_answers(
     shots: int = 0,
     examples: Sequence[tuple[str, str, dict[str, Any]]] | None = None,
     max_new_tokens: int = 256,
-    chat: bool = False,
+    chat: bool | None = False,
 ) -> Outcome:
     """Let the model answer, and count.
 
@@ -81,7 +81,8 @@ def score_answers(
       asked: (question, right answer, row), from `read_asked`.
       shots: solved examples before each question: the first of `examples`, or of `asked`, which are then not scored.
       max_new_tokens: the most tokens of an answer.
-      chat: the bare question through the tokenizer's chat template instead, without examples.
+      chat: the bare question through the tokenizer's chat template instead, without examples; None: as the rows of the
+        model's training asked.
 
     Returns:
       Figures `strict-match` and `flexible-extract`, or `exact_match`, and `questions`; predictions as QLoRA writes
@@ -90,16 +91,17 @@ def score_answers(
     Raises:
       UserError: too few examples, or examples for a chat.
     """
-    if chat and shots:
-        raise UserError("solved examples and the chat template exclude each other; leave one of them out")
+    bare = chat or chat is None
+    if bare and shots:
+        raise UserError("solved examples go with neither the chat template nor --as-taught; leave one of them out")
     pool = list(asked if examples is None else examples)
     if shots and len(pool) < shots + (examples is None):
         raise UserError(f"{shots} solved examples are asked for, and there are {len(pool)} rows to take them from")
     solved = [(_stem(question), answer) for question, answer, _ in pool[:shots]]
     asked = list(asked) if examples is not None else list(asked)[shots:]
-    if chat:
+    if bare:
         prompts = [question for question, _, _ in asked]
-        encoded = [model.encode_prompt(prompt, chat=True) for prompt in prompts]
+        encoded = [model.encode_prompt(prompt, chat) for prompt in prompts]
     else:
         prompts = [with_shots("", solved, _stem(question)) for question, _, _ in asked]
         encoded = [model.encode_prompt(prompt) for prompt in prompts]

@@ -88,6 +88,23 @@ def test_generate_asks_as_the_rows_did(run, tiny, monkeypatch, capsys, counts, t
             assert tokenizer.decode(asked[0]) == other and capsys.readouterr().err == ""
 
 
+def test_exact_match_asks_as_the_rows_did(run, tmp_path, monkeypatch, capsys):
+    from tpu_tune.training.tasks import exact_match
+
+    teach(run, formats={"alpaca": 5}, chats=0, pairs=5)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "What is AI?", "output": "A word"}) + "\n")
+    asked = []
+    monkeypatch.setattr(exact_match, "answer_all", lambda model, prompts, _: asked.extend(prompts) or ["A word"])
+    words = ["eval", "--model", str(run), "--task", "exact-match", "--data", str(tmp_path / "rows.jsonl"), "--json"]
+    tokenizer = load_any(str(run)).tokenizer
+    for option, text in (([], "Question: What is AI?\nAnswer:"), (["--chat"], ASKED), (["--as-taught"], ALPACA)):
+        asked.clear()
+        assert main([*words, *option]) == 0 and json.loads(capsys.readouterr().out)["exact_match"] == 1.0
+        assert tokenizer.decode(asked[0]) == text
+    assert main([*words, "--as-taught", "--shots", "1"]) == 1
+    assert "solved examples go with neither the chat template nor --as-taught" in capsys.readouterr().err
+
+
 def test_which_models_know_how_they_were_taught(run, tiny, tmp_path):
     teach(run, formats={"input-output": 5}, chats=0, pairs=5)
     assert load_any(str(run)).taught == "plain"

@@ -105,9 +105,9 @@ Sample = Text | Pair | Chat
 def own_format(row: Mapping[str, Any]) -> str:
     """Name the format of a row by its keys alone, or return "".
 
-    Tables of several kinds give each row the keys of all, most of them empty: a format counts whose keys hold
-    something. Where one holds a part of what it needs, and no other reads that part, the row is of that format, and
-    broken.
+    Tables of several kinds give each row the keys of all, most of them empty: a format counts whose keys are filled, or
+    that reads all that is. Where one holds a part of what it needs, and no other reads that part, the row is of that
+    format, and broken.
     """
     there = [name for name, keys in FORMATS.items() if all(key in row for key in keys)]
     if len(there) < 2:
@@ -115,7 +115,9 @@ def own_format(row: Mapping[str, Any]) -> str:
     filled = {key for name in there for key in FORMATS[name] if holds_something(row[key])}
     for number, name in enumerate(there):
         keys = set(FORMATS[name])
-        if keys & filled and not any(row[key] is None or is_nan(row[key]) for key in keys):
+        if not keys & filled or any(row[key] is None or is_nan(row[key]) for key in keys):
+            continue
+        if keys <= filled or filled <= {*keys, *USED.get(name, ())}:
             return next((broken for broken in there[:number] if filled & set(FORMATS[broken]) - keys), name)
     return next((name for name in there if filled & set(FORMATS[name])), there[0])
 

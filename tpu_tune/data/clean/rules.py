@@ -37,7 +37,7 @@ class Hit:
 
     Attributes:
       rule: its name in reports.
-      effect: what it did: `dropped` the row, `cut` it short, or `changed` it.
+      effect: what it did: `dropped` the row, `cut` it short, `changed` it, or had it `rewritten` in another format.
       snippet: the place in the text; of a changed text, after the change.
     """
 
@@ -126,8 +126,9 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
         hits.append(Hit(reason, "dropped", snippet(visible(row, found))))
         return None, hits
     if options.as_format and (format != "messages" or options.columns):
+        shown = snippet(visible(row, found))
+        hits.append(Hit(f"written as {options.as_format}, from {format}", "rewritten", shown))
         row = as_messages(row, format, options.columns)
-        hits.append(Hit(f"written as {options.as_format}, from {format}", "rewritten", snippet(visible(row, found))))
     return row, hits
 
 

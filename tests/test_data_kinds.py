@@ -299,6 +299,13 @@ def test_stats_says_what_is_unused_and_unknown(tmp_path, tiny, capsys):
     assert json.loads(capsys.readouterr().out)["unused"] == {"reasoning_content": 1, "tools": 1}
 
 
+@pytest.mark.parametrize("more", [[], ["--skip-bad"]])
+def test_a_format_that_there_is_not_is_one_line(mixed, tiny, capsys, more):
+    words = ["data", "tokenize", "-i", str(mixed), "-o", str(mixed.parent / "a.arrow"), "-t", str(tiny)]
+    assert main([*words, "--format", "poem", *more]) == 1
+    assert "data.format 'poem' is unknown; known: auto, messages" in capsys.readouterr().err
+
+
 # --- pairs on a chat model --------------------------------------------------------------------------------------------
 
 

@@ -197,14 +197,23 @@ def _lacks(row: Mapping[str, Any], format: str) -> str:
     return f"no '{missing}', which the format '{format}' needs; its keys: {', '.join(map(str, row))}"
 
 
+def check_name(format: str) -> None:
+    """Refuse what is no name of a format.
+
+    Raises:
+      UserError: it is none.
+    """
+    if format not in NAMES:
+        raise UserError(f"data.format '{format}' is unknown; known: {', '.join(NAMES)}")
+
+
 def detect(row: Mapping[str, Any], format: str = "auto", columns: Mapping[str, str] | None = None) -> str:
     """Name the format of a file's first row; the rows after it may be of others.
 
     Raises:
       UserError: no known format has these keys, or the named format's keys are missing.
     """
-    if format not in NAMES:
-        raise UserError(f"data.format '{format}' is unknown; known: {', '.join(NAMES)}")
+    check_name(format)
     try:
         found, keys = format_of(row, format, columns), rename(row, columns or {})
     except RowError as error:

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.data import arrow, cache
-from tpu_tune.data.formats import check_renamed, detect, in_words
+from tpu_tune.data.formats import check_name, check_renamed, detect, in_words
 from tpu_tune.data.processes import Engine
 from tpu_tune.data.streams import JSON_LINES, Skipped, aside, progress, read_any
 from tpu_tune.data.tokenize_options import TokenizeOptions
@@ -67,6 +67,7 @@ def tokenize_file(
     path, output = os.fspath(path), os.fspath(output)
     if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
         raise UserError(f"{output}: is the input itself; name another output")
+    check_name(options.format)
     skipped = Skipped(skip_bad)
     rows = None if path.lower().endswith(JSON_LINES) else list(read_any(path, skipped))
     if not skip_bad:

@@ -19,8 +19,9 @@ from tpu_tune.planning.devices import Device, find_device
 from tpu_tune.planning.flops import ROOFLINE_SHARE, roofline_seconds, step_work
 from tpu_tune.planning.model_config import model_config
 from tpu_tune.planning.row_estimate import estimate_rows
-from tpu_tune.training import arithmetic
+from tpu_tune.training import arithmetic, too_little
 from tpu_tune.training.arithmetic import run_length
+from tpu_tune.training.methods import METHODS
 from tpu_tune.training.opening import check_settings
 from tpu_tune.transforms.sharding import mesh_sizes
 
@@ -63,7 +64,7 @@ def plan(
     _check_rows(config, mesh["data"] * mesh["fsdp"], rows)
     shapes = model_config(config)
     arch = architecture(shapes)
-    evaluates = evaluate and config.train.eval_strategy != "no" and bool(config.data.eval or config.data.eval_ratio)
+    evaluates = evaluate and configuration.evaluates(config)
     job = {
         "config": configuration.to_dict(config),
         "model_config": shapes,
@@ -112,6 +113,8 @@ def figures(
     if config.model.add_special_tokens:
         notes.append("every token of model.add_special_tokens is counted as new")
     step = _step(config, device, arch, measured, breakdown)
+    run, warnings = _run(config, measured, step["seconds_estimate"], rows, evaluates, bool(arch.encoder))
+    notes += warnings + _token_warning(config, arch)
     return {
         "device": device.name,
         "num_devices": device.count,
@@ -131,7 +134,7 @@ def figures(
         },
         "mesh": measured["mesh"],
         "step": step,
-        "run": _run(config, measured, step["seconds_estimate"], rows, bool(arch.encoder)),
+        "run": run,
         "rules_of_thumb": rules_of_thumb(base_parameters(arch)),
         "notes": notes,
     }
@@ -209,11 +212,17 @@ def _check_rows(config: ConfigDict, shards: int, rows: int | None) -> None:
         )
 
 
+def _token_warning(config: ConfigDict, arch: Architecture) -> list[str]:
+    if config.model.train_added_tokens or config.model.adapter or not config.model.add_special_tokens:
+        return []
+    return too_little.of_tokens(config, arch, METHODS[config.method](config, arch, ())[0])
+
+
 def _run(
-    config: ConfigDict, measured: Mapping[str, Any], seconds: float, rows: int | None, encoder: bool
-) -> dict[str, Any]:
-    """Return steps and hours, as far as the number of rows is known."""
-    given, batch = rows is not None, measured["rows"]
+    config: ConfigDict, measured: Mapping[str, Any], seconds: float, rows: int | None, evaluates: bool, encoder: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Return steps and hours, as far as the number of rows is known, and warnings about them."""
+    given, batch, warnings = rows is not None, measured["rows"], []
     if rows is None:
         rows = estimate_rows(config, packed=config.data.packing and not encoder)
     train, length, total = config.train, None, None
@@ -224,7 +233,9 @@ def _run(
         devices = batch // (each * accumulation)
         length = run_length(rows, each, devices, accumulation, train.num_train_epochs, train.max_steps)
         total = length.total_steps
-    return {
+        warnings = too_little.of_length(config, length, evaluates)
+        warnings = warnings if given else [f"{line} (by the guess of the rows)" for line in warnings]
+    figures = {
         "rows": rows,
         "rows_are": "given" if given else ("a guess from the size of data.train" if rows is not None else "not known"),
         "gradient_descent": length and length.kind,
@@ -233,3 +244,4 @@ def _run(
         "arithmetic": length and arithmetic.words(length),
         "hours_estimate": None if total is None else total * seconds / 3600,
     }
+    return figures, warnings

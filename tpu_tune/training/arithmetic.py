@@ -13,6 +13,7 @@ from tpu_tune.data.loading import steps_per_epoch
 from tpu_tune.errors import UserError
 
 MAX_STEPS = 2**31 - 1
+AT_THE_END = 10**9  # train.eval_steps of a run that is to be evaluated at its end only
 
 
 @dataclasses.dataclass(frozen=True)

@@ -246,7 +246,8 @@ def check_writable(path: str) -> None:
 def whole_directory(directory: str) -> Iterator[str]:
     """Yield a local directory to fill, which becomes `directory` when the block ends well and disappears when not.
 
-    On a disk it lies beside `directory` and is renamed; for a bucket it is a temporary one, uploaded at the end with
+    On a disk it lies beside `directory` and is renamed, its files as readable as any that the user makes (safetensors
+    writes them for their owner alone); for a bucket it is a temporary one, uploaded at the end with
     one of `COMPLETE_MARKERS` last: see `is_complete`.
 
     Raises:
@@ -264,6 +265,10 @@ def whole_directory(directory: str) -> Iterator[str]:
             shutil.rmtree(aside, ignore_errors=True)
             os.makedirs(aside)
             yield aside
+            mode = stat.S_IMODE(os.stat(aside).st_mode) & 0o666  # what the umask has left of it
+            for folder, _, files in os.walk(aside):
+                for file in files:
+                    os.chmod(os.path.join(folder, file), mode)
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(aside, directory)
         finally:

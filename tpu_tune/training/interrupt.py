@@ -32,6 +32,7 @@ def catch_signals() -> Iterator[Callable[[int], bool]]:
         return
 
     def handle(number: int, _: object) -> None:
+        ctrl_c.heard()
         if came.is_set() and number == signal.SIGINT:
             ctrl_c.leave()
         came.set()

@@ -21,8 +21,8 @@ from tpu_tune.planning.model_config import model_config
 from tpu_tune.planning.row_estimate import estimate_rows
 from tpu_tune.training import arithmetic, too_little
 from tpu_tune.training.arithmetic import run_length
-from tpu_tune.training.methods import METHODS
 from tpu_tune.training.opening import check_settings
+from tpu_tune.transforms import FULL, LoraConfig, find_targets
 from tpu_tune.transforms.sharding import mesh_sizes
 
 # The Novice's LLM Training Guide: "multiply the size of the model file by 1.2"; full training of a 6B or 7B model.
@@ -100,7 +100,9 @@ def figures(
             f"(now {config.train.per_device_eval_batch_size})"
         )
     if not measured["compiler"]:
-        notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']})")
+        notes.append(
+            f"no compiler: the activations are an estimate, and so is what follows from them ({measured['why']})"
+        )
     if measured.get("host_state"):
         notes.append(
             "the compiler's figure includes the optimizer's state, which is in host memory; it was subtracted, except "
@@ -215,7 +217,9 @@ def _check_rows(config: ConfigDict, shards: int, rows: int | None) -> None:
 def _token_warning(config: ConfigDict, arch: Architecture) -> list[str]:
     if config.model.train_added_tokens or config.model.adapter or not config.model.add_special_tokens:
         return []
-    return too_little.of_tokens(config, arch, METHODS[config.method](config, arch, ())[0])
+    lora = config.method == "lora"
+    targets = find_targets(arch.modules(), LoraConfig(**config.lora), arch.default_targets) if lora else FULL
+    return too_little.of_tokens(config, arch, targets)
 
 
 def _run(
@@ -241,7 +245,7 @@ def _run(
         "gradient_descent": length and length.kind,
         "steps_per_epoch": length and length.steps_per_epoch,
         "total_steps": total,
-        "arithmetic": length and arithmetic.words(length),
+        "arithmetic": length and arithmetic.words(length, config.data.packing and not encoder),
         "hours_estimate": None if total is None else total * seconds / 3600,
     }
     return figures, warnings

@@ -83,13 +83,13 @@ def interval(steps: float, total_steps: int) -> int:
     return math.ceil(total_steps * steps) if steps < 1 else int(steps)
 
 
-def words(length: RunLength) -> str:
-    """Return the arithmetic in one line."""
+def words(length: RunLength, packed: bool = False) -> str:
+    """Return the arithmetic in one line; `packed`: several examples are packed into a row."""
     each = f"{length.per_device:,} row" + ("s" if length.per_device > 1 else "")
     devices = f"{length.devices:,} device" + ("s" if length.devices > 1 else "")
     few = f", and there are only {length.rows:,} rows" if length.batch > length.rows else ""
     return (
-        f"{length.rows:,} rows, batch {length.batch:,} ({each} x {devices} x "
+        f"{length.rows:,} {'packed ' if packed else ''}rows, batch {length.batch:,} ({each} x {devices} x "
         f"{length.accumulation:,} accumulation{few}): {length.steps_per_epoch:,} steps an epoch, "
         f"{length.total_steps:,} steps in {_epochs(length.epochs)}; {length.kind} gradient descent"
     )

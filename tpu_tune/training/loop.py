@@ -23,7 +23,7 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_checkpoints import RunCheckpoints
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
-from tpu_tune.data import Datasets, PairRows, prefetch
+from tpu_tune.data import Datasets, PackedRows, PairRows, prefetch
 from tpu_tune.errors import UserError
 from tpu_tune.training import arithmetic, distributed, evaluation, loggers, plateau, run_start, summary, too_little
 from tpu_tune.training.interrupt import catch_signals
@@ -301,7 +301,7 @@ def _introduce(session: Session, say: Callable[[str], None]) -> None:
     say(f"model: {session.config.model.path} ({family}), loaded in {session.load_seconds:.1f} s on {devices}")
     say(arithmetic.trainable_words(model.num_trainable, model.num_parameters))
     say(_data_line(data))
-    say(arithmetic.words(session.length))
+    say(arithmetic.words(session.length, len(data.train.documents) > len(data.train)))
     for line in _warnings(session):
         say(f"warning: {line}")
 
@@ -317,11 +317,16 @@ def _warnings(session: Session) -> list[str]:
 
 
 def _data_line(data: Datasets) -> str:
-    held_out = f", {len(data.eval)} for evaluation" if data.eval is not None else ""
     width = str(data.train.width)
     if isinstance(data.train, PairRows):
         width = f"{data.train.encoder_width} + {width}"
-    return f"data: {len(data.train)} rows of {width} tokens{held_out}"
+    held_out = f", {_rows(data.eval)} for evaluation" if data.eval is not None else ""
+    return f"data: {_rows(data.train)} of {width} tokens{held_out}"
+
+
+def _rows(rows: PackedRows | PairRows) -> str:
+    examples = len(rows.documents)
+    return f"{examples} examples in {len(rows)} packed rows" if examples > len(rows) else f"{len(rows)} rows"
 
 
 def _restore(

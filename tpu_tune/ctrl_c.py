@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -39,7 +38,8 @@ class _Program:
         self.ended = False
         self.status = STATUS
         self.heard = threading.Event()  # a handler has run
-        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup = -1
+        self._wakeup_before = -1
         self._hook = sys.unraisablehook
         self._before: dict[int, Any] = {}
 
@@ -48,28 +48,22 @@ class _Program:
         for number, handler in ((signal.SIGINT, self._interrupt), (signal.SIGALRM, self._again)):
             self._before[number] = signal.signal(number, handler)
         sys.unraisablehook = self._report
-        self._wakeup = socket.socketpair()
-        self._wakeup[1].setblocking(False)
-        signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._forget)
-        threading.Thread(target=self._watch, args=(self._wakeup[0],), daemon=True, name="ctrl-c").start()
+        reader, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True, name="ctrl-c").start()
 
-    def _forget(self) -> None:
-        """A forked worker's signals are not ours."""
-        if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(-1)
-
-    def _watch(self, numbers: socket.socket) -> None:
+    def _watch(self, reader: int) -> None:
         """Answer the Ctrl-C that the main thread cannot hear, until the program has ended."""
         count = 0
-        while received := numbers.recv(1):
-            if received[0] != signal.SIGINT or self.ended:
+        while number := os.read(reader, 1):
+            if number[0] != signal.SIGINT or self.ended:
                 continue
             count += 1
-            if count == 1:
-                threading.Thread(target=self._answer, daemon=True).start()
-            else:
+            if count > 1:
                 leave()
+            threading.Thread(target=self._answer, daemon=True).start()
+        os.close(reader)
 
     def _answer(self) -> None:
         if not self.heard.wait(_PATIENCE) and not self.ended:
@@ -80,8 +74,9 @@ class _Program:
         """Raise nothing from here on; put the handlers back that were there, if there is anything after this."""
         self.ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.set_wakeup_fd(-1)
-        self._wakeup[1].close()  # and the thread that reads the other one ends
+        if self._wakeup >= 0:  # else it was interrupted before it was there
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._wakeup)  # which ends the thread that reads its other end
         if restore:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -111,6 +106,15 @@ class _Program:
 _program: _Program | None = None
 _leaving = threading.Lock()
 _farewells: list[Callable[[], Any]] = []
+
+
+def _forget() -> None:
+    """Stop telling the program of signals: those of a forked worker are not its own."""
+    if _program is not None and threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def run(load: Callable[[], Callable[[], int]], restore: bool) -> int:

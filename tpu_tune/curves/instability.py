@@ -1,4 +1,4 @@
-"""Rules for an unstable training loss: not finite, divergence (at the end or before it), swings, repeated spikes, skipped updates.
+"""Rules for an unstable training loss: not finite, divergence (also before the end), swings, spikes, skipped updates.
 
 A single spike or a few skipped updates are remarks only: an odd batch, or float16's first steps, cause those.
 """

@@ -48,7 +48,11 @@ def catch_signals() -> Iterator[Callable[[int], bool]]:
 
 def _catch_preemption() -> Iterator[Callable[[int], bool]]:
     # jax's coordination service handles SIGTERM itself, and picks the step that all processes can still stop at.
-    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    def handle(*_: object) -> None:
+        ctrl_c.heard()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, handle)
 
     def reached(step: int) -> bool:
         if not multihost_utils.reached_preemption_sync_point(step):

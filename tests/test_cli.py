@@ -91,7 +91,7 @@ def test_the_config_files_that_the_help_names_are_there():
 
     root = pathlib.Path(__file__).parents[1]
     named = {name for text in helps(make_parser()) for name in re.findall(r"configs/\w+\.py", text)}
-    assert len(named) > 2 and all((root / name).is_file() for name in named), named
+    assert len(named) > 1 and all((root / name).is_file() for name in named), named
 
 
 def test_as_a_module_and_its_version():

@@ -37,9 +37,8 @@ def draw(result: FinderResult, path: str | os.PathLike, title: str = "") -> Figu
         # Beside the panel, where it hides no point.
         panel.legend(handles=lines, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     axes[-1].set_xlabel("learning rate")
-    axes[0].set_title(
-        f"{title + ': ' if title else ''}suggested learning rate {result.suggestion.rate:.1e}", loc="left", color=INK
-    )
+    heading = f"{title + ': ' if title else ''}suggested learning rate {result.suggestion.rate:.1e}"
+    figure.suptitle(heading, x=0.01, ha="left", color=INK)
     save_png(figure, path)
     return figure
 

@@ -87,12 +87,20 @@ def words(length: RunLength, packed: bool = False) -> str:
     """Return the arithmetic in one line; `packed`: several examples are packed into a row."""
     each = f"{length.per_device:,} row" + ("s" if length.per_device > 1 else "")
     devices = f"{length.devices:,} device" + ("s" if length.devices > 1 else "")
-    few = f", and there are only {length.rows:,} rows" if length.batch > length.rows else ""
+    few = (
+        f", and there {'is' if length.rows == 1 else 'are'} only {_rows(length.rows)}"
+        if length.batch > length.rows
+        else ""
+    )
     return (
-        f"{length.rows:,} {'packed ' if packed else ''}rows, batch {length.batch:,} ({each} x {devices} x "
+        f"{_rows(length.rows, 'packed ' if packed else '')}, batch {length.batch:,} ({each} x {devices} x "
         f"{length.accumulation:,} accumulation{few}): {length.steps_per_epoch:,} steps an epoch, "
         f"{length.total_steps:,} steps in {_epochs(length.epochs)}; {length.kind} gradient descent"
     )
+
+
+def _rows(count: int, kind: str = "") -> str:
+    return f"{count:,} {kind}row{'' if count == 1 else 's'}"
 
 
 def trainable_words(trained: int, total: int) -> str:

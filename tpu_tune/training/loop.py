@@ -326,7 +326,8 @@ def _data_line(data: Datasets) -> str:
 
 def _rows(rows: PackedRows | PairRows) -> str:
     examples = len(rows.documents)
-    return f"{examples} examples in {len(rows)} packed rows" if examples > len(rows) else f"{len(rows)} rows"
+    s = "" if len(rows) == 1 else "s"
+    return f"{examples} examples in {len(rows)} packed row{s}" if examples > len(rows) else f"{len(rows)} row{s}"
 
 
 def _restore(

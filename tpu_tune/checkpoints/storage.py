@@ -246,8 +246,7 @@ def check_writable(path: str) -> None:
 def whole_directory(directory: str) -> Iterator[str]:
     """Yield a local directory to fill, which becomes `directory` when the block ends well and disappears when not.
 
-    On a disk it lies beside `directory` and is renamed, its files as readable as any that the user makes (safetensors
-    writes them for their owner alone); for a bucket it is a temporary one, uploaded at the end with
+    On a disk it lies beside `directory` and is renamed; for a bucket it is a temporary one, uploaded at the end with
     one of `COMPLETE_MARKERS` last: see `is_complete`.
 
     Raises:
@@ -265,10 +264,7 @@ def whole_directory(directory: str) -> Iterator[str]:
             shutil.rmtree(aside, ignore_errors=True)
             os.makedirs(aside)
             yield aside
-            mode = stat.S_IMODE(os.stat(aside).st_mode) & 0o666  # what the umask has left of it
-            for folder, _, files in os.walk(aside):
-                for file in files:
-                    os.chmod(os.path.join(folder, file), mode)
+            _let_read(aside)
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(aside, directory)
         finally:
@@ -276,6 +272,14 @@ def whole_directory(directory: str) -> Iterator[str]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{directory} cannot be written: {reason}") from error
+
+
+def _let_read(directory: str) -> None:
+    """Give files the modes that the umask asks for; safetensors writes them for their owner alone."""
+    mode = stat.S_IMODE(os.stat(directory).st_mode) & 0o666  # the directory's own is what the umask has left
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            os.chmod(os.path.join(folder, file), mode)
 
 
 def is_complete(directory: str) -> bool:

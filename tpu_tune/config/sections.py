@@ -80,11 +80,11 @@ class Data:
     # .jsonl, .json, .csv, .parquet, .arrow (also tokenized), a directory of them (local or gs://), or a hub id.
     train: str = key("", "file, directory or hub id of the rows")
     eval: str = key("", "the same; empty: a seeded split of data.train that is never trained on")
-    eval_ratio: float = key(0.05, "share of the rows taken for that split; 0: no evaluation", at_least=0, below=1)
     # The number holds out rows of data.train also where the data brings evaluation rows of its own.
     eval_dataset_size: int = key(0, "the number of rows instead of the share; 0: by eval_ratio", at_least=0)
     max_train_samples: int = key(0, "train on the first so many of the rows only; 0: all", at_least=0)
     max_eval_samples: int = key(0, "evaluate on the first so many of the rows only; 0: all", at_least=0)
+    eval_ratio: float = key(0.05, "share of the rows taken for that split; 0: no evaluation", at_least=0, below=1)
     format: RowFormat = key("auto", "of the rows; auto goes by the keys of the first")
     columns: Mapping[str, str] = key({}, 'the file\'s key -> the format\'s key, e.g. {"question": "input"}')
     chat_template: str = key("", "Jinja text or file; empty: the tokenizer's own")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands
 from tpu_tune.cli.data.arguments import same_names
 
@@ -58,7 +59,7 @@ def add(commands: Commands) -> None:
     )
     chats.add_argument(
         "--gap-minutes",
-        type=float,
+        type=numbers.real(above=0),
         default=60.0,
         metavar="N",
         help="a silence that ends a conversation of a channel (default 60)",
@@ -75,23 +76,33 @@ def add(commands: Commands) -> None:
         help="encoding of text; else HTML's is detected, other files are UTF-8 or have a byte order mark",
     )
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes; 0, the default: by size, up to one a core"
+        "--workers",
+        type=numbers.whole(),
+        default=0,
+        metavar="N",
+        help="processes; 0, the default: by size, up to one a core",
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="count what cannot be read and go on; else the first ends it"
     )
     limits = parser.add_argument_group("limits, against archives made to do harm")
     limits.add_argument(
-        "--max-unpacked-gb", type=float, default=20.0, metavar="N", help="what one file may unpack to (default 20)"
+        "--max-unpacked-gb",
+        type=numbers.real(above=0),
+        default=20.0,
+        metavar="N",
+        help="what one file may unpack to (default 20)",
     )
     limits.add_argument(
         "--max-ratio",
-        type=float,
+        type=numbers.real(above=0),
         default=300.0,
         metavar="N",
         help="how many times its size one may unpack to, past 64 MiB (default 300)",
     )
-    limits.add_argument("--max-depth", type=int, default=3, metavar="N", help="archives inside archives (default 3)")
+    limits.add_argument(
+        "--max-depth", type=numbers.whole(1, 100), default=3, metavar="N", help="archives inside archives (default 3)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ def clean(
         raise UserError("cleaning needs an output to write, or dry_run (--dry-run) to write nothing")
     for path in inputs:
         for written in (output, report):
-            if written is not None and Path(written).resolve() == Path(path).resolve():
+            if written is not None and os.path.realpath(written) == os.path.realpath(path):
                 raise UserError(f"{written}: is also an input; name another output")
     cleaner = row_cleaner(options)
     skipped, counts = Skipped(skip_bad), CleanReport()

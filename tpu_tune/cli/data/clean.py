@@ -80,6 +80,13 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
         help="look for the guide's phrases (default)",
     )
     noise.add_argument(
+        "--repeated-text",
+        metavar="SHARE",
+        type=numbers.real(above=0, at_most=1),
+        help="take out lines that stand at the top or the bottom of this share or more of a site's pages, such as "
+        "footers; 0.5 is usual. A site is a folder of the rows' source, or of their url",
+    )
+    noise.add_argument(
         "--prompts", action="store_true", help="look into prompts and context too; a match there drops the row"
     )
 

@@ -206,7 +206,7 @@ def _is_navigation(tag: str, attributes: Any) -> bool:
 
 
 def _decode_markup(content: bytes, encoding: str = "") -> str:
-    """Decode a page: by `encoding`, its byte order mark, what it declares, UTF-8, or what charset-normalizer finds.
+    """Decode a page: by its byte order mark, `encoding`, what it declares, UTF-8, or what charset-normalizer finds.
 
     Raises:
       BadSource: it does not fit what it declares, or nothing is found.
@@ -236,7 +236,7 @@ def html_text(content: bytes, encoding: str = "") -> str:
     """Return the text of a page, broken or not.
 
     Args:
-      encoding: its encoding; "" takes that of its byte order mark, the one it declares, UTF-8, or what
+      encoding: of a page without a byte order mark, which says it; "" takes the one it declares, UTF-8, or what
         charset-normalizer finds.
 
     Raises:
@@ -244,6 +244,13 @@ def html_text(content: bytes, encoding: str = "") -> str:
     """
     markup = _decode_markup(content, encoding).encode("utf-8", "surrogatepass")
     return _parse(_html_parser(), markup)
+
+
+def stripped(text: str) -> str:
+    """Return what a cell of a table says whose text is HTML; one without a tag or an entity stays as it is."""
+    if "<" not in text and "&" not in text:
+        return text
+    return _parse(_html_parser(), text.encode("utf-8", "surrogatepass"))
 
 
 def _html_parser() -> Any:

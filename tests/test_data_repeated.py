@@ -49,7 +49,7 @@ def test_a_pages_own_lines_stay() -> None:
         }
         for body, date in zip(BODIES, dates, strict=True)
     ]
-    assert without(rows) == [f"{body}\n{date}" for body, date in zip(BODIES, dates, strict=True)]
+    assert without(rows) == [f"{body}\n\n{date}" for body, date in zip(BODIES, dates, strict=True)]
     # The same sentence in the middle of a page is text of that page.
     middle = "Start of it\n" + "own line\n" * 0 + "\n".join(f"own {n}" for n in range(40)) + "\nMade with care by us.\n"
     middle += "\n".join(f"more {n}" for n in range(40))

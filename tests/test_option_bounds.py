@@ -13,6 +13,7 @@ import pytest
 
 from tpu_tune import UserError
 from tpu_tune.cli import main, program
+from tpu_tune.data.recipe import settings
 from tpu_tune.planning import find_device
 
 NONSENSE = ["nan", "inf", "-inf", "1e999", "9" * 5000, "x", "", "1e", "0x10"]
@@ -105,3 +106,13 @@ def test_a_path_that_leads_nowhere_is_one_line(
     assert main(["data", *words.format(path).split()]) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("tpu-tune: ") and "Traceback" not in "".join(said)
+
+
+@pytest.mark.parametrize("name", ["clean.seed", "cluster.seed", "split.seed", "ingest.max_depth"])
+@pytest.mark.parametrize("value", ["-1", "1" + "0" * 30, "nan"])
+def test_a_recipes_numbers_have_the_same_bounds(name: str, value: str) -> None:
+    recipe = settings.default()
+    recipe.inputs = ["rows.jsonl"]
+    with pytest.raises(UserError, match=name):
+        settings.assign(recipe, name, value)
+        settings.SCHEMA.check(recipe)

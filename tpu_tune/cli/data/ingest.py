@@ -89,6 +89,48 @@ def add(commands: Commands) -> None:
         metavar="PATTERN",
         help="do not read these; may be given several times",
     )
+    _add_readers(parser)
+    parser.add_argument(
+        "--encoding",
+        action=_Own,
+        default="",
+        metavar="NAME",
+        help="encoding of text without a byte order mark; else HTML's is detected, and other files are UTF-8",
+    )
+    parser.add_argument(
+        "--workers",
+        type=numbers.whole(),
+        default=0,
+        metavar="N",
+        help="processes; 0, the default: by size, up to one a core",
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="count what cannot be read and go on; else it ends the run"
+    )
+    parser.add_argument(
+        "--bad", default="", metavar="FILE", help=".jsonl for all that cannot be read, also where the run fails"
+    )
+    limits = parser.add_argument_group("limits, against archives made to do harm")
+    limits.add_argument(
+        "--max-unpacked-gb",
+        type=numbers.real(above=0),
+        default=20.0,
+        metavar="N",
+        help="what one file may unpack to (default 20)",
+    )
+    limits.add_argument(
+        "--max-ratio",
+        type=numbers.real(above=0),
+        default=300.0,
+        metavar="N",
+        help="how many times its size one may unpack to, past 64 MiB (default 300)",
+    )
+    limits.add_argument(
+        "--max-depth", type=numbers.whole(1, 100), default=3, metavar="N", help="archives inside archives (default 3)"
+    )
+
+
+def _add_readers(parser: argparse.ArgumentParser) -> None:
     picks = parser.add_argument_group("tables and objects")
     picks.add_argument("--column", action=_Own, default="", metavar="NAME", help="the column that becomes text")
     picks.add_argument("--input-column", action=_Own, default="", metavar="NAME", help="the column that becomes input")
@@ -136,44 +178,6 @@ def add(commands: Commands) -> None:
         const=True,
         default=False,
         help="leave ShareGPT rows as conversations; else they become messages",
-    )
-    parser.add_argument(
-        "--encoding",
-        action=_Own,
-        default="",
-        metavar="NAME",
-        help="encoding of text without a byte order mark; else HTML's is detected, and other files are UTF-8",
-    )
-    parser.add_argument(
-        "--workers",
-        type=numbers.whole(),
-        default=0,
-        metavar="N",
-        help="processes; 0, the default: by size, up to one a core",
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="count what cannot be read and go on; else it ends the run"
-    )
-    parser.add_argument(
-        "--bad", default="", metavar="FILE", help=".jsonl for all that cannot be read, also where the run fails"
-    )
-    limits = parser.add_argument_group("limits, against archives made to do harm")
-    limits.add_argument(
-        "--max-unpacked-gb",
-        type=numbers.real(above=0),
-        default=20.0,
-        metavar="N",
-        help="what one file may unpack to (default 20)",
-    )
-    limits.add_argument(
-        "--max-ratio",
-        type=numbers.real(above=0),
-        default=300.0,
-        metavar="N",
-        help="how many times its size one may unpack to, past 64 MiB (default 300)",
-    )
-    limits.add_argument(
-        "--max-depth", type=numbers.whole(1, 100), default=3, metavar="N", help="archives inside archives (default 3)"
     )
 
 

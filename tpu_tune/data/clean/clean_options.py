@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tpu_tune.config.engine import key
 from tpu_tune.data.clean.phrases import LISTS
 from tpu_tune.data.formats import FORMATS
 from tpu_tune.errors import UserError
@@ -54,7 +55,7 @@ class CleanOptions:
     near_duplicates: float | None = None
     shingle: str = "chars"
     shingle_size: int = 5
-    seed: int = 0
+    seed: int = key(0, "", at_least=0, at_most=2**32 - 1)
     min_chars: int = 0
     max_chars: int | None = None
     min_words: int = 0

@@ -46,8 +46,9 @@ class Repeated:
     def without(self, text: str, site: str) -> tuple[str, str]:
         """Return a page's text without what is repeated on its site, and what was taken out."""
         lines = text.split("\n")
-        upper = _run(lines, range(len(lines)), self._of(self.tops, site))
         lower = _run(lines, range(len(lines) - 1, -1, -1), self._of(self.bottoms, site))
+        above = [number for number in range(len(lines)) if number not in lower]
+        upper = _run(lines, above, self._of(self.tops, site))
         taken = upper | lower
         if not taken:
             return text, ""
@@ -166,7 +167,7 @@ def _run(lines: list[str], order: Iterable[int], known: frozenset[int]) -> set[i
                 taken.update(waiting)
                 waiting, own = [], 0
         else:
-            own += 1
+            waiting, own = [], own + 1
         if seen == LINES or own > GAP:
             break
     return taken

@@ -34,7 +34,11 @@ class Found:
     met: set[str] = field(default_factory=set)
 
 
-def find_sources(inputs: Sequence[str], options: IngestOptions = IngestOptions(), made: Sequence[str] = ()) -> Found:  # noqa: B008
+def find_sources(
+    inputs: Sequence[str],
+    options: IngestOptions = IngestOptions(),  # noqa: B008
+    made: Sequence[str] = (),
+) -> Found:
     """Find what to read.
 
     A folder is searched recursively, in the order of names; hidden files are left out, and so are files of no known

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpu_tune.config.engine import key
+
 
 @dataclass(frozen=True)
 class IngestOptions:
@@ -44,10 +46,10 @@ class IngestOptions:
     encoding: str = ""
     split: str = "train"
     assistant: str = ""
-    gap_minutes: float = 60.0
+    gap_minutes: float = key(60.0, "", above=0)
     strip_html: bool = False
     keep_conversations: bool = False
     skip_bad: bool = False
-    max_unpacked_bytes: int = 20_000_000_000
-    max_ratio: float = 300.0
-    max_depth: int = 3
+    max_unpacked_bytes: int = key(20_000_000_000, "", at_least=1, at_most=2**63 - 1)
+    max_ratio: float = key(300.0, "", above=0)
+    max_depth: int = key(3, "", at_least=1, at_most=100)

@@ -54,8 +54,11 @@ class Problems:
 
     def want(self, source: str, name: str, error: UserError) -> None:
         """Take down what another option would mend."""
-        text = str(error)
-        self.add(source, name, text.removeprefix(f"{name}: "), option=True)
+        where, reason = name, str(error)
+        if reason.startswith(name):  # and goes on with a table's name, or says what is wrong
+            inside, _, reason = reason.removeprefix(name).partition(": ")
+            where += inside
+        self.add(source, where, reason, option=True)
 
     def copy(self, source: str, file: IO[bytes]) -> None:
         """Take down what another process wrote of a source."""
@@ -91,8 +94,8 @@ class Problems:
             logger.warning("and %d more sources", len(self.sources) - SHOWN)
         where = f"all are in {listed}" if listed else "--bad FILE writes all of them"
         raise UserError(
-            f"{count:,} problems in {len(self.sources):,} of {total:,} sources, the first {first}; "
-            f"{'; '.join(ways)}; {where}"
+            f"{count:,} problems in {len(self.sources):,} of {total:,} sources: {'; '.join(ways)}; {where}. "
+            f"The first: {first}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -25,6 +26,7 @@ from tpu_tune.data.processes import Engine, in_order
 from tpu_tune.data.streams import Skipped, Writer, progress, writing
 from tpu_tune.errors import UserError
 
+logger = logging.getLogger(__name__)
 MIN_BYTES = 32 * 2**20  # a worker's start costs about as much as reading this
 
 
@@ -111,7 +113,9 @@ def ingest(
         report.passed_over.update(tally.passed_over)
         problems.refuse(len(found.sources), bad, options.skip_bad)
         if missing := patterns.unmet(options, tally):
-            raise UserError(missing)
+            if not problems.bad:
+                raise UserError(missing)
+            logger.warning("%s", missing)  # it may be in what could not be read
         if not report.rows:
             raise UserError(_nothing(inputs, report, options))
     return report

@@ -16,6 +16,7 @@ from tpu_tune.cli import main
 from tpu_tune.cli.common import Commands
 from tpu_tune.data import recipe as recipes
 from tpu_tune.data.ingest import IngestOptions, ingest, patterns, read_source
+from tpu_tune.data.ingest.html import stripped
 from tpu_tune.data.recipe import settings
 from tpu_tune.errors import UserError
 
@@ -262,12 +263,18 @@ def test_html_in_cells_becomes_text(tmp_path: pathlib.Path) -> None:
     for row in made:
         row.pop("source")
     assert made[0] == {"text": "One & two\n\n- a\n- b"}
-    assert made[1] == {"text": "plain, 1 < 2 and two lines"} and made[2] == {"text": "as it\nis"}
+    assert made[1] == rows[1] and made[2] == {"text": "as it\nis"}
     assert made[3:] == [
         {"input": "q", "output": "a"},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\nb"}]},
     ]
     assert [row["text"] for row in read_source(str(path)) if "text" in row][0] == post
+    for text in ("a<b", "if (a<b && c>d) {}\n", "vector<int> v;", "<think>so</think>", "<3", "AT&T"):
+        assert stripped(text) == text
+    assert (
+        stripped("a &lt; b\nc &amp; d") == "a < b\nc & d"
+        and stripped("vector<int> is <b>it</b>") == "vector<int> is it"
+    )
     connection = sqlite3.connect(tmp_path / "a.db")
     connection.execute("CREATE TABLE t (title TEXT, body TEXT)")
     connection.execute("INSERT INTO t VALUES ('<b>t</b>', ?)", [post])

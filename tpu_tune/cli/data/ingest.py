@@ -132,7 +132,13 @@ def add(commands: Commands) -> None:
 
 def _add_readers(parser: argparse.ArgumentParser) -> None:
     picks = parser.add_argument_group("tables and objects")
-    picks.add_argument("--column", action=_Own, default="", metavar="NAME", help="the column that becomes text")
+    picks.add_argument(
+        "--column",
+        action=_Own,
+        default="",
+        metavar="NAME",
+        help="the column of tables, and of objects of no known format, that becomes text",
+    )
     picks.add_argument("--input-column", action=_Own, default="", metavar="NAME", help="the column that becomes input")
     picks.add_argument(
         "--output-column", action=_Own, default="", metavar="NAME", help="the column that becomes output"

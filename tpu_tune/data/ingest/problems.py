@@ -86,7 +86,8 @@ class Problems:
             ways.append("--skip-bad goes on without what cannot be read")
         first = next(iter(self.first.values()))
         if count == 1:
-            raise UserError(f"{first}; {ways[0] if self.wants else 'fix it, or give --skip-bad to go on without it'}")
+            way = ways[0] if self.wants else "fix it, or give --skip-bad to go on without it"
+            raise UserError(first if self.wants and total == 1 else f"{first}; {way}")
         for source, line in self.first.items():
             more = self.sources[source] - 1
             logger.warning("%s%s", line, f" (and {more:,} more in this source)" if more else "")

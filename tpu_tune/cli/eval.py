@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Any
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import DTYPES, Commands, read_config
 from tpu_tune.errors import UserError
 
@@ -47,9 +48,9 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--split", default="", help="of a directory or a hub id, such as validation, val or test")
     parser.add_argument("--subset", default="", help="of a hub id, such as ARC-Easy")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N rows")
+    parser.add_argument("--limit", type=numbers.whole(), default=0, metavar="N", help="only the first N rows")
     parser.add_argument(
-        "--shots", type=int, default=0, metavar="N", help="solved examples before each question (default 0)"
+        "--shots", type=numbers.whole(), default=0, metavar="N", help="solved examples before each question (default 0)"
     )
     parser.add_argument(
         "--shots-data",
@@ -63,10 +64,12 @@ def add(commands: Commands) -> None:
         default="likelihood",
         help="what decides a multiple choice (default likelihood)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer (default 256)")
+    parser.add_argument(
+        "--max-new-tokens", type=numbers.whole(1), default=256, help="length of an answer (default 256)"
+    )
     parser.add_argument("--chat", action="store_true", help="exact-match: ask through the chat template")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of shuffled choices and of the intervals' draws (default 0)"
+        "--seed", type=numbers.seed, default=0, help="of shuffled choices and of the intervals' draws (default 0)"
     )
     parser.add_argument(
         "--dtype",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpu_tune.data.formats import AS_CHAT, FORMATS, PAIRS, USED, Text, convert, rename
+from tpu_tune.data.formats import AS_CHAT, FORMATS, PAIRS, USED, Text, convert, format_of, rename
 from tpu_tune.errors import UserError
 
 AS = ("", "messages")  # what `--as` may be; "": rows stay as they are
@@ -54,3 +54,13 @@ def as_messages(row: Mapping[str, Any], format: str, columns: Mapping[str, str] 
         "chat_template_kwargs": dict(sample.template_kwargs),
     }
     return {"messages": messages, **{key: value for key, value in more.items() if value}, **rest}
+
+
+def any_as_messages(row: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return `as_messages` of a row, and the format that it had.
+
+    Raises:
+      RowError: it is of no known format, or not what its format says.
+    """
+    format = format_of(row)
+    return as_messages(row, format), format

@@ -125,7 +125,7 @@ def _exchange(content: bytes, draw: random.Random) -> bytes:
 def kinds(folder: pathlib.Path) -> dict[str, Kind]:
     """Return every kind; `folder` holds what they are made from."""
     model = _model(folder)
-    return {**_model_kinds(model), **_run_kinds(folder, model), **_data_kinds(folder)}
+    return {**_model_kinds(model), **_run_kinds(), **_data_kinds(folder)}
 
 
 def _model(folder: pathlib.Path) -> dict[str, bytes]:
@@ -272,7 +272,7 @@ def _read_adapter(folder: pathlib.Path) -> None:
     assert model.params
 
 
-def _run_kinds(folder: pathlib.Path, model: dict[str, bytes]) -> dict[str, Kind]:
+def _run_kinds() -> dict[str, Kind]:
     rows = [
         {"step": n, "loss": 3.0 / n, "epoch": n / 9, "num_tokens": 64 * n, "learning_rate": 1e-3} for n in range(1, 9)
     ]
@@ -400,7 +400,13 @@ def _saved_kinds(folder: pathlib.Path) -> dict[str, Kind]:
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(saved))
     files = {str(path.relative_to(saved)): path.read_bytes() for path in saved.rglob("*") if path.is_file()}
     names = ("dataset_dict.json", "train/state.json", "train/dataset_info.json")
-    return {f"saved set's {name}": Kind(files, name, _read_set) for name in names}
+    readme = (
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n# A set\n"
+    )
+    clone = {"README.md": readme.encode(), "data/train-0.jsonl": b'{"output": "0\\n0"}\n'}
+    return {f"saved set's {name}": Kind(files, name, _read_set) for name in names} | {
+        "a clone's README.md": Kind(clone, "README.md", _read_set)
+    }
 
 
 def _read_set(folder: pathlib.Path) -> None:

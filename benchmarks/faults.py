@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py kills --rounds 50          # SIGKILL at random moments; every run ends equal to the bit
     python benchmarks/faults.py signals --rounds 50        # SIGTERM and Ctrl-C
-    python benchmarks/faults.py disks --rounds 10          # a full disk under every command that writes
+    python benchmarks/faults.py disks --rounds 3           # a full disk under every command that writes
     python benchmarks/faults.py checkpoints --rounds 20    # a checkpoint of a run, damaged
     python benchmarks/faults.py files --rounds 2000        # files of every kind that is read, damaged
     python benchmarks/faults.py table                      # what they found, as a table
@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-PARTS = {"kills": 50, "signals": 50, "disks": 6, "checkpoints": 20, "files": 2000}
+PARTS = {"kills": 50, "signals": 50, "disks": 3, "checkpoints": 20, "files": 2000}
 GOOD = ("right", "one line")
 BAD = ("lost", "traceback", "difference", "crash", "stuck", "memory", "left behind")
 

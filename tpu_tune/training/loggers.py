@@ -139,8 +139,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _open_tensorboard(run: RunDirectory, config: Mapping[str, Any], resume_step: int) -> Sink:
-    # Not torch's SummaryWriter: the library never imports torch. Nor tensorboardX's: its thread dies of a full disk with
-    # a traceback, and blocks the training once its queue has filled up.
+    # Not torch's SummaryWriter: the library never imports torch. Nor tensorboardX's: its thread dies of a full disk
+    # with a traceback, and then blocks the training once its queue has filled up.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.record_writer import directory_check

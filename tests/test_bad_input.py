@@ -393,7 +393,7 @@ def run_to_draw(tmp_path):
 def test_a_full_disk_under_a_picture(run_to_draw, capsys, monkeypatch, option):
     monkeypatch.setattr(os, "fsync", full)
     line = refusal(capsys, "curves", run_to_draw, option, run_to_draw / "x.png")
-    assert line.endswith(f"{run_to_draw / 'x.png'}: No space left on device")
+    assert line == f"{run_to_draw / 'x.png'} cannot be written: No space left on device"
     assert [path.name for path in run_to_draw.iterdir()] == ["metrics.jsonl"]
 
 

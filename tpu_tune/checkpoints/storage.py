@@ -275,6 +275,7 @@ def whole_directory(directory: str) -> Iterator[str]:
             _clear(aside, before, directory)
             os.makedirs(aside)
             yield aside
+            _let_read(aside)
             _flush(aside)
             if os.path.isdir(directory) and not os.path.islink(directory):
                 os.replace(directory, before)
@@ -299,6 +300,14 @@ def _flush(directory: str) -> None:
         for name in names:
             with open(os.path.join(folder, name), "rb") as stream:
                 os.fsync(stream.fileno())
+
+
+def _let_read(directory: str) -> None:
+    """Give files the modes that the umask asks for; safetensors writes them for their owner alone."""
+    mode = stat.S_IMODE(os.stat(directory).st_mode) & 0o666  # the directory's own is what the umask has left
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            os.chmod(os.path.join(folder, file), mode)
 
 
 def is_complete(directory: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, add_config, read_config, say
 
 
@@ -30,7 +31,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--rows",
-        type=int,
+        type=numbers.whole(),
         metavar="N",
         help="number of training rows, for the run's length (with data.packing, of packed rows)",
     )
@@ -40,7 +41,11 @@ def add(commands: Commands) -> None:
         help="estimate the memory from array sizes alone, in seconds instead of minutes",
     )
     parser.add_argument(
-        "--max-compiles", type=int, default=8, metavar="N", help="most compilations that --suggest may make (default 8)"
+        "--max-compiles",
+        type=numbers.whole(1),
+        default=8,
+        metavar="N",
+        help="most compilations that --suggest may make (default 8)",
     )
 
 

@@ -108,7 +108,8 @@ NAMES = (
     "v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v5e-64", "v6e-1", "v6e-8", "v5p-8", "t4", "l4", "rtx3090",
     "rtx4080", "rtx4090", "a100-40g", "a100-80g", "h100", "h200", "rtx6000ada-48g",
 )  # fmt: skip
-_TPU_NAME = re.compile(r"(v\d[ep]?)-(\d+)")
+_MOST_GPUS = 1024  # the plan makes a device of each
+_TPU_NAME = re.compile(r"(v\d[ep]?)-(\d{1,9})")
 # By compute capability, of one streaming multiprocessor: float32 units, threads, shared memory, and the shared memory
 # that one block may use (CUDA C Programming Guide, table of technical specifications).
 _SM = {
@@ -127,11 +128,11 @@ def find_device(text: str) -> Device:
       UserError: no such device (the message lists the nearest names), or a TPU slice of a size that does not exist.
     """
     name, count = " ".join(text.lower().split()), 1
-    several = re.fullmatch(r"(.+?) ?[x*] ?(\d+)", name)
+    several = re.fullmatch(r"(.+?) ?[x*] ?(\d{1,9})", name)
     if name not in _GPUS and several and (several[1] in _GPUS or _TPU_NAME.fullmatch(several[1])):
         name, count = several[1], int(several[2])
-    if count < 1:
-        raise UserError(f"device '{text}': there must be at least one")
+    if not 1 <= count <= _MOST_GPUS:
+        raise UserError(f"device '{text[:60]}': there must be at least one, and {_MOST_GPUS} at most")
     if name in _GPUS:
         return _gpu(name, count)
     tpu = _TPU_NAME.fullmatch(name)
@@ -231,4 +232,4 @@ def _larger(version: str) -> str:
 def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, NAMES, 3, 0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    return UserError(f"unknown device '{name}'; {hint}the devices are {', '.join(NAMES)}")
+    return UserError(f"unknown device '{name[:60]}'; {hint}the devices are {', '.join(NAMES)}")

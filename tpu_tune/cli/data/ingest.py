@@ -110,6 +110,10 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--bad", default="", metavar="FILE", help=".jsonl for all that cannot be read, also where the run fails"
     )
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits, against archives made to do harm")
     limits.add_argument(
         "--max-unpacked-gb",

@@ -29,8 +29,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config file: alone, the loss of its model on its evaluation data; "
-        "with --model, how perplexity reads its data; --config.KEY=VALUE overrides a key",
+        help="config file. Without --model: measure its model on its evaluation rows. With --model: its data settings "
+        "say which rows --task perplexity reads, and how. --config.KEY=VALUE overrides a key",
     )
     parser.add_argument("--adapter", help="PEFT adapter directory")
     other = parser.add_mutually_exclusive_group()
@@ -110,7 +110,8 @@ def run(options: argparse.Namespace) -> int:
         config = _data_config(options)
     elif options.config or options.overrides:
         raise UserError(
-            f"--config and --config.KEY say how perplexity reads its data; --task {settings.task} takes neither"
+            f"--config and --config.KEY set which rows --task perplexity reads, and how; --task {settings.task} takes "
+            "neither"
         )
     else:
         _check_rows(settings)  # before any weight is read
@@ -156,7 +157,7 @@ def _without_model(options: argparse.Namespace) -> int:
 
 
 def _data_config(options: argparse.Namespace) -> Any:
-    """How perplexity reads its data: as the run did, or by --config; --data replaces what is read."""
+    """The data settings of perplexity: the run's own, or those of --config; --data names other rows."""
     from tpu_tune import config as configuration
     from tpu_tune.checkpoints.run_directory import RunDirectory
 

@@ -105,7 +105,7 @@ def _text(report: dict[str, Any]) -> str:
             *["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table],
             f"suggested learning rate: {report['learning_rate']:.1e}",
             f"why: {report['reason']}",
-            f"too slow below about {low:.1e}, too fast above about {high:.1e}; {report['configured']}",
+            f"rates below about {low:.1e} are too low, above about {high:.1e} too high; {report['configured']}",
             f"train with it: --config.train.learning_rate={report['learning_rate']:.1e}",
             f"plot: {report['plot']}",
         ]

@@ -49,6 +49,8 @@ def _ingest(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, Any
     with _engine(recipe, folder) as engine:
         bad = os.path.join(os.path.expanduser(recipe.output_dir), BAD)
         report = ingest(files, str(folder / ROWS), options, recipe.num_workers, engine, bad).as_dict()
+    if not report["bad"]:
+        os.unlink(bad)
     return {"rows_out": report.pop("rows"), **report, "outputs": [ROWS]}
 
 

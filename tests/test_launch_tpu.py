@@ -331,6 +331,16 @@ def test_what_the_hosts_of_a_tpu_can_read_is_taken(world, path):
     assert done.returncode == 0 and f"--config.data.train={path}" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("page", ["docs/trc.md", "docs/launch.md"])
+def test_the_pages_commands_pass_a_dry_run(world, page):
+    commands = re.findall(r"^bash launch/tpu\.sh (\w+(?:.*\\\n)*.*)$", (ROOT / page).read_text(), re.M)
+    assert commands
+    for command in commands:
+        words = [word for word in shlex.split(command.replace("\\\n", " ")) if word != "--dry-run"]
+        done = world.tpu(words[0], "--dry-run", *words[1:], BUCKET="my-bucket", TPU_NAME="mine", PROJECT_ID="p")
+        assert done.returncode == 0 and "+ gcloud compute tpus tpu-vm create mine" in done.stdout, done.stderr
+
+
 def test_dry_runs_call_nothing(world):
     done = world.tpu("babysit", "--bucket", "b", "--dry-run", *TRAIN, HF_TOKEN=SECRET)
     assert done.returncode == 0 and not world.calls() and SECRET not in done.stdout + done.stderr

@@ -108,7 +108,7 @@ def test_more_devices_than_a_plan_is_for_are_refused(name):
         ([], "plan for what? give --device NAME"),
         (["--memory", "12", "kepler"], "there is no generation 'kepler'; choose ampere, ada"),
         (["--memory", "twelve"], "--memory is 'twelve'"),
-        (["--memory", "nan"], "--memory is nan"),
+        (["--memory", "nan"], "--memory is 'nan'"),
         (["--memory", "99999"], "from 1 to 1024"),
         (["--device", "t4x999999999"], "512 devices at most"),
         (["--device", "t4", "rtx9", "--memory", "12"], "unknown device 'rtx9'"),
@@ -127,14 +127,14 @@ def test_what_cannot_be_planned_for_is_one_line(words, said, capfd):
 def test_several_devices_make_one_table(compiler, capsys):
     compiler(1 * GB, 0.5 * GB)
     words = ["plan", "--rows=1000", "--config.method=full", "--config.train.per_device_train_batch_size=1", MODEL]
-    devices = ["--device", "rtx3060", "h100", "x2", "--device=rtx4090", "--memory", "24", "ada"]
+    devices = ["--device", "rtx3060", "h100", "x2", "--device=rtx4090", "--memory", "8", "24", "ada"]
     assert main([*words, *devices]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = {line.split("  ")[0]: line.split()[-5:] for line in lines[3:7]}
-    assert list(rows) == ["rtx3060", "h100 x2", "rtx4090", "ada-24g"]
-    assert lines[2].split()[:2] == ["device", "fits"] and not any("device " in line for line in lines[7:])
-    fits = [next(word for word in line.split() if word in ("yes", "no")) for line in lines[3:7]]
-    assert fits == ["no", "yes", "yes", "yes"]  # 16 bytes a parameter, and half a GB
+    rows = {line.split("  ")[0]: line.split()[-5:] for line in lines[3:8]}
+    assert list(rows) == ["rtx3060", "h100 x2", "rtx4090", "ampere-8g", "ada-24g"]
+    assert lines[2].split()[:2] == ["device", "fits"] and not any("device " in line for line in lines[8:])
+    fits = [next(word for word in line.split() if word in ("yes", "no")) for line in lines[3:8]]
+    assert fits == ["no", "yes", "yes", "no", "yes"]  # 16 bytes a parameter, and half a GB
     assert rows["rtx4090"][0] == "16.50" and rows["rtx4090"] == rows["ada-24g"]
     assert main([*words, *devices, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -122,15 +122,25 @@ def _devices(options: argparse.Namespace) -> list[Device]:
     from tpu_tune import planning
 
     names = planning.split_names([word for words in options.device for word in words])
-    for words in options.memory:
-        number, generation, several = re.fullmatch(r"([^ ]*) ?([a-z]*) ?(.*)", " ".join(words).lower()).groups()
-        try:
-            gigabytes = float(number.removesuffix("gb").removesuffix("g"))
-        except ValueError:
-            raise UserError(f"--memory is '{number}'; give a card's memory in GB, e.g. --memory 12 ada") from None
-        if re.fullmatch(r"x\d*", generation + several):
-            generation, several = "", generation + several
-        names.append(f"{planning.by_memory(gigabytes, generation or 'ampere')} {several}")
+    names += [name for words in options.memory for name in _by_memory(words)]
     if not names:
         raise UserError("plan for what? give --device NAME, such as --device v3-8 rtx3060, or --memory 12 for a GPU")
     return [planning.find_device(name) for name in dict.fromkeys(names)]
+
+
+def _by_memory(words: list[str]) -> list[str]:
+    """Return the names of the cards that --memory describes: `12`, `12 ada`, `8 12 24 ampere x2`."""
+    from tpu_tune import planning
+
+    cards: list[dict[str, Any]] = []
+    for word in " ".join(words).lower().replace(",", " ").split():
+        number = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(?:gb?|gib)?", word)
+        if number:
+            cards.append({"gigabytes": float(number[1]), "generation": "ampere", "several": ""})
+        elif not cards:
+            raise UserError(f"--memory is '{word}'; give a card's memory in GB, e.g. --memory 12 ada")
+        elif re.fullmatch(r"[x*]\d*", word):
+            cards[-1]["several"] += f" {word}"
+        else:
+            cards[-1]["generation"] = word
+    return [planning.by_memory(card["gigabytes"], card["generation"]) + card["several"] for card in cards]

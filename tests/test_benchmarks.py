@@ -92,6 +92,7 @@ def test_the_bars_are_the_issues(memory):
     assert longest["8b-rtx4080"] > 40_724 and longest["8b-rtx4090"] > 78_475
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(capfd):
     gpu = script("gpu")
     words = "--model tiny --method qlora full --tokens 32 --rows 2 --steps 1 --rounds 2 --warm 0 --json"

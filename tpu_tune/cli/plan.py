@@ -99,10 +99,9 @@ def _suggest(config: Any, devices: list[Device], options: argparse.Namespace) ->
 
     compile, found = not options.no_compile, []
     for device in devices:
-        say(
-            f"looking for what fits {device.name}, with at most {options.max_compiles} compilations; each is: "
-            + planning.what_a_plan_does(device, compile)
-        )
+        how = planning.what_a_plan_does(device, compile)
+        most = f"with at most {options.max_compiles} compilations; each is: {how}" if compile else f"{how} for each try"
+        say(f"looking for what fits {device.name}, {most}")
         found.append(planning.suggest(config, device, options.rows, compile, options.max_compiles, say))
     if options.json:
         print(json.dumps(found if len(found) > 1 else found[0], indent=2))

@@ -17,9 +17,11 @@ from typing import Any
 import fake_gcs
 import fsspec
 import helpers_training as helpers
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from safetensors.numpy import save_file
 
 from tpu_tune import UserError
 from tpu_tune.checkpoints import storage
@@ -47,6 +49,18 @@ def memory() -> Iterator[Any]:
 def place(request: pytest.FixtureRequest, memory: Any, tmp_path: pathlib.Path) -> str:
     """A directory of either kind: what holds for one has to hold for the other."""
     return "memory://bucket" if request.param == "memory" else str(tmp_path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_files_of_a_result_are_as_readable_as_the_umask_has_it(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with storage.whole_directory(str(tmp_path / "model")) as aside:
+            save_file({"weight": np.zeros(3, np.float32)}, os.path.join(aside, "model.safetensors"))  # 0600 by itself
+            pathlib.Path(aside, "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {mode}
 
 
 def test_what_is_remote():

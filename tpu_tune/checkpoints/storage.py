@@ -264,6 +264,7 @@ def whole_directory(directory: str) -> Iterator[str]:
             shutil.rmtree(aside, ignore_errors=True)
             os.makedirs(aside)
             yield aside
+            _let_read(aside)
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(aside, directory)
         finally:
@@ -271,6 +272,14 @@ def whole_directory(directory: str) -> Iterator[str]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{directory} cannot be written: {reason}") from error
+
+
+def _let_read(directory: str) -> None:
+    """Give files the modes that the umask asks for; safetensors writes them for their owner alone."""
+    mode = stat.S_IMODE(os.stat(directory).st_mode) & 0o666  # the directory's own is what the umask has left
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            os.chmod(os.path.join(folder, file), mode)
 
 
 def is_complete(directory: str) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands
 from tpu_tune.errors import UserError
 
@@ -29,7 +30,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--smooth",
-        type=float,
+        type=numbers.real(),
         default=0.9,
         metavar="BETA",
         help="weight of the past in the moving average of training curves, 0 for none (default 0.9)",

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import DTYPES, Commands
 from tpu_tune.errors import UserError
 
@@ -27,14 +28,19 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default 128)")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest (default: all)")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="draw among the likeliest that reach this probability (default 0.95)"
+        "--max-new-tokens", type=numbers.whole(1), default=128, help="length of an answer (default 128)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--temperature", type=numbers.real(at_least=0), default=0.7, help="0 is greedy (default 0.7)")
+    parser.add_argument("--top-k", type=numbers.whole(), default=0, help="draw among the K likeliest (default: all)")
+    parser.add_argument(
+        "--top-p",
+        type=numbers.real(above=0, at_most=1),
+        default=0.95,
+        help="draw among the likeliest that reach this probability (default 0.95)",
+    )
+    parser.add_argument("--seed", type=numbers.seed, default=0, help="of the draws (default 0)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of activations and weights (default: a run's own, float32 of a model)"
     )

@@ -7,6 +7,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, add_config, read_config, say
 from tpu_tune.errors import UserError
 
@@ -49,7 +50,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--rows",
-        type=int,
+        type=numbers.whole(),
         metavar="N",
         help="number of training rows, for the run's length (with data.packing, of packed rows)",
     )
@@ -60,7 +61,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--max-compiles",
-        type=int,
+        type=numbers.whole(1),
         default=8,
         metavar="N",
         help="most compilations that --suggest may make for a device (default 8)",

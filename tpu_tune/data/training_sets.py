@@ -66,16 +66,23 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     _warn(data.train, train.summary)
     train_examples = np.arange(len(train))
     held_out = None
-    if eval_sources:
+    if eval_sources and not (data.eval_dataset_size and not data.eval):
         held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, pairs)
         _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
         eval_examples = np.arange(len(held_out))
-    elif data.eval_ratio > 0:
-        train_examples, eval_examples = split_rows(train.source_rows, data.eval_ratio, data.data_seed)
+    elif data.eval_ratio > 0 or data.eval_dataset_size:
+        share = data.eval_dataset_size or data.eval_ratio
+        try:
+            train_examples, eval_examples = split_rows(train.source_rows, share, data.data_seed)
+        except UserError as error:
+            raise UserError(f"data.eval_dataset_size: {data.train} {error}") from error
         if len(eval_examples):
             held_out = train
         else:
             logger.warning("%s holds one usable row: there is none to hold out for evaluation", data.train)
+    train_examples = _first(train, train_examples, data.max_train_samples)
+    if held_out is not None:
+        eval_examples = _first(held_out, eval_examples, data.max_eval_samples)
     rows = functools.partial(_rows, config=data, start_token=start_token)
     train_rows = rows(train, train_examples)
     eval_rows = None if held_out is None else rows(held_out, eval_examples)
@@ -87,21 +94,32 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     return Datasets(train_rows, eval_rows, summary)
 
 
-def split_rows(source_rows: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _first(data: TokenizedSet, examples: np.ndarray, count: int) -> np.ndarray:
+    """Return the examples of the first `count` rows among those of `examples`; 0: all."""
+    rows = data.source_rows[examples]
+    return examples[np.isin(rows, np.unique(rows)[:count])] if count else examples
+
+
+def split_rows(source_rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a seeded share of the rows: at least one, never all (none of a single one).
 
     Args:
       source_rows: (examples,) the row that each example comes from; a row's examples stay together.
-      ratio: share of the rows, in (0, 1).
+      share: share of the rows, in (0, 1), or from 1 on their number.
       seed: decides which.
 
     Returns:
       (train examples, eval examples), sorted index arrays.
+
+    Raises:
+      UserError: so many rows that none are left to train on.
     """
     rows = np.unique(source_rows)
+    if share >= max(1, len(rows)):
+        raise UserError(f"has {len(rows)} rows, and {share:g} are to be held out; some must be left to train on")
     if len(rows) < 2:
         return np.arange(len(source_rows)), np.zeros(0, np.int64)
-    count = int(np.clip(round(len(rows) * ratio), 1, len(rows) - 1))
+    count = int(np.clip(share if share >= 1 else round(len(rows) * share), 1, len(rows) - 1))
     held_out = np.random.default_rng(seed).permutation(rows)[:count]
     is_eval = np.isin(source_rows, held_out)
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)

@@ -181,10 +181,13 @@ def _data(facts: CardFacts) -> str:
         lines.append(f"- row format: {row_format}")
     if config.data.eval:
         lines.append(f"- evaluated on: `{base_name(config.data.eval)}`{_counted(counts.get('eval'))}")
-    elif config.data.eval_ratio > 0:
-        lines.append(
-            f"- evaluated on: {100 * config.data.eval_ratio:.3g}% of the rows, held out{_counted(counts.get('eval'))}"
+    elif config.data.eval_ratio > 0 or config.data.eval_dataset_size:
+        share = (
+            f"{config.data.eval_dataset_size:,}"
+            if config.data.eval_dataset_size
+            else f"{100 * config.data.eval_ratio:.3g}%"
         )
+        lines.append(f"- evaluated on: {share} of the rows, held out{_counted(counts.get('eval'))}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from tpu_tune.planning.cards import CARDS, GENERATIONS, GIB, find_card, target_c
 
 GPU_FRACTION = 0.92  # share of a GPU's memory, set by launch/common.sh; jax's own default is 0.75
 GPU_RESERVE = 256 * 2**20  # cuBLAS workspace, the next batch and fragmentation; an estimate, not measured
-MOST_DEVICES = 512  # as many as the largest slice has; bytes are counted over as many CPU devices
+MOST_DEVICES = 1024  # bytes are counted over as many CPU devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +96,8 @@ def find_device(text: str) -> Device:
     several = re.fullmatch(r"(.+?) ?[x*] ?(\d+)", name)
     if several and find_card(name) is None and (find_card(several[1]) or _TPU_NAME.fullmatch(several[1])):
         name, number = several[1], several[2].lstrip("0") or "0"
-    if number == "0":
-        raise UserError(f"device '{text}': there must be at least one")
-    if len(number) > 9 or int(number) > MOST_DEVICES:
-        raise UserError(f"device '{text[:40]}': a plan is for {MOST_DEVICES} devices at most")
+    if len(number) > 9 or not 1 <= int(number) <= MOST_DEVICES:
+        raise UserError(f"device '{text[:60]}': there must be at least one, and {MOST_DEVICES} at most")
     count = int(number)
     if find_card(name):
         return _gpu(name, count)

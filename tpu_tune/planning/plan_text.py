@@ -13,7 +13,7 @@ _LABELS = {
     "optimizer": "optimizer",
     "batch": "batch",
     "padding": "padding of the above",
-    "scratch": "scratch",
+    "scratch": "activations",  # and what else is held within a step only
 }
 
 
@@ -178,7 +178,7 @@ def verdict(figures: Mapping[str, Any]) -> str:
     if peak is None:
         return f"DOES NOT FIT: it needs more than the {_gb(capacity)} GB of a device"
     if figures["fits"]:
-        return f"fits: {_gb(peak)} of {_gb(capacity)} GB, {100 * peak / capacity:.0f}%"
+        return f"fits: {_gb(peak)} of {_gb(capacity)} GB, {100 * peak / capacity:.0f}%; {_gb(capacity - peak)} GB free"
     if peak <= capacity:
         return f"DOES NOT FIT: training would, with {_gb(peak)} of {_gb(capacity)} GB, but evaluation does not"
     return f"DOES NOT FIT: it needs {_gb(peak)} GB of {_gb(capacity)} GB"

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from tpu_tune.checkpoints import json_text
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, spellings
 
 
@@ -40,14 +41,14 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-l",
         *spellings("--max-length"),
-        type=int,
+        type=numbers.whole(),
         default=2048,
         metavar="N",
         help="tokens a row (default 2048): text is cut into blocks of N, pairs and chats that are longer are left out",
     )
     parser.add_argument(
         *spellings("--num-eos"),
-        type=int,
+        type=numbers.whole(),
         default=1,
         metavar="N",
         help="ends of text after an answer or a text (default 1; 3 as PygmalionAI's script; chats end as their "
@@ -56,7 +57,7 @@ def add(commands: Commands) -> None:
     add_format(parser)
     parser.add_argument(*spellings("--train-on-source"), action="store_true", help="label the prompt too")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes (default: what the rows are worth)"
+        "--workers", type=numbers.whole(), default=0, metavar="N", help="processes (default: what the rows are worth)"
     )
     parser.add_argument(
         *spellings("--skip-bad"), action="store_true", help="leave out and count rows that cannot be used"

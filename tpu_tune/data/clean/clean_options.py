@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tpu_tune.config.engine import key
 from tpu_tune.data.clean.phrases import LISTS
 from tpu_tune.data.formats import FORMATS
 from tpu_tune.errors import UserError
@@ -35,6 +36,8 @@ class CleanOptions:
       min_chars, max_chars, min_words, max_words: bounds on the row's text (prompt and answer together); 0 and None are
         no bound. Words are what white space separates.
       languages: ISO 639 codes; a row in another language is dropped, one whose language is uncertain is kept.
+      repeated_text: take out of plain text the lines that stand at the top or the bottom of this share or more, in
+        (0, 1], of a site's pages (`repeated`). None: do not look.
       fix_unicode: repair mojibake and broken characters.
       mask_email: write [EMAIL] for e-mail addresses.
       mask_phone: write [PHONE] for phone numbers.
@@ -52,12 +55,13 @@ class CleanOptions:
     near_duplicates: float | None = None
     shingle: str = "chars"
     shingle_size: int = 5
-    seed: int = 0
+    seed: int = key(0, "", at_least=0, at_most=2**32 - 1)
     min_chars: int = 0
     max_chars: int | None = None
     min_words: int = 0
     max_words: int | None = None
     languages: tuple[str, ...] = ()
+    repeated_text: float | None = None
     fix_unicode: bool = False
     mask_email: bool = False
     mask_phone: bool = False
@@ -82,6 +86,8 @@ def check(options: CleanOptions) -> None:
             raise UserError(f"the {name} '{value}' is unknown; known: {', '.join(known)}")
     if options.near_duplicates is not None and not 0 < options.near_duplicates <= 1:
         raise UserError(f"near duplicates have a similarity above 0 and at most 1, not {options.near_duplicates}")
+    if options.repeated_text is not None and not 0 < options.repeated_text <= 1:
+        raise UserError(f"repeated text is on a share of pages above 0 and at most 1, not {options.repeated_text}")
     if options.shingle_size < 1:
         raise UserError(f"a shingle has 1 {options.shingle} or more, not {options.shingle_size}")
     for unit, low, high in (

@@ -123,6 +123,7 @@ def clean(
       UserError: as there, or Apache Beam is missing.
     """
     from tpu_tune.data.clean import CleanReport, Duplicates, Hit
+    from tpu_tune.data.clean.cleaning import repeated_in
     from tpu_tune.data.clean.duplicates import near_text
     from tpu_tune.data.clean.rules import snippet
     from tpu_tune.data.streams import Skipped, writing
@@ -135,7 +136,8 @@ def clean(
         writing(output) as writer,
     ):
         tasks = [block for path in inputs for block in blocks(os.fspath(path))]
-        work = functools.partial(_clean_block, options=options, skip_bad=skip_bad)
+        repeated = repeated_in(inputs, options)
+        work = functools.partial(_clean_block, options=options, skip_bad=skip_bad, repeated=repeated)
         paths = [os.path.join(folder, f"rows-{number}") for number in range(len(tasks))]
         for part in run_in_order(work, list(zip(tasks, paths, strict=True)), folder, beam_options):
             skipped.count += part.count
@@ -160,14 +162,14 @@ def clean(
     return figures
 
 
-def _clean_block(task: tuple[Block, str], options: Any, skip_bad: bool) -> Any:
+def _clean_block(task: tuple[Block, str], options: Any, skip_bad: bool, repeated: Any) -> Any:
     """Clean the lines of a block into a file of (where, line or None, hits, hash or None); return what was skipped."""
     from tpu_tune.data.clean import row_cleaner
     from tpu_tune.data.clean.duplicates import identity
     from tpu_tune.data.formats import RowError
     from tpu_tune.data.streams import Skipped, Writer, json_rows
 
-    (block, path), cleaner, skipped = task, row_cleaner(options), Skipped(skip_bad)
+    (block, path), cleaner, skipped = task, row_cleaner(options, repeated), Skipped(skip_bad)
     with open(path, "wb") as file:
         for number, row in json_rows(block.lines(), block.path, skipped):
             where = f"{block.path}:{number}"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpu_tune.config.engine import key
+
 
 @dataclass(frozen=True)
 class SplitStep:
@@ -23,7 +25,7 @@ class SplitStep:
     count: int | None = None
     group_key: str = ""
     stratify_key: str = ""
-    seed: int = 42
+    seed: int = key(42, "", at_least=0, at_most=2**32 - 1)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tpu_tune.data.recipe.settings import options_of
 from tpu_tune.data.recipe.stages import Stage
 from tpu_tune.errors import UserError
 
-ROWS = "rows.jsonl"
+ROWS, BAD = "rows.jsonl", "bad.jsonl"
 
 
 def stages_of(recipe: ConfigDict) -> list[Stage]:
@@ -45,7 +45,8 @@ def _ingest(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, Any
 
     options = options_of(recipe, "ingest", skip_bad=recipe.skip_bad)
     with _engine(recipe, folder) as engine:
-        report = ingest(files, str(folder / ROWS), options, recipe.num_workers, engine).as_dict()
+        bad = os.path.join(os.path.expanduser(recipe.output_dir), BAD)
+        report = ingest(files, str(folder / ROWS), options, recipe.num_workers, engine, bad).as_dict()
     return {"rows_out": report.pop("rows"), **report, "outputs": [ROWS]}
 
 

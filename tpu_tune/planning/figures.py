@@ -6,7 +6,7 @@ The dictionary that `plan` returns is what `tpu-tune plan --json` prints; `repor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
-from tpu_tune.planning.compile_process import TIMEOUT, run_job
+from tpu_tune.planning.compile_process import TIMEOUT, run_job, what_a_plan_does
 from tpu_tune.planning.devices import Device, find_device
 from tpu_tune.planning.flops import ROOFLINE_SHARE, roofline_seconds, step_work
 from tpu_tune.planning.model_config import model_config
@@ -38,6 +38,7 @@ def plan(
     compile: bool = True,
     evaluate: bool = True,
     timeout: float = TIMEOUT,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Return what a job needs of a device, without the weights and without the device.
 
@@ -48,6 +49,7 @@ def plan(
       compile: False counts bytes only, which takes seconds.
       evaluate: whether to plan the evaluation step too, where the configuration evaluates.
       timeout: seconds that the compiler may take.
+      say: called before a compilation with a line about it, and about how long it takes.
 
     Returns:
       `device`, `num_devices`, `peak_bytes_per_device`, `capacity_bytes_per_device`, `fits`, `compiler` ("none (why)"
@@ -73,6 +75,8 @@ def plan(
         "compile": compile,
         "evaluate": evaluates,
     }
+    if compile:
+        say(what_a_plan_does(device))
     measured = run_job(job, device.kind, timeout)
     return figures(config, device, arch, measured, rows, evaluates)
 

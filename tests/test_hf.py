@@ -212,6 +212,7 @@ def test_qloras_own_scripts_as_they_stand(name, hub, tmp_path, capsys):
     assert ("--use_auth" in told["ignored"]) == (name == "LLAMA2_GUANACO_7B")
 
 
+@pytest.mark.slow
 def test_the_guanaco_script_trains_on_hub_data(tiny, hub, tmp_path, capsys):
     file = tmp_path / "script.sh"
     listing = qlora_scripts.GUANACO_7B.replace("huggyllama/llama-7b", str(tiny))

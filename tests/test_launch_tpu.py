@@ -44,7 +44,8 @@ if status == "wait":
     signal.signal(signal.SIGTERM, lambda *_: None)
     print("waiting", file=sys.stderr, flush=True)
     signal.pause()
-    status = "interrupted"
+    print(json.dumps({"status": "interrupted", "step": 2}))
+    sys.exit(143)
 if status.isdigit():
     print("tpu-tune: data.train is not there", file=sys.stderr)
     sys.exit(int(status))

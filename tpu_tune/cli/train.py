@@ -33,7 +33,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def start(config: Any, as_json: bool) -> int:
-    """Train, after `join_hosts`, and print where the results are; return the exit status."""
+    """Train, after `join_hosts`, and print where the results are; return the exit status.
+
+    It is 0 where the run has ended, and a shell's 128 + the signal where SIGINT (130) or SIGTERM (143) has stopped it.
+    """
     import tpu_tune
     from tpu_tune.checkpoints import storage
     from tpu_tune.training import distributed
@@ -46,4 +49,4 @@ def start(config: Any, as_json: bool) -> int:
     elif run.status != "interrupted":
         metrics, curves = (os.path.join(run.output_dir, name) for name in ("metrics.jsonl", "curves.png"))
         print(f"metrics: {metrics}" + (f"; curves: {curves}" if storage.exists(curves) else ""))
-    return 0
+    return 128 + run.signal if run.signal else 0

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from tpu_tune.cli.common import DTYPES, Commands, read_config
+from tpu_tune.cli.common import DTYPES, Commands, add_step, read_config
 from tpu_tune.errors import UserError
 
 
@@ -31,7 +31,8 @@ def add(commands: Commands) -> None:
         help="config file: alone, the loss of its model on its evaluation data; "
         "with --model, how perplexity reads its data; --config.KEY=VALUE overrides a key",
     )
-    parser.add_argument("--adapter", help="PEFT adapter directory")
+    parser.add_argument("--adapter", help="PEFT adapter directory, or a run with one")
+    add_step(parser)
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--against", metavar="MODEL", help="a model or run to compare with on the same rows")
     other.add_argument("--base", action="store_true", help="compare a run with its model from before training")
@@ -112,9 +113,10 @@ def run(options: argparse.Namespace) -> int:
     else:
         _check_rows(settings)  # before any weight is read
 
-    model = load_any(options.model, options.dtype, options.quantize, options.adapter)
+    model = load_any(options.model, options.dtype, options.quantize, options.adapter, step=options.step)
     outcomes = [run_task(model, settings, config)]
     names = [options.model + (f" + {options.adapter}" if options.adapter else "")]
+    names[0] += f", step {options.step}" if isinstance(options.step, int) else f", {options.step}" * bool(options.step)
     del model  # one model at a time
     if options.base or options.against:
         names.append("before training" if options.base else options.against)
@@ -146,7 +148,7 @@ def _without_model(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         with distributed.leaving_alone():
             distributed.join()
-            figures = evaluate_only(config)
+            figures = evaluate_only(config, step=options.step)
     if options.json:
         print(json.dumps(figures))
     return 0

@@ -18,6 +18,27 @@ def running(function: Callable[[np.ndarray], float], values: np.ndarray, half: i
     return np.array([function(values[i - r : i + r + 1]) for i, r in enumerate(reach)], float)
 
 
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the centred running mean, over `window` points, of the running median of five.
+
+    Centred, it does not lag behind a falling loss, as an average of the past does; the median keeps a single spike out.
+    At the start, where a loss falls fast, windows shrink symmetrically; at the end, where its noise is larger than what
+    it still falls, the values of the last half window are those of a straight line fitted to the last whole one.
+
+    Args:
+      values: (n,)
+      window: an odd number of points; 1 leaves the values as they are.
+    """
+    half = min(window // 2, (len(values) - 1) // 2)
+    if half < 1:
+        return np.asarray(values, float)
+    medians = running(np.median, values, 2)
+    smoothed = running(np.mean, medians, half)
+    last = np.arange(2 * half + 1)
+    smoothed[-half:] = np.polyval(np.polyfit(last, medians[-len(last) :], 1), last[-half:])
+    return smoothed
+
+
 def noise_level(values: np.ndarray) -> float:
     """Return the standard deviation of the noise on a falling or U-shaped curve; nan for fewer than five points.
 

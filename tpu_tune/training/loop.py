@@ -152,6 +152,8 @@ def _train(
             say(f"taking the weights of step {best}, eval_loss {loop_state.best_loss:.4f}")
         _check_ended_finite(loop_state, taken, total)
         write_result(config, model, state, result)
+        if is_main:
+            run.update_summary({"result_step": taken})
         sample(state, taken)
         distributed.barrier("result")
     rows = run.metrics()

@@ -206,7 +206,7 @@ def test_curves_of_runs(capsys, bucket, home, tmp_path):
     near, far = (told(capsys, "curves", f"{place}/lora", f"{place}/full") for place in (home, bucket))
     for place, runs in ((home, near["runs"]), (bucket, far["runs"])):
         assert [run.pop("run") for run in runs] == [f"{place}/lora", f"{place}/full"]
-    assert near == far
+    assert json.loads(json.dumps(near).replace(str(home), bucket)) == far
     told(capsys, "curves", f"{bucket}/lora", "--output", tmp_path / "c.png", "--html", f"{bucket}/report.html")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert b"<html" in storage.read_bytes(f"{bucket}/report.html")

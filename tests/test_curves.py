@@ -51,6 +51,9 @@ def test_a_smoothed_loss_does_not_lag_into_seeming_overfit():
     for place in (slice(0, 20), slice(20, 180), slice(180, 200)):
         error = (smooth(train, smoothing_window(200)) - truth)[place]
         assert abs(error.mean()) < 0.015  # a third of the noise
+    fast = 2 + 4 * np.exp(-np.arange(100) / 3)  # most of the fall is in the first points
+    error = smooth(fast, smoothing_window(100)) - fast
+    assert np.abs(error).max() < 0.15 and abs(error[0]) < 1e-9
     lagged = ema(train, 0.9) - truth
     assert lagged[20:180].mean() > 0.08  # what it was: the average of the past is above a falling loss
 

@@ -46,7 +46,11 @@ def start(config: Any, as_json: bool) -> int:
     if as_json:
         result = {"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir}
         print(json.dumps(result))
-    elif run.status != "interrupted":
+    elif run.status == "interrupted":
+        print(
+            f"what it has learned so far can be used: tpu-tune generate --model {run.output_dir}; so do eval and export"
+        )
+    else:
         metrics, curves = (os.path.join(run.output_dir, name) for name in ("metrics.jsonl", "curves.png"))
         print(f"metrics: {metrics}" + (f"; curves: {curves}" if storage.exists(curves) else ""))
     return 128 + run.signal if run.signal else 0

@@ -157,7 +157,7 @@ def test_the_best_is_the_default_where_the_run_would_end_with_it(caplog, home, t
     shutil.rmtree(run.file("checkpoints", "6"))
     caplog.clear()
     assert find_step(run, run.config()) == 9
-    assert "lowest at step 6 (1.5000), which has no checkpoint; step 9 (1.8000) is the best that has" in caplog.text
+    assert "lowest at step 6 (1.5000), of which no checkpoint is left; step 9 has 1.8000" in caplog.text
 
 
 def test_a_result_that_the_run_has_gone_on_from_is_not_taken(caplog, home, tmp_path):

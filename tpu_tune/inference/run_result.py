@@ -213,10 +213,10 @@ def _best(run: RunDirectory, saved: list[int]) -> int | None:
     best = min(kept, key=losses.__getitem__, default=None)
     lowest = min(losses, key=losses.__getitem__, default=None)
     if best is not None and losses[lowest] < losses[best]:
+        there = (run.path, lowest, losses[lowest], best, losses[best])
         log.warning(
-            "%s: eval_loss was lowest at step %d (%.4f), which has no checkpoint; step %d (%.4f) is the best that has",
-            run.path, lowest, losses[lowest], best, losses[best],
-        )  # fmt: skip
+            "%s: eval_loss was lowest at step %d (%.4f), of which no checkpoint is left; step %d has %.4f", *there
+        )
     return best
 
 

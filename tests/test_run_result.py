@@ -186,7 +186,7 @@ def test_what_cannot_be_taken_is_one_line(capsys, caplog, home, tmp_path):
         tpu_tune.load(str(home / "base"), adapter=str(home / "full"))
     empty = RunDirectory(changed(home, tmp_path))
     shutil.rmtree(empty.checkpoints)
-    with pytest.raises(UserError, match="has no adapter/ and no checkpoint yet; let the training go on"):
+    with pytest.raises(UserError, match="has no adapter/ yet, and no checkpoint; let the training go on"):
         tpu_tune.load(str(empty.path))
 
 

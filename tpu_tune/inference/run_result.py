@@ -58,7 +58,7 @@ def find_step(run: RunDirectory, config: ConfigDict, step: Step = None) -> int |
         if run.has_result(config.method):
             raise UserError(f"{run.path} has no checkpoint, only its result ({result}/): leave the step out")
         raise UserError(
-            f"{run.path} has no {result}/ and no checkpoint yet; let the training go on (the same train command does)"
+            f"{run.path} has no {result}/ yet, and no checkpoint; let the training go on (the same train command does)"
         )
     if step is None:
         best = _best(run, saved) if config.train.load_best_model_at_end else None

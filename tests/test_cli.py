@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -73,6 +75,23 @@ def test_the_examples_of_the_help_are_accepted(capsys):
         example = capsys.readouterr().out.rstrip().rsplit("\n", 1)[-1].split()
         words = [word for word in example[1:] if not word.startswith("--config.")]
         make_parser().parse_args(" ".join(words).replace('"', "").replace("What is AI?", "hi").split())
+
+
+def test_the_config_files_that_the_help_names_are_there():
+    import argparse
+
+    from tpu_tune.cli.program import make_parser
+
+    def helps(parser):
+        yield parser.format_help()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from helps(inner)
+
+    root = pathlib.Path(__file__).parents[1]
+    named = {name for text in helps(make_parser()) for name in re.findall(r"configs/\w+\.py", text)}
+    assert len(named) > 1 and all((root / name).is_file() for name in named), named
 
 
 def test_as_a_module_and_its_version():

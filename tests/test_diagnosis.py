@@ -20,7 +20,7 @@ from tpu_tune.curves.statistics import block_medians, mann_kendall, noise_level
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "curves"
 REAL = {
     "underfit-flat": ("underfit", "flat"), "underfit-falling": ("underfit", "still falling"),
-    "overfit": ("overfit", "eval loss has turned"), "unstable": ("unstable", "blown up"), "well-fit": ("well-fit", ""),
+    "overfit": ("overfit", "eval loss has turned"), "unstable": ("unstable", "diverged"), "well-fit": ("well-fit", ""),
 }  # fmt: skip
 
 
@@ -181,8 +181,8 @@ def test_unstable_says_what_and_when():
     lost[70:] = [{**row, "loss": None} for row in lost[70:]]
     found = diagnose(lost)
     assert (found.verdict, found.reason) == ("unstable", "not finite") and "first at step 71" in found.evidence[0]
-    dead = np.concatenate([[6, 5, 9, 25, 1e4, 4e6], np.full(94, 5.58)])  # blown up, and dead since
-    assert (diagnose(rows(dead)).verdict, diagnose(rows(dead)).reason) == ("unstable", "blown up")
+    dead = np.concatenate([[6, 5, 9, 25, 1e4, 4e6], np.full(94, 5.58)])  # diverged, and dead since
+    assert (diagnose(rows(dead)).verdict, diagnose(rows(dead)).reason) == ("unstable", "diverged")
 
 
 def test_one_lost_value_is_a_remark():

@@ -48,6 +48,13 @@ def check_family(config: dict[str, Any]) -> None:
     gguf_metadata(config)
 
 
+# Model types that llama.cpp opens only with a head in the file (a T5: scales only so): embedding, head.
+_HEADS = {
+    "t5": ("shared.weight", "lm_head.weight"),
+    "gpt_neox": ("gpt_neox.embed_in.weight", "embed_out.weight"),
+}
+
+
 def write_gguf(
     path: str, tensors: Iterable[tuple[str, np.ndarray]], source: WeightSource, kind: str = "f16", untied: bool = False
 ) -> None:
@@ -55,8 +62,8 @@ def write_gguf(
 
     Args:
       path: file to write; an existing one is replaced when the new one is complete.
-      tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out (a
-        T5's is written all the same, with the scaling that llama.cpp does not do).
+      tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out
+        (not a T5's, with the scaling that llama.cpp does not do, nor a GPT-NeoX's, which it does not tie).
       source: the model's origin; configuration and tokenizer are taken from it.
       kind: number format of the matrices: f16, bf16 or q8_0 (matrices whose rows are no multiple of 32 become F16).
         Vectors, norms and learned positions are float32, as in llama.cpp.
@@ -74,7 +81,7 @@ def write_gguf(
             shapes = {}
             for name, array in extra.items():
                 _append(data, writer, name, array, kind)
-            for name, array in _with_t5_head(tensors, config):
+            for name, array in _with_head(tensors, config):
                 shapes[name] = array.shape
                 _append(data, writer, *_to_gguf(architecture, config, source, name, array), kind)
             tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
@@ -102,24 +109,19 @@ def write_gguf(
             writer.close()
 
 
-def _with_t5_head(
-    tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors, with a T5's head as llama.cpp needs it: it never scales the states before the head."""
-    if config["model_type"] != "t5":
-        yield from tensors
-        return
-    scale = np.float32(architecture_of(config).head_scale)
-    head = None
+def _with_head(tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors, with a head also where it is tied if llama.cpp needs one; it never scales a T5's states."""
+    embedding, head = _HEADS.get(config["model_type"], ("", ""))
+    found = None
     for name, array in tensors:
-        if name == "shared.weight" and head is None:
-            head = array
-        if name == "lm_head.weight":
-            head = array
-        else:
-            yield name, array
-    if head is not None:
-        yield "lm_head.weight", head * scale
+        if name == head:
+            found = array
+            continue
+        if name == embedding and found is None:
+            found = array
+        yield name, array
+    if found is not None:
+        yield head, found * np.float32(architecture_of(config).head_scale)
 
 
 def _to_gguf(

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands
 from tpu_tune.errors import UserError
 
@@ -29,7 +30,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--smooth",
-        type=float,
+        type=numbers.real(),
         default=0.9,
         metavar="BETA",
         help="how much training curves are smoothed, 0 for not at all (default 0.9): as much as an exponential average "

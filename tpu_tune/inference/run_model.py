@@ -15,6 +15,7 @@ from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import Model, load, load_source
 from tpu_tune.inference.run_result import Step, open_base, result_of
+from tpu_tune.inference.taught import prompts_of, run_of
 from tpu_tune.transforms import QuantizeConfig
 
 
@@ -42,7 +43,9 @@ def load_any(
       UserError: nothing usable there, a run without result or checkpoint, or `before` or `step` of what is no run.
     """
     run = RunDirectory(path)
+    run = RunDirectory(path)
     is_run = run.exists()
+    taught_by = run_of(adapter or path) or (run if is_run else None)
     if adapter and RunDirectory(adapter).exists():
         adapter, step = _adapter_of(RunDirectory(adapter), None if is_run else step), step if is_run else None
     if not is_run and (before or step is not None):
@@ -50,15 +53,12 @@ def load_any(
         raise UserError(f"{path} is no run directory, so it has no {what}")
     if step is not None and (before or adapter):
         raise UserError(f"step {step} is a checkpoint of the run, which {'--base' if before else '--adapter'} replaces")
-    if not is_run:
-        return load(path, dtype or "float32", quantize, adapter)
-    config = run.config()
-    model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before, step)
-    return dataclasses.replace(
-        model,
-        always_bos=config.data.add_bos_token == "always",
-        chat_template_kwargs=dict(config.data.chat_template_kwargs),
-    )
+    if is_run:
+        config = run.config()
+        model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before, step)
+    else:
+        model = load(path, dtype or "float32", quantize, adapter)
+    return dataclasses.replace(model, **prompts_of(taught_by)) if taught_by else model
 
 
 def _load_run(

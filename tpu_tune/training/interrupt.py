@@ -36,6 +36,7 @@ def catch_signals() -> Iterator[Callable[[int], int]]:
             ctrl_c.leave()
         came.append(number)
         print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+        ctrl_c.heard()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -47,7 +48,7 @@ def catch_signals() -> Iterator[Callable[[int], int]]:
 
 def _catch_preemption() -> Iterator[Callable[[int], int]]:
     # jax's coordination service handles SIGTERM itself, and picks the step that all processes can still stop at.
-    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGINT, lambda *_: (ctrl_c.heard(), os.kill(os.getpid(), signal.SIGTERM)))
 
     def reached(step: int) -> int:
         if not multihost_utils.reached_preemption_sync_point(step):

@@ -125,7 +125,7 @@ def test_overfit_names_the_step_the_checkpoint_and_the_loss():
     assert found.numbers["use_checkpoint"] == 35 and "use checkpoint 35" in found.advice[0]
     assert found.numbers["rise_percent"] == pytest.approx(100 * found.numbers["rise"] / found.numbers["turn_loss"])
     assert found.numbers["rise"] == pytest.approx(0.6, abs=0.15)
-    assert "use checkpoint 40" == diagnose(curve, saved_steps=[40]).advice[0]
+    assert diagnose(curve, saved_steps=[40]).advice[0].startswith("use checkpoint 40 (--step 40 of ")
     assert "train again with train.load_best_model_at_end" in diagnose(curve, saved_steps=[90]).advice[0]
     assert "holds the weights of step 40 already" in diagnose(curve, saved_steps=[90], keeps_best=True).advice[0]
 

@@ -41,10 +41,11 @@ status = lines[0]
 plan.write_text("\\n".join(lines[1:] or lines))
 print("step 1/2 loss 1.5", file=sys.stderr, flush=True)
 if status == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # one that comes before the wait is not missed
     print("waiting", file=sys.stderr, flush=True)
-    signal.pause()
-    status = "interrupted"
+    signal.sigwait({signal.SIGTERM})
+    print(json.dumps({"status": "interrupted", "step": 2}))
+    sys.exit(143)
 if status.isdigit():
     print("tpu-tune: data.train is not there", file=sys.stderr)
     sys.exit(int(status))

@@ -314,7 +314,7 @@ def test_a_bucket_that_does_not_answer_is_one_line(memory, monkeypatch):
         run.saved_steps,
         run.metrics,
         run.config,
-        lambda: run.finished_result("lora"),
+        lambda: run.has_result("lora"),
         lambda: read_run(run.path),
     ):
         with pytest.raises(UserError, match="^memory://bucket/run.* cannot be read: .*503 backend error$"):

@@ -21,7 +21,13 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
-from tpu_tune.checkpoints.gguf_tokenizer_write import TEMPLATE, fit_to_rows, template_metadata, tokenizer_metadata
+from tpu_tune.checkpoints.gguf_tokenizer_write import (
+    TEMPLATE,
+    end_of_turn,
+    fit_to_rows,
+    template_metadata,
+    tokenizer_metadata,
+)
 from tpu_tune.checkpoints.huggingface_write import untied_config
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
@@ -185,6 +191,8 @@ def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, 
         if source.chat_template:
             kept = {key: value for key, value in kept.items() if not key.startswith(TEMPLATE)}
             kept |= template_metadata(source.chat_template)
+        if TEMPLATE in kept:
+            kept |= end_of_turn(source.load_tokenizer(), kept)
         return fit_to_rows(kept, rows)
     return tokenizer_metadata(source.load_tokenizer(), rows, architecture)
 

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from tpu_tune.cli import numbers
-from tpu_tune.cli.common import DTYPES, Commands, read_config
+from tpu_tune.cli.common import DTYPES, Commands, add_step, read_config
 from tpu_tune.errors import UserError
 
 
@@ -32,7 +32,8 @@ def add(commands: Commands) -> None:
         help="config file. Without --model: measure its model on its evaluation rows. With --model: its data settings "
         "say which rows --task perplexity reads, and how. --config.KEY=VALUE overrides a key",
     )
-    parser.add_argument("--adapter", help="PEFT adapter directory")
+    parser.add_argument("--adapter", help="PEFT adapter directory, or a run with one")
+    add_step(parser)
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--against", metavar="MODEL", help="a model or run to compare with on the same rows")
     other.add_argument("--base", action="store_true", help="compare a run with its model from before training")
@@ -119,9 +120,10 @@ def run(options: argparse.Namespace) -> int:
     else:
         _check_rows(settings)  # before any weight is read
 
-    model = load_any(options.model, options.dtype, options.quantize, options.adapter)
+    model = load_any(options.model, options.dtype, options.quantize, options.adapter, step=options.step)
     outcomes = [run_task(model, settings, config)]
     names = [options.model + (f" + {options.adapter}" if options.adapter else "")]
+    names[0] += f", step {options.step}" if isinstance(options.step, int) else f", {options.step}" * bool(options.step)
     del model  # one model at a time
     if options.base or options.against:
         names.append("before training" if options.base else options.against)
@@ -153,7 +155,7 @@ def _without_model(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         with distributed.leaving_alone():
             distributed.join()
-            figures = evaluate_only(config)
+            figures = evaluate_only(config, step=options.step)
     if options.json:
         print(json.dumps(figures))
     return 0

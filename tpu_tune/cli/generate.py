@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from tpu_tune.cli import numbers
-from tpu_tune.cli.common import DTYPES, Commands
+from tpu_tune.cli.common import DTYPES, Commands, add_step
 from tpu_tune.errors import UserError
 
 
@@ -18,14 +18,18 @@ def add(commands: Commands) -> None:
         "generate",
         run,
         "answer prompts with a model, with or without an adapter",
-        'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"',
+        'tpu-tune generate --model output --prompt "What is AI?"\n'
+        '  tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"',
     )
     parser.add_argument(
         "--model",
         required=True,
         help="Hugging Face id, model directory (a merged one too), .gguf file, or run directory, local or gs://",
     )
-    parser.add_argument("--adapter", help="PEFT adapter directory, local or gs://; of a run, in place of its own")
+    parser.add_argument(
+        "--adapter", help="PEFT adapter directory, or a run with one, local or gs://; of a run, in place of its own"
+    )
+    add_step(parser)
     parser.add_argument(
         "--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input"
     )
@@ -73,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         options.top_p,
         options.seed,
     )
-    model = load_any(options.model, options.dtype, options.quantize, options.adapter)
+    model = load_any(options.model, options.dtype, options.quantize, options.adapter, step=options.step)
     if options.chat is None and (note := _how_asked(model)):
         print(note, file=sys.stderr)
     answers = model.generate(prompts, sampling, chat=options.chat)

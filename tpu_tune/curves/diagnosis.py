@@ -274,7 +274,8 @@ def _best_checkpoint(losses: Losses, saved_steps: list[int], step: int) -> list[
     before = max((saved for saved in saved_steps if saved <= step), default=None)
     losses.numbers["use_checkpoint"] = before
     if before is not None:
-        return [f"use checkpoint {before}" + ("" if before == step else f", the last one saved before step {step}")]
+        late = "" if before == step else f", the last one saved before step {step}"
+        return [f"use checkpoint {before} (--step {before} of export, generate, eval and push){late}"]
     kept = f"only {', '.join(map(str, sorted(saved_steps)))}" if saved_steps else "none"
     return [f"no checkpoint up to step {step} was kept ({kept}): train again with train.load_best_model_at_end=True"]
 

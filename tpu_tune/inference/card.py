@@ -48,6 +48,7 @@ class CardFacts:
       added_tokens: whether the vocabulary was grown.
       own_tokenizer: whether a tokenizer stands beside the result: it is not the base's, or has another template.
       has_curves: whether curves.png lies beside the card.
+      step: of the checkpoint that the weights are of; None for what the run ended with.
       gguf_file: its name, where that is the form.
       revision: the branch, "" for the main one.
       difference: figures of `export_merged`, {} where nothing was merged.
@@ -65,6 +66,7 @@ class CardFacts:
     added_tokens: bool = False
     own_tokenizer: bool = False
     has_curves: bool = False
+    step: int | None = None
     gguf_file: str = ""
     revision: str = ""
     difference: Mapping[str, float] = field(default_factory=dict)
@@ -84,9 +86,16 @@ def model_card(facts: CardFacts) -> str:
     return f"---\n{_front_matter(facts)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def judged(config: ConfigDict, metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the evaluation row of the weights that a finished run left: the best's or the last; None without any."""
+def judged(
+    config: ConfigDict, metrics: Sequence[Mapping[str, Any]], step: int | None = None
+) -> Mapping[str, Any] | None:
+    """Return the evaluation row of a checkpoint, or of the weights that a finished run left; None without any.
+
+    The latter is the best's or the last.
+    """
     rows = _evaluations(metrics)
+    if step is not None:
+        return next((row for row in reversed(rows) if row["step"] == step), None)
     if not rows:
         return None
     return min(rows, key=lambda row: row["eval_loss"]) if config.train.load_best_model_at_end else rows[-1]
@@ -95,7 +104,7 @@ def judged(config: ConfigDict, metrics: Sequence[Mapping[str, Any]]) -> Mapping[
 def _front_matter(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    config, row, dataset = facts.config, judged(facts.config, facts.metrics), _hub_data(facts)
+    config, row, dataset = facts.config, judged(facts.config, facts.metrics, facts.step), _hub_data(facts)
     results = []
     if row:
         where = base_name(config.data.eval or config.data.train)
@@ -210,6 +219,11 @@ def _training(facts: CardFacts) -> str:
             changed.append(f"{key}={text if len(text) <= 200 else text[:200] + '...'}")
     rows = [row for row in facts.metrics if "loss" in row]
     lines = []
+    if facts.step is not None:
+        total = facts.summary.get("total_steps")
+        of = f" of {total:,}" if total else ""
+        lines.append(f"These are the weights of the checkpoint of step {facts.step:,}{of}.")
+        rows = [row for row in rows if row["step"] <= facts.step]
     if rows:
         took = [f"{rows[-1]['step']:,} steps"]
         if _finite(rows[-1].get("epoch")):
@@ -227,8 +241,8 @@ def _training(facts: CardFacts) -> str:
 
 
 def _evaluation(facts: CardFacts) -> str:
-    rows, kept = _evaluations(facts.metrics), judged(facts.config, facts.metrics)
-    if kept is None:
+    rows, kept = _evaluations(facts.metrics), judged(facts.config, facts.metrics, facts.step)
+    if not rows:
         return "None was made while training."
     shown = rows
     if len(rows) > _SHOWN_EVALUATIONS:
@@ -245,9 +259,10 @@ def _evaluation(facts: CardFacts) -> str:
         ]
         bold = "**" if row is kept else ""
         lines.append("| " + " | ".join(f"{bold}{cell}{bold}" if cell else "" for cell in cells) + " |")
-    said = "The weights here are those of the bold row, judged as they were trained." + (
-        f" {len(shown)} of {len(rows)} evaluations are shown." if len(shown) < len(rows) else ""
-    )
+    said = "The weights here are those of the bold row, judged as they were trained."
+    if kept is None:
+        said = f"The weights here are those of step {facts.step}, at which no evaluation was made."
+    said += f" {len(shown)} of {len(rows)} evaluations are shown." if len(shown) < len(rows) else ""
     return "\n".join(lines) + f"\n\n{said}"
 
 

@@ -54,6 +54,7 @@ class Run:
       total_steps: steps of the whole run.
       result_dir: `adapter/` or `model/`, "" when interrupted.
       status: finished | already finished | interrupted | stopped early.
+      signal: the number of the signal that interrupted it; 0 for none.
     """
 
     output_dir: str
@@ -63,6 +64,7 @@ class Run:
     total_steps: int
     result_dir: str
     status: str
+    signal: int = 0
 
 
 def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEval | None = None) -> Run:
@@ -143,7 +145,7 @@ def _train(
             run.update_summary(summary.peak_memory())
         if status == "interrupted":
             say(f"interrupted: step {taken} of {total} is saved; the same command goes on from there")
-            return Run(run.path, config, run.metrics(), taken, total, "", status)
+            return Run(run.path, config, run.metrics(), taken, total, "", status, loop.signal)
 
         # --- result ---------------------------------------------------------------------------------------------
         best = loop_state.best_step
@@ -152,6 +154,8 @@ def _train(
             say(f"taking the weights of step {best}, eval_loss {loop_state.best_loss:.4f}")
         _check_ended_finite(loop_state, taken, total)
         write_result(config, model, state, result)
+        if is_main:
+            run.update_summary({"result_step": taken})
         sample(state, taken)
         distributed.barrier("result")
     rows = run.metrics()
@@ -195,6 +199,7 @@ class TrainingLoop:
         }
         self.steps_per_epoch = session.batches.steps_per_epoch
         self.meter = Meter(loop_state, first, self.steps_per_epoch)
+        self.signal = 0  # what has interrupted it
         self.progress = Progress(self.total, first, self.every["logging"], show=jax.process_index() == 0)
 
     def run(self, state: TrainState) -> tuple[TrainState, str]:
@@ -214,15 +219,15 @@ class TrainingLoop:
                     self.say(f"first step after {time.monotonic() - started:.1f} s, compiling included")
                 _check_finite(metrics, step, train.max_nonfinite_steps)
                 self.log(step)
-                stop, interrupted = False, interrupted_at(step)
+                stop, self.signal = False, interrupted_at(step)
                 if evaluates and self.is_due(train.eval_strategy, self.every["eval"], step):
                     last_eval = step
                     state = self.evaluate(state)
                     stop = self.loop_state.out_of_patience(train.early_stopping_patience)
                 is_best = train.load_best_model_at_end and self.loop_state.best_step == step
-                if interrupted or stop or is_best or self.is_due(train.save_strategy, self.every["save"], step):
+                if self.signal or stop or is_best or self.is_due(train.save_strategy, self.every["save"], step):
                     self.save(state)
-                if interrupted:
+                if self.signal:
                     return state, "interrupted"
                 if stop:
                     count = self.loop_state.evals_without_gain

@@ -99,7 +99,11 @@ def test_a_recipe_has_the_same_options(folder: pathlib.Path, tmp_path: pathlib.P
     recipe = settings.from_dict(json.loads(json.dumps(recipe.to_dict())))  # as a report has it
     [done] = recipes.run_recipe(recipe)
     assert done.report["rows_out"] == 9 and done.report["excluded"] == 2
-    assert (tmp_path / "done" / "bad.jsonl").read_bytes() == b""
+    assert not (tmp_path / "done" / "bad.jsonl").exists()
+    recipe.ingest.for_files = {}
+    with pytest.raises(UserError, match="problems in"):
+        recipes.run_recipe(recipe)
+    assert len(rows_of(tmp_path / "done" / "bad.jsonl")) == 4
 
 
 def test_all_problems_are_told_in_one_pass(

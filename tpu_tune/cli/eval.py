@@ -67,7 +67,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--max-new-tokens", type=numbers.whole(1), default=256, help="length of an answer (default 256)"
     )
-    parser.add_argument("--chat", action="store_true", help="exact-match: ask through the chat template")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--chat", action="store_true", help="exact-match: ask through the chat template")
+    forms.add_argument("--as-taught", action="store_true", help="exact-match: ask as the rows of a run's training did")
     parser.add_argument(
         "--seed", type=numbers.seed, default=0, help="of shuffled choices and of the intervals' draws (default 0)"
     )
@@ -103,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
         options.limit,
         options.max_new_tokens,
         options.chat,
+        options.as_taught,
         seed=options.seed,
     )
     config = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from tpu_tune.cli import numbers
 from tpu_tune.cli.common import DTYPES, Commands
@@ -50,7 +51,10 @@ def add(commands: Commands) -> None:
         help="store the linear layers so (default: as the run did)",
     )
     parser.add_argument(
-        "--no-chat", dest="chat", action="store_false", help="go on from the plain text, without the chat template"
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="ask through the chat template, or go on from the plain text; by default as the rows of a run asked, and "
+        "of another model through the template",
     )
 
 
@@ -70,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
         options.seed,
     )
     model = load_any(options.model, options.dtype, options.quantize, options.adapter)
+    if options.chat is None and (note := _how_asked(model)):
+        print(note, file=sys.stderr)
     answers = model.generate(prompts, sampling, chat=options.chat)
     for prompt, answer in zip(prompts, answers, strict=True):
         print(
@@ -78,3 +84,11 @@ def run(options: argparse.Namespace) -> int:
             else f"> {prompt}\n{answer.strip()}\n"
         )
     return 0
+
+
+def _how_asked(model: Any) -> str:
+    """Say that prompts go past the chat template, as the rows of the training did."""
+    if model.taught in ("", "chat") or model.architecture.encoder or not model.tokenizer.chat_template:
+        return ""
+    form = "with Stanford Alpaca's prompt" if model.taught == "alpaca" else "in plain text"
+    return f"note: asked {form}, as the rows of its training were; --chat asks through the chat template"

@@ -17,7 +17,19 @@ TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embed
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "reference", "blockwise", "splash", "cudnn", "pallas"]
 RowFormat = Literal[
-    "auto", "text", "input-output", "prompt-generation", "prompt-completion", "alpaca", "sharegpt", "messages"
+    "auto",
+    "text",
+    "input-output",
+    "prompt-generation",
+    "prompt-completion",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "auto-as-chat",
+    "input-output-as-chat",
+    "prompt-generation-as-chat",
+    "prompt-completion-as-chat",
+    "alpaca-as-chat",
 ]
 Strategy = Literal["no", "steps", "epoch"]
 SEED = {"at_least": -1, "at_most": 2**32 - 1}
@@ -85,7 +97,7 @@ class Data:
     max_train_samples: int = key(0, "train on the first so many of the rows only; 0: all", at_least=0)
     max_eval_samples: int = key(0, "evaluate on the first so many of the rows only; 0: all", at_least=0)
     eval_ratio: float = key(0.05, "share of the rows taken for that split; 0: no evaluation", at_least=0, below=1)
-    format: RowFormat = key("auto", "of the rows; auto goes by the keys of the first")
+    format: RowFormat = key("auto", "of the rows; auto: by each one's keys; auto-as-chat: pairs as turns of a chat")
     columns: Mapping[str, str] = key({}, 'the file\'s key -> the format\'s key, e.g. {"question": "input"}')
     chat_template: str = key("", "Jinja text or file; empty: the tokenizer's own")
     chat_template_kwargs: Mapping[str, Any] = key({}, 'e.g. {"enable_thinking": False}; a row\'s own come first')

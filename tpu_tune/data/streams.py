@@ -57,7 +57,7 @@ class Skipped:
         if self.told is not None:
             self.told(bad)
         if not self.allowed:
-            raise UserError(f"{bad}; fix it, or give --skip-bad to go on without it")
+            raise UserError(sources.with_advice(bad, "fix it, or give --skip-bad to go on without it"))
         self.count += 1
         if len(self.examples) < 5:
             self.examples.append(bad)

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data import arrow, cache
-from tpu_tune.data.formats import detect
+from tpu_tune.data.formats import check_renamed, detect, in_words
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
+from tpu_tune.data.tokenizing import past_template
 from tpu_tune.data.workers import tokenize_parallel
 from tpu_tune.errors import UserError
 
@@ -64,6 +65,8 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
         eval_sources = named_eval or named
     train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, pairs)
     _warn(data.train, train.summary)
+    if note := past_template(train.summary, options_from_config(data, tokenizer, pairs), "data.format"):
+        logger.warning("%s: %s", data.train, note)
     train_examples = np.arange(len(train))
     held_out = None
     if eval_sources and not (data.eval_dataset_size and not data.eval):
@@ -174,22 +177,21 @@ def _tokenize_sources(
     sources: list[str], read: dict[str, tuple], options: TokenizeOptions, tokenizer: Any, num_workers: int
 ) -> TokenizedSet:
     sets, bad, first = [], [], 0
-    format = ""
     for source in sources:
         rows, bad_in_source = read.get(source) or read_rows(source, skip_bad_rows=options.skip_bad_rows)
-        if not format:
+        if not sets and not options.skip_bad_rows:
             try:
-                format = detect(rows[0], options.format, options.columns)
+                detect(rows[0], options.format, options.columns)
             except UserError as error:
                 raise UserError(f"{source}: {error}") from error
-        options = dataclasses.replace(options, format=format)
         one = tokenize_parallel(rows, tokenizer, options, f"{source}, row", num_workers=num_workers)
         sets.append(dataclasses.replace(one, source_rows=one.source_rows + first))
         bad += bad_in_source
         first += len(rows)
     result = merge(sets)
     summary = result.summary
-    summary["format"] = format
+    check_renamed(sources[0], options.columns, summary["renamed"], sum(summary["formats"].values()))
+    summary["format"] = in_words(summary["formats"])
     summary["rows"] += len(bad)
     summary["bad_rows"] += len(bad)
     summary["bad_examples"] = [*map(str, bad), *summary["bad_examples"]][:5]

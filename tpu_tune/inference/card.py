@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.prompts import CHAT, in_words, taught_as
 from tpu_tune.inference.public_names import Base, base_name, hub_id, private_directories, scrubbed
 
 _SHOWN_EVALUATIONS = 20
@@ -307,7 +308,7 @@ def _gguf_snippets(facts: CardFacts) -> list[str]:
 
 
 def _use(facts: CardFacts) -> str:
-    return f"print(model.generate(['What is AI?']{'' if _is_chat(facts) else ', chat=False'})[0])"
+    return f"print(model.generate([{_asked(facts)!r}]{'' if _is_chat(facts) else ', chat=False'})[0])"
 
 
 def _torch_use(facts: CardFacts) -> str:
@@ -318,13 +319,21 @@ def _torch_use(facts: CardFacts) -> str:
             "return_tensors='pt')"
         )
     else:
-        inputs = "inputs = tokenizer('What is AI?', return_tensors='pt')"
+        inputs = f"inputs = tokenizer({_asked(facts)!r}, return_tensors='pt')"
     return f"{inputs}\nprint(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0]))"
 
 
 def _is_chat(facts: CardFacts) -> bool:
-    row_format = ((facts.summary.get("data") or {}).get("train") or {}).get("format") or facts.config.data.format
-    return row_format in ("messages", "sharegpt") and not facts.encoder_decoder
+    return _taught(facts) == CHAT and not facts.encoder_decoder
+
+
+def _asked(facts: CardFacts) -> str:
+    return in_words(_taught(facts), "What is AI?")
+
+
+def _taught(facts: CardFacts) -> str:
+    counts = (facts.summary.get("data") or {}).get("train")
+    return taught_as(counts or {"format": facts.config.data.format})
 
 
 def _code(caption: str, text: str, language: str = "python") -> str:

@@ -17,6 +17,7 @@ from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import Model, load, load_source
+from tpu_tune.inference.taught import prompts_of, run_of
 from tpu_tune.transforms import QuantizeConfig
 
 logger = logging.getLogger(__name__)
@@ -41,14 +42,12 @@ def load_any(
     if not run.exists():
         if before:
             raise UserError(f"{path} is no run directory, so it has no model from before its training")
-        return load(path, dtype or "float32", quantize, adapter)
+        taught_by = run_of(adapter or path)
+        model = load(path, dtype or "float32", quantize, adapter)
+        return dataclasses.replace(model, **prompts_of(taught_by)) if taught_by else model
     config = run.config()
     model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before)
-    return dataclasses.replace(
-        model,
-        always_bos=config.data.add_bos_token == "always",
-        chat_template_kwargs=dict(config.data.chat_template_kwargs),
-    )
+    return dataclasses.replace(model, **prompts_of(run_of(adapter) or run))
 
 
 def _load_run(

@@ -48,9 +48,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report))
     else:
+        whole = f"; {report['whole']:,} rows of other formats copied as they are" if report["whole"] else ""
         bad = f"; {report['bad_rows']:,} bad rows left out" if report["bad_rows"] else ""
         print(
             f"{report['output']}: {report['pieces']:,} rows of at most {report['tokens']} tokens, "
-            f"of {report['rows']:,} texts{bad}"
+            f"of {report['rows']:,} texts{whole}{bad}"
         )
     return 0

@@ -8,7 +8,7 @@ import json
 from tpu_tune.checkpoints import json_text
 from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data.arguments import same_names
+from tpu_tune.cli.data.arguments import add_as, same_names
 from tpu_tune.errors import UserError
 
 
@@ -33,6 +33,7 @@ def add(commands: Commands) -> None:
         metavar="JSON",
         help="the rows' keys -> the format's, as '{\"question\": \"input\"}'",
     )
+    add_as(rows)
     _add_noise(parser)
     _add_duplicates(parser)
     _add_bounds(parser)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data.arguments import same_names
+from tpu_tune.cli.data.arguments import add_as, same_names
 
 _FORMATS = (
     "html", "text", "markdown", "csv", "tsv", "jsonl", "json", "discord", "parquet", "arrow", "sql", "sqlite", "epub",
@@ -110,6 +110,10 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--bad", default="", metavar="FILE", help=".jsonl for all that cannot be read, also where the run fails"
     )
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits, against archives made to do harm")
     limits.add_argument(
         "--max-unpacked-gb",
@@ -161,6 +165,7 @@ def _add_readers(parser: argparse.ArgumentParser) -> None:
     picks.add_argument(
         "--split", action=_Own, default="train", metavar="NAME", help="the split of a named dataset (default train)"
     )
+    add_as(picks)
     chats = parser.add_argument_group("chat exports")
     chats.add_argument(
         "--assistant",
@@ -201,6 +206,12 @@ def run(options: argparse.Namespace) -> int:
         return 0
     formats = ", ".join(f"{count:,} {name}" for name, count in report["formats"].items())
     print(f"{options.output}: {report['rows']:,} rows ({formats}) from {report['sources']:,} sources")
+    if report["rewritten"]:
+        print(
+            f"  written as {options.as_format}: "
+            + ", ".join(f"{count:,} {name}" for name, count in report["rewritten"].items())
+            + "; a text is the words of an assistant whom nobody asks" * ("text" in report["rewritten"])
+        )
     if report["bad"]:
         print(f"  {report['bad']:,} bad ones skipped, the first: {report['bad_examples'][0]}")
     if report["empty"]:

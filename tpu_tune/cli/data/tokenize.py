@@ -83,8 +83,8 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="auto",
-        help="auto (by the keys of the first row), text, input-output, prompt-generation, prompt-completion, alpaca, "
-        "sharegpt, messages",
+        help="auto (default: by the keys of each row), text, input-output, prompt-generation, prompt-completion, "
+        "alpaca, sharegpt, messages; with -as-chat behind it (auto-as-chat) prompt and answer become turns of a chat",
     )
     for key, name in (("text", "text"), ("input", "prompt"), ("output", "answer")):
         parser.add_argument(
@@ -167,6 +167,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{count:,} rows left out: {reason}")
     for key, count in report["unused"].items():
         print(f"'{key}' of {count:,} rows is not used: it is not in the text that is trained on")
+    for note in report["notes"]:
+        print(f"note: {note}")
     if report["bad_rows"]:
         print(f"{report['bad_rows']:,} bad rows left out, first {report['bad_examples'][0]}")
     return 0

@@ -89,9 +89,9 @@ def check_answers(flags: ScriptFlags, config: ConfigDict) -> None:
     """Hold TRL's flags for a loss on answers only against rows that have none; of a hub dataset this is not known.
 
     Raises:
-      UserError: the first row is text alone.
+      UserError: a row is text alone.
     """
-    from tpu_tune.data.formats import detect
+    from tpu_tune.data.formats import RowError, format_of
     from tpu_tune.data.sources import is_hub, read_rows, resolve
 
     names = [name for name in ("assistant_only_loss", "completion_only_loss") if flags.get(name)]
@@ -101,11 +101,12 @@ def check_answers(flags: ScriptFlags, config: ConfigDict) -> None:
     source = resolve(path)[0][0]
     rows = [] if is_hub(source) else read_rows(source)[0]
     try:
-        is_text = any(detect(row, config.data.format, config.data.columns) == "text" for row in rows[:1])
-    except UserError:
+        is_text = [format_of(row, config.data.format, config.data.columns) == "text" for row in rows]
+    except RowError:
         return  # training reports it with more context
-    if is_text:
-        raise UserError(f"{flags.spelled(names[0])}: the rows of {path} are text without answers; leave the flag out")
+    if any(is_text):
+        which = f"the rows of {path} are" if all(is_text) else f"row {is_text.index(True) + 1} of {path} is"
+        raise UserError(f"{flags.spelled(names[0])}: {which} text without answers; leave the flag out")
 
 
 def _set_eval_ratio(flags: ScriptFlags, config: ConfigDict) -> None:

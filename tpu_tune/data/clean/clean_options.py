@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tpu_tune.config.engine import key
+from tpu_tune.data import as_messages
 from tpu_tune.data.clean.phrases import LISTS
 from tpu_tune.data.formats import FORMATS
 from tpu_tune.errors import UserError
@@ -44,6 +45,7 @@ class CleanOptions:
       phone_region: whose numbers are known without a country code, an ISO 3166 code; "" for none.
       format: of the rows, as `data.format`.
       columns: renamed keys, as `data.columns`.
+      as_format: `messages` writes every row so, whatever its format; "" leaves rows in theirs.
     """
 
     lists: tuple[str, ...] = ("guide",)
@@ -68,6 +70,7 @@ class CleanOptions:
     phone_region: str = "US"
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
+    as_format: str = ""
 
 
 def check(options: CleanOptions) -> None:
@@ -76,6 +79,7 @@ def check(options: CleanOptions) -> None:
     Raises:
       UserError: an option has a value that it cannot have.
     """
+    as_messages.check(options.as_format)
     for name, value, known in (
         ("action", options.action, ACTIONS),
         ("shingle", options.shingle, SHINGLES),

@@ -16,7 +16,8 @@ from tpu_tune.data.clean.clean_report import CleanReport
 from tpu_tune.data.clean.duplicates import Duplicates
 from tpu_tune.data.clean.repeated import Repeated, find_repeated
 from tpu_tune.data.clean.rules import row_cleaner
-from tpu_tune.data.formats import RowError
+from tpu_tune.data.formats import check_renamed, columns_of
+from tpu_tune.data.messages import RowError
 from tpu_tune.data.streams import Skipped, Writer, aside, progress, read_json_lines, writing
 from tpu_tune.errors import UserError
 
@@ -58,7 +59,7 @@ def clean(
             if written is not None and os.path.realpath(written) == os.path.realpath(path):
                 raise UserError(f"{written}: is also an input; name another output")
     cleaner = row_cleaner(options, repeated_in(inputs, options))
-    skipped, counts = Skipped(skip_bad), CleanReport()
+    skipped, counts, renamed = Skipped(skip_bad), CleanReport(), 0
     with contextlib.ExitStack() as stack:
         writer: Writer | None = stack.enter_context(writing(output)) if output is not None else None
         scratch = Path(output).parent if output is not None else None
@@ -74,6 +75,7 @@ def clean(
                 skipped.add(where, str(error) if isinstance(error, RowError) else "nested too deeply")
                 continue
             counts.add(where, cleaned is not None, hits)
+            renamed += bool(columns_of(row, options.columns))
         figures = {
             "inputs": [os.fspath(path) for path in inputs],
             "output": None if output is None else os.fspath(output),
@@ -82,6 +84,7 @@ def clean(
         }
         if not figures["rows_in"]:
             raise UserError(f"{', '.join(figures['inputs'])}: no rows")
+        check_renamed(", ".join(figures["inputs"]), options.columns, renamed, figures["rows_in"])
         if report is not None:
             temporary = stack.enter_context(aside(report))
             temporary.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data.clean.clean_options import CleanOptions
-from tpu_tune.data.clean.texts import format_of, parts
-from tpu_tune.data.formats import RowError
+from tpu_tune.data.clean.texts import parts
+from tpu_tune.data.formats import RowError, format_of
 
 LINES = 30  # with text, at each end of a page
 PAGES = 5  # a site has so many at least

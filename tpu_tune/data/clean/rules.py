@@ -18,12 +18,13 @@ from typing import Any
 
 import regex
 
+from tpu_tune.data.as_messages import as_messages
 from tpu_tune.data.clean import language, repair
 from tpu_tune.data.clean.clean_options import CleanOptions, check
 from tpu_tune.data.clean.phrases import Phrase, compile_lists
 from tpu_tune.data.clean.repeated import Repeated, site_of
-from tpu_tune.data.clean.texts import Part, cut, format_of, parts, replace, visible
-from tpu_tune.data.formats import RowError
+from tpu_tune.data.clean.texts import Part, cut, parts, replace, visible
+from tpu_tune.data.formats import RowError, format_of
 from tpu_tune.errors import UserError
 
 REPEATED = "text repeated on a site's pages"
@@ -39,7 +40,7 @@ class Hit:
 
     Attributes:
       rule: its name in reports.
-      effect: what it did: `dropped` the row, `cut` it short, or `changed` it.
+      effect: what it did: `dropped` the row, `cut` it short, `changed` it, or had it `rewritten` in another format.
       snippet: the place in the text; of a changed text, after the change.
     """
 
@@ -139,6 +140,10 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
     if reason := _out_of_bounds(row, found, options):
         hits.append(Hit(reason, "dropped", snippet(visible(row, found))))
         return None, hits
+    if options.as_format and (format != "messages" or options.columns):
+        shown = snippet(visible(row, found))
+        hits.append(Hit(f"written as {options.as_format}, from {format}", "rewritten", shown))
+        row = as_messages(row, format, options.columns)
     return row, hits
 
 

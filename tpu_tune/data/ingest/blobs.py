@@ -20,6 +20,7 @@ class Tally:
       skipped: what could not be read.
       empty: documents without any text, and rows whose picked column is NULL; they give no row.
       passed_over: members of archives that are of no known kind, by suffix.
+      rewritten: rows that were written in another format, by their own.
       excluded: members of archives that are not to be read.
       met: what the options name and was found: `file PATTERN`, `table NAME`, `column NAME`.
       lacking: column that the options name -> what is said where it is nowhere; of objects that were read without it.
@@ -30,6 +31,7 @@ class Tally:
     skipped: Skipped = field(default_factory=Skipped)
     empty: int = 0
     passed_over: Counter = field(default_factory=Counter)
+    rewritten: Counter = field(default_factory=Counter)
     excluded: int = 0
     met: set[str] = field(default_factory=set)
     lacking: dict[str, str] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Tally:
         self.skipped.examples = (self.skipped.examples + other.skipped.examples)[:5]
         self.empty += other.empty
         self.passed_over.update(other.passed_over)
+        self.rewritten.update(other.rewritten)
         self.excluded += other.excluded
         self.met |= other.met
         self.lacking = other.lacking | self.lacking

@@ -29,6 +29,7 @@ class IngestOptions:
       gap_minutes: a silence this long ends a conversation of a chat export.
       strip_html: turn the texts of tables' and objects' rows from HTML into plain text.
       keep_conversations: leave ShareGPT rows as `conversations`; otherwise they become `messages`.
+      as_format: `messages` writes every row so, whatever its format; "" leaves rows in theirs.
       skip_bad: count what cannot be read and go on; otherwise the first is an error.
       max_unpacked_bytes: what one compressed file or archive may unpack to, all it contains taken together.
       max_ratio: how many times its own size an archive may unpack to, once that is over 64 MiB.
@@ -49,6 +50,7 @@ class IngestOptions:
     gap_minutes: float = key(60.0, "", above=0)
     strip_html: bool = False
     keep_conversations: bool = False
+    as_format: str = ""
     skip_bad: bool = False
     max_unpacked_bytes: int = key(20_000_000_000, "", at_least=1, at_most=2**63 - 1)
     max_ratio: float = key(300.0, "", above=0)

@@ -8,12 +8,14 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.data import as_messages
+from tpu_tune.data.formats import RowError
 from tpu_tune.data.ingest import patterns
 from tpu_tune.data.ingest.blobs import Tally
 from tpu_tune.data.ingest.catalog import is_named
@@ -41,6 +43,7 @@ class IngestReport:
       empty: documents without text and rows whose picked column is NULL, which give no row.
       skipped: what could not be read.
       passed_over: files of no known kind, by suffix.
+      rewritten: rows that were written in another format, by their own.
       excluded: files that were not to be read.
     """
 
@@ -50,6 +53,7 @@ class IngestReport:
     empty: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     passed_over: Counter = field(default_factory=Counter)
+    rewritten: Counter = field(default_factory=Counter)
     excluded: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,6 +66,7 @@ class IngestReport:
             "bad": self.skipped.count,
             "bad_examples": [str(bad) for bad in self.skipped.examples],
             "passed_over": dict(self.passed_over),
+            "rewritten": dict(self.rewritten),
             "excluded": self.excluded,
         }
 
@@ -90,6 +95,7 @@ def ingest(
     Raises:
       UserError: something cannot be read and that is not allowed, a column or table is missing, or there is no row.
     """
+    as_messages.check(options.as_format)
     patterns.check(options, KINDS)
     if bad and os.path.realpath(bad) == os.path.realpath(output):
         raise UserError(f"{bad}: is named for the rows and for what is bad; name another file")
@@ -111,6 +117,7 @@ def ingest(
             _by_engine(found.sources, output, options, engine, writer, tally, report.formats, problems)
         report.rows, report.empty, report.excluded = writer.count, tally.empty, tally.excluded
         report.passed_over.update(tally.passed_over)
+        report.rewritten = tally.rewritten
         problems.refuse(len(found.sources), bad, options.skip_bad)
         if missing := patterns.unmet(options, tally):
             if not problems.bad:
@@ -134,7 +141,7 @@ def _read(source: str, options: IngestOptions, writer: Writer, formats: Counter,
         Skipped(True, told=functools.partial(problems.bad_row, source)),
         want=functools.partial(problems.want, source),
     )
-    for row in read_source(source, options, tally):
+    for row in _rows(source, options, tally):
         writer.write(row)
         formats[_format(row)] += 1
     return tally
@@ -180,6 +187,22 @@ def read_to_file(task: tuple[str, IngestOptions, str]) -> tuple[str, int, Tally,
         tally = _read(source, options, writer, formats, Problems(bad))
     tally.skipped.told = tally.want = None  # which do not pickle
     return path, writer.count, tally, formats
+
+
+def _rows(source: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
+    """The rows of a source, in the format that the options name."""
+    for row in read_source(source, options, tally):
+        if not options.as_format:
+            yield row
+            continue
+        try:
+            made, format = as_messages.any_as_messages(row)
+        except RowError as error:
+            tally.skipped.add(row["source"], str(error))
+            continue
+        if format != options.as_format:
+            tally.rewritten[format] += 1
+        yield made
 
 
 def _format(row: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tpu_tune.data.formats import FORMATS, RowError, convert
+from tpu_tune.data.formats import FORMATS, RowError, convert, own_format
 from tpu_tune.data.ingest.blobs import Tally, row_of
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.errors import UserError
@@ -29,8 +29,8 @@ Pick = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 def picker(columns: Sequence[str], options: IngestOptions, where: str, objects: bool = False) -> Pick:
     """Return the function that turns one row of these columns into an output row (without `source`).
 
-    The columns are those that `options` names; else those of a known format, or the only one there is. The function
-    returns None for a row whose picked columns are NULL, and raises `RowError` for one that holds no text there.
+    The columns are those that `options` names; else those of each row's own format, or the only one there is. The
+    function returns None for a row whose picked columns are NULL, and raises `RowError` for one without text there.
 
     Args:
       objects: whether they are the keys of an object: one of a known format need not have the columns that are named,
@@ -57,7 +57,7 @@ def _picker(columns: Sequence[str], options: IngestOptions, where: str, objects:
     if {new for old, new in options.columns if old in columns} & {"text", "input", "output", "messages"}:
         return lambda row: _named(row, (), options.columns)
     if format:
-        return lambda row: _known(row, format, options)
+        return lambda row: _known(row, own_format(row) or format, options)
     if len(columns) == 1:
         return lambda row: _named(row, ((columns[0], "text"),), ())
     if options.columns:
@@ -69,8 +69,8 @@ def _picker(columns: Sequence[str], options: IngestOptions, where: str, objects:
 
 
 def format_of(columns: Collection[str]) -> str:
-    """The known format that has these columns or keys; "" where none has."""
-    return next((name for name, keys in FORMATS.items() if all(key in columns for key in keys)), "")
+    """The known format of a row, or that has these columns; "" where none is."""
+    return own_format(columns if isinstance(columns, Mapping) else dict.fromkeys(columns))
 
 
 def note_columns(columns: Iterable[str], options: IngestOptions, tally: Tally) -> None:

@@ -37,7 +37,7 @@ class TokenizeStep:
       max_length: tokens a row; text is cut into blocks of it, pairs and chats that are longer are left out.
       num_eos: ends of text after an answer or a text.
       train_on_source: label the prompt too.
-      format: of the rows; auto goes by the keys of the first.
+      format: of the rows, as `data.format`; auto goes by the keys of each.
       columns: the rows' own key -> the format's key.
       chat_template: Jinja text or file; "" for the tokenizer's own.
       chat_template_kwargs: the template's variables; a row's own come first.

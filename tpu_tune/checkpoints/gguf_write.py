@@ -60,7 +60,7 @@ def write_gguf(
       UserError: llama.cpp does not know the family, GGUF cannot express the configuration or the tokenizer, a weight
         does not fit into half precision, or the file cannot be written.
     """
-    config = source.config | (untied_config(source.config) if untied else {})
+    config = untied_config(source.config) if untied else source.config
     architecture, metadata, extra = gguf_metadata(config)
     writer = gguf.GGUFWriter(None, architecture)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16, which safetensors needs
 import numpy as np
 from safetensors.numpy import load, load_file, save_file
 
-from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.checkpoints import json_text, storage, tower_adapters
 from tpu_tune.checkpoints.peft_values import check_adapter_config
 from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -28,6 +29,8 @@ from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraConfig, Target, Targets, find_targets
 from tpu_tune.transforms.select import by_pattern
+
+log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -120,6 +123,8 @@ def adapter_config(targets: Targets, base_name: str, architecture: Architecture)
     }
     if targets.tokens:
         config["trainable_token_indices"] = _token_indices(targets)
+    if architecture.names.tower:
+        return config | tower_adapters.exact_settings(targets, architecture)
     if spec.exclude_modules:
         exclude = spec.exclude_modules
         config["exclude_modules"] = exclude if isinstance(exclude, str) else list(exclude)
@@ -264,11 +269,28 @@ def read_adapter(
     for path in [*wanted, *targets.biases]:
         trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
     used |= saved_embeddings(architecture, spec, tensors).keys()
+    used |= _left_aside(file, architecture, tensors, over_its_base)
     copies = (".base_layer.", ".modules_to_save.")  # the latter twice, as the embedding and as the module saved
     left = [key for key in tensors if key not in used and not any(part in key for part in copies)]
     if left:
         raise UserError(f"{file}: {len(left)} tensors do not belong to a LoRA of this model, e.g. '{left[0]}'")
     return spec, trainable
+
+
+def _left_aside(file: str, architecture: Architecture, tensors: Mapping[str, np.ndarray], in_use: bool) -> set[str]:
+    """Return the tensors that stand on other parts of a multimodal model; if these were trained, say that, or refuse.
+
+    Raises:
+      UserError: they were trained, and the adapter is not only `in_use` for text: what is written next would lack them.
+    """
+    aside = tower_adapters.left_aside(tensors, PREFIX, architecture)
+    trained = [key for key in aside if tower_adapters.changes(key, tensors[key])]
+    if trained:
+        what = f"{file}: {len(trained)} of its tensors were trained outside the text model, e.g. '{trained[0]}'"
+        if not in_use:
+            raise UserError(f"{what}; it can be used for text (generate, eval, tpu_tune.load), not trained on")
+        log.warning("%s; text does not go through them, and they are left aside", what)
+    return set(aside)
 
 
 def read_files(directory: str, architecture: Architecture) -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -299,6 +321,8 @@ def read_files(directory: str, architecture: Architecture) -> tuple[LoraConfig, 
         tensors = load(storage.read_bytes(file)) if storage.is_remote(file) else load_file(file)
     except Exception as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+    if architecture.names.tower:
+        return tower_adapters.as_here(spec, tensors, PREFIX, architecture)
     if any(back):
         tensors = {name.replace(*(f".{part}." for part in back)): value for name, value in tensors.items()}
     return spec, tensors

@@ -61,6 +61,7 @@ class Names:
       positions: learned embedding of absolute positions.
       project_in, project_out: projections between the embedding's width and the hidden one.
       relative_bias: learned embedding of relative positions, added to the scores of every layer.
+      tower: path of the text model in a multimodal model's class (see `wrappers.py`); "" where it is a model by itself.
     """
 
     embed: str
@@ -71,6 +72,7 @@ class Names:
     project_in: str = ""
     project_out: str = ""
     relative_bias: str = ""
+    tower: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

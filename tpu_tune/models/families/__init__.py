@@ -18,6 +18,7 @@ from tpu_tune.models.families.opt import opt
 from tpu_tune.models.families.phi import phi, phi3
 from tpu_tune.models.families.t5 import t5
 from tpu_tune.models.values import one_line, shown
+from tpu_tune.models.wrappers import WRAPPERS, as_wrapped, text_config
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "llama": llama,
@@ -38,19 +39,25 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """Return the Architecture that a Hugging Face `config.json` describes.
+    """Return the Architecture that a Hugging Face `config.json` describes; of a multimodal model, its text model's.
 
     Raises:
-      UserError: an unknown `model_type` (the known are listed), a key that the family needs and the config lacks, or a
-        value of a wrong type or range; key and value are named.
+      UserError: an unknown `model_type` (the nearest is named, the known are listed), a key that the family needs and
+        the config lacks, or a value of a wrong type or range; key and value are named.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"model_type is {shown(kind)}; it must be one of {', '.join(FAMILIES)}")
+    if kind in WRAPPERS:
+        text = text_config(config)
+        if text["model_type"] not in FAMILIES:
+            raise UserError(
+                f"model_type '{kind}' wraps the text model {shown(text['model_type'])}, which is not known; "
+                f"the known architectures are {', '.join(FAMILIES)}"
+            )
+        return as_wrapped(architecture(text), config)
     if kind not in FAMILIES:
-        near = difflib.get_close_matches(kind, FAMILIES, 1, 0.8)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise UserError(f"model_type '{kind}' is not known{hint}; the known architectures are {', '.join(FAMILIES)}")
+        raise UserError(_unknown(config))
     check_config(config)
     with one_line(f"the config of this {kind} model"):
         try:
@@ -59,3 +66,15 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             raise UserError(f"the config of this {kind} model lacks the key {error}") from None
         check_architecture(made)
     return made
+
+
+def _unknown(config: Mapping[str, Any]) -> str:
+    """Say that a model_type is not known, and which known one is nearest: by name, or by the text model it wraps."""
+    kind = config["model_type"]
+    near = difflib.get_close_matches(kind, [*FAMILIES, *WRAPPERS], 1, 0.6)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    nested = config.get("text_config")
+    inner = nested.get("model_type") if isinstance(nested, Mapping) else None
+    if inner in FAMILIES:
+        hint = f" (it wraps a '{inner}' model; the known wrappers are {', '.join(WRAPPERS)})"
+    return f"model_type '{kind}' is not known{hint}; the known architectures are {', '.join(FAMILIES)}"

@@ -1,4 +1,4 @@
-"""Tiny random multimodal models, made and saved by torch transformers: what the tests of `wrappers.py` are held against."""
+"""Tiny random multimodal models, made and saved by torch transformers, for the tests of `wrappers.py`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _AUDIO = {
     "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 8,
     "max_source_positions": 8,
 }  # fmt: skip
+_LLAMA, _QWEN2 = {"model_type": "llama", **TEXT}, {"model_type": "qwen2", **TEXT}
 _MROPE = {"rope_type": "default", "rope_theta": 20000.0, "mrope_section": [1, 1, 2]}
 
 
@@ -75,10 +76,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                               "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         },
     ),
-    "llava": ("Llava", {"text_config": {"model_type": "llama", **TEXT}, "vision_config": _CLIP, "image_token_index": 90}),
+    "llava": ("Llava", {"text_config": _LLAMA, "vision_config": _CLIP, "image_token_index": 90}),
     "smolvlm": (
         "SmolVLM",
-        {"text_config": {"model_type": "llama", **TEXT}, "vision_config": SIGHT, "image_token_id": 90, "scale_factor": 1},
+        {"text_config": _LLAMA, "vision_config": SIGHT, "image_token_id": 90, "scale_factor": 1},
     ),
 }  # fmt: skip
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,12 +96,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llava_next_video": (
         "LlavaNextVideo",
-        {"text_config": {"model_type": "llama", **TEXT}, "vision_config": _CLIP, "image_token_index": 90},
+        {"text_config": _LLAMA, "vision_config": _CLIP, "image_token_index": 90},
     ),
     "vipllava": (
         "VipLlava",
         {
-            "text_config": {"model_type": "llama", **TEXT},
+            "text_config": _LLAMA,
             "vision_config": {**_CLIP, "num_hidden_layers": 1},
             "vision_feature_layers": [0],
             "image_token_index": 90,
@@ -108,12 +109,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llava_onevision": (
         "LlavaOnevision",
-        {"text_config": {"model_type": "qwen2", **TEXT}, "vision_config": _SIGLIP, "image_token_index": 90},
+        {"text_config": _QWEN2, "vision_config": _SIGLIP, "image_token_index": 90},
     ),
     "internvl": (
         "InternVL",
         {
-            "text_config": {"model_type": "qwen2", **TEXT},
+            "text_config": _QWEN2,
             "vision_config": {**SIGHT, "image_size": [8, 8], "patch_size": [4, 4]},
             "image_token_id": 90,
             "tie_word_embeddings": False,
@@ -138,7 +139,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "idefics3": (
         "Idefics3",
         {
-            "text_config": {"model_type": "llama", **TEXT},
+            "text_config": _LLAMA,
             "vision_config": SIGHT,
             "image_token_id": 90,
             "scale_factor": 1,
@@ -146,11 +147,11 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "voxtral": (
         "Voxtral",
-        {"text_config": {"model_type": "llama", **TEXT}, "audio_config": _AUDIO, "audio_token_id": 90},
+        {"text_config": _LLAMA, "audio_config": _AUDIO, "audio_token_id": 90},
     ),
     "qwen2_audio": (
         "Qwen2Audio",
-        {"text_config": {"model_type": "qwen2", **TEXT}, "audio_config": _AUDIO, "audio_token_index": 90},
+        {"text_config": _QWEN2, "audio_config": _AUDIO, "audio_token_index": 90},
     ),
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.config import Pattern
-from tpu_tune.models import Architecture
+from tpu_tune.models import WRAPPERS, Architecture
 from tpu_tune.models.wrappers import spellings
 from tpu_tune.transforms import LoraConfig, Targets
 from tpu_tune.transforms.select import matches
@@ -40,6 +40,12 @@ def exact_settings(targets: Targets, architecture: Architecture) -> dict[str, An
     }
 
 
+def names_a_tower(target_modules: str | Sequence[str]) -> bool:
+    """Whether `target_modules` is what `exact_settings` gives: the text part of a multimodal model."""
+    first = (target_modules if isinstance(target_modules, str) else "".join(target_modules[:1])).replace("\\", "")
+    return first.startswith(tuple(f"{wrapper.path}." for wrapper in WRAPPERS.values()))
+
+
 def as_here(
     spec: LoraConfig, tensors: Mapping[str, np.ndarray], prefix: str, architecture: Architecture
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -52,18 +58,16 @@ def as_here(
       architecture: a multimodal model's text part.
     """
     names, tower = _names(architecture), architecture.names.tower
-    renamed = {prefix + _tensor_here(key.removeprefix(prefix), set(names), tower): key for key in tensors}
-    elsewhere = [key.removeprefix(prefix) for key in left_aside(renamed, prefix, architecture)]
+    renamed = {key: _tensor_here(key.removeprefix(prefix), set(names), tower) for key in tensors}
+    there = _names_there(names, {key.removeprefix(prefix): here for key, here in renamed.items()}, architecture)
     spec = dataclasses.replace(
         spec,
-        target_modules=_pattern_here(spec.target_modules, names, elsewhere, tower),
-        modules_to_save=[
-            found for name in spec.modules_to_save for found in _saved_here(name, names, elsewhere, tower)
-        ],
-        rank_pattern={_key_here(key, names, tower): value for key, value in spec.rank_pattern.items()},
-        alpha_pattern={_key_here(key, names, tower): value for key, value in spec.alpha_pattern.items()},
+        target_modules=_pattern_here(spec.target_modules, there),
+        modules_to_save=[found for name in spec.modules_to_save for found in _saved_here(name, there)],
+        rank_pattern={_key_here(key, there): value for key, value in spec.rank_pattern.items()},
+        alpha_pattern={_key_here(key, there): value for key, value in spec.alpha_pattern.items()},
     )
-    return spec, {name: tensors[key] for name, key in renamed.items()}
+    return spec, {prefix + here: tensors[key] for key, here in renamed.items()}
 
 
 def left_aside(keys: Iterable[str], prefix: str, architecture: Architecture) -> list[str]:
@@ -74,7 +78,8 @@ def left_aside(keys: Iterable[str], prefix: str, architecture: Architecture) -> 
 
 def changes(key: str, tensor: np.ndarray) -> bool:
     """Whether a tensor changes the module that it stands on: where nothing was trained, PEFT saves a B of zeros."""
-    return not ("lora_A" in key or "lora_embedding_A" in key) and bool(np.any(np.asarray(tensor, np.float32)))
+    idle = ("lora_A", "lora_embedding_A", "lora_magnitude_vector", ".base_layer.", ".original_module.")
+    return not any(part in key for part in idle) and bool(np.any(np.asarray(tensor, np.float32)))
 
 
 def _names(architecture: Architecture) -> list[str]:
@@ -90,41 +95,44 @@ def _tensor_here(key: str, names: set[str], tower: str) -> str:
     return key
 
 
-def _pattern_here(pattern: Pattern, names: Sequence[str], elsewhere: Sequence[str], tower: str) -> Pattern:
-    """`target_modules` as it matches here; what matches nothing is kept where the file has nothing for it either."""
+def _names_there(names: Sequence[str], renamed: Mapping[str, str], architecture: Architecture) -> dict[str, str]:
+    """Return module name here -> its name in the class that the adapter was made on, as the renamed tensors tell it."""
+    tower, head = architecture.names.tower, architecture.names.head
+    inside = ((key, here.removeprefix(tower)) for key, here in renamed.items() if here.startswith(f"{tower}."))
+    path = next((key.removesuffix(rest) for key, rest in inside), tower)
+    head_there = f"language_model.{head}" if path == "language_model.model" else head
+    moved = {tower: path, head: head_there}
+    return {
+        name: next(
+            (new + name.removeprefix(old) for old, new in moved.items() if f"{name}.".startswith(f"{old}.")), name
+        )
+        for name in names
+    }
+
+
+def _pattern_here(pattern: Pattern, there: Mapping[str, str]) -> Pattern:
+    """`target_modules` as it matches here; what it chooses in other parts, or nowhere, has no place in it."""
     if isinstance(pattern, str):
-        if not pattern or any(matches(name, pattern) for name in names):
-            return pattern
-        return [name for name in names if any(matches(other, pattern) for other in _others(name, tower))] or pattern
-    found: list[str] = []
+        same = any(matches(name, pattern) for name in there) and all(name == other for name, other in there.items())
+        return pattern if same or not pattern else _chosen(pattern, there) or pattern
+    found = []
     for entry in pattern:
-        if any(matches(name, [entry]) for name in names):
-            found.append(entry)
-            continue
-        meant = [name for name in names if any(matches(other, [entry]) for other in _others(name, tower))]
-        if meant or not any(f".{entry}." in f".{key}" for key in elsewhere):
-            found += meant or [entry]
-    return found
+        short = any(matches(name, [entry]) for name in there)
+        found += [entry] if short else _chosen([entry], there)
+    return found or pattern
 
 
-def _saved_here(name: str, names: Sequence[str], elsewhere: Sequence[str], tower: str) -> list[str]:
-    if any(full.endswith(name) for full in names):
+def _chosen(pattern: Pattern, there: Mapping[str, str]) -> list[str]:
+    return [name for name, other in there.items() if matches(other, pattern)]
+
+
+def _saved_here(name: str, there: Mapping[str, str]) -> list[str]:
+    """An entry of `modules_to_save`, by the end of a module's name."""
+    if any(full.endswith(name) for full in there):
         return [name]
-    meant = [full for full in names if any(other.endswith(name) for other in _others(full, tower))]
-    return meant or ([] if any(name in key for key in elsewhere) else [name])
+    return [full for full, other in there.items() if other.endswith(name)]
 
 
-def _key_here(key: str, names: Sequence[str], tower: str) -> str:
+def _key_here(key: str, there: Mapping[str, str]) -> str:
     """A key of `rank_pattern`: a name in full, as PEFT writes it, or a pattern of the end of one."""
-    meant = [name for name in spellings(key.replace("\\", ""), tower) if name in names]
-    return re.escape(meant[0]) if meant else key
-
-
-def _others(name: str, tower: str) -> list[str]:
-    """What a module's name was, or is, in other classes than the one whose names are used here."""
-    inside = name.removeprefix(f"{tower}.")
-    if inside == name:
-        return [name, f"language_model.{name}"]
-    return [
-        f"{path}.{inside}" for path in ("language_model.model", "model", "model.language_model", "model.text_model")
-    ]
+    return next((re.escape(name) for name, other in there.items() if other == key.replace("\\", "")), key)

@@ -120,6 +120,14 @@ def _gemma3(width: int, inner: int, layers: int, heads: int, kv_heads: int, wind
     return _gemma("gemma3_text", width, inner, layers, heads, kv_heads, **{**sizes, **changes})
 
 
+def _gemma3_multimodal(width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
+    """Their text models: the vision tower is neither loaded nor trained."""
+    sizes = {"vocab_size": 262208, "max_position_embeddings": 131072, **changes}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    text = _gemma3(width, inner, layers, heads, kv_heads, 1024, rope_scaling=scaling, **sizes)
+    return {"model_type": "gemma3", "text_config": text}
+
+
 def _phi3(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, window: int | None) -> Config:
     return _llama(
         width,
@@ -228,17 +236,9 @@ PRESETS: dict[str, Config] = {
     "gemma-2-9b": _gemma("gemma2", 3584, 14336, 42, 16, 8, query_pre_attn_scalar=256, sliding_window=4096),
     "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, 512),
     "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, 512),
-    "gemma-3-4b-text": _gemma3(
-        2560,
-        10240,
-        34,
-        8,
-        4,
-        1024,
-        vocab_size=262208,
-        max_position_embeddings=131072,
-        rope_scaling={"rope_type": "linear", "factor": 8.0},
-    ),
+    "gemma-3-4b": _gemma3_multimodal(2560, 10240, 34, 8, 4),
+    "gemma-3-12b": _gemma3_multimodal(3840, 15360, 48, 16, 8),
+    "gemma-3-27b": _gemma3_multimodal(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),
     # Phi (arXiv:2309.05463, arXiv:2404.14219)
     "phi-2": _llama(
         2560,

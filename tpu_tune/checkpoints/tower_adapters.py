@@ -100,7 +100,7 @@ def _names_there(names: Sequence[str], renamed: Mapping[str, str], architecture:
     tower, head = architecture.names.tower, architecture.names.head
     inside = ((key, here.removeprefix(tower)) for key, here in renamed.items() if here.startswith(f"{tower}."))
     path = next((key.removesuffix(rest) for key, rest in inside), tower)
-    head_there = f"language_model.{head}" if path == "language_model.model" else head
+    head_there = "language_model.lm_head" if path == "language_model.model" else head
     moved = {tower: path, head: head_there}
     return {
         name: next(

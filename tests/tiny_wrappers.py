@@ -59,6 +59,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {"model_type": "pixtral", **SIGHT, "head_dim": 8},
         },
     ),
+    "ministral3": (
+        "Mistral3",
+        {
+            "text_config": _mistral(
+                model_type="ministral3",
+                rope_parameters={
+                    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8,
+                    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+                    "llama_4_scaling_beta": 0.1,
+                },
+            ),
+            "tie_word_embeddings": False, "image_token_index": 90,
+            "vision_config": {"model_type": "pixtral", **SIGHT, "head_dim": 8},
+        },
+    ),
     "qwen2_5_vl": (
         "Qwen2_5_VL",
         {
@@ -118,6 +133,40 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**SIGHT, "image_size": [8, 8], "patch_size": [4, 4]},
             "image_token_id": 90,
             "tie_word_embeddings": False,
+        },
+    ),
+    "aya_vision": (
+        "AyaVision",
+        {"text_config": {"model_type": "cohere2", **TEXT}, "vision_config": _SIGLIP, "image_token_index": 90},
+    ),
+    "cohere2_vision": (
+        "Cohere2Vision",
+        {"text_config": {"model_type": "cohere2", **TEXT}, "vision_config": _SIGLIP, "image_token_id": 90},
+    ),
+    "granite_speech": (
+        "GraniteSpeech",
+        {
+            "text_config": {"model_type": "granite", **TEXT},
+            "audio_token_index": 90,
+            "tie_word_embeddings": False,
+            "encoder_config": {
+                "input_dim": 8,
+                "num_layers": 1,
+                "hidden_dim": 16,
+                "num_heads": 2,
+                "dim_head": 8,
+                "output_dim": 8,
+                "context_size": 8,
+                "max_pos_emb": 8,
+            },
+            "projector_config": {
+                "model_type": "blip_2_qformer",
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "encoder_hidden_size": 16,
+            },
         },
     ),
     "idefics2": (

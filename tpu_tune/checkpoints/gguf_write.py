@@ -68,7 +68,7 @@ def write_gguf(
             shapes = {}
             for name, array in extra.items():
                 _append(data, writer, name, array, kind)
-            for name, array in _with_t5_head(tensors, config):
+            for name, array in as_llama_cpp_has_it(tensors, config):
                 shapes[name] = array.shape
                 _append(data, writer, *_to_gguf(architecture, config, source, name, array), kind)
             tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
@@ -96,13 +96,31 @@ def write_gguf(
             writer.close()
 
 
+def as_llama_cpp_has_it(
+    tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]
+) -> Iterable[tuple[str, np.ndarray]]:
+    """Return the tensors, those changed that llama.cpp stores as another family's or not in one piece."""
+    if config["model_type"] == "granitemoehybrid":
+        return _as_granite(tensors)
+    return _with_t5_head(tensors, config) if config["model_type"] == "t5" else tensors
+
+
+def _as_granite(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of a dense Granite 4 under Granite 3's names, gate and up apart."""
+    for name, array in tensors:
+        layer, _, part = name.partition(".shared_mlp.")
+        if part == "input_linear.weight":
+            gate, up = np.split(array, 2)
+            yield f"{layer}.mlp.gate_proj.weight", gate
+            yield f"{layer}.mlp.up_proj.weight", up
+        else:
+            yield (f"{layer}.mlp.down_proj.weight" if part else name), array
+
+
 def _with_t5_head(
     tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tensors, with a T5's head as llama.cpp needs it: it never scales the states before the head."""
-    if config["model_type"] != "t5":
-        yield from tensors
-        return
     scale = np.float32(architecture_of(config).head_scale)
     head = None
     for name, array in tensors:

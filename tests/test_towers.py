@@ -23,6 +23,7 @@ from tpu_tune.checkpoints.vocabulary import with_vocabulary
 from tpu_tune.cli import main
 from tpu_tune.errors import UserError
 from tpu_tune.inference.inspection import inspect_model
+from tpu_tune.inference.push import PushRequest, prepared
 from tpu_tune.models import WRAPPERS, architecture, text_config
 from tpu_tune.models.wrappers import TEXT_DEFAULTS
 from tpu_tune.transforms import LoraConfig, find_targets
@@ -334,7 +335,7 @@ def test_unknown_model_types_name_the_nearest():
         UserError, match="'new_vl' is not known.*it wraps a 'qwen3' model; the known wrappers are gemma3"
     ):
         architecture({"model_type": "new_vl", "text_config": {"model_type": "qwen3"}})
-    with pytest.raises(UserError, match="'text_config' is 'llama'; it must be an object"):
+    with pytest.raises(UserError, match="'text_config' is 'llama'; it must be an object or null"):
         architecture({"model_type": "llava", "text_config": "llama"})
 
 
@@ -404,6 +405,8 @@ def test_a_run_is_used_merged_and_written_for_llama_cpp(run, words, tmp_path, ca
     assert (tmp_path / "merged/preprocessor_config.json").read_bytes() == (
         words / "preprocessor_config.json"
     ).read_bytes()
+    with prepared(str(run), PushRequest("me/seeing")) as (files, _):
+        assert "AutoModelForImageTextToText.from_pretrained(base)" in files[0].content.decode()
     assert main(["export", str(run), "--gguf", "--output", str(tmp_path / "model.gguf")]) == 0
     out = tpu_tune.load(str(tmp_path / "model.gguf"))
     assert out.architecture.family == "gemma3_text" and not out.architecture.names.tower

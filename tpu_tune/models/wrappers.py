@@ -14,7 +14,7 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.architecture import Architecture
-from tpu_tune.models.values import OBJECT, check
+from tpu_tune.models.values import NOTHING, OBJECT, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +116,10 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: its text_config is no object.
     """
     wrapper = WRAPPERS[config["model_type"]]
-    check(config, {"text_config": OBJECT}, f"the config of this {config['model_type']} model")
+    check(config, {"text_config": OBJECT | NOTHING}, f"the config of this {config['model_type']} model")
     # Qwen2-VL's first files have no text_config: its keys stand among the wrapper's.
     flat = {key: value for key, value in config.items() if key != "model_type" and not key.endswith("_config")}
-    nested = config.get("text_config", flat)
+    nested = config.get("text_config") or flat
     kind = nested.get("model_type") or wrapper.text
     outside = {key: config[key] for key in _OUTSIDE if config.get(key) is not None}
     tying = {key: outside[key] for key in ("tie_word_embeddings",) if key in outside}  # the class goes by its own

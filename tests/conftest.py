@@ -8,11 +8,13 @@ except on CI, where they fail.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import os
 import pathlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import fetch
 import pytest
@@ -41,6 +43,31 @@ def _compilation_cache() -> str:
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compilation_cache())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+MEMORY_FOR_COMPILED_FUNCTIONS = 2.5e9  # bytes of a process
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory() -> Iterator[None]:
+    """Let go of compiled functions after a file whose end finds many of them: else a worker grows to 7 GB."""
+    yield
+    if _resident_bytes() > MEMORY_FOR_COMPILED_FUNCTIONS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # another C library: it gives back what it will
+            pass
 
 
 def _fetch_or_skip(name: str) -> pathlib.Path:

@@ -1,8 +1,10 @@
 """The decoder against torch transformers: every family, both config styles, real weights, and generation."""
 
+import functools
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import make_goldens
 import numpy as np
@@ -208,16 +210,42 @@ def test_remat_and_blockwise_attention_change_nothing(case, ours):
     assert tiny_models.difference(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("case", [case for case in tiny_models.FAMILY_CASES if case not in ("t5", "gpt2", "opt_350m")])
-def test_packed_documents_do_not_see_each_other(case, ours):
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(arch, params, ids, positions, segments, targets):
+    """Return ((summed cross-entropy, logits), gradients of all weights)."""
+
+    def loss(params):
+        logits = Decoder(arch, params)(ids, positions, segments)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(targets >= 0, chosen, 0.0)), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("case", [case for case in tiny_models.FAMILY_CASES if case != "t5"])
+def test_a_packed_row_is_its_documents(case, ours):
+    """Logits, loss and all gradients of a row of two documents are those of the documents, each in a row of its own."""
     arch, params, _ = ours(case)
-    first, second = tiny_models.input_ids("a", 1, 8), tiny_models.input_ids("b", 1, 12)
-    packed = np.concatenate([first, second], axis=1)
-    positions = np.concatenate([np.arange(8), np.arange(12)])[None]
-    segments = np.array([[1] * 8 + [2] * 12])
-    found = np.asarray(Decoder(arch, params)(jnp.asarray(packed), jnp.asarray(positions), jnp.asarray(segments)))
-    assert tiny_models.difference(found[:, :8], tiny_models.logits(arch, params, first)) < 1e-5
-    assert tiny_models.difference(found[:, 8:], tiny_models.logits(arch, params, second)) < 1e-5
+    first, second = (list(tiny_models.input_ids(name, 1, length)[0]) for name, length in (("a", 8), ("b", 12)))
+    packed = first + second, [*range(8), *range(12)], [1] * 8 + [2] * 12, [*first[1:], -1, *second[1:], -1]
+    rows = [
+        (
+            text + [0] * (12 - len(text)),
+            range(12),
+            [1] * len(text) + [0] * (12 - len(text)),
+            [*text[1:], *[-1] * 12][:12],
+        )
+        for text in (first, second)
+    ]
+    packed = [jnp.asarray([part]) for part in packed]
+    alone = [jnp.asarray(part) for part in zip(*rows, strict=True)]
+    (loss, logits), gradients = loss_and_gradients(arch, params, *packed)
+    (expected, apart), expected_gradients = loss_and_gradients(arch, params, *alone)
+    assert tiny_models.difference(logits[0, :8], apart[0, :8]) < 1e-5
+    assert tiny_models.difference(logits[0, 8:], apart[1]) < 1e-5
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for path, gradient in expected_gradients.items():
+        assert tiny_models.difference(gradients[path], gradient) < 2e-5, path
 
 
 @pytest.mark.parametrize("case", [*tiny_models.FAMILY_CASES, "t5_gated"])

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.compile)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # the compilers keep gigabytes: they go with the file's last test
 def compile_steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
     """Function from jobs of `program.py` to what was found of each; several are compiled side by side."""
     env = {

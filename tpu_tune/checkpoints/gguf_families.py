@@ -175,7 +175,7 @@ _GLM_NAMES = {key: name for key, name in _LLAMA_NAMES.items() if not key.endswit
 _GLM4_NORMS = _layered(
     "model.layers", {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
 )
-_ONE_NORM = {key: name for key, name in _LLAMA_NAMES.items() if not key.endswith(("ffn_norm", "output"))}
+_ONE_NORM = {key: name for key, name in _LLAMA_NAMES.items() if key != "output" and not key.endswith("ffn_norm")}
 _SEED_OSS_NAMES = {key: name for key, name in _LLAMA_NAMES.items() if not key.endswith("ffn_norm")} | _layered(
     "model.layers", {"post_attention_norm": "post_attention_layernorm"}
 )

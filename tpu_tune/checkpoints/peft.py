@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -29,8 +28,6 @@ from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraConfig, Target, Targets, find_targets
 from tpu_tune.transforms.select import by_pattern
-
-log = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -269,28 +266,12 @@ def read_adapter(
     for path in [*wanted, *targets.biases]:
         trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
     used |= saved_embeddings(architecture, spec, tensors).keys()
-    used |= _left_aside(file, architecture, tensors, over_its_base)
+    used |= tower_adapters.checked_left_aside(file, architecture, tensors, PREFIX, over_its_base)
     copies = (".base_layer.", ".modules_to_save.")  # the latter twice, as the embedding and as the module saved
     left = [key for key in tensors if key not in used and not any(part in key for part in copies)]
     if left:
         raise UserError(f"{file}: {len(left)} tensors do not belong to a LoRA of this model, e.g. '{left[0]}'")
     return spec, trainable
-
-
-def _left_aside(file: str, architecture: Architecture, tensors: Mapping[str, np.ndarray], in_use: bool) -> set[str]:
-    """Return the tensors that stand on other parts of a multimodal model; if these were trained, say that, or refuse.
-
-    Raises:
-      UserError: they were trained, and the adapter is not only `in_use` for text: what is written next would lack them.
-    """
-    aside = tower_adapters.left_aside(tensors, PREFIX, architecture)
-    trained = [key for key in aside if tower_adapters.changes(key, tensors[key])]
-    if trained:
-        what = f"{file}: {len(trained)} of its tensors were trained outside the text model, e.g. '{trained[0]}'"
-        if not in_use:
-            raise UserError(f"{what}; it can be used for text (generate, eval, tpu_tune.load), not trained on")
-        log.warning("%s; text does not go through them, and they are left aside", what)
-    return set(aside)
 
 
 def read_files(directory: str, architecture: Architecture) -> tuple[LoraConfig, dict[str, np.ndarray]]:

@@ -8,6 +8,7 @@ model by itself.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,13 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.config import Pattern
+from tpu_tune.errors import UserError
 from tpu_tune.models import WRAPPERS, Architecture
 from tpu_tune.models.wrappers import spellings
 from tpu_tune.transforms import LoraConfig, Targets
 from tpu_tune.transforms.select import matches
+
+log = logging.getLogger(__name__)
 
 
 def exact_settings(targets: Targets, architecture: Architecture) -> dict[str, Any]:
@@ -76,7 +80,25 @@ def left_aside(keys: Iterable[str], prefix: str, architecture: Architecture) -> 
     return [key for key in keys if architecture.names.tower and not key.startswith(here)]
 
 
-def changes(key: str, tensor: np.ndarray) -> bool:
+def checked_left_aside(
+    file: str, architecture: Architecture, tensors: Mapping[str, np.ndarray], prefix: str, in_use: bool
+) -> set[str]:
+    """Return the tensors that stand on other parts of a multimodal model; if these were trained, say that, or refuse.
+
+    Raises:
+      UserError: they were trained, and the adapter is not only `in_use` for text: what is written next would lack them.
+    """
+    aside = left_aside(tensors, prefix, architecture)
+    trained = [key for key in aside if _changes(key, tensors[key])]
+    if trained:
+        what = f"{file}: {len(trained)} of its tensors were trained outside the text model, e.g. '{trained[0]}'"
+        if not in_use:
+            raise UserError(f"{what}; it can be used for text (generate, eval, tpu_tune.load), not trained on")
+        log.warning("%s; text does not go through them, and they are left aside", what)
+    return set(aside)
+
+
+def _changes(key: str, tensor: np.ndarray) -> bool:
     """Whether a tensor changes the module that it stands on: where nothing was trained, PEFT saves a B of zeros."""
     idle = ("lora_A", "lora_embedding_A", "lora_magnitude_vector", ".base_layer.", ".original_module.")
     return not any(part in key for part in idle) and bool(np.any(np.asarray(tensor, np.float32)))

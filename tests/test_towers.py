@@ -359,7 +359,8 @@ def words(tmp_path_factory):
     """A Gemma 3 with a vision tower, and a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("words")
     case = tiny_wrappers.CASES["gemma3"]
-    text = {**case[1]["text_config"], "vocab_size": 300, "max_position_embeddings": 256}
+    # The pattern of layers is the one that llama.cpp has built in.
+    text = {**case[1]["text_config"], "vocab_size": 300, "max_position_embeddings": 256, "sliding_window_pattern": 6}
     tokens = {"image_token_index": 297, "boi_token_index": 298, "eoi_token_index": 299}
     tiny_wrappers.CASES["words"] = ("Gemma3", {**case[1], "text_config": text, **tokens})
     try:

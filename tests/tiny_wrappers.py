@@ -135,40 +135,6 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
-    "aya_vision": (
-        "AyaVision",
-        {"text_config": {"model_type": "cohere2", **TEXT}, "vision_config": _SIGLIP, "image_token_index": 90},
-    ),
-    "cohere2_vision": (
-        "Cohere2Vision",
-        {"text_config": {"model_type": "cohere2", **TEXT}, "vision_config": _SIGLIP, "image_token_id": 90},
-    ),
-    "granite_speech": (
-        "GraniteSpeech",
-        {
-            "text_config": {"model_type": "granite", **TEXT},
-            "audio_token_index": 90,
-            "tie_word_embeddings": False,
-            "encoder_config": {
-                "input_dim": 8,
-                "num_layers": 1,
-                "hidden_dim": 16,
-                "num_heads": 2,
-                "dim_head": 8,
-                "output_dim": 8,
-                "context_size": 8,
-                "max_pos_emb": 8,
-            },
-            "projector_config": {
-                "model_type": "blip_2_qformer",
-                "hidden_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 16,
-                "encoder_hidden_size": 16,
-            },
-        },
-    ),
     "idefics2": (
         "Idefics2",
         {

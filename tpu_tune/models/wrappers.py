@@ -45,8 +45,6 @@ WRAPPERS = {
     "llama4": Wrapper("llama4_text", "language_model.model", "language_model.lm_head"),
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "vipllava", "voxtral"), Wrapper("llama")),
     **dict.fromkeys(("llava_onevision", "internvl", "qwen2_audio"), Wrapper("qwen2")),
-    **dict.fromkeys(("aya_vision", "cohere2_vision"), Wrapper("cohere2")),
-    "granite_speech": Wrapper("granite"),
     "idefics2": Wrapper("mistral", "model.text_model"),
     **dict.fromkeys(("idefics3", "smolvlm"), Wrapper("llama", "model.text_model")),
 }
@@ -70,14 +68,6 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
     },
     "llama": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "max_position_embeddings": 2048,
-    },
-    "cohere2": {
-        "vocab_size": 256000, "hidden_size": 8192, "intermediate_size": 22528, "num_hidden_layers": 40,
-        "num_attention_heads": 64, "max_position_embeddings": 8192,
-    },
-    "granite": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "max_position_embeddings": 2048,
     },

@@ -91,7 +91,7 @@ BUILT_IN = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3": {"sliding_window_pattern": 6, "num_hidden_layers": 7},
     "llama_yarn": {"rope_parameters": tiny_models._YARN},
-    "olmo3": {"rope_scaling": tiny_models._YARN},
+    "olmo3": {"rope_scaling": {**tiny_models._YARN, "rope_theta": 500000.0}},
     "t5": {"relative_attention_max_distance": 128},
     "t5_gated": {"relative_attention_max_distance": 128, "num_decoder_layers": 1},
 }

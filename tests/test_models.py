@@ -244,8 +244,11 @@ def test_a_packed_row_is_its_documents(case, ours):
     assert tiny_models.difference(logits[0, :8], apart[0, :8]) < 1e-5
     assert tiny_models.difference(logits[0, 8:], apart[1]) < 1e-5
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    # A bias of all keys shifts a query's scores alike: without rotary positions its gradient is rounding alone.
+    least = max(np.abs(gradient).max() for gradient in expected_gradients.values()) / 100
     for path, gradient in expected_gradients.items():
-        assert tiny_models.difference(gradients[path], gradient) < 2e-5, path
+        difference = np.abs(gradients[path] - gradient).max()
+        assert difference < 2e-5 * max(least, np.abs(gradient).max()), path
 
 
 @pytest.mark.parametrize("case", [*tiny_models.FAMILY_CASES, "t5_gated"])

@@ -32,10 +32,11 @@ def olmo2_config(file: GgufFile) -> dict[str, Any]:
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
             "sliding_attention": {
-                "rope_type": "default", "rope_theta": float(metadata_value(file, "rope.freq_base_swa", theta))
+                "rope_type": "default",
+                "rope_theta": float(metadata_value(file, "rope.freq_base_swa", theta)),
             },
         },
-    }  # fmt: skip
+    }
 
 
 def granite_config(file: GgufFile) -> dict[str, Any]:

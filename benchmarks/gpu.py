@@ -104,8 +104,8 @@ def random_model(options: argparse.Namespace, method: str) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from tpu_tune.checkpoints.methods import METHODS
     from tpu_tune.models import architecture
-    from tpu_tune.training.methods import METHODS
     from tpu_tune.training.prepare_model import PreparedModel, put, storage_dtype
     from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths, sharding
 

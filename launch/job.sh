@@ -71,7 +71,8 @@ run_job() {
     wait "$trainer" || status=$?
   done
   cat "$job/result"
-  if [ "$status" != 0 ]; then
+  # A run that a signal has stopped says so, saved what it had, and ends with 130 or 143.
+  if [ "$status" != 0 ] && ! grep -q '"status": *"interrupted"' "$job/result"; then
     record "failed $status"
   elif [[ "$(cat "$job/result")" =~ \"status\":\ *\"([a-z\ ]+)\" ]]; then
     record "${BASH_REMATCH[1]#already }"

@@ -5,9 +5,10 @@
 #   start     on all workers: `tpu-tune train TRAIN ARGUMENTS` in tmux; the same arguments resume a run
 #   logs      the end of a worker's log (--follow to stay)
 #   status    the TPU's state and each worker's job
-#   stop      save after the step that is running, and end (--now: end at once)
-#   delete    give the TPU back
-#   babysit   create, setup and start as needed; re-create a preempted TPU and go on from the bucket; ends with the run
+#   stop      save after the step that is running, and end the run (--now: end at once); the TPU stays booked
+#   delete    give the TPU back, which ends the bill
+#   babysit   create, setup and start as needed; re-create a preempted TPU and go on from the bucket; ends with the run,
+#             and then says that the TPU is still booked, or with --delete gives it back
 # Options, and the environment variable that says the same:
 #   --name NAME        TPU_NAME          the TPU's name (default tpu-tune)
 #   --zones A,B,...    ZONES             where to look for it, in this order
@@ -37,6 +38,7 @@
 #     --config configs/qlora.py --config.model.path=mistralai/Mistral-7B-v0.1 --config.data.train=gs://my-bucket/chats.jsonl
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/tpu_paths.sh"
 
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
@@ -103,10 +105,18 @@ if [ -z "$version" ]; then
 fi
 command -v gcloud >/dev/null || [ -n "$dry" ] || die "there is no gcloud here: install Google's Cloud SDK, and log in (gcloud auth login)"
 
-aside=$(mktemp -d)
-trap 'rm -rf "$aside"' EXIT
+aside=$(mktemp -d) booked=""
+trap 'rm -rf "$aside"; still_booked' EXIT
 exec 3>&1 # where --dry-run prints, whatever else becomes of a command's output
 zone=${zone_list[0]} state=""
+
+# still_booked: says which TPU this command leaves behind, and what ends its bill.
+still_booked() {
+  case "$command" in setup | logs | status) return 0 ;; esac
+  [ -n "$booked" ] && [ -z "$dry" ] || return 0
+  say "the TPU $name in $booked is still booked, and is billed unless a grant covers it, until: bash launch/tpu.sh delete \
+--name $name --zones $booked${project_id:+ --project $project_id}"
+}
 
 # google WORDS...: gcloud compute tpus WORDS in the zone and project at hand, what it says on stderr in $aside/said.
 google() {
@@ -159,10 +169,14 @@ locate() {
     case "$state" in
       absent) ;;
       unknown) unknown=1 ;;
-      *) return 0 ;;
+      PREEMPTED | TERMINATED | STOPPED) return 0 ;; # not billed
+      *)
+        booked=$zone
+        return 0
+        ;;
     esac
   done
-  zone=${zone_list[0]} state=${unknown:+unknown}
+  booked="" zone=${zone_list[0]} state=${unknown:+unknown}
   state=${state:-absent}
 }
 
@@ -235,7 +249,7 @@ create() {
       if [ -n "$queued" ]; then in_line || status=$?; else ordinary || status=$?; fi
       case "$status" in
         0)
-          [ -n "$dry" ] || { echo "$name is in $zone"; return 0; }
+          [ -n "$dry" ] || { booked=$zone && echo "$name is in $zone"; return 0; }
           next+=("$zone")
           ;;
         1) next+=("$zone") ;;
@@ -256,7 +270,8 @@ remove() {
     google queued-resources delete "$name" --force >&2
   else
     google tpu-vm delete "$name" >&2 || grep -q -i -E 'not[ _]?found' "$aside/said"
-  fi
+  fi || return 1
+  booked=""
 }
 
 # on WORKER COMMAND: runs a command on a worker or on all, up to three tries: ssh to a new VM fails now and then.
@@ -326,13 +341,15 @@ start() {
 
 need_train() {
   [ "${#train[@]}" -gt 0 ] || die "nothing to train: write the trainer's arguments after --, e.g. -- --config configs/qlora.py"
+  refuse_local_paths
 }
 
 # jobs_state: sets $job to what all workers together are: running, finished, interrupted, failed (one of them is enough), unknown.
 jobs_state() {
   local said words
   job=unknown
-  said=$(on all 'bash tpu_tune/launch/job.sh state') || return 0
+  # A TPU that was booked and not set up has no job.sh yet.
+  said=$(on all '[ ! -f tpu_tune/launch/job.sh ] && echo tpu_tune job: none || bash tpu_tune/launch/job.sh state') || return 0
   words=$(sed -n 's/^.*tpu_tune job: //p' <<<"$said" | sort -u)
   case "$words" in
     "") return 0 ;;

@@ -20,8 +20,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.run_checkpoints import RunCheckpoints
+from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.training.prepare_model import PreparedModel, prepare_model
 from tpu_tune.training.prepare_steps import Steps, prepare_steps
+from tpu_tune.training.result import write_result
 from tpu_tune.training.step import TrainState
 from tpu_tune.transforms import sharding
 
@@ -157,6 +160,37 @@ def prepare(
         leaves = {path: jax.device_put(initial[path], leaf.sharding) for path, leaf in model.trainable.items()}
         model = dataclasses.replace(model, trainable=leaves)
     return model, prepare_steps(config, model, total_steps)
+
+
+def write_stopped_run(
+    config: Any, losses: Mapping[int, float], reference: pathlib.Path | None = None, seed: int = 1
+) -> None:
+    """Write the run directory of a run that was stopped: random weights, a checkpoint for each step of `losses`.
+
+    Args:
+      config: the run's configuration.
+      losses: step -> eval_loss.
+      reference: where training's own writer puts the result that the run would have had at each step, `STEP/`.
+      seed: of the weights.
+    """
+    model, steps = prepare(config, 2 * max(losses))
+    run = RunDirectory(config.output_dir)
+    run.write_config(config)
+    metrics = MetricsFile(run)
+    random = np.random.RandomState(seed)
+    with RunCheckpoints(run.checkpoints, model.fingerprint(config)) as checkpoints:
+        for step, loss in losses.items():
+            trainable = {
+                path: jax.device_put(leaf + random.randn(*leaf.shape).astype(np.float32) / 8, leaf.sharding)
+                for path, leaf in steps.initial_state.trainable.items()
+            }
+            state = dataclasses.replace(steps.initial_state, trainable=trainable)
+            metrics.append({"step": step, "epoch": step / 10, "loss": loss, "learning_rate": 1e-3, "num_tokens": step})
+            metrics.append({"step": step, "epoch": step / 10, "eval_loss": loss, "eval_perplexity": 9.0})
+            checkpoints.save(step, state, {"best_step": min(losses, key=losses.get)})
+            if reference is not None:
+                write_result(config, model, state, str(reference / str(step)))
+    run.update_summary({"total_steps": 2 * max(losses), "vocab_size": 264})
 
 
 def documents(vocabulary: int, shortest: int, longest: int, count: int, seed: int) -> list[np.ndarray]:

@@ -1,5 +1,6 @@
 """A user's mistakes: each ends in one clear line and a non-zero status, soon, and leaves nothing half-written."""
 
+import errno
 import json
 import os
 import resource
@@ -15,7 +16,10 @@ from helpers_training import write_rows, write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
 import tpu_tune.training.opening
+from tpu_tune import config as configuration
 from tpu_tune.cli import main
+from tpu_tune.cli.hf.listing import write_config
+from tpu_tune.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +381,40 @@ def process(*arguments, **options):
     )
     assert "Traceback" not in found.stderr, found.stderr
     return found
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as from writing to an open file: it names none
+
+
+@pytest.fixture
+def run_to_draw(tmp_path):
+    rows = [{"step": step, "loss": 3.0 / step} for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", ["--output", "--html"])
+def test_a_full_disk_under_a_picture(run_to_draw, capsys, monkeypatch, option):
+    monkeypatch.setattr(os, "fsync", full)
+    line = refusal(capsys, "curves", run_to_draw, option, run_to_draw / "x.png")
+    assert line == f"{run_to_draw / 'x.png'} cannot be written: No space left on device"
+    assert [path.name for path in run_to_draw.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_under_what_is_printed(run_to_draw, capsys, monkeypatch):
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["curves", str(run_to_draw)]) == 1
+    assert capsys.readouterr().err == "tpu-tune: what this command prints cannot be written: No space left on device\n"
+
+
+def test_a_full_disk_leaves_the_config_that_was_there(tmp_path, monkeypatch):
+    (tmp_path / "c.py").write_text("mine")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"c.py cannot be written: No space left on device"):
+        write_config(configuration.default(), str(tmp_path / "c.py"))
+    assert (tmp_path / "c.py").read_text() == "mine"
 
 
 def test_a_process_says_one_line_and_fails(place):

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: selected jobs leave the file's other rows alone; the GPU's benchmark with tiny shapes."""
+"""The benchmarks themselves: selected jobs leave the file's other rows alone; the GPU's with tiny shapes; faults."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import importlib.util
 import json
 import math
 import pathlib
+import random
 import shlex
 import subprocess
 import sys
 
 import pytest
+
+from tpu_tune.errors import UserError
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -92,6 +95,7 @@ def test_the_bars_are_the_issues(memory):
     assert longest["8b-rtx4080"] > 40_724 and longest["8b-rtx4090"] > 78_475
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(capfd):
     gpu = script("gpu")
     words = "--model tiny --method qlora full --tokens 32 --rows 2 --steps 1 --rounds 2 --warm 0 --json"
@@ -113,3 +117,50 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_tiny_shapes(capfd):
             # A fresh model knows nothing: the loss begins at ln(512). One batch again and again: it falls.
             assert result[side]["losses"][0] == pytest.approx(math.log(512), abs=0.1)
             assert result[side]["losses"][-1] < result[side]["losses"][0]
+
+
+@pytest.fixture(scope="module")
+def fault_files():
+    return script("fault_files")
+
+
+def test_damage_follows_from_the_seed_and_is_damage(fault_files):
+    whole = json.dumps({"a": [1, {"b": "c"}], "d": None}).encode()
+    made = [fault_files.damage(whole, random.Random(seed), False, True) for seed in range(200)]
+    assert made == [fault_files.damage(whole, random.Random(seed), False, True) for seed in range(200)]
+    assert len(set(made)) > 100 and sum(content != whole for content in made) > 180
+    rows = b'{"a": 1}\n{"a": 2}\n'
+    assert len({fault_files.damage(rows, random.Random(seed), False, True) for seed in range(50)}) > 30
+
+
+def test_the_outcomes_of_damaged_files(fault_files, tmp_path):
+    def read(folder):
+        content = (folder / "a.bin").read_bytes()
+        if len(content) < 64:
+            raise UserError("a.bin is cut short")
+        assert content == bytes(64), "not what was written"
+
+    kind = fault_files.Kind({"a.bin": bytes(64), "b": b""}, "a.bin", read)
+    found = {fault_files.outcome(kind, random.Random(seed), tmp_path)[0] for seed in range(40)}
+    assert found == {"right", "one line", "difference"}
+    broken = fault_files.Kind({"a.bin": bytes(64)}, "a.bin", lambda folder: 1 / 0)
+    assert fault_files.outcome(broken, random.Random(0), tmp_path)[0] == "traceback"
+
+
+def test_damaged_files_of_a_run_are_one_line_or_right(fault_files, tmp_path):
+    for name, kind in fault_files._run_kinds().items():
+        for number in range(4):
+            found = fault_files.outcome(kind, random.Random(f"{name} {number}"), tmp_path / f"{name} {number}")
+            assert found[0] in ("right", "one line"), (name, number, found)
+
+
+def test_the_table_of_the_campaign():
+    faults = script("faults")
+    results = {
+        "kills": {"found": {"data run": {"right": 9, "lost": 1}}},
+        "files": {"found": {"a": {"right": 2, "one line": 3}, "b": {"crash": 1, "right": 1}}},
+    }
+    assert faults.table(results).splitlines()[2:] == [
+        "| kills | data run | 10 | 9 | 0 | 1 | 0 | 0 | 0 |",
+        "| files | 2 kinds | 7 | 3 | 3 | 0 | 0 | 0 | 1 |",
+    ]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -73,6 +75,23 @@ def test_the_examples_of_the_help_are_accepted(capsys):
         example = capsys.readouterr().out.rstrip().rsplit("\n", 1)[-1].split()
         words = [word for word in example[1:] if not word.startswith("--config.")]
         make_parser().parse_args(" ".join(words).replace('"', "").replace("What is AI?", "hi").split())
+
+
+def test_the_config_files_that_the_help_names_are_there():
+    import argparse
+
+    from tpu_tune.cli.program import make_parser
+
+    def helps(parser):
+        yield parser.format_help()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from helps(inner)
+
+    root = pathlib.Path(__file__).parents[1]
+    named = {name for text in helps(make_parser()) for name in re.findall(r"configs/\w+\.py", text)}
+    assert len(named) > 1 and all((root / name).is_file() for name in named), named
 
 
 def test_as_a_module_and_its_version():
@@ -293,8 +312,9 @@ def test_full_run_and_its_export(capsys, config_file, tmp_path):
         "--config.train.max_steps=1",
     )
     assert str(out / "model") in rows and (out / "model" / "model.safetensors").exists()
-    assert main(["export", str(out), "--output", str(tmp_path / "a")]) == 1
-    assert "has no adapter; its model is" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert "has no adapter: every weight was trained" in out_of(capsys, "export", out, "--output", tmp_path / "a")
+    for file in (out / "model").iterdir():
+        assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes()
     out_of(capsys, "export", out, "--merge", "--output", tmp_path / "m")
     np.testing.assert_array_equal(tpu_tune.load(str(tmp_path / "m"))(IDS), tpu_tune.load(str(out / "model"))(IDS))
     facts = json.loads(out_of(capsys, "export", out, "--gguf", "--output", tmp_path / "m.gguf", "--json"))

@@ -13,7 +13,7 @@ import pytest
 
 import tpu_tune
 from tpu_tune import config as configuration
-from tpu_tune.data.formats import FORMATS as ROW_FORMATS
+from tpu_tune.data.formats import NAMES as ROW_FORMATS
 from tpu_tune.data.recipe import settings as recipe_settings
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.attention import IMPLEMENTATIONS
@@ -63,7 +63,7 @@ def test_every_key_is_explained():
         ("model.attention", IMPLEMENTATIONS),
         ("model.remat", ("none", *REMAT_POLICIES)),
         ("quantize.format", ("none", *FORMATS)),
-        ("data.format", ("auto", *ROW_FORMATS)),
+        ("data.format", ROW_FORMATS),
     ],
 )
 def test_choices_are_what_there_is(name, there):

@@ -54,7 +54,7 @@ def program(body: str, restore: bool = False) -> subprocess.Popen:
     """A process that runs `body` as a command's function would."""
     lines = "\n".join("    " + line for line in body.splitlines())
     text = (
-        "import atexit, ctypes, gc, os, signal, sys, time, weakref\nfrom tpu_tune import ctrl_c\n"
+        "import atexit, ctypes, gc, hashlib, os, signal, sys, threading, time, weakref\nfrom tpu_tune import ctrl_c\n"
         f"def command():\n{lines}\n    return 0\nsys.exit(ctrl_c.run(lambda: command, restore={restore}))\n"
     )
     return subprocess.Popen(
@@ -118,6 +118,45 @@ finally:
     assert status == ctrl_c.STATUS and "ending at once" in err and "Traceback" not in err
 
 
+# The main thread is in C, as when it compiles: it holds no lock, and runs no handler until it comes back.
+COMPILING = """
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
+print("compiled", flush=True)"""
+
+
+def test_two_while_the_main_thread_compiles_end_at_once():
+    body = "def farewell(): print('undone', flush=True)\nwith ctrl_c.before_leaving(farewell):" + COMPILING.replace(
+        "\n", "\n    "
+    )
+    process = program(body.replace("1_000_000", "100_000_000"))
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline().startswith("tpu-tune: interrupted: it ends after what is being compiled")
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    status, out, err = ended(process)
+    assert (status, out) == (ctrl_c.STATUS, "undone\n") and time.monotonic() - started < 5
+    assert err == "tpu-tune: interrupted twice, ending at once\n"
+
+
+def test_one_while_the_main_thread_compiles_ends_after_it():
+    status, out, err = ended(program(COMPILING))
+    assert (status, out) == (ctrl_c.STATUS, "") and err.splitlines()[-1] == "tpu-tune: interrupted"
+
+
+def test_a_forked_workers_signal_is_not_the_programs():
+    body = """
+if os.fork() == 0:
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    os._exit(0)
+os.wait()
+time.sleep(0.3)
+print("went on")"""
+    assert ended(program(body)) == (0, "went on\n", "")
+
+
 def test_while_python_shuts_down_it_is_no_traceback():
     status, _, err = ended(program("atexit.register(lambda: signal.raise_signal(signal.SIGINT))"))
     assert (status, err) == (0, "")
@@ -148,7 +187,7 @@ def test_training_is_asked_and_nothing_is_raised(capsys):
     with catch_signals() as interrupted_at:
         assert not interrupted_at(1)
         signal.raise_signal(signal.SIGINT)
-        assert interrupted_at(2)
+        assert interrupted_at(2) == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):  # a notebook's second
             signal.raise_signal(signal.SIGINT)
     assert "SIGINT: saving after this step" in capsys.readouterr().err

@@ -9,9 +9,10 @@ from helpers_training import make_config, train_process, write_rows, write_tiny_
 
 from tpu_tune.cli import main
 from tpu_tune.curves.comparison_plot import plot_runs
-from tpu_tune.curves.run_plot import plot_curves, smooth
+from tpu_tune.curves.run_plot import plot_curves
 from tpu_tune.curves.runs import read_run, read_runs
-from tpu_tune.curves.series import QUANTITIES, ema, panel, series
+from tpu_tune.curves.series import QUANTITIES, ema, panel, series, smoothing_window
+from tpu_tune.curves.statistics import smooth
 from tpu_tune.curves.terminal import sparkline
 from tpu_tune.errors import UserError
 
@@ -40,6 +41,30 @@ def test_smoothing_follows_a_line_and_keeps_a_spike_out():
     spiked = line.copy()
     spiked[50] = 90.0
     assert np.abs(smooth(spiked, 9) - line).max() < 0.05
+
+
+def test_a_smoothed_loss_does_not_lag_into_seeming_overfit():
+    """Training and evaluation have one and the same true loss, so neither smoothed line may leave the other's side."""
+    steps = np.arange(200)
+    truth = 2 + 2 * np.exp(-steps / 60)
+    train = truth + 0.05 * np.random.default_rng(0).standard_normal(200)
+    for place in (slice(0, 20), slice(20, 180), slice(180, 200)):
+        error = (smooth(train, smoothing_window(200)) - truth)[place]
+        assert abs(error.mean()) < 0.015  # a third of the noise
+    fast = 2 + 4 * np.exp(-np.arange(100) / 3)  # most of the fall is in the first points
+    error = smooth(fast, smoothing_window(100)) - fast
+    assert np.abs(error).max() < 0.15 and abs(error[0]) < 1e-9
+    lagged = ema(train, 0.9) - truth
+    assert lagged[20:180].mean() > 0.08  # what it was: the average of the past is above a falling loss
+
+
+@pytest.mark.parametrize(("count", "beta", "window"), [(200, 0.9, 19), (1000, 0.99, 199), (30, 0.9, 5), (200, 0.0, 1)])
+def test_the_window_leaves_as_much_noise_as_an_exponential_average(count, beta, window):
+    assert smoothing_window(count, beta) == window  # (1 + beta) / (1 - beta), at most a fifth of the curve
+    if count > 100 and window > 1:
+        noise = np.random.default_rng(0).standard_normal(20_000)
+        plain = np.convolve(noise, np.full(window, 1 / window), "valid")
+        assert plain.std() == pytest.approx(ema(noise, beta)[1000:].std(), rel=0.15)
 
 
 # --- series ----------------------------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ def test_every_family_refuses_sizes_that_are_none(name):
         ({"rope_theta": -1}, "'rope_theta' is -1; it must be a finite number above 0"),
         ({"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling in the config of this llama model: 'fact"),
         ({"eos_token_id": ["</s>"]}, "'eos_token_id' is ['</s>']"),
+        ({"hidden_act": "a\nb\u2028c"}, "activation 'a b c' is not known"),  # one line, whatever it quotes
     ],
 )
 def test_what_a_config_is_refused_for(change, says):
@@ -226,6 +227,17 @@ def test_damaged_tokenizer_files(tiny, tmp_path, name, edits):
     (tmp_path / name).write_bytes(damaged((tiny / name).read_bytes(), edits))
     with one_line():
         assert load_tokenizer(str(tmp_path)).get_vocab()
+
+
+@pytest.mark.parametrize("change", [{"model_max_length": "256"}, {"model_max_length": [256]}])
+def test_a_setting_that_a_tokenizer_looks_at_when_it_is_used(tiny, tmp_path, change):
+    for file in ("tokenizer.json", "config.json"):
+        (tmp_path / file).write_bytes((tiny / file).read_bytes())
+    config = json.loads((tiny / "tokenizer_config.json").read_text()) | change
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{tmp_path}: the tokenizer's files are damaged") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("template", [5, ["x"], {"a": 1}])

@@ -485,7 +485,10 @@ def test_the_command_line(tmp_path, capsys):
         (["in.jsonl", "--output", "x", "--phrases", "gone.txt"], "gone.txt: cannot be read"),
         (["in.jsonl", "--output", "x", "--phrases", "empty.jsonl"], "empty.jsonl: holds no phrase"),
         (["in.jsonl", "--output", "x", "--columns", "{"], "--columns: not valid JSON"),
-        (["in.jsonl", "--output", "x", "--columns", '{"a": "text"}'], "in.jsonl:1: data.columns names 'a'"),
+        (
+            ["in.jsonl", "--output", "x", "--columns", '{"a": "text"}'],
+            "in.jsonl: data.columns names 'a', which no row has",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, words, message):

@@ -212,9 +212,9 @@ def test_json_of_any_layout(tmp_path, layout):
     assert texts(path) == NASTY
     kept = rows_of(path, column="text", columns=(("deep", "deep"), ("n", "n")))
     assert [row["deep"] for row in kept] == [row["deep"] for row in rows]
-    assert kept[4]["source"] == f"{path}:5"
+    assert kept[4]["source"] == f"{path}{':' if layout == 'lines' else ', item '}5"
     with pytest.raises(UserError, match=r"there is no column 'body'; there is: text, n, deep"):
-        rows_of(path, column="body")
+        ingest([str(path)], str(tmp_path / "out.jsonl"), IngestOptions(column="body"))
 
 
 def test_json_larger_than_a_piece(tmp_path):
@@ -227,10 +227,10 @@ def test_formats_the_trainer_knows_stay_as_they_are(tmp_path):
     alpaca = {"instruction": "do", "input": "", "output": "done", "id": 7}
     completion = {"prompt": "a", "completion": "b", "id": 8}
     path = write_json(tmp_path / "a.json", [alpaca])
-    assert rows_of(path) == [{"instruction": "do", "output": "done", "input": "", "source": f"{path}:1"}]
+    assert rows_of(path) == [{"instruction": "do", "output": "done", "input": "", "source": f"{path}, item 1"}]
     path = write_json(tmp_path / "b.json", [completion])
     assert rows_of(path, columns=(("id", "id"),)) == [
-        {"prompt": "a", "completion": "b", "id": 8, "source": f"{path}:1"}
+        {"prompt": "a", "completion": "b", "id": 8, "source": f"{path}, item 1"}
     ]
 
 
@@ -246,9 +246,9 @@ def test_sharegpt(tmp_path):
         {"role": "user", "content": "hi 🐍"},
         {"role": "assistant", "content": "hello\n"},
     ]
-    assert rows_of(path, keep_conversations=True) == [{"conversations": turns, "source": f"{path}:1"}]
+    assert rows_of(path, keep_conversations=True) == [{"conversations": turns, "source": f"{path}, item 1"}]
     path = write_json(tmp_path / "bad.json", [{"conversations": [{"from": "nobody", "value": "x"}]}])
-    with pytest.raises(UserError, match=r"bad\.json:1: 'conversations' message 1 is from 'nobody'"):
+    with pytest.raises(UserError, match=r"bad\.json, item 1: 'conversations' message 1 is from 'nobody'"):
         rows_of(path)
 
 
@@ -507,7 +507,9 @@ def test_a_folder_of_everything(tmp_path, monkeypatch):
     assert report.passed_over == collections.Counter({".png": 1, ".jpg": 1, "without suffix": 1})
     assert (report.rows, report.sources, report.formats) == (6, 5, {"text": 6})
     assert find_sources([str(folder / "**" / "*.md")]).sources == [str(folder / "b" / "c.md")]
-    assert find_sources([str(folder)], "text").sources == [str(folder / name) for name in ("LICENSE", "y.zip", "z.txt")]
+    assert find_sources([str(folder)], IngestOptions(format="text")).sources == [
+        str(folder / name) for name in ("LICENSE", "y.zip", "z.txt")
+    ]
     monkeypatch.chdir(folder)
     assert find_sources(["b", "LICENSE", "tfds:x", "owner/name"]).sources == [
         "b/c.md",

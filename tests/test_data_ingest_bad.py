@@ -56,7 +56,7 @@ def fails(path, message, expected=(), **options):
         (
             "a.json",
             b'[{"text": "one"},\n{"text": "\xff"}, {"text": "3"}]',
-            r"a\.json:2: not valid in its encoding",
+            r"a\.json, item 2: not valid in its encoding",
             ["one", "3"],
         ),
         (
@@ -94,7 +94,7 @@ def fails(path, message, expected=(), **options):
             r"a\.json: not valid JSON \(line 2: '\{' where ',' should be\)",
             ["one"],
         ),
-        ("a.json", b'[{"text": "one"}, [1]]', r"a\.json:2: not a JSON object but a list", ["one"]),
+        ("a.json", b'[{"text": "one"}, [1]]', r"a\.json, item 2: not a JSON object but a list", ["one"]),
         ("a.json", b"[" * 100_000, r"a\.json: not valid JSON \(line 1: nested too deeply\)", []),
         ("a.json", b"not json", "a.json: not valid JSON", []),
         ("a.json", b" \n", "a.json: is empty", []),
@@ -102,7 +102,7 @@ def fails(path, message, expected=(), **options):
         (
             "a.json",
             b'[{"text": "one", "data": ' + b"[" * 200 + b"]" * 200 + b"}]",
-            r"a\.json:1: column 'data' is nested too",
+            r"a\.json, item 1: column 'data' is nested too",
             [],
         ),
         (

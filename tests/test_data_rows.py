@@ -253,6 +253,16 @@ def test_size_of_the_split(load):
     assert len(held_out) == 9 and not set(train // 3) & set(held_out // 3)
 
 
+def test_a_number_of_rows_is_held_out_and_the_first_are_used(load):
+    data = load(ROWS, eval_dataset_size=8, packing=False)
+    train, held_out = firsts(data.train), firsts(data.eval)
+    assert len(held_out) == 8 and sorted(train + held_out) == [3 + i for i in range(40)]
+    fewer = load(ROWS, eval_dataset_size=8, max_train_samples=5, max_eval_samples=3, packing=False)
+    assert (firsts(fewer.train), firsts(fewer.eval)) == (train[:5], held_out[:3])
+    with pytest.raises(UserError, match="eval_dataset_size: .* has 40 rows, and 40 .* left to train on"):
+        load(ROWS, eval_dataset_size=40)
+
+
 def test_evaluation_file(load, tmp_path):
     (tmp_path / "held.jsonl").write_text(json.dumps({"input": "w99", "output": "w1"}))
     data = load(ROWS, eval=str(tmp_path / "held.jsonl"))
@@ -299,7 +309,9 @@ def test_tokens_are_cached(load, count_calls, tmp_path, caplog):
     load(ROWS, max_length=32)
     load(ROWS[1:])
     assert len(count_calls) == 4
-    assert not [path for path in (tmp_path / "cache" / "tokenized").iterdir() if path.name.startswith(".")]
+    stored = tmp_path / "cache" / "tokenized"
+    assert not [path for path in stored.iterdir() if path.name.startswith(".")]
+    assert {path.stat().st_mode for path in stored.iterdir()} == {stored.stat().st_mode}  # others may share a cache
 
 
 def test_another_tokenizer_is_another_cache_entry(tokenizer):

@@ -140,6 +140,8 @@ def test_splits_left_out_are_said_aloud(tmp_path, caplog):
         ("dataset_dict.json", "[" * 5000 + "]" * 5000, "dataset_dict.json: cannot be read \\(nested too deeply"),
         ("dataset_dict.json", '{"splits": ["../elsewhere"]}', "no list of splits"),
         ("train/state.json", "[]", "state.json: is no index"),
+        ("train/state.json", '{"_data_files": 10}', "state.json: is no index of `datasets`: it names no files"),
+        ("train/state.json", '{"_data_files": {"filename": "a"}}', "is no index of `datasets`: it names no files"),
         ("train/state.json", '{"_data_files": [{"filename": "../../x.arrow"}]}', "names no files"),
         ("train/state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "names gone.arrow, which is not there"),
         ("train/state.json", '{"_data_files": [], "_indices_data_files": [{"filename": "i"}]}', "an order of rows"),

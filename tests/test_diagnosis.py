@@ -20,7 +20,7 @@ from tpu_tune.curves.statistics import block_medians, mann_kendall, noise_level
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "curves"
 REAL = {
     "underfit-flat": ("underfit", "flat"), "underfit-falling": ("underfit", "still falling"),
-    "overfit": ("overfit", "eval loss has turned"), "unstable": ("unstable", "blown up"), "well-fit": ("well-fit", ""),
+    "overfit": ("overfit", "eval loss has turned"), "unstable": ("unstable", "diverged"), "well-fit": ("well-fit", ""),
 }  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_overfit_names_the_step_the_checkpoint_and_the_loss():
     assert found.numbers["use_checkpoint"] == 35 and "use checkpoint 35" in found.advice[0]
     assert found.numbers["rise_percent"] == pytest.approx(100 * found.numbers["rise"] / found.numbers["turn_loss"])
     assert found.numbers["rise"] == pytest.approx(0.6, abs=0.15)
-    assert "use checkpoint 40" == diagnose(curve, saved_steps=[40]).advice[0]
+    assert diagnose(curve, saved_steps=[40]).advice[0].startswith("use checkpoint 40 (--step 40 of ")
     assert "train again with train.load_best_model_at_end" in diagnose(curve, saved_steps=[90]).advice[0]
     assert "holds the weights of step 40 already" in diagnose(curve, saved_steps=[90], keeps_best=True).advice[0]
 
@@ -181,8 +181,8 @@ def test_unstable_says_what_and_when():
     lost[70:] = [{**row, "loss": None} for row in lost[70:]]
     found = diagnose(lost)
     assert (found.verdict, found.reason) == ("unstable", "not finite") and "first at step 71" in found.evidence[0]
-    dead = np.concatenate([[6, 5, 9, 25, 1e4, 4e6], np.full(94, 5.58)])  # blown up, and dead since
-    assert (diagnose(rows(dead)).verdict, diagnose(rows(dead)).reason) == ("unstable", "blown up")
+    dead = np.concatenate([[6, 5, 9, 25, 1e4, 4e6], np.full(94, 5.58)])  # diverged, and dead since
+    assert (diagnose(rows(dead)).verdict, diagnose(rows(dead)).reason) == ("unstable", "diverged")
 
 
 def test_one_lost_value_is_a_remark():

@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 from test_data_tokens import examples, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import tpu_tune
 from tpu_tune import UserError
+from tpu_tune.checkpoints.chat_template import with_template
 from tpu_tune.checkpoints.ends import end_ids
+from tpu_tune.checkpoints.gguf import open_gguf
 from tpu_tune.checkpoints.gguf_config import llama_like_config
+from tpu_tune.checkpoints.gguf_file import open_gguf_file
+from tpu_tune.checkpoints.gguf_write import write_gguf
 from tpu_tune.checkpoints.huggingface import open_huggingface
+from tpu_tune.checkpoints.huggingface_write import tensors_with_head, write_model
+from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.tokenizers import encode_text
+from tpu_tune.checkpoints.vocabulary import with_added_tokens
 from tpu_tune.cli import main
 from tpu_tune.cli.hf import command_line
 from tpu_tune.cli.hf.translate import translate
@@ -234,6 +241,61 @@ def test_a_gguf_files_end_of_turn_is_an_end():
     assert llama_like_config(File, "llama", "LlamaForCausalLM")["eos_token_id"] == 5
     File.metadata |= {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 5}
     assert llama_like_config(File, "llama", "LlamaForCausalLM")["eos_token_id"] == [5, 7]
+
+
+# --- ends that an export names
+
+CLOSED = "{% for m in messages %}<s>{{ m.content }}<|stop|>{% endfor %}"  # the tiny model's files know no <|stop|>
+
+
+def closed(path, template=CLOSED):
+    return with_template(with_added_tokens(open_huggingface(str(path)), ["<|stop|>"]), template)
+
+
+def written(source, directory):
+    arch = open_architecture(source)
+    write_model(str(directory), load_params(source, arch), source, arch)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("generation", "ends"),
+    [(None, [256, 258]), ({"eos_token_id": 5, "top_k": 7}, [5, 258]), ({"eos_token_id": [5, 6]}, [5, 6, 258])],
+)
+def test_a_written_model_ends_where_its_template_closes_an_answer(tiny_dir, tmp_path, generation, ends):
+    path = written(closed(write_ends(tiny_dir, tmp_path, generation)), tmp_path / "out")
+    theirs = GenerationConfig.from_pretrained(path)
+    assert theirs.eos_token_id == ends  # transformers stops at any of them
+    assert theirs.top_k == (generation or {}).get("top_k", theirs.top_k)
+    assert set(tpu_tune.load(str(path)).ends) == {*ends, 256}
+    again = written(open_huggingface(str(path)), tmp_path / "again")
+    assert (again / "generation_config.json").read_bytes() == (path / "generation_config.json").read_bytes()
+
+
+def test_a_written_model_without_such_a_token_keeps_its_files(tiny_dir, tmp_path):
+    path = written(closed(tiny_dir, "{% for m in messages %}{{ m.content }}</s>{% endfor %}"), tmp_path / "out")
+    assert not (path / "generation_config.json").exists()
+    bare = write_ends(tiny_dir, tmp_path, {"eos_token_id": 5})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    kept = written(open_huggingface(str(bare)), tmp_path / "bare") / "generation_config.json"
+    assert kept.read_bytes() == (bare / "generation_config.json").read_bytes()
+
+
+def test_a_gguf_file_names_the_templates_closing_token(tiny_dir, tmp_path):
+    def metadata(source, name):
+        arch = open_architecture(source)
+        write_gguf(str(tmp_path / name), tensors_with_head(load_params(source, arch), arch, False), source)
+        return open_gguf_file(str(tmp_path / name)).metadata
+
+    key = "tokenizer.ggml.eot_token_id"
+    found = metadata(closed(tiny_dir), "a.gguf")
+    assert found[key] == 258 and found["tokenizer.ggml.eos_token_id"] == 256
+    assert open_gguf(str(tmp_path / "a.gguf")).config["eos_token_id"] == [256, 258]
+    plain = metadata(closed(tiny_dir, CLOSED.replace("<|stop|>", "</s>")), "b.gguf")
+    assert key not in plain  # its EOS closes an answer, as in llama.cpp's own converter
+    # A base in GGUF, trained with a template of the run's own:
+    assert metadata(with_template(open_gguf(str(tmp_path / "b.gguf")), CLOSED), "c.gguf")[key] == 258
 
 
 # --- runs

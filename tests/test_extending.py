@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 import tpu_tune
+from tpu_tune.checkpoints.methods import METHODS
 from tpu_tune.models import FAMILIES
 from tpu_tune.models.families.llama import llama
 from tpu_tune.tensors import FORMATS, Format, LeafSpec, dense, embed, matmul, unembed
-from tpu_tune.training.methods import METHODS
 from tpu_tune.training.objectives import OBJECTIVES
 
 # --- a family: a function from config.json to an Architecture -------------------------------------------------------

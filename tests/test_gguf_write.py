@@ -72,8 +72,12 @@ def logits(source):
 
 
 def head_of(source):
-    """The head that a T5's file holds, tied or not: llama.cpp does not scale the states before it."""
-    return {"lm_head.weight": source.shapes["shared.weight"]} if source.config["model_type"] == "t5" else {}
+    """The head that a file holds, tied or not: llama.cpp scales no T5's states, and ties no GPT-NeoX's."""
+    names = {
+        "t5": ("lm_head.weight", "shared.weight"),
+        "gpt_neox": ("embed_out.weight", "gpt_neox.embed_in.weight"),
+    }.get(source.config["model_type"])
+    return {names[0]: source.shapes[names[1]]} if names else {}
 
 
 # What GGUF cannot say is refused (see the test of that below).

@@ -110,8 +110,15 @@ def trained(path: str, folder: pathlib.Path, devices: int, **keys):
     return model, state, [row["loss"] for row in metrics]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize(
+    "method, devices",
+    [
+        ("full", 1),
+        ("lora", 8),
+        ("qlora", 8),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("full", 8), ("lora", 1), ("qlora", 1))),
+    ],
+)
 def test_training_is_the_llamas(both, method, devices, tmp_path):
     keys = {**SETTINGS[method], "model__remat": "full" if devices == 1 else "dots"}
     (_, _, ours), (_, _, theirs) = (trained(path, tmp_path, devices, **keys) for path in both)

@@ -14,6 +14,7 @@ import types
 import guide_scripts
 import numpy as np
 import pytest
+import qlora_scripts
 import yaml
 from helpers_training import metric_rows, write_rows, write_tiny_llama
 from hypothesis import given as for_all
@@ -169,6 +170,77 @@ def test_one_parser_takes_all_three(tmp_path):
         found = bash_script.read_script(str(script_file(tmp_path, listing, **paths, **sizes)))[0]
         flags = re.findall(r"--([\w-]+)", listing)
         assert len(command_line.parse(found).values) == len(flags) == len(set(flags))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub without a network that has one data set of 40 texts, and a split `test` of its own."""
+    import datasets
+    import huggingface_hub
+
+    rows = {
+        "train": [{"text": f"### Human: question {i}### Assistant: answer {'x' * i}"} for i in range(40)],
+        "test": [{"text": "none of these"}] * 3,
+    }
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows[split])
+
+
+@pytest.mark.parametrize("name", ["FINETUNE", "GUANACO_7B", "LLAMA2_GUANACO_7B"])
+def test_qloras_own_scripts_as_they_stand(name, hub, tmp_path, capsys):
+    file, listing = tmp_path / "script.sh", getattr(qlora_scripts, name)
+    file.write_text(listing)
+    for modules in ("", " --lora_modules all"):
+        assert main(["hf", "--script", str(file), "--dry_run", "--json", *modules.split()]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["config"].get("lora.target_modules", "all-linear") == "all-linear"
+    found = told["config"]
+    assert (found["data.eval_dataset_size"], found["data.max_eval_samples"]) == (1024, 1000)
+    assert (found["quantize.format"], found["lora.rank"], told["train"]) == ("nf4", 64, True)
+    if name == "FINETUNE":
+        assert (found["data.train"], found["data.format"], found["data.max_length"]) == (
+            "tatsu-lab/alpaca",
+            "alpaca",
+            512,
+        )
+        return
+    # qlora.py has a text's BOS for its source, and the text for its target
+    assert (found["data.train"], found["data.format"]) == ("timdettmers/openassistant-guanaco", "text")
+    assert found["data.max_length"] == 1 + 512
+    assert any("train.warmup_ratio=0.03 has no effect" in note for note in told["notes"])
+    assert ("--use_auth" in told["ignored"]) == (name == "LLAMA2_GUANACO_7B")
+
+
+@pytest.mark.slow
+def test_the_guanaco_script_trains_on_hub_data(tiny, hub, tmp_path, capsys):
+    file = tmp_path / "script.sh"
+    listing = qlora_scripts.GUANACO_7B.replace("huggyllama/llama-7b", str(tiny))
+    file.write_text(listing.replace("./output/guanaco-7b", str(tmp_path / "run")))
+    smaller = ["--eval_dataset_size", "8", "--max_eval_samples", "5", "--max_train_samples", "12", "--max_steps", "2"]
+    smaller += ["--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1"]
+    smaller += [
+        "--add_special_tokens",
+        "<|a|>",
+        "</s>",
+        "--lora_modules",
+        "all",
+        "--cache_dir",
+        str(tmp_path),
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+    ]
+    assert main(["hf", "--no-check", "--script", str(file), *smaller, *DATA_PARALLEL]) == 0
+    said = capsys.readouterr().out
+    counts = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
+    assert (counts["train"]["used_examples"], counts["eval"]["used_examples"]) == (12, 5)
+    assert "12 rows, batch 16 (1 row x 8 devices x 2 accumulation" in said
+    assert "warning: only 2 updates" in said and "warning: train.eval_steps=187 is beyond the run's 2 updates" in said
+    assert "warning: there are 12 rows, fewer than the 16 of a batch; lower " in said
+    assert "warning: the added tokens <|a|> are not trained" in said  # </s> is one of the model's own
+    named = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {part for key in named for part in re.findall(r"(\w+)\.lora_A", key)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
 
 
 @pytest.mark.slow  # six minutes on two cores
@@ -446,14 +518,15 @@ def test_keys(flags, keys):
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor is not supported"),
         (["--metric_for_best_model", "accuracy"], "can only be eval_loss"),
         (["--greater_is_better", "true"], "better the smaller"),
-        (["--max_train_samples", "10"], "make a shorter file"),
+        (["--max_train_samples", "-1"], "must not be negative"),
         (["--eval_steps", "1.5", "--eval_strategy", "steps"], "a whole number of steps, or a share of the run below 1"),
         (["--save_steps", "0"], "--save_steps is 0; it must be a whole number"),
         (["--logging_steps", "-0.5"], "--logging_steps is -0.5"),
         (["--logging_steps", "nan"], "--logging_steps is 'nan'; it must be a number"),
         (["--max_memory_MB", "inf"], "it must be a number"),
         (["--lora_alpha", "nan"], "it must be a number"),
-        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "follows the metrics, not the step"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "needs evaluations to go by"),
+        (["--lr_scheduler_type", "greedy"], "'greedy' is not supported"),
         (
             ["--assistant_only_loss", "--train_on_source"],
             "--assistant_only_loss true and --train_on_source true contra",
@@ -515,11 +588,12 @@ def test_a_run_logs_evaluates_and_saves_by_shares(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "follows the metrics"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "needs evaluations to go by"),
         (["--lr_scheduler_type", "sqare"], "unknown train.lr_scheduler_type"),
         (["--optim", "galore_adamw"], "unknown train.optim"),
         (["--report_to", "wandbb"], "unknown train.report_to"),
         (["--lr_scheduler_kwargs", '{"power": 2}'], "'power' is not a setting of 'linear'"),
+        (["--do_train", "false", "--do_predict"], "tpu-tune generate answers prompts"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(flags, says, capsys):
@@ -657,14 +731,16 @@ def test_held_out_rows(tmp_path):
     file = str(write_rows(tmp_path / "rows.jsonl", 40))
     assert config_of("--dataset", file).data.eval_ratio == 0
     assert config_of("--dataset", file, "--do_eval", "--do_train").data.eval_ratio == 0.1
-    assert config_of("--dataset", file, "--do_train", "--do_eval", "--eval_dataset_size", "8").data.eval_ratio == 0.2
+    asked = ("--dataset", file, "--do_train", "--do_eval", "--eval_dataset_size")
+    assert config_of(*asked, "8").data.eval_dataset_size == 8
     assert config_of("--train_file", file, "--eval_strategy", "epoch").data.eval_ratio == 0.05
     assert config_of("--dataset", "a/b", "--do_train", "--do_eval", "--eval_dataset_size", "0.3").data.eval_ratio == 0.3
-    for size, says in ((40, "some must be left"), (0, "must be between 0 and 1")):
-        with pytest.raises(UserError, match=says):
-            config_of("--dataset", file, "--do_train", "--do_eval", "--eval_dataset_size", size)
-    with pytest.raises(UserError, match="not known beforehand"):
-        config_of("--dataset", "a/b", "--do_train", "--do_eval", "--eval_dataset_size", "8")
+    with pytest.raises(UserError, match="must be between 0 and 1"):
+        config_of(*asked, 0)
+    hub = ("--dataset", "a/b", "--do_train", "--do_eval")
+    assert config_of(*hub, "--eval_dataset_size", "8", "--max_eval_samples", "5").data.eval_dataset_size == 8
+    assert config_of(*hub, "--bits", "4").data.eval_dataset_size == 1024  # qlora.py's own default
+    assert config_of(*hub, "--use_lora").data.eval_dataset_size == 0
 
 
 def test_variables_are_honoured(tmp_path):
@@ -725,6 +801,15 @@ def test_when_it_logs_evaluates_and_saves(run):
     assert [row["step"] for row in rows if "eval_loss" in row] == [10, 20]
     assert sorted(int(name) for name in os.listdir(run[1] / "checkpoints")) == [16, 20]  # of 8, 16, 20
     assert json.loads((run[1] / "config.json").read_text())["seed"] >= 0  # drawn and kept
+
+
+def test_what_a_run_leaves_has_ordinary_modes(run):
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for path in run[1].rglob("*") if path.is_file() and path.name != "run.lock"]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(0o666 & ~umask) for path in files
+    }
 
 
 def test_do_eval_alone_updates_nothing(run, tiny, tmp_path, capsys):

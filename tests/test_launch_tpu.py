@@ -41,10 +41,11 @@ status = lines[0]
 plan.write_text("\\n".join(lines[1:] or lines))
 print("step 1/2 loss 1.5", file=sys.stderr, flush=True)
 if status == "wait":
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # one that comes before the wait is not missed
     print("waiting", file=sys.stderr, flush=True)
-    signal.pause()
-    status = "interrupted"
+    signal.sigwait({signal.SIGTERM})
+    print(json.dumps({"status": "interrupted", "step": 2}))
+    sys.exit(143)
 if status.isdigit():
     print("tpu-tune: data.train is not there", file=sys.stderr)
     sys.exit(int(status))
@@ -253,7 +254,7 @@ def test_babysit_books_a_preempted_tpu_again_and_goes_on_from_the_bucket(world):
     assert trained[-1]["words"][-1] == "--config.output_dir=gs://b/tpu-tune"
     assert trained[-1]["given"]["WANDB_API_KEY"] == SECRET  # the new machine has the secrets too
     assert SECRET not in done.stdout + done.stderr + json.dumps(world.calls())
-    assert "the run has ended" in done.stdout
+    assert "the run has ended" in done.stdout and "still booked" not in done.stdout
 
 
 def test_babysit_starts_a_failed_job_again_and_not_for_ever(world):
@@ -282,6 +283,67 @@ def test_babysit_bears_with_google(world):
     assert done.returncode == 0, done.stderr
     assert len(world.calls("tpu-vm delete")) == 2 and len(world.trained()) == 2
     assert "does not answer" in done.stderr and "is REPAIRING" in done.stdout
+
+
+def test_who_leaves_a_tpu_booked_says_so_and_what_ends_the_bill(world):
+    again = "tpu-tune in zone-a is still booked, and is billed unless a grant covers it, until: bash launch/tpu.sh d"
+    for words in (["create"], ["babysit", "--bucket", "b", *TRAIN], ["stop"], ["start", "--bucket", "b", *TRAIN]):
+        done = world.tpu(*words, PROJECT_ID="p")
+        assert done.returncode == 0, done.stderr
+        assert again in done.stdout and "delete --name tpu-tune --zones zone-a --project p" in done.stdout, words
+    assert len(world.trained()) == 4  # babysit set up what was booked only
+    for words in (["logs"], ["create", "--dry-run"]):
+        assert "still booked" not in world.tpu(*words).stdout, words
+    world.rules({"match": "tpu-vm delete", "err": "ERROR: try again\n", "times": 1})
+    one_error(failed := world.tpu("delete"), "try again")
+    assert again in failed.stdout
+    assert "still booked" not in world.tpu("delete").stdout
+    world.tpu("create")
+    world.rules({"match": "tpu-vm describe.*zone-a", "out": "PREEMPTED\n"})  # costs nothing
+    assert "still booked" not in world.tpu("stop").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--config.data.train=/home/me/chats.jsonl"], "data.train=/home/me/chats.jsonl is a path of this machine"),
+        (["--config.data.train", "~/chats.jsonl"], "gcloud storage cp ~/chats.jsonl gs://b/, then"),
+        (["--config.data.train=chats.jsonl"], "chats.jsonl is not in the project"),
+        ([], "data.train=my_data.jsonl is not in the project"),  # what the config file says
+        (["--config.data.train=gs://b/a.jsonl", "--config.data.eval=eval.jsonl"], "data.eval=eval.jsonl is not in"),
+        pytest.param(
+            ["--config.data.train=.git"],
+            "is ignored by git, so it is not copied",
+            marks=pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout"),
+        ),
+        (["--config.data.train=a/b", "--config.model.path=/models/llama"], "model.path=/models/llama is a path of"),
+        (["--config=/home/me/c.py"], "--config /home/me/c.py is a path of this machine"),
+        (["--config", "mine.py"], "--config mine.py is not in the project"),
+    ],
+)
+def test_a_local_path_for_a_tpu_is_an_error_before_anything_is_booked(world, words, error):
+    (world.folder / "chats.jsonl").write_text("{}\n")
+    for command in (["babysit", "--dry-run"], ["start"]) if words == [] else (["babysit", "--dry-run"],):
+        done = world.tpu(*command, "--bucket", "b", "--", "--config", "configs/qlora.py", *words)
+        one_error(done, error)
+        assert "+ gcloud" not in done.stdout and not world.calls()
+
+
+@pytest.mark.parametrize("path", ["gs://b/rows.jsonl", "tatsu-lab/alpaca", "squad", "tests/goldens", "/mnt/d/x.csv"])
+def test_what_the_hosts_of_a_tpu_can_read_is_taken(world, path):
+    words = ["--config=configs/qlora.py", f"--config.data.train={path}"]
+    done = world.tpu("babysit", "--bucket", "b", "--dry-run", "--", *words)
+    assert done.returncode == 0 and f"--config.data.train={path}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("page", ["docs/trc.md", "docs/launch.md"])
+def test_the_pages_commands_pass_a_dry_run(world, page):
+    commands = re.findall(r"^bash launch/tpu\.sh (\w+(?:.*\\\n)*.*)$", (ROOT / page).read_text(), re.M)
+    assert commands
+    for command in commands:
+        words = [word for word in shlex.split(command.replace("\\\n", " ")) if word != "--dry-run"]
+        done = world.tpu(words[0], "--dry-run", *words[1:], BUCKET="my-bucket", TPU_NAME="mine", PROJECT_ID="p")
+        assert done.returncode == 0 and "+ gcloud compute tpus tpu-vm create mine" in done.stdout, done.stderr
 
 
 def test_dry_runs_call_nothing(world):

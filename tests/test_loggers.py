@@ -1,11 +1,13 @@
 """Sinks of metrics and the progress line."""
 
+import errno
 import io
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -34,6 +36,22 @@ def test_metrics_and_tensorboard(tmp_path):
     assert rows == [{"step": 3, "loss": 1.5, "learning_rate": 1e-4}, {"step": 3, "eval_loss": 2.5}]
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert all(name in events.read_bytes() for name in (b"train/loss", b"train/learning_rate", b"eval/loss"))
+
+
+def test_a_full_disk_ends_tensorboard_with_a_line(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    said, threads = [], threading.active_count()
+    sinks = loggers.open_sinks(["tensorboard"], RunDirectory(str(tmp_path)), warn=said.append)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for step in range(1, 30):  # more than a queue would hold
+        loggers.log(sinks, {"step": step, "loss": 1.0})
+    loggers.close(sinks)
+    assert said == ["tensorboard stopped working ([Errno 28] No space left on device); training goes on without it"]
+    assert threading.active_count() == threads and len(RunDirectory(str(tmp_path)).metrics()) == 29
 
 
 def test_tensorboard_itself_reads_what_is_written_and_forgets_what_a_resumed_run_writes_again(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -61,8 +62,14 @@ def trials(tiny):
 
 
 @pytest.fixture(scope="module")
-def found(trials):
-    return finding.find_with(trials, finding.FinderOptions(steps=30))
+def said():
+    """The lines of `found`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(trials, said):
+    return finding.find_with(trials, finding.FinderOptions(steps=30), said.append)
 
 
 def rows_of(trials, rate, every=10):
@@ -91,7 +98,7 @@ def test_a_quadratic_suggestion_is_near_the_best_of_a_sweep():
     best = min((loss, rate) for rate, loss in sweep.items() if math.isfinite(loss))[1]
     assert best / 10 < suggestion.rate < best * 10
     assert suggestion.low <= suggestion.rate <= suggestion.high
-    for factor, verdict in ((1e3, "too fast"), (1, None), (1e-3, "too slow")):
+    for factor, verdict in ((1e3, "too high"), (1, None), (1e-3, "too low")):
         run = np.full(12, suggestion.rate * factor)
         hint = rate_hint(range(12), list(descend(run, noise=0.005)), run)
         assert (hint and hint.verdict) == verdict
@@ -173,7 +180,7 @@ def test_good_runs_get_no_hint(count, noise):
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.05, 0.15, 0.4])
-def test_runs_that_explode_climb_or_swing_are_too_fast(noise):
+def test_runs_that_explode_climb_or_swing_are_too_high(noise):
     random, rates = np.random.RandomState(1), np.full(60, 1e-2)
     wild = np.exp(noise * random.randn(60))
     exploded = np.concatenate([[2.5], np.full(59, 11.0)]) * wild
@@ -181,9 +188,9 @@ def test_runs_that_explode_climb_or_swing_are_too_fast(noise):
     swinging = np.concatenate([np.full(20, 2.5), 2.5 + 1.5 * (-1) ** np.arange(40)]) * np.exp(0.02 * random.randn(60))
     lost = np.where(np.arange(60) > 50, np.nan, 2.0)
     for losses in (exploded, climbed, swinging, lost)[2 * (noise > 0.2) :]:  # nobody could tell the first two
-        assert rate_hint(range(60), losses, rates).verdict == "too fast"
+        assert rate_hint(range(60), losses, rates).verdict == "too high"
     for losses in (exploded, climbed):
-        assert str(rate_hint(range(60), losses, rates)).count("too slow") == 0
+        assert str(rate_hint(range(60), losses, rates)).count("too low") == 0
 
 
 REAL = json.loads((pathlib.Path(__file__).parent / "goldens" / "learning_rates.json").read_text())
@@ -198,14 +205,14 @@ def test_real_runs_of_smollm2(rate):
     assert said == ({verdict} if verdict else set())
 
 
-def test_a_flat_run_is_too_slow_where_noise_lets_it_be_seen():
+def test_a_flat_run_is_too_low_where_noise_lets_it_be_seen():
     def flat(noise, count):
         return 2.5 * np.exp(noise * np.random.RandomState(5).randn(count))
 
-    assert rate_hint(range(60), flat(0.01, 60), np.full(60, 1e-7)).verdict == "too slow"
+    assert rate_hint(range(60), flat(0.01, 60), np.full(60, 1e-7)).verdict == "too low"
     assert rate_hint(range(60), flat(0.4, 60), np.full(60, 1e-7)) is None  # nobody could tell
     hint = rate_hint(range(60), flat(0.4, 60), np.full(60, 1e-7), [18, 36, 54], [2.756, 2.7558, 2.7555])
-    assert hint.verdict == "too slow" and "2.7560 at step 18, 2.7555 at step 54" in str(hint)
+    assert hint.verdict == "too low" and "2.7560 at step 18, 2.7555 at step 54" in str(hint)
     good = falling(60, 0.05, 0)
     assert rate_hint(range(60), good, np.full(60, 1e-3), [40, 50, 60], [1.71, 1.709, 1.708]) is None
 
@@ -223,9 +230,9 @@ def test_a_hint_is_said_once_from_metrics_rows():
     lost = [{"step": 21, "loss": None, "learning_rate": 1e-8}, {"step": 22, "loss": None, "learning_rate": None}]
     said = [tell(all_rows) for all_rows in ([*rows, {"step": 20, "eval_loss": None}], rows, [*rows, *lost])]
     assert [line.partition(":")[2].partition(":")[0] for line in said] == [
-        " the learning rate looks too slow",
+        " the learning rate looks too low",
         "",
-        " the learning rate looks too fast",
+        " the learning rate looks too high",
     ]
 
 
@@ -237,8 +244,23 @@ def test_a_tiny_models_suggestion_against_a_sweep_and_its_hints(trials, found):
     assert 0.1 <= min(last, key=last.get) <= 10
     assert last[1] < 1.15 * min(last.values())
     assert hint_of(ends[1]) is None
-    assert hint_of(ends[1e3]).verdict == "too fast"
+    assert hint_of(ends[1e3]).verdict == "too high"
     assert not os.path.exists(trials.session.config.output_dir)
+
+
+def test_it_says_beforehand_what_it_does_and_how_long_that_takes(found, said):
+    assert said[0].startswith("a range test of 30 updates, then 3 runs of 15 updates, each run from the same start")
+    assert re.match(r"this takes about \d\w* \(estimated from 4 forward passes", said[1])
+    assert [line.partition(":")[0] for line in said[2:4]] == ["range test", "range test"]
+
+
+def test_the_reason_derives_the_rate(found):
+    reason, rates = found.suggestion.reason, sorted(run.learning_rate for run in found.runs)
+    tested = suggest(found.test).rate
+    assert f"{tested:.1e}, which the range test takes. Around it, of {len(rates)} runs of 15 updates" in reason
+    assert re.search(rf"the one at {found.suggestion.rate:.1e} ends with(in 1% of)? the lowest eval loss", reason)
+    assert all(f"{run.learning_rate:.1e}: {run.score:.4g}" in reason for run in found.runs)
+    assert rates[0] <= tested <= rates[-1]
 
 
 def test_every_trial_begins_alike_and_follows_the_schedule(trials, tiny):
@@ -272,9 +294,13 @@ def test_the_picture_has_the_regions(found, tmp_path):
         ends = {name: (patch.get_x(), patch.get_x() + patch.get_width()) for name, patch in shaded.items()}
         assert ends == {
             name: pytest.approx(pair)
-            for name, pair in {"too slow": (left, low), "good": (low, high), "too fast": (high, right)}.items()
+            for name, pair in {"too low": (left, low), "good": (low, high), "too high": (high, right)}.items()
         }
-        assert {text.get_text() for text in axes.texts} == {"too slow", "good", "too fast"}
+        assert {text.get_text() for text in axes.texts} == {"too low", "good", "too high"}
+        legend = axes.get_legend()
+        assert {text.get_text() for text in legend.get_texts()} >= {"suggested"}
+        figure.draw_without_rendering()
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())  # it hides nothing
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

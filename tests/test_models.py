@@ -253,21 +253,26 @@ def test_a_packed_row_is_its_documents(case, ours):
 
 @pytest.mark.parametrize("case", [*tiny_models.FAMILY_CASES, "t5_gated"])
 def test_generation_with_a_cache_equals_recomputing(case, ours):
-    """Prompts of different lengths, shorter and longer than the windows; greedy, each step from scratch."""
+    """Prompts of different lengths, shorter and longer than the windows; greedy: each token is the recomputed best."""
     arch, params, _ = ours(case)
     prompts = [[int(token) for token in tiny_models.input_ids(case, 1, length)[0]] for length in (3, 11, 7)]
     answers = generate_ids(arch, params, prompts, Sampling(max_new_tokens=9), [], jnp.float32)
-    for prompt, answer in zip(prompts, answers, strict=True):
+    starts, encoder = prompts, None
+    if arch.encoder:
+        starts = [[arch.start_token]] * len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        encoder = padded(prompts), np.arange(TEXT)[None] < lengths[:, None]
+    # Causal: a token's scores are those of the text up to it, whatever stands behind.
+    rows = tiny_models.logits(arch, params, padded(map(list.__add__, starts, answers)), encoder)
+    for start, answer, row in zip(starts, answers, rows, strict=True):
         assert len(answer) == 9
-        text, encoder = list(prompt), None
-        if arch.encoder:
-            text = [arch.start_token]
-            encoder = np.array([prompt + [0] * (TEXT - len(prompt))]), np.arange(TEXT)[None] < len(prompt)
-        for token in answer:
-            padded = np.array([text + [0] * (TEXT - len(text))])  # causal: what stands behind is not seen
-            row = tiny_models.logits(arch, params, padded, encoder)[0, len(text) - 1]
-            assert row[token] >= row.max() - 1e-4 * np.abs(row).max()
-            text.append(token)
+        for token, scores in zip(answer, row[len(start) - 1 :], strict=False):
+            assert scores[token] >= scores.max() - 1e-4 * np.abs(scores).max()
+
+
+def padded(rows):
+    """Return (rows, TEXT) token ids, zeros behind each row."""
+    return np.array([[*row, *[0] * (TEXT - len(row))] for row in rows])
 
 
 TEXT = 24

@@ -95,7 +95,13 @@ def test_the_project_is_found_where_source_says(kind, tmp_path, monkeypatch):
         assert (names["PROJECT"] / "launch" / "notebook_install.py").is_file()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "colab_gpu_qlora" else [])
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs_from_top_to_bottom(path, smollm2_gguf, chatterbot_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

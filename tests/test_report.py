@@ -109,6 +109,7 @@ def test_it_holds_all_that_was_promised(report):
         "token accuracy",
         "gradient norm",
         "tokens a second, median",
+        "smoothed over 19 points",
     ):
         assert text in report, text
     assert report.count('<svg class="chart"') == 6
@@ -185,7 +186,7 @@ def test_hovering_shows_the_values_in_a_browser(chromium, report, directory, tmp
     dom = dumped(chromium, report.replace("</body>", probe), tmp_path)
     said = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', dom, re.S)[1]))
     losses = pd.Series([row["loss"] for row in read_run(directory).metrics if "loss" in row])
-    smoothed = losses.ewm(alpha=0.1, adjust=True).mean()
+    smoothed = losses.rolling(5, center=True).median().rolling(19, center=True).mean()
 
     def words(value):
         return str(float(f"{float(f'{value:.6g}'):.5g}"))  # six digits are in the page, five are shown

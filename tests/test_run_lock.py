@@ -17,10 +17,10 @@ import helpers_training as helpers
 import pytest
 
 import tpu_tune
-from tpu_tune import UserError
+from tpu_tune import UserError, ctrl_c
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_directory import RunDirectory
-from tpu_tune.training import run_lock
+from tpu_tune.training import run_lock, run_start
 
 ROOT = pathlib.Path(__file__).parents[1]
 HOLD = """
@@ -202,6 +202,16 @@ def test_a_start_that_fails_before_its_first_step_takes_back_what_it_wrote(tiny,
     assert not (tmp_path / "out").exists()
     assert tpu_tune.train(settings(tiny, tmp_path, lora__rank=2)).status == "finished"
     assert not (tmp_path / "out" / run_lock.NAME).exists()
+
+
+def test_a_second_ctrl_c_before_the_first_step_takes_back_what_was_written(tmp_path):
+    run = RunDirectory(str(tmp_path / "run"))
+    config = helpers.make_config(output_dir=run.path)
+    with run_start.begin(run, config, print, lambda what, act: act()):
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", run_lock.NAME]
+        ctrl_c._say_farewell()  # as `ctrl_c.leave` does it in a thread
+        assert not (tmp_path / "run").exists()
+    assert ctrl_c._farewells == []
 
 
 def test_what_was_in_the_directory_stays(tiny, tmp_path, monkeypatch):

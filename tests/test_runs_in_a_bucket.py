@@ -12,7 +12,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-from helpers_training import make_config, write_rows, write_tiny_llama
+from helpers_training import make_config, write_rows, write_stopped_run, write_tiny_llama
 
 import tpu_tune
 from tpu_tune.checkpoints import huggingface_write, peft, storage
@@ -70,6 +70,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     write_rows(home / "rows.jsonl", 8)
     for method in ("lora", "full"):
         write_run(home / method, home / "base", home / "rows.jsonl", method)
+        config = RunDirectory(home / method).config()
+        config.output_dir, config.mesh.fsdp = str(home / f"stopped-{method}"), 1
+        write_stopped_run(config, {4: 2.0, 8: 2.5})
     return home
 
 
@@ -111,8 +114,20 @@ def files(directory: pathlib.Path) -> dict[str, bytes]:
 def test_export_of_an_adapter(capsys, bucket, home, tmp_path):
     told(capsys, "export", f"{bucket}/lora", "--output", tmp_path / "adapter")
     assert files(tmp_path / "adapter") == files(home / "lora" / "adapter")
-    text = told(capsys, "export", f"{bucket}/full", "--output", tmp_path / "x", status=1)
-    assert f"trained every weight, so it has no adapter; its model is {bucket}/full/model" in text
+    told(capsys, "export", f"{bucket}/full", "--output", tmp_path / "model")  # which has no adapter
+    assert files(tmp_path / "model") == files(home / "full" / "model")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_stopped_run(capsys, bucket, home, tmp_path, method):
+    for name, place in (("a", home), ("b", bucket)):
+        (tmp_path / name).mkdir()
+        told(capsys, "export", f"{place}/stopped-{method}", "--output", tmp_path / name / "last")
+        told(capsys, "export", f"{place}/stopped-{method}", "--step", "4", "--output", tmp_path / name / "4")
+    mine, theirs = files(tmp_path / "b"), files(tmp_path / "a")
+    assert mine == theirs and len(set(mine.values())) < len(mine)
+    near, far = (tpu_tune.load(f"{place}/stopped-{method}", step="best") for place in (home, bucket))
+    np.testing.assert_array_equal(near(IDS), far(IDS))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -191,7 +206,7 @@ def test_curves_of_runs(capsys, bucket, home, tmp_path):
     near, far = (told(capsys, "curves", f"{place}/lora", f"{place}/full") for place in (home, bucket))
     for place, runs in ((home, near["runs"]), (bucket, far["runs"])):
         assert [run.pop("run") for run in runs] == [f"{place}/lora", f"{place}/full"]
-    assert near == far
+    assert json.loads(json.dumps(near).replace(str(home), bucket)) == far
     told(capsys, "curves", f"{bucket}/lora", "--output", tmp_path / "c.png", "--html", f"{bucket}/report.html")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert b"<html" in storage.read_bytes(f"{bucket}/report.html")

@@ -89,8 +89,16 @@ def test_warmup_length():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="did you mean 'cosine'"):
         make_schedule("cosin", 1e-4, 10)
-    with pytest.raises(UserError, match="follows the metrics"):
-        make_schedule("reduce_lr_on_plateau", 1e-4, 10)
+    with pytest.raises(UserError, match="'greedy' is not supported"):
+        make_schedule("greedy", 1e-4, 10)
+    for kwargs, says in (
+        ({"pace": 1}, "'pace' is not a setting of 'reduce_lr_on_plateau'"),
+        ({"mode": "max"}, "mode is 'max'; it must be min"),
+        ({"factor": 1.5}, "factor is 1.5; it must be below 1"),
+        ({"patience": "two"}, "patience is 'two'; it must be a number"),
+    ):
+        with pytest.raises(UserError, match=says):
+            make_schedule("reduce_lr_on_plateau", 1e-4, 10, **kwargs)
     with pytest.raises(UserError, match="'cycles' is not a setting of 'cosine' .*num_cycles"):
         make_schedule("cosine", 1e-4, 10, cycles=2)
     with pytest.raises(UserError, match="min_lr"):

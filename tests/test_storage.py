@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -17,9 +18,11 @@ from typing import Any
 import fake_gcs
 import fsspec
 import helpers_training as helpers
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from safetensors.numpy import save_file
 
 from tpu_tune import UserError
 from tpu_tune.checkpoints import storage
@@ -47,6 +50,18 @@ def memory() -> Iterator[Any]:
 def place(request: pytest.FixtureRequest, memory: Any, tmp_path: pathlib.Path) -> str:
     """A directory of either kind: what holds for one has to hold for the other."""
     return "memory://bucket" if request.param == "memory" else str(tmp_path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_files_of_a_result_are_as_readable_as_the_umask_has_it(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with storage.whole_directory(str(tmp_path / "model")) as aside:
+            save_file({"weight": np.zeros(3, np.float32)}, os.path.join(aside, "model.safetensors"))  # 0600 by itself
+            pathlib.Path(aside, "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {mode}
 
 
 def test_what_is_remote():
@@ -201,6 +216,60 @@ def test_a_file_that_is_written_in_pieces_appears_whole(place):
     assert storage.read_bytes(file) == b"new" and storage.list_names(place) == ["a.txt"]
 
 
+def test_a_kill_while_a_result_is_replaced_leaves_one_that_is_whole(tmp_path, monkeypatch):
+    target, moved = tmp_path / "adapter", os.replace
+
+    def write(text: str) -> None:
+        with storage.whole_directory(str(target)) as aside:
+            for name in "abc":
+                pathlib.Path(aside, name).write_text(text)
+
+    def killed(source: str, goal: str) -> None:
+        if os.fspath(goal) == str(target):
+            raise KeyboardInterrupt
+        moved(source, goal)
+
+    write("first")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # between the two renames
+        patch.setattr(os, "replace", killed)
+        patch.setattr(storage, "_clear", lambda *_: None)  # a kill cleans nothing up
+        write("second")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".adapter.before", ".adapter.tmp"]
+    with pytest.raises(ZeroDivisionError), storage.whole_directory(str(target)):
+        1 / 0  # noqa: B018
+    assert {path.name: path.read_text() for path in target.iterdir()} == dict.fromkeys("abc", "first")
+    write("third")
+    assert {path.name: path.read_text() for path in target.iterdir()} == dict.fromkeys("abc", "third")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_nothing_of_an_old_result_is_removed_before_the_new_one_is_there(tmp_path, monkeypatch):
+    target, remove = tmp_path / "model", storage.shutil.rmtree
+    seen = []
+
+    def watched(path: str, **options: Any) -> None:
+        if os.path.isdir(path):
+            seen.append((os.path.basename(path), (target / "a").read_text()))
+        remove(path, **options)
+
+    for text in ("old", "new"):
+        with storage.whole_directory(str(target)) as aside:
+            pathlib.Path(aside, "a").write_text(text)
+            monkeypatch.setattr(storage.shutil, "rmtree", watched)
+    assert seen == [(".model.before", "new")]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """Writing to an open file raises an error without a name."""
+    file = tmp_path / "a.txt"
+    with pytest.raises(OSError) as error, storage.whole_file(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert (error.value.filename, error.value.strerror) == (str(file), "No space left on device")
+    with pytest.raises(OSError) as error, storage.whole_file(file):
+        raise OSError(errno.ECONNRESET, "of what was read meanwhile")
+    assert error.value.filename is None
+
+
 def test_a_local_copy_of_what_lies_in_a_bucket(memory, place):
     for name in ("adapter/config.json", "adapter/deep/weights"):
         if not storage.is_remote(place):
@@ -245,7 +314,7 @@ def test_a_bucket_that_does_not_answer_is_one_line(memory, monkeypatch):
         run.saved_steps,
         run.metrics,
         run.config,
-        lambda: run.finished_result("lora"),
+        lambda: run.has_result("lora"),
         lambda: read_run(run.path),
     ):
         with pytest.raises(UserError, match="^memory://bucket/run.* cannot be read: .*503 backend error$"):

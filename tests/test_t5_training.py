@@ -192,7 +192,7 @@ def finished(run: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_run_resumes_learns_and_is_finished(finished, capsys):
     text = finished["first"].stdout
-    assert "data: 64 rows of 64 + 64 tokens, 11 for evaluation\n" in text
+    assert "data: 64 rows of 64 + 64 tokens, 11 rows for evaluation\n" in text
     assert "4 steps an epoch, 4 steps in 1 epoch; mini-batch" in text
     rows = helpers.metric_rows(finished["out"])
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))

@@ -343,6 +343,13 @@ FAMILY_CASES = [
 ]  # fmt: skip
 
 
+def mostly_slow(cases, often):
+    """Return pytest parameters: `often` run always, the other cases with `-m slow`."""
+    import pytest
+
+    return [case if case in often else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 def input_ids(case="", rows=2, length=TOKENS):
     """Return (rows, length) token ids that depend on the case's name alone."""
     return np.random.default_rng(zlib.crc32(case.encode())).integers(3, _SIZES["vocab_size"], (rows, length))

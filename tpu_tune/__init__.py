@@ -1,7 +1,7 @@
 """tpu_tune: fine-tune an open language model with JAX on a TPU, a GPU or a CPU, with the same code.
 
 run = tpu_tune.train(tpu_tune.config.from_file("configs/quickstart.py"))
-model = tpu_tune.load("HuggingFaceTB/SmolLM2-135M-Instruct", adapter=run.output_dir + "/adapter")
+model = tpu_tune.load(run.output_dir)
 model.generate(["What is AI?"])
 """
 
@@ -30,11 +30,26 @@ def __getattr__(name: str) -> Any:
     return importlib.import_module("tpu_tune.config")
 
 
-def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Model:
-    """Load a model: see `tpu_tune.inference.load`."""
+def load(
+    path: str,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    adapter: str | None = None,
+    step: int | str | None = None,
+) -> Model:
+    """Load a model, or what a run has trained: see `tpu_tune.inference.load`.
+
+    Args:
+      path: run directory, Hugging Face id, model directory or .gguf file, local or gs://.
+      dtype: of activations and plain weights: float32, bfloat16 or float16.
+      quantize: none, int8, int4 or nf4; by default as the run stored its base, none of a model.
+      adapter: a PEFT adapter directory, or a run that has trained one; of a run, in place of its own.
+      step: a checkpoint of the run: its step, "last" or "best"; by default what the run ended with, or, where it has
+        not ended, its last checkpoint (the best under `train.load_best_model_at_end`).
+    """
     from tpu_tune.inference import load as load_model
 
-    return load_model(path, dtype, quantize, adapter)
+    return load_model(path, dtype, quantize, adapter, step=step)
 
 
 def plan(config: ConfigDict | Mapping[str, Any], device: str) -> dict[str, Any]:

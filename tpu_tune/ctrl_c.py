@@ -6,19 +6,27 @@ again, by a timer, until the program has ended or is cleaning up. It is not rais
 loaded, which may crash of it: that comes to its end first. The program's own imports, with nothing to clean up yet, end
 at once. A second Ctrl-C ends the process without raising anything. Training has a handler of its own while it makes
 steps: `tpu_tune.training.interrupt`.
+
+Python runs a handler in the main thread between two of its instructions, so never while that thread compiles a step,
+which may take minutes. A thread therefore watches the file that Python's own C handler writes to: it says what is
+waited for, and ends the process at a second Ctrl-C.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 STATUS = 130  # of a program that Ctrl-C has ended
 _FIRST, _EVERY = 0.05, 0.25  # seconds until an exception that was dropped is raised again
+_PATIENCE = 1.0  # seconds until a Ctrl-C that no handler has heard of is answered all the same
+_FAREWELL = 3.0  # seconds that `before_leaving` may take
 
 
 class _Program:
@@ -29,6 +37,9 @@ class _Program:
         self.came = False
         self.ended = False
         self.status = STATUS
+        self.heard = threading.Event()  # a handler has run
+        self._wakeup = -1
+        self._wakeup_before = -1
         self._hook = sys.unraisablehook
         self._before: dict[int, Any] = {}
 
@@ -37,17 +48,42 @@ class _Program:
         for number, handler in ((signal.SIGINT, self._interrupt), (signal.SIGALRM, self._again)):
             self._before[number] = signal.signal(number, handler)
         sys.unraisablehook = self._report
+        reader, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True, name="ctrl-c").start()
+
+    def _watch(self, reader: int) -> None:
+        """Answer the Ctrl-C that the main thread cannot hear, until the program has ended."""
+        count = 0
+        while number := os.read(reader, 1):
+            if number[0] != signal.SIGINT or self.ended:
+                continue
+            count += 1
+            if count > 1:
+                leave()
+            threading.Thread(target=self._answer, daemon=True).start()
+        os.close(reader)
+
+    def _answer(self) -> None:
+        if not self.heard.wait(_PATIENCE) and not self.ended:
+            what = "interrupted: it ends after what is being compiled or loaded; Ctrl-C again ends it at once"
+            os.write(2, f"\ntpu-tune: {what}\n".encode())
 
     def end(self, restore: bool) -> None:
         """Raise nothing from here on; put the handlers back that were there, if there is anything after this."""
         self.ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._wakeup >= 0:  # else it was interrupted before it was there
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._wakeup)  # which ends the thread that reads its other end
         if restore:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
             sys.unraisablehook = self._hook
 
     def _interrupt(self, number: int, frame: Any) -> None:
+        self.heard.set()
         if self.loading:
             leave("interrupted")
         if self.ended:
@@ -68,6 +104,17 @@ class _Program:
 
 
 _program: _Program | None = None
+_leaving = threading.Lock()
+_farewells: list[Callable[[], Any]] = []
+
+
+def _forget() -> None:
+    """Stop telling the program of signals: those of a forked worker are not its own."""
+    if _program is not None and threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def run(load: Callable[[], Callable[[], int]], restore: bool) -> int:
@@ -120,8 +167,35 @@ def leave(why: str = "interrupted twice, ending at once") -> NoReturn:
     """
     if _program is None:
         raise KeyboardInterrupt
+    if not _leaving.acquire(blocking=False):
+        time.sleep(2 * _FAREWELL)  # the other thread is leaving
+    last = threading.Thread(target=_say_farewell, daemon=True)
+    last.start()
+    last.join(_FAREWELL)
     os.write(2, f"tpu-tune: {why}\n".encode())
     os._exit(STATUS)
+
+
+def heard() -> None:
+    """Tell that a handler of one's own has heard of a Ctrl-C."""
+    if _program is not None:
+        _program.heard.set()
+
+
+@contextlib.contextmanager
+def before_leaving(act: Callable[[], Any]) -> Iterator[None]:
+    """Call `act` where the block is ended by a second Ctrl-C, from whichever thread; what it raises is dropped."""
+    _farewells.append(act)
+    try:
+        yield
+    finally:
+        _farewells.remove(act)
+
+
+def _say_farewell() -> None:
+    for act in reversed(_farewells):
+        with contextlib.suppress(Exception):
+            act()
 
 
 def _is_handled() -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from compile_skips import needs_cuda, needs_libtpu
-from test_compiled_families import CASES, job, wide
+from test_compiled_families import COMPILED, job, wide
 
 from tpu_tune.models import architecture
 
@@ -72,7 +72,7 @@ def gathered_matrices(found, case, tensor=1):
 
 @needs_libtpu
 @pytest.mark.parametrize("device", ["v3-8"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COMPILED)
 def test_every_family_compiles_for_eight_devices_of_a_v3(case, device, compiled):
     found = compiled(device)[case]
     assert found["devices"] == 8
@@ -84,7 +84,7 @@ def test_every_family_compiles_for_eight_devices_of_a_v3(case, device, compiled)
 
 @needs_cuda
 @pytest.mark.parametrize("device", ["h100"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COMPILED)
 def test_every_family_compiles_for_an_h100(case, device, compiled):
     found = compiled(device)[case]
     assert found["devices"] == 1

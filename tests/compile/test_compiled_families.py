@@ -10,11 +10,12 @@ import math
 
 import pytest
 from compile_skips import needs_libtpu
-from tiny_models import CONFIGS, FAMILY_CASES
+from tiny_models import CONFIGS, FAMILY_CASES, mostly_slow
 
 from tpu_tune.models import FAMILIES, architecture
 
 CASES = [*FAMILY_CASES, "opt"]
+COMPILED = mostly_slow(CASES, ("llama2", "neox_parallel", "gemma3", "t5"))
 LAYERS = 401  # a prime: no pattern repeats evenly, and nothing but a stack has a multiple of it elements
 TOKENS, ENCODER_TOKENS, RANK = 192, 320, 8
 WIDTH, INNER, HEAD, VOCABULARY = 512, 1280, 128, 4096
@@ -80,7 +81,7 @@ def compiled(compile_steps, request):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COMPILED)
 def test_no_dequantized_weight_outlives_its_layer(case, compiled) -> None:
     check(case, compiled[case])
 

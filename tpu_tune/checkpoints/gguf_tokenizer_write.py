@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from tpu_tune.checkpoints.ends import closing_ids
 from tpu_tune.checkpoints.gguf_tokenizer import (
     BYTE,
     CONTROL,
@@ -57,6 +58,7 @@ def tokenizer_metadata(tokenizer: Any, rows: int, architecture: str) -> dict[str
         raise UserError(f"GGUF needs the tokenizer as a tokenizer.json, and this is a {type(tokenizer).__name__}")
     content = json.loads(backend.to_str())
     metadata = _model(backend, content, rows) | _special(tokenizer)
+    metadata |= end_of_turn(tokenizer, metadata)
     rebuilt = build_tokenizer("the tokenizer", metadata | {"general.architecture": architecture})
     for text in _PROBE:
         if rebuilt.backend_tokenizer.encode(text, add_special_tokens=False).ids != (
@@ -196,6 +198,21 @@ def _special(tokenizer: Any) -> dict[str, Any]:
     metadata["tokenizer.ggml.add_bos_token"] = before == [tokenizer.bos_token_id]
     metadata["tokenizer.ggml.add_eos_token"] = behind == [tokenizer.eos_token_id]
     return metadata | template_metadata(tokenizer.chat_template)
+
+
+def end_of_turn(tokenizer: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of the token that closes an answer in the chat template, where none names it as an end.
+
+    llama.cpp ends an answer there too (llama-vocab.cpp, `special_eog_ids`); by itself it knows some such tokens by
+    their texts.
+
+    Args:
+      tokenizer: a tokenizer with the chat template.
+      metadata: the rest of the metadata.
+    """
+    named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    missing = sorted(closing_ids(tokenizer) - named)
+    return {"tokenizer.ggml.eot_token_id": missing[0]} if missing else {}
 
 
 def template_metadata(template: str | Mapping[str, str] | None) -> dict[str, Any]:

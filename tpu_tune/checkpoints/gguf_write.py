@@ -21,7 +21,13 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
-from tpu_tune.checkpoints.gguf_tokenizer_write import TEMPLATE, fit_to_rows, template_metadata, tokenizer_metadata
+from tpu_tune.checkpoints.gguf_tokenizer_write import (
+    TEMPLATE,
+    end_of_turn,
+    fit_to_rows,
+    template_metadata,
+    tokenizer_metadata,
+)
 from tpu_tune.checkpoints.huggingface_write import untied_config
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
@@ -42,6 +48,13 @@ def check_family(config: dict[str, Any]) -> None:
     gguf_metadata(config)
 
 
+# Model types that llama.cpp opens only with a head in the file (a T5: scales only so): embedding, head.
+_HEADS = {
+    "t5": ("shared.weight", "lm_head.weight"),
+    "gpt_neox": ("gpt_neox.embed_in.weight", "embed_out.weight"),
+}
+
+
 def write_gguf(
     path: str, tensors: Iterable[tuple[str, np.ndarray]], source: WeightSource, kind: str = "f16", untied: bool = False
 ) -> None:
@@ -49,8 +62,8 @@ def write_gguf(
 
     Args:
       path: file to write; an existing one is replaced when the new one is complete.
-      tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out (a
-        T5's is written all the same, with the scaling that llama.cpp does not do).
+      tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out
+        (not a T5's, with the scaling that llama.cpp does not do, nor a GPT-NeoX's, which it does not tie).
       source: the model's origin; configuration and tokenizer are taken from it.
       kind: number format of the matrices: f16, bf16 or q8_0 (matrices whose rows are no multiple of 32 become F16).
         Vectors, norms and learned positions are float32, as in llama.cpp.
@@ -102,7 +115,7 @@ def as_llama_cpp_has_it(
     """Return the tensors, those changed that llama.cpp stores as another family's or not in one piece."""
     if config["model_type"] == "granitemoehybrid":
         return _as_granite(tensors)
-    return _with_t5_head(tensors, config) if config["model_type"] == "t5" else tensors
+    return _with_head(tensors, config)
 
 
 def _as_granite(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -117,21 +130,19 @@ def _as_granite(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str
             yield (f"{layer}.mlp.down_proj.weight" if part else name), array
 
 
-def _with_t5_head(
-    tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors, with a T5's head as llama.cpp needs it: it never scales the states before the head."""
-    scale = np.float32(architecture_of(config).head_scale)
-    head = None
+def _with_head(tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors, with a head also where it is tied if llama.cpp needs one; it never scales a T5's states."""
+    embedding, head = _HEADS.get(config["model_type"], ("", ""))
+    found = None
     for name, array in tensors:
-        if name == "shared.weight" and head is None:
-            head = array
-        if name == "lm_head.weight":
-            head = array
-        else:
-            yield name, array
-    if head is not None:
-        yield "lm_head.weight", head * scale
+        if name == head:
+            found = array
+            continue
+        if name == embedding and found is None:
+            found = array
+        yield name, array
+    if found is not None:
+        yield head, found * np.float32(architecture_of(config).head_scale)
 
 
 def _to_gguf(
@@ -201,6 +212,8 @@ def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, 
         if source.chat_template:
             kept = {key: value for key, value in kept.items() if not key.startswith(TEMPLATE)}
             kept |= template_metadata(source.chat_template)
+        if TEMPLATE in kept:
+            kept |= end_of_turn(source.load_tokenizer(), kept)
         return fit_to_rows(kept, rows)
     return tokenizer_metadata(source.load_tokenizer(), rows, architecture)
 

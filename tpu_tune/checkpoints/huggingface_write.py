@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tpu_tune.checkpoints import chat_template, storage
+from tpu_tune.checkpoints.ends import write_closing_end
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import dense
@@ -64,6 +65,7 @@ def write_model(
         _write_shards(aside, tensors, shard_bytes)
         write_config(aside, source, name, untied)
         write_tokenizer(aside, source)
+        write_closing_end(aside, source)
 
 
 def tensors_with_head(

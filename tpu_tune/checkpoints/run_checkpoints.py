@@ -6,6 +6,8 @@ the loop remembers; never a frozen leaf, only the fingerprint of the base they b
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import re
@@ -14,9 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
 
+from tpu_tune import config as configuration
 from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -163,6 +169,46 @@ class RunCheckpoints:
             raise UserError(
                 f"{self._directory}: checkpoint {step} could not be written ({_reason(error)}); {last}"
             ) from error
+
+
+def base_fingerprint(source: WeightSource, config: ConfigDict) -> str:
+    """Return a hash of the base weights and of how a run stores them, which a checkpoint's leaves belong to."""
+    stored = [source.fingerprint, configuration.to_dict(config.quantize), config.model.param_dtype]
+    return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
+
+
+def read_trainable(directory: str, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read the trained leaves of a checkpoint, without the optimizer's, onto this machine, whatever mesh wrote them.
+
+    Args:
+      directory: the run's `checkpoints` directory.
+      step: the checkpoint's step.
+
+    Returns:
+      The leaves by path (float32, stacked layers leading), and what the loop remembered, `base_fingerprint` among it.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = os.path.join(storage.absolute(directory), str(step))
+    quiet = logging.getLogger("absl")
+    quiet.addFilter(_not_from_orbax)  # it warns of metadata that belongs to the directory above
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            held = reader.metadata(os.path.join(path, "state")).item_metadata.tree["trainable"]
+            leaves = ocp.args.PyTreeRestore(
+                item={"trainable": dict.fromkeys(held, 0)},
+                restore_args={"trainable": dict.fromkeys(held, ocp.RestoreArgs(restore_type=np.ndarray))},
+                partial_restore=True,
+            )
+            trainable = reader.restore(os.path.join(path, "state"), args=leaves)["trainable"]
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            memory = reader.restore(os.path.join(path, "memory"))
+    except Exception as error:  # whatever is broken about it
+        raise UserError(f"{path} cannot be read ({_reason(error)}); another checkpoint may be whole") from error
+    finally:
+        quiet.removeFilter(_not_from_orbax)
+    return trainable, memory
 
 
 def _reason(error: BaseException) -> str:

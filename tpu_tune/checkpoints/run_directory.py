@@ -122,21 +122,18 @@ class RunDirectory:
         """The path of what training ends with: `adapter` where `method` is lora, else `model`."""
         return self.file("adapter" if method == "lora" else "model")
 
-    def finished_result(self, method: str) -> str:
-        """Return `result`, which must be complete.
+    def has_result(self, method: str) -> bool:
+        """Whether `result` is complete, and the run has not gone on since it was written.
 
         Raises:
-          UserError: it is not there yet.
+          UserError: the bucket does not answer.
         """
         result = self.result(method)
         with one_line_error(result):
-            is_complete = storage.is_complete(result)
-        if not is_complete:
-            raise UserError(
-                f"{self.path} has no {os.path.basename(result)}/ yet; let the training finish first "
-                "(the same train command goes on)"
-            )
-        return result
+            if not storage.is_complete(result):
+                return False
+        ended_at = self.summary().get("result_step")
+        return ended_at is None or ended_at >= max(self.saved_steps(), default=0)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return the object in a JSON file; None where there is no such file.

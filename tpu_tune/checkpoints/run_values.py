@@ -27,7 +27,7 @@ SUMMARY: dict[str, Kind] = {
     **dict.fromkeys(("model", "family", "devices"), TEXT | NOTHING),
     **dict.fromkeys(
         ("vocab_size", "trainable_parameters", "rows_per_step", "steps_per_epoch", "parameters", "total_steps",
-         "device_peak_bytes", "host_peak_bytes"),
+         "result_step", "device_peak_bytes", "host_peak_bytes"),
         _COUNT,
     ),
     "data": Kind("an object of objects", lambda value: OBJECT.holds(value) and all(map(OBJECT.holds, value.values()))),

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 # A result (an adapter or a model) in a bucket is complete when one of these is there: they are uploaded last.
 COMPLETE_MARKERS = ("adapter_config.json", "config.json")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: no room; writing to an open file names none
 _BIG_COPY = 100_000_000  # bytes; a larger copy is announced
 _EXTRAS = {"gs": "gcs", "gcs": "gcs"}  # scheme -> our extra that brings its package
 
@@ -188,9 +189,18 @@ def whole_file(path: str | os.PathLike) -> Iterator[str]:
     A link stays, and what it leads to is replaced.
 
     Raises:
-      OSError: it cannot be written; to a disk without a file system, or a socket, nothing is.
+      OSError: it cannot be written; to a disk without a file system, or a socket, nothing is. A full disk's error names
+        the file.
     """
-    path = os.fspath(path)
+    try:
+        yield from _whole_file(os.fspath(path))
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def _whole_file(path: str) -> Iterator[str]:
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             local = os.path.join(folder, os.path.basename(path))
@@ -246,8 +256,9 @@ def check_writable(path: str) -> None:
 def whole_directory(directory: str) -> Iterator[str]:
     """Yield a local directory to fill, which becomes `directory` when the block ends well and disappears when not.
 
-    On a disk it lies beside `directory` and is renamed; for a bucket it is a temporary one, uploaded at the end with
-    one of `COMPLETE_MARKERS` last: see `is_complete`.
+    On a disk it lies beside `directory`, is flushed and renamed; what was there before is moved out of the way first,
+    whole, and removed afterwards. For a bucket it is a temporary one, uploaded at the end with one of
+    `COMPLETE_MARKERS` last: see `is_complete`.
 
     Raises:
       UserError: it cannot be written.
@@ -259,18 +270,44 @@ def whole_directory(directory: str) -> Iterator[str]:
                 _put_directory(local, directory.rstrip("/"))
             return
         parent, name = os.path.split(os.path.abspath(directory))
-        aside = os.path.join(parent, f".{name}.tmp")
+        aside, before = (os.path.join(parent, f".{name}.{end}") for end in ("tmp", "before"))
         try:
-            shutil.rmtree(aside, ignore_errors=True)
+            _clear(aside, before, directory)
             os.makedirs(aside)
             yield aside
-            shutil.rmtree(directory, ignore_errors=True)
+            _let_read(aside)
+            _flush(aside)
+            if os.path.isdir(directory) and not os.path.islink(directory):
+                os.replace(directory, before)
             os.replace(aside, directory)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            _clear(aside, before, directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{directory} cannot be written: {reason}") from error
+
+
+def _clear(aside: str, before: str, directory: str) -> None:
+    """Remove what `whole_directory` has left; what a kill between its two renames has moved away comes back."""
+    if os.path.isdir(before) and not os.path.lexists(directory):
+        os.replace(before, directory)
+    for path in (aside, before):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(directory: str) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _let_read(directory: str) -> None:
+    """Give files the modes that the umask asks for; safetensors writes them for their owner alone."""
+    mode = stat.S_IMODE(os.stat(directory).st_mode) & 0o666  # the directory's own is what the umask has left
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            os.chmod(os.path.join(folder, file), mode)
 
 
 def is_complete(directory: str) -> bool:

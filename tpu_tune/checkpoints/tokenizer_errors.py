@@ -35,10 +35,13 @@ def tokenizer_errors(what: str) -> Iterator[None]:
 
 
 def check_tokenizer(path: str, tokenizer: Any) -> Any:
-    """Return a tokenizer whose chat template is text, or name -> text.
+    """Return a tokenizer that makes ids of text, and whose chat template is text, or name -> text.
 
     Raises:
-      UserError: it is something else.
+      UserError: the template is something else, or a setting that transformers looks at only when it is used (such as
+        `model_max_length`) is of a wrong type.
     """
     check({"chat_template": getattr(tokenizer, "chat_template", None)}, _TEMPLATE, path)
+    with tokenizer_errors(f"{path}: the tokenizer's files are damaged, it cannot be used"):
+        tokenizer.decode(tokenizer("a b", verbose=False)["input_ids"])
     return tokenizer

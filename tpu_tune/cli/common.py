@@ -73,6 +73,26 @@ def add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
     )
 
 
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """Add `--step`, which chooses a checkpoint of a run."""
+    parser.add_argument(
+        "--step",
+        type=_step,
+        metavar="N",
+        help="take the run's checkpoint of step N, or its last or best one (--step last, --step best; best is the "
+        "lowest eval_loss); default: what the run ended with, or where it has not ended, the last checkpoint (the best "
+        "under train.load_best_model_at_end)",
+    )
+
+
+def _step(text: str) -> int | str:
+    if text in ("last", "best"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a step nor last nor best")
+    return int(text)
+
+
 def read_config(options: argparse.Namespace) -> Any:
     """Return the configuration of `--config FILE`, or the default one, with each `--config.KEY=VALUE` applied."""
     config = configuration.from_file(options.config) if options.config else configuration.default()

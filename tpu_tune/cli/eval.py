@@ -11,7 +11,8 @@ import os
 import sys
 from typing import Any
 
-from tpu_tune.cli.common import DTYPES, Commands, read_config
+from tpu_tune.cli import numbers
+from tpu_tune.cli.common import DTYPES, Commands, add_step, read_config
 from tpu_tune.errors import UserError
 
 
@@ -28,10 +29,11 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config file: alone, the loss of its model on its evaluation data; "
-        "with --model, how perplexity reads its data; --config.KEY=VALUE overrides a key",
+        help="config file. Without --model: measure its model on its evaluation rows. With --model: its data settings "
+        "say which rows --task perplexity reads, and how. --config.KEY=VALUE overrides a key",
     )
-    parser.add_argument("--adapter", help="PEFT adapter directory")
+    parser.add_argument("--adapter", help="PEFT adapter directory, or a run with one")
+    add_step(parser)
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--against", metavar="MODEL", help="a model or run to compare with on the same rows")
     other.add_argument("--base", action="store_true", help="compare a run with its model from before training")
@@ -47,9 +49,9 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--split", default="", help="of a directory or a hub id, such as validation, val or test")
     parser.add_argument("--subset", default="", help="of a hub id, such as ARC-Easy")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N rows")
+    parser.add_argument("--limit", type=numbers.whole(), default=0, metavar="N", help="only the first N rows")
     parser.add_argument(
-        "--shots", type=int, default=0, metavar="N", help="solved examples before each question (default 0)"
+        "--shots", type=numbers.whole(), default=0, metavar="N", help="solved examples before each question (default 0)"
     )
     parser.add_argument(
         "--shots-data",
@@ -63,10 +65,14 @@ def add(commands: Commands) -> None:
         default="likelihood",
         help="what decides a multiple choice (default likelihood)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer (default 256)")
-    parser.add_argument("--chat", action="store_true", help="exact-match: ask through the chat template")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of shuffled choices and of the intervals' draws (default 0)"
+        "--max-new-tokens", type=numbers.whole(1), default=256, help="length of an answer (default 256)"
+    )
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--chat", action="store_true", help="exact-match: ask through the chat template")
+    forms.add_argument("--as-taught", action="store_true", help="exact-match: ask as the rows of a run's training did")
+    parser.add_argument(
+        "--seed", type=numbers.seed, default=0, help="of shuffled choices and of the intervals' draws (default 0)"
     )
     parser.add_argument(
         "--dtype",
@@ -100,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
         options.limit,
         options.max_new_tokens,
         options.chat,
+        options.as_taught,
         seed=options.seed,
     )
     config = None
@@ -107,14 +114,16 @@ def run(options: argparse.Namespace) -> int:
         config = _data_config(options)
     elif options.config or options.overrides:
         raise UserError(
-            f"--config and --config.KEY say how perplexity reads its data; --task {settings.task} takes neither"
+            f"--config and --config.KEY set which rows --task perplexity reads, and how; --task {settings.task} takes "
+            "neither"
         )
     else:
         _check_rows(settings)  # before any weight is read
 
-    model = load_any(options.model, options.dtype, options.quantize, options.adapter)
+    model = load_any(options.model, options.dtype, options.quantize, options.adapter, step=options.step)
     outcomes = [run_task(model, settings, config)]
     names = [options.model + (f" + {options.adapter}" if options.adapter else "")]
+    names[0] += f", step {options.step}" if isinstance(options.step, int) else f", {options.step}" * bool(options.step)
     del model  # one model at a time
     if options.base or options.against:
         names.append("before training" if options.base else options.against)
@@ -146,14 +155,14 @@ def _without_model(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         with distributed.leaving_alone():
             distributed.join()
-            figures = evaluate_only(config)
+            figures = evaluate_only(config, step=options.step)
     if options.json:
         print(json.dumps(figures))
     return 0
 
 
 def _data_config(options: argparse.Namespace) -> Any:
-    """How perplexity reads its data: as the run did, or by --config; --data replaces what is read."""
+    """The data settings of perplexity: the run's own, or those of --config; --data names other rows."""
     from tpu_tune import config as configuration
     from tpu_tune.checkpoints.run_directory import RunDirectory
 

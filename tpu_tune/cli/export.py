@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from tpu_tune.cli.common import DTYPES, Commands
+from tpu_tune.cli.common import DTYPES, Commands, add_step
 from tpu_tune.errors import UserError
 
 
@@ -15,12 +15,14 @@ def add(commands: Commands) -> None:
     parser = commands.add(
         "export",
         run,
-        "write a run's adapter, its merged model, or its base",
+        "write a run's adapter, its merged model, or its base, of a stopped run too",
         "tpu-tune export output/quickstart --merge --output merged\n"
+        "  tpu-tune export output/quickstart --step 40 --output adapter-40\n"
         "  tpu-tune export output/quickstart --gguf --output model.gguf",
     )
     parser.add_argument("run_directory", metavar="RUN", help="run directory, local or gs://")
     parser.add_argument("--output", required=True, help="directory to write; with --gguf the file")
+    add_step(parser)
     add_forms(parser, base=True)
 
 
@@ -68,9 +70,13 @@ def run(options: argparse.Namespace) -> int:
 
     figures: dict[str, Any] = {}
     check_forms(options)
+    if options.base and options.step is not None:
+        raise UserError("--step belongs to what was trained; the base is the same at every step")
     if options.gguf:
         kind = options.gguf_type or "f16"
-        figures = export.export_gguf(options.run_directory, options.output, options.merge_base or "original", kind)
+        figures = export.export_gguf(
+            options.run_directory, options.output, options.merge_base or "original", kind, options.step
+        )
         what = f"the merged model as GGUF, {kind.upper()}"
     elif options.base:
         export.export_base(
@@ -79,12 +85,12 @@ def run(options: argparse.Namespace) -> int:
         what = "the base that PEFT should load"
     elif options.merge:
         figures = export.export_merged(
-            options.run_directory, options.output, options.merge_base or "original", options.dtype or ""
+            options.run_directory, options.output, options.merge_base or "original", options.dtype or "", options.step
         )
         what = f"the model merged into its {options.merge_base or 'original'} base"
     else:
-        export.export_adapter(options.run_directory, options.output)
-        what = "the PEFT adapter"
+        method = export.export_result(options.run_directory, options.output, options.step)
+        what = "the PEFT adapter" if method == "lora" else "the model, which has no adapter: every weight was trained"
     if options.json:
         print(json.dumps({"output": options.output, **figures}))
         return 0

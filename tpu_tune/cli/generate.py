@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
-from tpu_tune.cli.common import DTYPES, Commands
+from tpu_tune.cli import numbers
+from tpu_tune.cli.common import DTYPES, Commands, add_step
 from tpu_tune.errors import UserError
 
 
@@ -16,25 +18,34 @@ def add(commands: Commands) -> None:
         "generate",
         run,
         "answer prompts with a model, with or without an adapter",
-        'tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"',
+        'tpu-tune generate --model output --prompt "What is AI?"\n'
+        '  tpu-tune generate --model model.gguf --adapter output/adapter --prompt "What is AI?"',
     )
     parser.add_argument(
         "--model",
         required=True,
         help="Hugging Face id, model directory (a merged one too), .gguf file, or run directory, local or gs://",
     )
-    parser.add_argument("--adapter", help="PEFT adapter directory, local or gs://; of a run, in place of its own")
+    parser.add_argument(
+        "--adapter", help="PEFT adapter directory, or a run with one, local or gs://; of a run, in place of its own"
+    )
+    add_step(parser)
     parser.add_argument(
         "--prompt", action="append", help="what to answer; may be given several times; default: lines of standard input"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default 128)")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the K likeliest (default: all)")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="draw among the likeliest that reach this probability (default 0.95)"
+        "--max-new-tokens", type=numbers.whole(1), default=128, help="length of an answer (default 128)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--temperature", type=numbers.real(at_least=0), default=0.7, help="0 is greedy (default 0.7)")
+    parser.add_argument("--top-k", type=numbers.whole(), default=0, help="draw among the K likeliest (default: all)")
+    parser.add_argument(
+        "--top-p",
+        type=numbers.real(above=0, at_most=1),
+        default=0.95,
+        help="draw among the likeliest that reach this probability (default 0.95)",
+    )
+    parser.add_argument("--seed", type=numbers.seed, default=0, help="of the draws (default 0)")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of activations and weights (default: a run's own, float32 of a model)"
     )
@@ -44,7 +55,10 @@ def add(commands: Commands) -> None:
         help="store the linear layers so (default: as the run did)",
     )
     parser.add_argument(
-        "--no-chat", dest="chat", action="store_false", help="go on from the plain text, without the chat template"
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="ask through the chat template, or go on from the plain text; by default as the rows of a run asked, and "
+        "of another model through the template",
     )
 
 
@@ -63,7 +77,9 @@ def run(options: argparse.Namespace) -> int:
         options.top_p,
         options.seed,
     )
-    model = load_any(options.model, options.dtype, options.quantize, options.adapter)
+    model = load_any(options.model, options.dtype, options.quantize, options.adapter, step=options.step)
+    if options.chat is None and (note := _how_asked(model)):
+        print(note, file=sys.stderr)
     answers = model.generate(prompts, sampling, chat=options.chat)
     for prompt, answer in zip(prompts, answers, strict=True):
         print(
@@ -72,3 +88,11 @@ def run(options: argparse.Namespace) -> int:
             else f"> {prompt}\n{answer.strip()}\n"
         )
     return 0
+
+
+def _how_asked(model: Any) -> str:
+    """Say that prompts go past the chat template, as the rows of the training did."""
+    if model.taught in ("", "chat") or model.architecture.encoder or not model.tokenizer.chat_template:
+        return ""
+    form = "with Stanford Alpaca's prompt" if model.taught == "alpaca" else "in plain text"
+    return f"note: asked {form}, as the rows of its training were; --chat asks through the chat template"

@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, add_config, join_hosts, read_config, say
 from tpu_tune.errors import UserError
 
@@ -21,14 +22,14 @@ def add(commands: Commands) -> None:
     )
     add_config(parser, required=True)
     parser.add_argument(
-        "--min", type=float, default=1e-7, metavar="RATE", help="lowest rate of the range test (default 1e-7)"
+        "--min", type=numbers.real(), default=1e-7, metavar="RATE", help="lowest rate of the range test (default 1e-7)"
     )
     parser.add_argument(
-        "--max", type=float, default=1.0, metavar="RATE", help="highest rate of the range test (default 1)"
+        "--max", type=numbers.real(), default=1.0, metavar="RATE", help="highest rate of the range test (default 1)"
     )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=numbers.whole(),
         default=60,
         metavar="N",
         help="length of the range test, and of the longest runs of --bracket (default 60)",
@@ -104,7 +105,7 @@ def _text(report: dict[str, Any]) -> str:
             *["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table],
             f"suggested learning rate: {report['learning_rate']:.1e}",
             f"why: {report['reason']}",
-            f"too slow below about {low:.1e}, too fast above about {high:.1e}; {report['configured']}",
+            f"rates below about {low:.1e} are too low, above about {high:.1e} too high; {report['configured']}",
             f"train with it: --config.train.learning_rate={report['learning_rate']:.1e}",
             f"plot: {report['plot']}",
         ]

@@ -35,8 +35,7 @@ def check_memory(config: Any, max_bytes: float | None = None) -> None:
     if device is None:
         return
     compile = local is not None
-    how = "compiling the training step first" if compile else "counting bytes"
-    log.info("does it fit %s? (%s; --no-check skips this)", device.name, how)
+    log.info("does it fit? %s; --no-check skips this", planning.what_a_plan_does(device, compile))
     try:
         figures = planning.plan(config, device, None, compile)
     except UserError:

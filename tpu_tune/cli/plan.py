@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from typing import TYPE_CHECKING, Any
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, add_config, read_config, say
+from tpu_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from tpu_tune.planning import Device
 
 
 def add(commands: Commands) -> None:
@@ -19,18 +26,31 @@ def add(commands: Commands) -> None:
     add_config(parser)
     parser.add_argument(
         "--device",
-        required=True,
+        action="append",
+        default=[],
         nargs="+",
         metavar="NAME",
         help="a TPU slice (v2-8, v3-8, v4-8, v5e-1, v5e-4, v5e-8, v5e-64, v6e-1, v6e-8, v5p-8) or a GPU (t4, l4, "
-        "rtx3090, rtx4080, rtx4090, a100-40g, a100-80g, h100, h200, rtx6000ada-48g); two GPUs: rtx4090 x2",
+        "rtx2080ti, rtx3060, rtx3070, rtx3080, rtx3090, rtx4060, rtx4070, rtx4080, rtx4090, rtx5070, rtx5090, "
+        "a100-40g, a100-80g, h100, h200, rtx6000ada-48g); two GPUs: rtx4090 x2; several names make one table",
     )
     parser.add_argument(
-        "--suggest", action="store_true", help="find the largest batch that fits, and the settings for it"
+        "--memory",
+        action="append",
+        default=[],
+        nargs="+",
+        metavar=("GB", "GENERATION"),
+        help="a GPU of so much memory instead of a name, and of what generation: ampere (as default), ada, hopper, "
+        "blackwell, turing; --memory 12, --memory 16 ada, --memory 24 ampere x2",
+    )
+    parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="find the largest batch that fits, or else what would fit, and end with one recommendation",
     )
     parser.add_argument(
         "--rows",
-        type=int,
+        type=numbers.whole(),
         metavar="N",
         help="number of training rows, for the run's length (with data.packing, of packed rows)",
     )
@@ -40,7 +60,11 @@ def add(commands: Commands) -> None:
         help="estimate the memory from array sizes alone, in seconds instead of minutes",
     )
     parser.add_argument(
-        "--max-compiles", type=int, default=8, metavar="N", help="most compilations that --suggest may make (default 8)"
+        "--max-compiles",
+        type=numbers.whole(1),
+        default=8,
+        metavar="N",
+        help="most compilations that --suggest may make for a device (default 8)",
     )
 
 
@@ -48,12 +72,75 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from tpu_tune import planning
 
-    config, device = read_config(options), planning.find_device(" ".join(options.device))
-    if not options.suggest:
-        figures = planning.plan(config, device, options.rows, not options.no_compile)
-        print(json.dumps(figures, indent=2) if options.json else planning.table(figures))
-        return 0
-    say(f"looking for what fits {device.name}, with at most {options.max_compiles} compiles")
-    suggestion = planning.suggest(config, device, options.rows, not options.no_compile, options.max_compiles, say)
-    print(json.dumps(suggestion, indent=2) if options.json else planning.advice(suggestion, device))
+    config, devices = read_config(options), _devices(options)
+    if options.suggest:
+        return _suggest(config, devices, options)
+    plans = []
+    for device in devices:
+        try:
+            plans.append(planning.plan(config, device, options.rows, not options.no_compile, say=say))
+        except UserError as error:
+            if len(devices) == 1:
+                raise
+            plans.append({"device": device.name, "error": str(error)})
+    if options.json:
+        print(json.dumps(plans if len(plans) > 1 else plans[0], indent=2))
+    else:
+        print(planning.comparison(plans) if len(plans) > 1 else planning.table(plans[0]))
+    if all("error" in figures for figures in plans):
+        raise UserError("there is no plan for any of these devices")
+    if not options.json and not any(figures.get("fits") for figures in plans):
+        say("what would fit: the same command with --suggest")
     return 0
+
+
+def _suggest(config: Any, devices: list[Device], options: argparse.Namespace) -> int:
+    """Print what fits each device, and of several devices what is recommended on which."""
+    from tpu_tune import planning
+
+    compile, found = not options.no_compile, []
+    for device in devices:
+        how = planning.what_a_plan_does(device, compile)
+        most = f"with at most {options.max_compiles} compilations; each is: {how}" if compile else f"{how} for each try"
+        say(f"looking for what fits {device.name}, {most}")
+        found.append(planning.suggest(config, device, options.rows, compile, options.max_compiles, say))
+    if options.json:
+        print(json.dumps(found if len(found) > 1 else found[0], indent=2))
+        return 0
+    print("\n\n".join(planning.advice(suggestion) for suggestion in found))
+    if len(found) > 1:
+        print("\n" + planning.best_of(found))
+    return 0
+
+
+def _devices(options: argparse.Namespace) -> list[Device]:
+    """Return the devices that --device and --memory name, in this order.
+
+    Raises:
+      UserError: neither is given, or one of them is no device.
+    """
+    from tpu_tune import planning
+
+    names = planning.split_names([word for words in options.device for word in words])
+    names += [name for words in options.memory for name in _by_memory(words)]
+    if not names:
+        raise UserError("plan for what? give --device NAME, such as --device v3-8 rtx3060, or --memory 12 for a GPU")
+    return [planning.find_device(name) for name in dict.fromkeys(names)]
+
+
+def _by_memory(words: list[str]) -> list[str]:
+    """Return the names of the cards that --memory describes: `12`, `12 ada`, `8 12 24 ampere x2`."""
+    from tpu_tune import planning
+
+    cards: list[dict[str, Any]] = []
+    for word in " ".join(words).lower().replace(",", " ").split():
+        number = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(?:gb?|gib)?", word)
+        if number:
+            cards.append({"gigabytes": float(number[1]), "generation": "ampere", "several": ""})
+        elif not cards:
+            raise UserError(f"--memory is '{word}'; give a card's memory in GB, e.g. --memory 12 ada")
+        elif re.fullmatch(r"[x*]\d*", word):
+            cards[-1]["several"] += f" {word}"
+        else:
+            cards[-1]["generation"] = word
+    return [planning.by_memory(card["gigabytes"], card["generation"]) + card["several"] for card in cards]

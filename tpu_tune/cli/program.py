@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from tpu_tune import __version__
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints import storage
 from tpu_tune.cli import curves, data, eval, export, generate, inspect, lr_find, plan, push, train
 from tpu_tune.cli.common import Commands, Parser
 from tpu_tune.cli.hf import command as hf
@@ -42,6 +43,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
+        if error.filename is None and error.errno in storage.FULL:  # what is printed goes to a file of a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _print_error(f"what this command prints cannot be written: {error.strerror}")
         if error.filename is None or error.strerror is None:
             raise
         return _print_error(f"{os.fsdecode(error.filename)[:200]}: {error.strerror}")

@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from tpu_tune.cli.common import Commands
+from tpu_tune.cli.common import Commands, add_step
 from tpu_tune.cli.export import add_forms, check_forms
 
 _CARD_LINES = 24
@@ -21,7 +21,8 @@ def add(commands: Commands) -> None:
         "upload a run's adapter or model to the Hugging Face hub, with a model card",
         "tpu-tune push output/quickstart --repo me/my-adapter --dry-run",
     )
-    parser.add_argument("run_directory", metavar="RUN", help="run directory of a finished run, local or gs://")
+    parser.add_argument("run_directory", metavar="RUN", help="run directory, local or gs://")
+    add_step(parser)
     parser.add_argument(
         "--repo",
         required=True,
@@ -67,8 +68,9 @@ def run(options: argparse.Namespace) -> int:
         options.license,
         options.base_model,
         options.card_only,
+        options.step,
     )
-    _, request, _ = push.check(options.run_directory, request)
+    _, request = push.check(options.run_directory, request)
     if options.dry_run:
         with push.prepared(options.run_directory, request) as (files, figures):
             _tell(options, request, files, figures, "")

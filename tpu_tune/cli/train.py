@@ -33,7 +33,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def start(config: Any, as_json: bool) -> int:
-    """Train, after `join_hosts`, and print where the results are; return the exit status."""
+    """Train, after `join_hosts`, and print where the results are; return the exit status.
+
+    It is 0 where the run has ended, and a shell's 128 + the signal where SIGINT (130) or SIGTERM (143) has stopped it.
+    """
     import tpu_tune
     from tpu_tune.checkpoints import storage
     from tpu_tune.training import distributed
@@ -43,7 +46,11 @@ def start(config: Any, as_json: bool) -> int:
     if as_json:
         result = {"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir}
         print(json.dumps(result))
-    elif run.status != "interrupted":
+    elif run.status == "interrupted":
+        print(
+            f"what it has learned so far can be used: tpu-tune generate --model {run.output_dir}; so do eval and export"
+        )
+    else:
         metrics, curves = (os.path.join(run.output_dir, name) for name in ("metrics.jsonl", "curves.png"))
         print(f"metrics: {metrics}" + (f"; curves: {curves}" if storage.exists(curves) else ""))
-    return 0
+    return 128 + run.signal if run.signal else 0

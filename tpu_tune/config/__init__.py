@@ -7,7 +7,7 @@ what keys ask of each other.
 """
 
 from tpu_tune.config.engine import config_get, to_dict
-from tpu_tune.config.rules import SCHEMA, assign, check, default, flatten, from_dict, from_file
+from tpu_tune.config.rules import SCHEMA, assign, check, default, evaluates, flatten, from_dict, from_file
 from tpu_tune.config.sections import Config, LoraConfig, Pattern, QuantizeConfig, TokenIndices
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "check",
     "config_get",
     "default",
+    "evaluates",
     "flatten",
     "from_dict",
     "from_file",

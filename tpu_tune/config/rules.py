@@ -9,6 +9,12 @@ from tpu_tune.config.sections import Config
 from tpu_tune.errors import UserError
 
 
+def evaluates(config: ConfigDict) -> bool:
+    """Whether a run has evaluations, as far as its settings say."""
+    data = config.data
+    return config.train.eval_strategy != "no" and bool(data.eval or data.eval_ratio or data.eval_dataset_size)
+
+
 def _hold(config: ConfigDict) -> None:
     train, tokens = config.train, config.model.add_special_tokens
     if train.max_steps <= 0 and train.num_train_epochs <= 0:
@@ -19,10 +25,13 @@ def _hold(config: ConfigDict) -> None:
                 f"config key 'train.{name}' is {train[name]:g}; it must be a whole number of updates, or a share of "
                 "the run below 1"
             )
-    for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if train[name] and (train.eval_strategy == "no" or (config.data.eval_ratio == 0 and not config.data.eval)):
+    going_by_them = {name: bool(train[name]) for name in ("load_best_model_at_end", "early_stopping_patience")}
+    going_by_them["lr_scheduler_type"] = train.lr_scheduler_type == "reduce_lr_on_plateau"
+    for name, asked in going_by_them.items():
+        if asked and not evaluates(config):
+            what = f"'train.{name}'" + (" reduce_lr_on_plateau" if name == "lr_scheduler_type" else "")
             raise UserError(
-                f"config key 'train.{name}' needs evaluations to go by; set 'train.eval_strategy' to steps or epoch, "
+                f"config key {what} needs evaluations to go by; set 'train.eval_strategy' to steps or epoch, "
                 "and give 'data.eval' or a 'data.eval_ratio' above 0"
             )
     if train.load_best_model_at_end and train.save_strategy == "no":

@@ -17,7 +17,19 @@ TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embed
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "reference", "blockwise", "splash", "cudnn", "pallas"]
 RowFormat = Literal[
-    "auto", "text", "input-output", "prompt-generation", "prompt-completion", "alpaca", "sharegpt", "messages"
+    "auto",
+    "text",
+    "input-output",
+    "prompt-generation",
+    "prompt-completion",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "auto-as-chat",
+    "input-output-as-chat",
+    "prompt-generation-as-chat",
+    "prompt-completion-as-chat",
+    "alpaca-as-chat",
 ]
 Strategy = Literal["no", "steps", "epoch"]
 SEED = {"at_least": -1, "at_most": 2**32 - 1}
@@ -80,8 +92,12 @@ class Data:
     # .jsonl, .json, .csv, .parquet, .arrow (also tokenized), a directory of them (local or gs://), or a hub id.
     train: str = key("", "file, directory or hub id of the rows")
     eval: str = key("", "the same; empty: a seeded split of data.train that is never trained on")
+    # The number holds out rows of data.train also where the data brings evaluation rows of its own.
+    eval_dataset_size: int = key(0, "the number of rows instead of the share; 0: by eval_ratio", at_least=0)
+    max_train_samples: int = key(0, "train on the first so many of the rows only; 0: all", at_least=0)
+    max_eval_samples: int = key(0, "evaluate on the first so many of the rows only; 0: all", at_least=0)
     eval_ratio: float = key(0.05, "share of the rows taken for that split; 0: no evaluation", at_least=0, below=1)
-    format: RowFormat = key("auto", "of the rows; auto goes by the keys of the first")
+    format: RowFormat = key("auto", "of the rows; auto: by each one's keys; auto-as-chat: pairs as turns of a chat")
     columns: Mapping[str, str] = key({}, 'the file\'s key -> the format\'s key, e.g. {"question": "input"}')
     chat_template: str = key("", "Jinja text or file; empty: the tokenizer's own")
     chat_template_kwargs: Mapping[str, Any] = key({}, 'e.g. {"enable_thinking": False}; a row\'s own come first')
@@ -116,7 +132,7 @@ class Train:
     per_device_eval_batch_size: int = key(8, "rows a device and evaluation batch", above=0)
     gradient_accumulation_steps: int = key(1, "micro-batches an update", above=0)
     learning_rate: float = key(5e-5, "its highest value; the schedule does the rest", at_least=0)
-    lr_scheduler_type: str = key("linear", "Hugging Face's names: constant, linear, cosine, ...")
+    lr_scheduler_type: str = key("linear", "Hugging Face's names: constant, cosine, reduce_lr_on_plateau, ...")
     lr_scheduler_kwargs: Mapping[str, Any] = key({}, 'e.g. {"min_lr_rate": 0.1} for cosine_with_min_lr')
     warmup_steps: int = key(0, "updates in which the learning rate rises; 0: by warmup_ratio", at_least=0)
     warmup_ratio: float = key(0.0, "the same, as a share of all updates", at_least=0, at_most=1)

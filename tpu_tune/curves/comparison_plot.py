@@ -21,7 +21,8 @@ from tpu_tune.curves.plot_style import (
     style_axes,
 )
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import AXES, FEW, QUANTITIES, Quantity, ema, panel
+from tpu_tune.curves.series import AXES, FEW, QUANTITIES, Quantity, panel, smoothed_over, smoothing_window
+from tpu_tune.curves.statistics import smooth
 from tpu_tune.errors import UserError
 
 
@@ -32,8 +33,7 @@ def plot_runs(runs: Sequence[CurveRun], path: str | os.PathLike, x: str = "steps
       runs: from `read_runs`.
       path: the PNG file.
       x: what the x axis shows: steps, tokens or epochs.
-      beta: weight of the past in the exponential moving average that is drawn over training curves of 30 points or
-        more.
+      beta: how much training curves of 30 points or more are smoothed: see `smoothing_window`.
 
     Raises:
       UserError: the file cannot be written, or the metrics have no tokens or epochs.
@@ -76,9 +76,12 @@ def _draw(axes: Any, runs: Sequence[CurveRun], quantity: Quantity, x: str, beta:
                 style |= {"marker": "o", "markersize": 3}
             elif beta and quantity.noisy:
                 axes.plot(positions, values, color=color, alpha=0.25, linewidth=0.9)
-                values = ema(values, beta)
+                window = smoothing_window(len(values), beta)
+                values = smooth(values, window)
+                side = f"{side}, {smoothed_over(window)}"
             (line,) = axes.plot(positions, values, **style)
-            legend[side if len(runs) == 1 else f"{run.name}, {side}"] = line
+            if quantity.noisy:
+                legend[side if len(runs) == 1 else f"{run.name}, {side}"] = line
     limit_spikes(axes, np.concatenate(drawn) if drawn else np.zeros(0))
     axes.set_title(quantity.name, loc="left", color=INK, fontsize=11)
     axes.set_xlabel(AXES[x])

@@ -2,7 +2,7 @@
 
 The definitions are those of the guide's "Interpreting the Learning Curves": a model is underfit if its training loss
 stays flat or still falls at the end, overfit if the training loss keeps falling after the evaluation loss has begun to
-rise, and well-fit if both have levelled off with a small gap. The rules are tried in this order, each by statistics
+rise, and well-fit if both have converged with a small gap. The rules are tried in this order, each by statistics
 that a few outliers hardly change:
 
 1. *unstable*: losses that are not finite, a training loss that ends far above its minimum, or more spikes (points far
@@ -184,7 +184,7 @@ def _overfit(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> 
     if (gap > WIDE * end or widened) and not _last_third(losses, held_out, losses.eval_noise)[0]:
         best_step = losses.numbers["best_eval_step"]
         evidence = [
-            f"eval loss levelled off at {end:.4g}, train loss at {train_end:.4g}: a gap of {gap:.3g}, {gap / end:.0%} "
+            f"eval loss converged at {end:.4g}, train loss at {train_end:.4g}: a gap of {gap:.3g}, {gap / end:.0%} "
             "of it",
             _lowest_eval(losses),
         ]
@@ -222,13 +222,13 @@ def _well_fit(losses: Losses, saved_steps: list[int], vocab_size: int | None) ->
     end = train.end()
     if vocab_size and end > GUESSING * math.log(vocab_size):
         evidence = [
-            f"train loss levelled off at {end:.4g}, {end / math.log(vocab_size):.0%} of the loss of guessing among "
+            f"train loss converged at {end:.4g}, {end / math.log(vocab_size):.0%} of the loss of guessing among "
             f"{vocab_size:,} tokens ({math.log(vocab_size):.3g})"
         ]
         return Finding("underfit", "flat and high", evidence, [_MORE_CAPACITY, _OTHER_RATES, _CHECK_DATA])
     if len(held_out) < MIN_EVAL:
         evidence = [
-            f"train loss levelled off at {end:.4g}, but {len(held_out)} evaluations cannot tell well-fit from overfit; "
+            f"train loss converged at {end:.4g}, but {len(held_out)} evaluations cannot tell well-fit from overfit; "
             f"a verdict needs at least {MIN_EVAL}"
         ]
         advice = ["set data.eval or data.eval_ratio, and lower train.eval_steps"]
@@ -239,7 +239,7 @@ def _well_fit(losses: Losses, saved_steps: list[int], vocab_size: int | None) ->
     gap, error = eval_end - end, 1.25 * losses.noise / math.sqrt(len(plateau))
     losses.numbers |= {"gap": gap, "gap_error": error}
     evidence = [
-        f"both losses have levelled off: train {end:.4g}, eval {eval_end:.4g}, generalization gap {gap:.2g} "
+        f"both losses have converged: train {end:.4g}, eval {eval_end:.4g}, generalization gap {gap:.2g} "
         f"(+-{error:.1g}), {gap / eval_end:.1%} of eval loss",
         _lowest_eval(losses),
     ]
@@ -274,7 +274,8 @@ def _best_checkpoint(losses: Losses, saved_steps: list[int], step: int) -> list[
     before = max((saved for saved in saved_steps if saved <= step), default=None)
     losses.numbers["use_checkpoint"] = before
     if before is not None:
-        return [f"use checkpoint {before}" + ("" if before == step else f", the last one saved before step {step}")]
+        late = "" if before == step else f", the last one saved before step {step}"
+        return [f"use checkpoint {before} (--step {before} of export, generate, eval and push){late}"]
     kept = f"only {', '.join(map(str, sorted(saved_steps)))}" if saved_steps else "none"
     return [f"no checkpoint up to step {step} was kept ({kept}): train again with train.load_best_model_at_end=True"]
 

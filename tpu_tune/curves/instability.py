@@ -1,4 +1,4 @@
-"""Rules for an unstable training loss: not finite, divergence, swings, a blow-up, repeated spikes, skipped updates.
+"""Rules for an unstable training loss: not finite, divergence (also before the end), swings, spikes, skipped updates.
 
 A single spike or a few skipped updates are remarks only: an odd batch, or float16's first steps, cause those.
 """
@@ -23,7 +23,7 @@ def unstable(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> 
     finding = _not_finite(losses)
     if finding is not None or len(losses.train) < MIN_TRAIN:
         return finding
-    for rule in (_diverged, _swings, _blown_up, _spikes, _skipped_updates):
+    for rule in (_diverged, _swings, _diverged_between, _spikes, _skipped_updates):
         finding = rule(losses, saved_steps)
         if finding is not None:
             return finding
@@ -86,11 +86,11 @@ def _swings(losses: Losses, saved_steps: list[int]) -> Finding | None:
     return Finding("unstable", "swings", evidence, [_LOWER_RATE, _STABILIZE])
 
 
-def _blown_up(losses: Losses, saved_steps: list[int]) -> Finding | None:
+def _diverged_between(losses: Losses, saved_steps: list[int]) -> Finding | None:
     """Three losses in a row are above the start, or one is ten times as high."""
     train = losses.train
     above = train.values > max(1.25 * losses.start, losses.start + 8 * _noise(losses))
-    above[: 3 + len(train) // 50] = False  # the start itself is no blow-up
+    above[: 3 + len(train) // 50] = False  # the start itself does not count
     if not (above[:-2] & above[1:-1] & above[2:]).any() and train.values.max() <= 10 * abs(losses.start):
         return None
     top = int(np.argmax(train.values))
@@ -98,7 +98,7 @@ def _blown_up(losses: Losses, saved_steps: list[int]) -> Finding | None:
         f"train loss rose to {train.values[top]:.4g} at step {int(train.steps[top])}, from {losses.start:.4g} at the "
         f"start, and ended at {train.end():.4g}"
     ]
-    return Finding("unstable", "blown up", evidence, [_LOWER_RATE, _STABILIZE])
+    return Finding("unstable", "diverged", evidence, [_LOWER_RATE, _STABILIZE])
 
 
 def _spikes(losses: Losses, saved_steps: list[int]) -> Finding | None:

@@ -18,10 +18,11 @@ import numpy as np
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import storage
 from tpu_tune.curves import svg_chart
+from tpu_tune.curves.comparison import compare
 from tpu_tune.curves.diagnosis import Diagnosis
 from tpu_tune.curves.plot_style import run_colors
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import QUANTITIES, series
+from tpu_tune.curves.series import FEW, QUANTITIES, series, smoothed_over, smoothing_window
 from tpu_tune.data.html_report import render
 from tpu_tune.errors import UserError
 
@@ -64,12 +65,20 @@ def page(runs: Sequence[CurveRun], diagnoses: Sequence[Diagnosis], x: str = "ste
         "run_report.html",
         title=", ".join(run.name for run in runs),
         runs=list(zip(runs, diagnoses, strict=True)),
-        beta=f"{beta:g}",
+        smoothed=_smoothed(runs, beta),
+        comparison=compare(runs, diagnoses) if len(runs) > 1 else None,
         colors=_colors(runs),
         charts=charts,
         sections=[*_samples(runs), _data(runs), _speed(runs), _config(runs)],
         data=[drawn.data for _, drawn in charts],
     )
+
+
+def _smoothed(runs: Sequence[CurveRun], beta: float) -> str:
+    """Over how many points the training losses are smoothed."""
+    counts = [len(series(run.metrics, "loss")[0]) for run in runs]
+    widths = sorted({smoothing_window(count, beta) for count in counts if count >= FEW} or {1})
+    return smoothed_over(widths[-1]) if len(widths) < 2 else f"smoothed over {widths[0]} to {widths[-1]} points"
 
 
 def _colors(runs: Sequence[CurveRun]) -> list[tuple[str, str]]:

@@ -23,17 +23,8 @@ from tpu_tune.curves.plot_style import (
     space_panels,
     style_axes,
 )
-from tpu_tune.curves.series import FEW, series
-from tpu_tune.curves.statistics import running
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the centred running mean, over `window` points, of the running median of five.
-
-    Centred, so that it does not lag behind a falling loss; the median keeps a single spike out. Windows shrink
-    symmetrically at both ends.
-    """
-    return running(np.mean, running(np.median, values, 2), max(0, window // 2))
+from tpu_tune.curves.series import FEW, series, smoothed_over, smoothing_window
+from tpu_tune.curves.statistics import smooth
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = "") -> None:
@@ -62,7 +53,9 @@ def _draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]], title: str) -> N
     style_axes(axes)
     if len(steps) >= FEW:
         axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth(losses, len(steps) // 15), color=TRAIN, linewidth=2, label="train, smoothed")
+        window = smoothing_window(len(steps))
+        label = f"train, {smoothed_over(window)}"
+        axes.plot(steps, smooth(losses, window), color=TRAIN, linewidth=2, label=label)
     elif len(steps):
         axes.plot(steps, losses, color=TRAIN, linewidth=2, marker="o", markersize=4, label="train")
     if len(eval_steps):

@@ -75,6 +75,21 @@ def panel(
     return positions, np.exp(np.minimum(values, 700.0)) if quantity.exponential else values
 
 
+def smoothing_window(count: int, beta: float = 0.9) -> int:
+    """Return over how many of `count` points a curve is smoothed (odd), for a `--smooth` of beta.
+
+    A mean of (1 + beta) / (1 - beta) points leaves as much noise as an exponential average with the weight beta of the
+    past. It is at most a fifth of the curve, so that the curve keeps its shape.
+    """
+    points = min(round((1 + beta) / (1 - beta), 6), count / 5)
+    return 2 * int((points - 1) / 2) + 1 if points >= 3 else 1
+
+
+def smoothed_over(window: int) -> str:
+    """Return the words for it, as legends have them."""
+    return f"smoothed over {window} points" if window > 1 else "as logged"
+
+
 def ema(values: Sequence[float], beta: float) -> np.ndarray:
     """Return the exponential moving average with Adam's bias correction (Kingma and Ba 2015, section 3).
 

@@ -12,10 +12,37 @@ from collections.abc import Callable
 import numpy as np
 
 
-def running(function: Callable[[np.ndarray], float], values: np.ndarray, half: int) -> np.ndarray:
-    """Apply `function` to centred windows of 2 `half` + 1 points; at both ends the window shrinks symmetrically."""
-    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+def running(
+    function: Callable[[np.ndarray], float], values: np.ndarray, half: int, at_start: float = 1.0
+) -> np.ndarray:
+    """Apply `function` to centred windows of 2 `half` + 1 points; at both ends the window shrinks symmetrically.
+
+    Point i reaches back by at most `at_start` times i, its distance from the first point.
+    """
+    reach = [min(half, int(at_start * i), len(values) - 1 - i) for i in range(len(values))]
     return np.array([function(values[i - r : i + r + 1]) for i, r in enumerate(reach)], float)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the centred running mean, over `window` points, of the running median of five.
+
+    Centred, it does not lag behind a falling loss, as an average of the past does; the median keeps a single spike out.
+    At the start, where a loss falls fast, a window reaches back by half the distance to the first point, so that the
+    first losses lift no later ones; at the end, where the noise is larger than what is still to fall, the values of the
+    last half window are those of a straight line fitted to the last whole one.
+
+    Args:
+      values: (n,)
+      window: an odd number of points; 1 leaves the values as they are.
+    """
+    half = min(window // 2, (len(values) - 1) // 2)
+    if half < 1:
+        return np.asarray(values, float)
+    medians = running(np.median, values, 2, at_start=0.5)
+    smoothed = running(np.mean, medians, half, at_start=0.5)
+    last = np.arange(2 * half + 1)
+    smoothed[-half:] = np.polyval(np.polyfit(last, medians[-len(last) :], 1), last[-half:])
+    return smoothed
 
 
 def noise_level(values: np.ndarray) -> float:

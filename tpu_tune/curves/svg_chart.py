@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from tpu_tune.curves.plot_style import limit_without_spikes, run_colors, scientific
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import AXES, FEW, Quantity, ema, panel
+from tpu_tune.curves.series import AXES, FEW, Quantity, panel, smoothing_window
+from tpu_tune.curves.statistics import smooth
 
 WIDTH, HEIGHT = 560, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 36
@@ -43,7 +44,7 @@ class _Line:
       side: train | eval.
       dashed: whether the line is dashed.
       x, y: positions and values.
-      smooth: moving average of the values, or None.
+      smooth: the smoothed values, or None.
     """
 
     name: str
@@ -62,7 +63,7 @@ def draw(runs: Sequence[CurveRun], quantity: Quantity, x: str, beta: float, numb
       runs: from `read_runs`.
       quantity: the quantity to draw.
       x: what the x axis shows: steps, tokens or epochs.
-      beta: weight of the past in the moving average over training curves with many points.
+      beta: how much training curves with many points are smoothed: see `smoothing_window`.
       number: the chart's number on its page, from 0.
     """
     lines = list(_lines(runs, quantity, x, beta))
@@ -127,7 +128,7 @@ def _lines(runs: Sequence[CurveRun], quantity: Quantity, x: str, beta: float) ->
                 dashed=side == "eval" and len(runs) > 1,
                 x=positions[kept],
                 y=values[kept],
-                smooth=ema(values, beta)[kept] if smooths else None,
+                smooth=smooth(values, smoothing_window(len(values), beta))[kept] if smooths else None,
             )
 
 

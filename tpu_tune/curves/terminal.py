@@ -8,7 +8,8 @@ import numpy as np
 
 from tpu_tune.curves.diagnosis import Diagnosis
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import FEW, QUANTITIES, Quantity, ema, panel
+from tpu_tune.curves.series import FEW, QUANTITIES, Quantity, panel, smoothed_over, smoothing_window
+from tpu_tune.curves.statistics import smooth
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -33,7 +34,7 @@ def lines(run: CurveRun, diagnosis: Diagnosis, beta: float = 0.9) -> list[str]:
     Args:
       run: from `read_run`.
       diagnosis: the run's diagnosis.
-      beta: weight of the past in the moving average of training curves, for their sparklines.
+      beta: how much training curves are smoothed for their sparklines: see `smoothing_window`.
     """
     last = max((row["step"] for row in run.metrics if isinstance(row.get("step"), (int, float))), default=0)
     total = run.summary.get("total_steps")
@@ -42,8 +43,9 @@ def lines(run: CurveRun, diagnosis: Diagnosis, beta: float = 0.9) -> list[str]:
     for name, quantity, side, steps, values in _curves(run):
         if quantity.exponential and side == "train":
             continue
-        shown = ema(values, beta) if side == "train" and quantity.noisy and len(values) >= FEW else values
-        text = f"{shown[0]:.4g} -> {shown[-1]:.4g}"
+        window = smoothing_window(len(values), beta) if side == "train" and quantity.noisy and len(values) >= FEW else 1
+        shown = smooth(values, window)
+        text = f"{shown[0]:.4g} -> {shown[-1]:.4g}" + (f", {smoothed_over(window)}" if window > 1 else "")
         if side == "eval" and len(values) > 1:
             best = _best(quantity, values)
             text += f", best {values[best]:.4g} at step {steps[best]:.0f}"

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import pyarrow as pa
 
 from tpu_tune.checkpoints import json_text
 from tpu_tune.data import columnar
+from tpu_tune.data.formats import in_words
 from tpu_tune.data.loading import IGNORE
 from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.errors import UserError
@@ -43,18 +45,21 @@ def schema(about: dict[str, Any]) -> pa.Schema:
     return pa.schema(fields, {METADATA: json.dumps(about, sort_keys=True).encode()})
 
 
-def write_batch(writer: pa.RecordBatchWriter, data: TokenizedSet) -> None:
+def write_batch(writer: pa.RecordBatchWriter, data: TokenizedSet, usual: str) -> None:
     """Append the examples of a set as one record batch.
 
     Where a row was cut into several examples, the batch's metadata says how many examples each row has made, so that
-    a row held out for evaluation is held out whole.
+    a row held out for evaluation is held out whole. It also has the rows' formats where they are not what the file's
+    own metadata says, `usual`.
     """
     offsets = pa.array(data.offsets.astype(np.int32))
     tokens = data.tokens.astype(np.int64)
     columns = [tokens, np.where(data.loss_mask, tokens, IGNORE)]
     lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in columns]
     _, counts = np.unique(data.source_rows, return_counts=True)
-    about = {"examples_per_row": counts.tolist()} if (counts > 1).any() else {}
+    about: dict[str, Any] = {"examples_per_row": counts.tolist()} if (counts > 1).any() else {}
+    if data.summary["formats"] != {usual: data.summary["formats"].get(usual)}:
+        about["formats"] = data.summary["formats"]
     writer.write_batch(
         pa.record_batch(lists, names=["input_ids", "labels"]), {METADATA: json.dumps(about).encode()} if about else None
     )
@@ -158,14 +163,14 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
     Raises:
       UserError: a file that cannot be read, or holds something else than token ids and labels.
     """
-    loaded, formats = _Loaded(), []
+    loaded, formats = _Loaded(), Counter()
     for source in sources:
         schema, batches = _open(source)
         about = _about(schema.metadata)
         if schema.get_field_index("input_ids") < 0:  # also where there are several of them
             raise UserError(f"{source}: has no one column input_ids; tokenize it again")
         plain = pa.types.is_integer(schema.field("input_ids").type)
-        formats.append(str(about.get("format", "text" if plain else "")))
+        usual = str(about.get("format", "text" if plain else ""))
         used = {"input_ids", "labels", _PADDING_MASK, *_LOSS_MASKS, *_IDLE}
         if others := [name for name in schema.names if name not in used]:
             logger.warning("%s: columns that training does not use: %s", source, ", ".join(others))
@@ -174,13 +179,18 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
             ids, labels, bounds = _columns(source, batch, loaded.rows - first)
             if len(bounds) < 2:
                 continue
-            per_row = _about(metadata).get("examples_per_row") or [1] * (len(bounds) - 1)
+            about = _about(metadata)
+            per_row = about.get("examples_per_row") or [1] * (len(bounds) - 1)
             if not _counts_rows(per_row, len(bounds) - 1):
                 raise UserError(f"{source}: its metadata does not fit its rows; tokenize it again")
             rows = loaded.sources + np.repeat(np.arange(len(per_row)), per_row)
             loaded.sources += len(per_row)
+            kinds = about.get("formats") or {usual: len(per_row)}
+            if not isinstance(kinds, dict) or not all(type(count) is int for count in kinds.values()):
+                raise UserError(f"{source}: its metadata does not fit its rows; tokenize it again")
+            formats.update(kinds)
             batch_rows = _Batch(source, loaded.rows - first, ids, labels, bounds)
-            _add(loaded, batch_rows, rows, max_length, formats[-1] == "text")
+            _add(loaded, batch_rows, rows, max_length, list(kinds) == ["text"])
     return _finish(loaded, formats)
 
 
@@ -273,14 +283,14 @@ def _runs(starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def _finish(loaded: _Loaded, formats: list[str]) -> TokenizedSet:
+def _finish(loaded: _Loaded, formats: Mapping[str, int]) -> TokenizedSet:
     def join(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
 
     offsets = np.concatenate([[0], np.cumsum(join(loaded.lengths, np.int64))]).astype(np.int64)
     positions = (join(loaded.column, np.int32), join(loaded.starts, np.int64), offsets)
     targets = join(loaded.targets, np.int64)
-    name = formats[0] if len(set(formats)) == 1 else ""
+    formats = {name: count for name, count in formats.items() if name}
     summary = {
         "rows": loaded.rows,
         "examples": len(targets),
@@ -294,7 +304,8 @@ def _finish(loaded: _Loaded, formats: list[str]) -> TokenizedSet:
         "bad_rows": 0,
         "bad_examples": [],
         "max_token_id": loaded.largest,
-        "format": f"tokenized {name}".rstrip(),
+        "formats": formats,
+        "format": f"tokenized {in_words(formats)}".rstrip(),
     }
     return TokenizedSet(
         Values(loaded.ids, *positions, masks=False),

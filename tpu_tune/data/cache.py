@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tpu_tune.data.tokenized_set import TokenizedSet
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # raise it when the same input would give other tokens
+_VERSION = 3  # raise it when the same input would give other tokens, or a summary other counts
 _ARRAYS = ("tokens", "loss_mask", "offsets", "source_rows")
 
 
@@ -109,7 +109,8 @@ def save(root: Path, key: str, data: TokenizedSet) -> None:
     try:
         parent = root / "tokenized"
         parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.mkdtemp(prefix=f".{key}.", dir=parent)
+        aside = os.path.join(parent, f".{key}.{secrets.token_hex(4)}")
+        os.mkdir(aside)  # not by tempfile, whose directories nobody else who shares the cache could read
         for name in _ARRAYS:
             np.save(os.path.join(aside, f"{name}.npy"), getattr(data, name))
         Path(aside, "summary.json").write_text(json.dumps(data.summary, indent=1), encoding="utf-8")

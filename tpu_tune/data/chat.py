@@ -32,7 +32,8 @@ import numpy as np
 from tpu_tune.checkpoints import json_text
 from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.checkpoints.template_limits import bounded, template_errors
-from tpu_tune.data.formats import TRAINING_MARKS, Chat, RowError
+from tpu_tune.data.formats import Chat, RowError
+from tpu_tune.data.messages import TRAINING_MARKS
 from tpu_tune.errors import UserError
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")

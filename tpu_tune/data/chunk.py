@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tpu_tune.data.formats import own_format
 from tpu_tune.data.streams import Skipped, progress, read_any, writing
 from tpu_tune.errors import UserError
 
@@ -37,7 +38,8 @@ def chunk_file(
       key: of the rows' text.
 
     Returns:
-      `rows` read, `pieces` written, `bad_rows`, `output`.
+      `rows` with a text, `pieces` written of them, `whole`: rows of other formats, which have no such text and are
+      written as they are; `bad_rows`, `output`.
 
     Raises:
       UserError: the file cannot be read, a row has no text, or one character takes more tokens than allowed.
@@ -47,7 +49,7 @@ def chunk_file(
         raise UserError("cutting text needs a fast tokenizer (tokenizer.json), for its character offsets")
     if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
         raise UserError(f"{output}: is the input itself; name another output")
-    skipped, rows = Skipped(skip_bad), 0
+    skipped, rows, whole = Skipped(skip_bad), 0, 0
     with writing(output) as out:
         if Path(path).suffix.lower() in PLAIN:
             rows = 1
@@ -56,15 +58,26 @@ def chunk_file(
         else:
             for where, row in progress(read_any(path, skipped), "chunk"):
                 text = row.get(key)
+                if text is None and own_format(row) not in ("", "text"):
+                    whole += 1
+                    out.write(row)
+                    continue
                 if not isinstance(text, str):
                     skipped.add(where, f"no text in '{key}'; its keys: {', '.join(row)}")
                     continue
                 rows += 1
                 for piece in _pieces(iter([text]), tokenizer, tokens):
                     out.write({**row, key: piece})
-        if not out.count:
+        if out.count == whole:
             raise UserError(f"{path}: no text to cut")
-    return {"rows": rows, "pieces": out.count, "bad_rows": skipped.count, "tokens": tokens, "output": output}
+    return {
+        "rows": rows,
+        "pieces": out.count - whole,
+        "whole": whole,
+        "bad_rows": skipped.count,
+        "tokens": tokens,
+        "output": output,
+    }
 
 
 def _read(path: str) -> Iterator[str]:

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data import arrow
-from tpu_tune.data.formats import detect
+from tpu_tune.data.formats import check_renamed, columns_of, detect
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
-from tpu_tune.data.tokenizing import tokenize_rows
+from tpu_tune.data.tokenizing import past_template, tokenize_rows
 from tpu_tune.errors import UserError
 
 _UNCUT = 2**40  # a max_length that cuts nothing
@@ -42,6 +42,7 @@ class View:
       cut: tokens of the row that are not seen at all.
       cut_text: what they say, where they are the row's end.
       notes: what is worth knowing, such as why it is not trained on.
+      pair: the row's format where it is a prompt and an answer, and no chat.
     """
 
     where: str
@@ -51,6 +52,7 @@ class View:
     cut: int = 0
     cut_text: str = ""
     notes: list[str] = field(default_factory=list)
+    pair: str = ""
 
 
 def look(
@@ -60,7 +62,7 @@ def look(
 
     Args:
       path: a data file, tokenized or not, or a directory, of which the training files are read.
-      options: as `options_from_config` returns them; `format` may be `auto`.
+      options: as `options_from_config` returns them.
       count: rows to draw.
       seed: decides which.
       row: this one instead, from 1.
@@ -76,20 +78,29 @@ def look(
         return [view for index in chosen for view in _views(data, f"{path}, example {index + 1}", tokenizer, [index])]
     skipped = Skipped(options.skip_bad_rows)
     rows = ((where, found) for file in files for where, found in read_any(file, skipped))
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{path}: no rows")
-    try:
-        options = dataclasses.replace(options, format=detect(first[1], options.format, options.columns))
-    except UserError as error:
-        raise UserError(f"{files[0]}: {error}") from error
-    chosen = _draw(progress(_chain(first, rows), "look"), path, count, seed, row)
-    return [view for where, found in chosen for view in _row_views(where, found, tokenizer, options)]
+    chosen = _draw(progress(_checked(rows, files[0], options), "look"), path, count, seed, row)
+    views = [view for where, found in chosen for view in _row_views(where, found, tokenizer, options)]
+    past = [view for view in views if view.pair]
+    if past:
+        summary = {"pairs": len(past), "formats": [view.pair for view in past]}
+        past[0].notes += filter(None, [past_template(summary, options, "data.format")])
+    return views
 
 
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
+def _checked(rows: Iterator[Any], file: str, options: TokenizeOptions) -> Iterator[Any]:
+    """Pass rows on; refuse a first one of no known format, and columns that none of them has."""
+    number = renamed = 0
+    for number, (where, row) in enumerate(rows, start=1):
+        if number == 1 and not options.skip_bad_rows:
+            try:
+                detect(row, options.format, options.columns)
+            except UserError as error:
+                raise UserError(f"{file}: {error}") from error
+        renamed += bool(columns_of(row, options.columns))
+        yield where, row
+    if not number:
+        raise UserError(f"{file}: no rows")
+    check_renamed(file, options.columns, renamed, number)
 
 
 def _draw(items: Iterable[Any], path: str, count: int, seed: int, row: int | None) -> list[Any]:
@@ -136,6 +147,8 @@ def _row_views(where: str, row: dict[str, Any], tokenizer: Any, options: Tokeniz
     if data.summary["open_ended"]:
         reasons.append("no end token after the last answer: the model will not learn to stop")
     views[-1].notes += reasons
+    if data.summary["pairs"]:
+        [views[0].pair] = data.summary["formats"]
     return views
 
 

@@ -22,12 +22,12 @@ import pyarrow as pa
 
 from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.data import arrow, cache
-from tpu_tune.data.formats import detect
+from tpu_tune.data.formats import check_name, check_renamed, detect, in_words
 from tpu_tune.data.processes import Engine
 from tpu_tune.data.streams import JSON_LINES, Skipped, aside, progress, read_any
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
-from tpu_tune.data.tokenizing import tokenize_rows
+from tpu_tune.data.tokenizing import past_template, tokenize_rows
 from tpu_tune.data.workers import Batch, num_processes, tokenize_batch, tokenize_batches
 from tpu_tune.errors import UserError
 
@@ -52,14 +52,14 @@ def tokenize_file(
     """Tokenize the rows of one file of any kind into an Arrow file.
 
     Args:
-      options: `format` may be `auto`; pairs and chats that are too long are left out whatever `drop_long` says.
+      options: pairs and chats that are too long are left out whatever `drop_long` says.
       num_workers: processes; 0 picks threads in this process, or processes where the rows are many enough.
       skip_bad: leave out and count rows that cannot be read or used.
       engine: tokenizes the batches in place of these processes.
 
     Returns:
       Counts as in `TokenizedSet.summary`, and `format`, `max_length`, `bytes`, `predicted_bytes`, `input_bytes`,
-      `output`.
+      `output`, `notes`.
 
     Raises:
       UserError: a bad row, nothing to learn, a format that is not known, or no room on the disk.
@@ -67,24 +67,27 @@ def tokenize_file(
     path, output = os.fspath(path), os.fspath(output)
     if os.path.exists(output) and os.path.exists(path) and os.path.samefile(path, output):
         raise UserError(f"{output}: is the input itself; name another output")
+    check_name(options.format)
     skipped = Skipped(skip_bad)
     rows = None if path.lower().endswith(JSON_LINES) else list(read_any(path, skipped))
-    format = _format(path, rows or read_any(path, Skipped(skip_bad)), options)
-    options = dataclasses.replace(options, format=format, drop_long=True, skip_bad_rows=True)
+    if not skip_bad:
+        _check_first(path, rows or read_any(path, Skipped(skip_bad)), options)
+    options = dataclasses.replace(options, drop_long=True, skip_bad_rows=True)
     if tokenizer.eos_token_id is None and options.num_eos:
         logger.warning("the tokenizer has no end-of-text token, so the model will not learn to stop")
-    predicted, expected = _predict(path, rows, tokenizer, options)
+    predicted, expected, sample = _predict(path, rows, tokenizer, options)
     if not storage.is_special(output):
         _check_room(path, output, predicted)
-    heavy = not tokenizer.is_fast or format in ("messages", "sharegpt")  # work that holds Python's lock
+    heavy = not tokenizer.is_fast or sample["chats"]  # work that holds Python's lock
     processes = num_processes(expected, num_workers) if heavy or num_workers else 1
     batches = make_batches(read_any(path, skipped) if rows is None else rows)
-    about = {"max_length": options.max_length, "format": format, "tokenizer": cache.tokenizer_hash(tokenizer)}
+    usual = next(iter(sample["formats"])) if len(sample["formats"]) == 1 else ""
+    about = {"max_length": options.max_length, "format": usual, "tokenizer": cache.tokenizer_hash(tokenizer)}
     if engine is None:
         sets = tokenize_batches(batches, tokenizer, options, processes)
     else:
         sets = engine(functools.partial(tokenize_batch, tokenizer=tokenizer, options=options), batches)
-    counts, dropped, unused = Counter(), Counter(), Counter()
+    counts, formats, dropped, unused = Counter(), Counter(), Counter(), Counter()
     with aside(output) as temporary:
         with (
             pa.OSFile(os.fspath(temporary), "wb") as file,
@@ -94,22 +97,22 @@ def tokenize_file(
             for one in sets:
                 _count(one, counts, dropped, skipped)
                 unused.update(one.summary["unused"])
+                formats.update(one.summary["formats"])
                 if len(one):
-                    arrow.write_batch(writer, one)
+                    arrow.write_batch(writer, one, usual)
                 bar.update(one.summary["rows"])
+        check_renamed(path, options.columns, counts["renamed"], sum(formats.values()))
         if not counts["examples"]:
             reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
             raise UserError(
                 f"{path}: none of the {counts['rows']} rows has anything to learn ({reasons or 'bad rows'})"
             )
-    report = {name: counts[name] for name in ("examples", "tokens", "target_tokens", "split", "open_ended")}
-    return report | {
-        "rows": counts["rows"] + skipped.count - counts["bad_rows"],  # rows that could not be read count as rows too
+    note = past_template({**counts, "formats": formats}, options, "--format")
+    return _figures(counts, skipped) | {
         "dropped": dict(sorted(dropped.items())),
         "unused": dict(sorted(unused.items())),
-        "bad_rows": skipped.count,
-        "bad_examples": [str(row) for row in skipped.examples],
-        "format": format,
+        "format": in_words(formats),
+        "notes": [note] if note else [],
         "max_length": options.max_length,
         "input_bytes": os.path.getsize(path),
         "predicted_bytes": predicted,
@@ -118,12 +121,20 @@ def tokenize_file(
     }
 
 
-def _format(path: str, rows: Iterable[Row], options: TokenizeOptions) -> str:
+def _figures(counts: Counter, skipped: Skipped) -> dict[str, Any]:
+    return {name: counts[name] for name in ("examples", "tokens", "target_tokens", "split", "open_ended")} | {
+        "rows": counts["rows"] + skipped.count - counts["bad_rows"],  # rows that could not be read count as rows too
+        "bad_rows": skipped.count,
+        "bad_examples": [str(row) for row in skipped.examples],
+    }
+
+
+def _check_first(path: str, rows: Iterable[Row], options: TokenizeOptions) -> None:
     _, first = next(iter(rows), ("", None))
     if first is None:
         raise UserError(f"{path}: no rows")
     try:
-        return detect(first, options.format, options.columns)
+        detect(first, options.format, options.columns)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -179,8 +190,10 @@ def _size(count: int) -> str:
     return f"{count / unit:.2f} {name}"
 
 
-def _predict(path: str, rows: list[Row] | None, tokenizer: Any, options: TokenizeOptions) -> tuple[int, int]:
-    """Estimate the output's bytes, and the number of rows, from rows of all parts of the input."""
+def _predict(
+    path: str, rows: list[Row] | None, tokenizer: Any, options: TokenizeOptions
+) -> tuple[int, int, dict[str, Any]]:
+    """Estimate the output's bytes and the number of rows, from rows of all parts of the input; add their summary."""
     if rows is None:
         sample, factor = _sample_lines(path)
     else:
@@ -191,7 +204,7 @@ def _predict(path: str, rows: list[Row] | None, tokenizer: Any, options: Tokeniz
     numbers = 16 * data.summary["tokens"] + 8 * len(data)
     characters = sum(count_characters(row) for row in sample) * factor
     batches = max(1, expected / _BATCH_ROWS, characters / _BATCH_CHARACTERS)
-    return round(numbers * factor + batches * _BATCH_BYTES) + _FILE_BYTES, expected
+    return round(numbers * factor + batches * _BATCH_BYTES) + _FILE_BYTES, expected, data.summary
 
 
 def _sample_lines(path: str) -> tuple[list[dict[str, Any]], float]:

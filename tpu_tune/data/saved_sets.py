@@ -111,8 +111,8 @@ def _saved(directory: str) -> list[str]:
             f"{file}: an old version of `datasets` keeps an order of rows beside them; save it with a new one"
         )
     entries = state.get(_INDEX)
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or [None]]
-    if not isinstance(entries, list) or not all(map(_is_name, names)):
+    names = [entry.get("filename") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    if not names or len(names) < len(entries) or not all(map(_is_name, names)):
         raise UserError(f"{file}: is no index of `datasets`: it names no files; save the set again")
     return _present(file, [os.path.join(directory, name) for name in names])
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.data import columnar, saved_sets
-from tpu_tune.data.formats import without_nulls
+from tpu_tune.data.formats import ANOTHER_READS
+from tpu_tune.data.messages import without_nulls
 from tpu_tune.data.saved_sets import EVAL_NAMES, TRAIN_NAMES
 from tpu_tune.errors import UserError
 
@@ -38,6 +39,11 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+def with_advice(bad: BadRow, advice: str) -> str:
+    """Return what is wrong and what to do, but never to skip a row that is good and of another format."""
+    return str(bad) if ANOTHER_READS in bad.reason else f"{bad}; {advice}"
 
 
 def resolve(path: str) -> tuple[list[str], list[str] | None]:

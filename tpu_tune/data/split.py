@@ -97,7 +97,7 @@ def split_file(
     path = os.fspath(path)
     outputs = [Path(output_dir, name) for name in (TRAIN, VALIDATION)]
     for output in outputs:
-        if output.exists() and os.path.exists(path) and os.path.samefile(output, path):
+        if os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
             raise UserError(f"{path}: the split would overwrite its own input; name another --output-dir")
     choose, figures = _plan(path, options, skip_bad)
     skipped, counts = Skipped(skip_bad), [0, 0]

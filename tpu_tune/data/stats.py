@@ -19,17 +19,33 @@ import numpy as np
 
 from tpu_tune.data import arrow, saved_sets
 from tpu_tune.data.breakage import Breakage
-from tpu_tune.data.formats import Chat, Pair, RowError, Sample, check_characters, convert, detect
+from tpu_tune.data.formats import (
+    Chat,
+    Pair,
+    Sample,
+    check_characters,
+    check_renamed,
+    columns_of,
+    convert,
+    detect,
+    format_of,
+    in_words,
+    own_format,
+    unused_keys,
+)
+from tpu_tune.data.messages import RowError
 from tpu_tune.data.pretokenize import Row, make_batches
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
 from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenizing import past_template
 from tpu_tune.data.workers import tokenize_batches
 from tpu_tune.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LEAST_BYTES = 100 * 2**20  # the guide's rule of thumb for a full fine-tune
+UNKNOWN = "unknown"  # stands for a format
 _UNCUT = 2**40  # a max_length that cuts nothing
 _PERCENTILES = (50, 90, 95, 99)
 
@@ -57,18 +73,18 @@ def describe(
     """
     options = options or TokenizeOptions(format="auto", max_length=2048)
     files, skipped = _files(os.fspath(path)), Skipped(skip_bad)
-    row_counts = _RowCounts(_format(files, options), options, skipped)
-    figures: dict[str, Any] = {"files": files, "format": row_counts.format or "unknown"}
+    _check_first(files, options)
+    row_counts = _RowCounts(options, skipped)
+    figures: dict[str, Any] = {"files": files}
     rows = row_counts.count(progress(_rows(files, skipped), "stats"))
     tokens = None
-    if tokenizer is None or not row_counts.format:
+    if tokenizer is None:
         for _ in rows:
             pass
     else:
         tokens = _TokenCounts(tokenizer, Breakage())
         uncut = dataclasses.replace(
             options,
-            format=row_counts.format,
             max_length=_UNCUT,
             skip_bad_rows=True,
             drop_long=False,
@@ -79,33 +95,42 @@ def describe(
             tokens.add(tokenized)
     if not row_counts.rows:
         raise UserError(f"{path}: no rows")
+    check_renamed(os.fspath(path), options.columns, row_counts.renamed, row_counts.rows)
     figures |= row_counts.figures(skipped)
     lengths = np.frombuffer(row_counts.lengths, np.int64)
-    if tokens is not None:
+    if tokens is not None and tokens.lengths:
         lengths = np.concatenate([np.zeros(0, np.int64), *tokens.lengths])
         figures["tokens"] = tokens.figures(row_counts.characters)
-    unit = "characters" if tokens is None else "tokens"
-    figures["lengths"] = {"unit": unit, **_distribution(lengths, options.max_length if tokens is not None else 0)}
+        figures["unused"] = dict(sorted(tokens.unused.items()))
+    unit = "tokens" if "tokens" in figures else "characters"
+    figures["lengths"] = {"unit": unit, **_distribution(lengths, options.max_length if unit == "tokens" else 0)}
     figures["warnings"] = _warnings(figures, method, options.max_length)
+    if tokens is not None and (note := past_template(tokens.summary(), options, "--format")):
+        figures["warnings"].append(note)
     return figures
 
 
 class _RowCounts:
     """Counts of rows, without a tokenizer."""
 
-    def __init__(self, format: str, options: TokenizeOptions, skipped: Skipped):
-        self.format, self.columns, self.skipped = format, options.columns, skipped
-        self.rows = self.characters = self.bytes = self.empty_answers = 0
+    def __init__(self, options: TokenizeOptions, skipped: Skipped):
+        self.format, self.columns, self.skipped = options.format, options.columns, skipped
+        self.formats: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self.unknown = ""  # the first row of no known format
+        self.rows = self.renamed = self.characters = self.bytes = self.empty_answers = 0
         self.keys: Counter[str] = Counter()
         self.hashes, self.lengths = array.array("Q"), array.array("q")
         self.text = ""  # of the last row
 
     def count(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Pass rows on, but those that cannot be used, and count."""
+        """Pass rows of known formats on, but those that cannot be used, and count all."""
         for where, row in rows:
             try:
-                if self.format:
-                    texts, empty = _texts(convert(row, self.format, self.columns))
+                format = self._format(where, row)
+                if format:
+                    texts, empty = _texts(convert(row, format, self.columns))
+                    self.unused.update(unused_keys(row, format, self.columns))
                 else:
                     texts, empty = _strings(row), False
                     check_characters(texts)
@@ -116,16 +141,30 @@ class _RowCounts:
             encoded = self.text.encode("utf-8", "surrogatepass")
             characters = sum(map(len, texts))
             self.rows += 1
+            self.formats[format or UNKNOWN] += 1
+            self.renamed += bool(columns_of(row, self.columns))
             self.characters += characters
             self.bytes += len(encoded) - max(0, len(texts) - 1)
             self.empty_answers += empty
             self.keys.update(row.keys())
             self.hashes.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little"))
             self.lengths.append(characters)
-            yield where, row
+            if format:
+                yield where, row
+
+    def _format(self, where: str, row: dict[str, Any]) -> str:
+        """A row's format; "" where it is to be told and is not known, as long as columns are not named either."""
+        if self.format.startswith("auto") and not self.columns and not own_format(row):
+            self.unknown = self.unknown or f"{where}, with the keys {', '.join(map(str, row)) or 'none'}"
+            return ""
+        return format_of(row, self.format, self.columns)
 
     def figures(self, skipped: Skipped) -> dict[str, Any]:
         return {
+            "format": in_words(self.formats),
+            "formats": dict(self.formats),
+            "first_unknown": self.unknown,
+            "unused": dict(sorted(self.unused.items())),
             "rows": self.rows,
             "bad_rows": skipped.count,
             "bad_examples": [str(row) for row in skipped.examples],
@@ -146,6 +185,12 @@ class _TokenCounts:
         self.targets = 0
         self.ids = np.zeros(len(tokenizer), np.int64)
         self.dropped: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.pairs = 0
+
+    def summary(self) -> dict[str, Any]:
+        return {"pairs": self.pairs, "formats": self.formats}
 
     def count(self, rows: Iterable[Row], row_counts: _RowCounts) -> Iterator[Row]:
         for where, row in rows:
@@ -157,7 +202,9 @@ class _TokenCounts:
             raise UserError(tokenized.summary["bad_examples"][0])
         self.lengths.append(tokenized.lengths)
         self.targets += tokenized.summary["target_tokens"]
-        self.dropped.update(tokenized.summary["dropped"])
+        self.pairs += tokenized.summary["pairs"]
+        for name in ("dropped", "unused", "formats"):
+            getattr(self, name).update(tokenized.summary[name])
         counts = np.bincount(tokenized.tokens, minlength=len(self.ids))
         self.ids = counts + np.pad(self.ids, (0, len(counts) - len(self.ids)))
 
@@ -192,18 +239,17 @@ def _rows(files: Sequence[str], skipped: Skipped) -> Iterator[Row]:
         yield from read_any(file, skipped)
 
 
-def _format(files: list[str], options: TokenizeOptions) -> str:
-    """The format of the first row, or "" where its keys are not known."""
+def _check_first(files: list[str], options: TokenizeOptions) -> None:
+    """Hold the named format and columns against the first row; without them, say where its keys are not known."""
     _, first = next(_rows(files, Skipped(allowed=True)), ("", None))
     if first is None:
-        return ""
+        return
     try:
-        return detect(first, options.format, options.columns)
+        detect(first, options.format, options.columns)
     except UserError as error:
-        if options.format != "auto" or options.columns:
+        if not options.format.startswith("auto") or options.columns:
             raise UserError(f"{files[0]}: {error}") from error
         logger.warning("%s: %s; counting all its strings", files[0], str(error).partition("; known")[0])
-        return ""
 
 
 def _texts(sample: Sample) -> tuple[list[str], bool]:
@@ -256,7 +302,7 @@ def _warnings(figures: dict[str, Any], method: str, max_length: int) -> list[str
         warnings.append(f"{figures['empty_answers']:,} rows have an empty answer or text; nothing is learnt from them")
     over = figures["lengths"].get("over_max_length", 0)
     if over:
-        what = "cut into blocks" if figures["format"] == "text" else "cut, or left out by tpu-tune data tokenize"
+        what = "cut into blocks" if list(figures["formats"]) == ["text"] else "cut, or left out by data tokenize"
         warnings.append(
             f"{over:,} rows ({over / figures['rows']:.1%}) are longer than {max_length} tokens: they are {what}"
         )
@@ -264,6 +310,15 @@ def _warnings(figures: dict[str, Any], method: str, max_length: int) -> list[str
         warnings.append(
             f"{figures['tokens']['unknown_tokens']:,} tokens are unknown to the tokenizer: their text is lost"
         )
+    if UNKNOWN in figures["formats"]:
+        warnings.append(
+            f"{figures['formats'][UNKNOWN]:,} rows are of no known format, the first {figures['first_unknown']}: "
+            "training stops there (data.columns can rename keys)"
+        )
+    warnings += [
+        f"'{key}' of {count:,} rows is not used: it is not in the text that is trained on"
+        for key, count in figures["unused"].items()
+    ]
     return warnings
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -39,11 +39,13 @@ class Skipped:
       allowed: go on and count (`--skip-bad`); otherwise the first one ends the step.
       count: how many so far.
       examples: the first five.
+      told: called with each, before it is counted.
     """
 
     allowed: bool = False
     count: int = 0
     examples: list[BadRow] = field(default_factory=list)
+    told: Callable[[BadRow], None] | None = None
 
     def add(self, where: str, reason: str) -> None:
         """Count a bad row.
@@ -52,8 +54,10 @@ class Skipped:
           UserError: bad rows are not allowed.
         """
         bad = BadRow(where, reason)
+        if self.told is not None:
+            self.told(bad)
         if not self.allowed:
-            raise UserError(f"{bad}; fix it, or give --skip-bad to go on without it")
+            raise UserError(sources.with_advice(bad, "fix it, or give --skip-bad to go on without it"))
         self.count += 1
         if len(self.examples) < 5:
             self.examples.append(bad)

@@ -14,7 +14,7 @@ class TokenizeOptions:
     """How rows become tokens and a loss mask. Every field is part of the cache's key.
 
     Attributes:
-      format: the rows' format, a key of `formats.FORMATS`; `auto`, where it is allowed, goes by the first row.
+      format: how rows are read, one of `formats.NAMES`; `auto` goes by the keys of each row.
       max_length: most tokens of an example.
       columns: the rows' own keys -> the format's keys.
       chat_template: the Jinja text itself, or name -> text of a tokenizer that has several.
@@ -49,7 +49,7 @@ class TokenizeOptions:
 
 
 def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False) -> TokenizeOptions:
-    """Return the options that `config.data` gives; `format` may still be `auto`."""
+    """Return the options that `config.data` gives."""
     return TokenizeOptions(
         format=data.format,
         max_length=data.max_length,

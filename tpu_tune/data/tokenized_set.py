@@ -23,7 +23,8 @@ class TokenizedSet:
       loss_mask: (total,) bool, the tokens to be predicted.
       offsets: (examples + 1,) int64; example i is tokens[offsets[i]:offsets[i + 1]].
       source_rows: (examples,) int64, the row that each example was made from (a long text makes several).
-      summary: counts of rows, examples, tokens, target tokens, and of what was cut, dropped, bad or unused, by reason.
+      summary: counts of rows (also by format), examples, tokens, target tokens, and of what was cut, dropped, bad or
+        unused, by reason.
       targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
     """
 
@@ -60,7 +61,7 @@ def merge(sets: Sequence[TokenizedSet]) -> TokenizedSet:
     summary: dict[str, Any] = {}
     for key in sets[0].summary:
         values = [one.summary[key] for one in sets]
-        if key in ("dropped", "unused"):
+        if key in ("formats", "dropped", "unused"):
             summary[key] = dict(sorted(sum((Counter(value) for value in values), Counter()).items()))
         elif key == "bad_examples":
             summary[key] = [text for value in values for text in value][:5]

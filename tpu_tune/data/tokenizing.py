@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data import chat as chats
-from tpu_tune.data.formats import Chat, Pair, RowError, Sample, Text, convert, is_context_only, unused_keys
-from tpu_tune.data.sources import BadRow
+from tpu_tune.data.formats import AS_CHAT, PAIRS, Chat, Pair, Sample, Text, columns_of, convert, format_of, unused_keys
+from tpu_tune.data.messages import RowError, is_context_only
+from tpu_tune.data.sources import BadRow, with_advice
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.errors import UserError
@@ -60,7 +61,7 @@ def tokenize_rows(
     where: str | Sequence[str] = "row",
     first: int = 0,
 ) -> TokenizedSet:
-    """Tokenize rows of one format.
+    """Tokenize rows, each in its own format or all in the one that the options name.
 
     Args:
       rows: dictionaries as `sources.read_rows` gives them.
@@ -73,30 +74,33 @@ def tokenize_rows(
       UserError: a bad row (unless `options.skip_bad_rows`), a template from which no mask can be had, or for an
         encoder-decoder a row that is no pair.
     """
-    if options.format in ("messages", "sharegpt") or options.response_markers:
-        if not tokenizer.is_fast:
-            raise UserError("chats and response markers need a fast tokenizer (tokenizer.json), for its offsets")
+    if options.response_markers:
+        _check_fast(tokenizer)
 
     def where_is(index: int) -> str:
         return f"{where} {index + 1}" if isinstance(where, str) else where[index - first]
 
     marks = _read_marks(tokenizer)
-    counts, dropped, unused, bad = Counter(), Counter(), Counter(), []
+    counts, formats, dropped, unused, bad = Counter(), Counter(), Counter(), Counter(), []
+    format = ""
     ids_list, mask_list, row_list = [], [], []
     for start in range(0, len(rows), _BATCH):
         samples = []
         for index, row in enumerate(rows[start : start + _BATCH], start=first + start):
             try:
-                sample = convert(row, options.format, options.columns)
+                format = format_of(row, options.format, options.columns, format)
+                sample = convert(row, format, options.columns)
                 if options.encoder_decoder and not isinstance(sample, Pair):
                     raise UserError(_no_pair(sample, where_is(index)))
                 sample, unread = _for_template(sample, tokenizer, options)
                 samples.append((index, _prepare(sample, tokenizer, options)))
-                unused.update([*unused_keys(row, options.format, options.columns), *unread])
+                formats[format] += 1
+                counts.update({type(sample).__name__: 1, "renamed": bool(columns_of(row, options.columns))})
+                unused.update([*unused_keys(row, format, options.columns), *unread])
             except RowError as error:
                 bad.append(BadRow(where_is(index), str(error)))
                 if not options.skip_bad_rows:
-                    raise UserError(f"{bad[-1]}; fix it or set data.skip_bad_rows=True") from error
+                    raise UserError(with_advice(bad[-1], "fix it or set data.skip_bad_rows=True")) from error
         for index, ids, mask in _encode(samples, tokenizer, marks, options, counts, dropped):
             ids_list.append(ids)
             mask_list.append(mask)
@@ -105,6 +109,10 @@ def tokenize_rows(
     loss_mask = np.concatenate([np.zeros(0, bool), *mask_list])
     summary = {
         "rows": len(rows),
+        "formats": dict(sorted(formats.items())),
+        "chats": counts["Chat"],
+        "pairs": counts["Pair"],
+        "renamed": counts["renamed"],
         "examples": len(ids_list),
         "tokens": len(tokens),
         "target_tokens": int(loss_mask.sum()),
@@ -120,6 +128,29 @@ def tokenize_rows(
     }
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in ids_list], dtype=np.int64)]).astype(np.int64)
     return TokenizedSet(tokens, loss_mask, offsets, np.asarray(row_list, np.int64), summary)
+
+
+def _check_fast(tokenizer: Any) -> None:
+    if not tokenizer.is_fast:
+        raise UserError("chats and response markers need a fast tokenizer (tokenizer.json), for its offsets")
+
+
+def past_template(summary: Mapping[str, Any], options: TokenizeOptions, option: str) -> str:
+    """Say that pairs are trained on without the chat template that the tokenizer has; "" where that is not so.
+
+    Args:
+      summary: of `tokenize_rows`, or sums of several.
+      option: what names the format, for the way out: `data.format`, `--format`.
+    """
+    pairs = summary.get("pairs", 0)
+    if not pairs or not options.chat_template or options.encoder_decoder:
+        return ""
+    formats = [name for name in PAIRS if name in summary["formats"]]
+    rows = f"{pairs:,} rows ({', '.join(formats)}) are" if pairs > 1 else f"1 row ({formats[0]}) is"
+    return (
+        f"{rows} trained on without the tokenizer's chat template, through which a chat model is usually asked: "
+        f"{option}=auto{AS_CHAT} makes prompt and answer its turns"
+    )
 
 
 @dataclass(frozen=True)
@@ -140,6 +171,7 @@ def _for_template(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> t
     """Make a chat ready for its template; also name what it holds and the template does not read."""
     if not isinstance(sample, Chat):
         return sample, []
+    _check_fast(tokenizer)
     if options.train_on_source and any(map(is_context_only, sample.messages)):
         raise RowError(
             "a message is marked not to be trained on (weight, train or training), and data.train_on_source trains on "

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data import arrow, cache
-from tpu_tune.data.formats import detect
+from tpu_tune.data.formats import check_renamed, detect, in_words
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
+from tpu_tune.data.tokenizing import past_template
 from tpu_tune.data.workers import tokenize_parallel
 from tpu_tune.errors import UserError
 
@@ -64,18 +65,27 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
         eval_sources = named_eval or named
     train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, pairs)
     _warn(data.train, train.summary)
+    if note := past_template(train.summary, options_from_config(data, tokenizer, pairs), "data.format"):
+        logger.warning("%s: %s", data.train, note)
     train_examples = np.arange(len(train))
     held_out = None
-    if eval_sources:
+    if eval_sources and not (data.eval_dataset_size and not data.eval):
         held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, pairs)
         _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
         eval_examples = np.arange(len(held_out))
-    elif data.eval_ratio > 0:
-        train_examples, eval_examples = split_rows(train.source_rows, data.eval_ratio, data.data_seed)
+    elif data.eval_ratio > 0 or data.eval_dataset_size:
+        share = data.eval_dataset_size or data.eval_ratio
+        try:
+            train_examples, eval_examples = split_rows(train.source_rows, share, data.data_seed)
+        except UserError as error:
+            raise UserError(f"data.eval_dataset_size: {data.train} {error}") from error
         if len(eval_examples):
             held_out = train
         else:
             logger.warning("%s holds one usable row: there is none to hold out for evaluation", data.train)
+    train_examples = _first(train, train_examples, data.max_train_samples)
+    if held_out is not None:
+        eval_examples = _first(held_out, eval_examples, data.max_eval_samples)
     rows = functools.partial(_rows, config=data, start_token=start_token)
     train_rows = rows(train, train_examples)
     eval_rows = None if held_out is None else rows(held_out, eval_examples)
@@ -87,21 +97,32 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     return Datasets(train_rows, eval_rows, summary)
 
 
-def split_rows(source_rows: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _first(data: TokenizedSet, examples: np.ndarray, count: int) -> np.ndarray:
+    """Return the examples of the first `count` rows among those of `examples`; 0: all."""
+    rows = data.source_rows[examples]
+    return examples[np.isin(rows, np.unique(rows)[:count])] if count else examples
+
+
+def split_rows(source_rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a seeded share of the rows: at least one, never all (none of a single one).
 
     Args:
       source_rows: (examples,) the row that each example comes from; a row's examples stay together.
-      ratio: share of the rows, in (0, 1).
+      share: share of the rows, in (0, 1), or from 1 on their number.
       seed: decides which.
 
     Returns:
       (train examples, eval examples), sorted index arrays.
+
+    Raises:
+      UserError: so many rows that none are left to train on.
     """
     rows = np.unique(source_rows)
+    if share >= max(1, len(rows)):
+        raise UserError(f"has {len(rows)} rows, and {share:g} are to be held out; some must be left to train on")
     if len(rows) < 2:
         return np.arange(len(source_rows)), np.zeros(0, np.int64)
-    count = int(np.clip(round(len(rows) * ratio), 1, len(rows) - 1))
+    count = int(np.clip(share if share >= 1 else round(len(rows) * share), 1, len(rows) - 1))
     held_out = np.random.default_rng(seed).permutation(rows)[:count]
     is_eval = np.isin(source_rows, held_out)
     return np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
@@ -156,22 +177,21 @@ def _tokenize_sources(
     sources: list[str], read: dict[str, tuple], options: TokenizeOptions, tokenizer: Any, num_workers: int
 ) -> TokenizedSet:
     sets, bad, first = [], [], 0
-    format = ""
     for source in sources:
         rows, bad_in_source = read.get(source) or read_rows(source, skip_bad_rows=options.skip_bad_rows)
-        if not format:
+        if not sets and not options.skip_bad_rows:
             try:
-                format = detect(rows[0], options.format, options.columns)
+                detect(rows[0], options.format, options.columns)
             except UserError as error:
                 raise UserError(f"{source}: {error}") from error
-        options = dataclasses.replace(options, format=format)
         one = tokenize_parallel(rows, tokenizer, options, f"{source}, row", num_workers=num_workers)
         sets.append(dataclasses.replace(one, source_rows=one.source_rows + first))
         bad += bad_in_source
         first += len(rows)
     result = merge(sets)
     summary = result.summary
-    summary["format"] = format
+    check_renamed(sources[0], options.columns, summary["renamed"], sum(summary["formats"].values()))
+    summary["format"] = in_words(summary["formats"])
     summary["rows"] += len(bad)
     summary["bad_rows"] += len(bad)
     summary["bad_examples"] = [*map(str, bad), *summary["bad_examples"]][:5]

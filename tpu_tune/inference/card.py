@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.prompts import CHAT, in_words, taught_as
 from tpu_tune.inference.public_names import Base, base_name, hub_id, private_directories, scrubbed
 
 _SHOWN_EVALUATIONS = 20
@@ -47,6 +48,7 @@ class CardFacts:
       added_tokens: whether the vocabulary was grown.
       own_tokenizer: whether a tokenizer stands beside the result: it is not the base's, or has another template.
       has_curves: whether curves.png lies beside the card.
+      step: of the checkpoint that the weights are of; None for what the run ended with.
       gguf_file: its name, where that is the form.
       revision: the branch, "" for the main one.
       difference: figures of `export_merged`, {} where nothing was merged.
@@ -64,6 +66,7 @@ class CardFacts:
     added_tokens: bool = False
     own_tokenizer: bool = False
     has_curves: bool = False
+    step: int | None = None
     gguf_file: str = ""
     revision: str = ""
     difference: Mapping[str, float] = field(default_factory=dict)
@@ -83,9 +86,16 @@ def model_card(facts: CardFacts) -> str:
     return f"---\n{_front_matter(facts)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def judged(config: ConfigDict, metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the evaluation row of the weights that a finished run left: the best's or the last; None without any."""
+def judged(
+    config: ConfigDict, metrics: Sequence[Mapping[str, Any]], step: int | None = None
+) -> Mapping[str, Any] | None:
+    """Return the evaluation row of a checkpoint, or of the weights that a finished run left; None without any.
+
+    The latter is the best's or the last.
+    """
     rows = _evaluations(metrics)
+    if step is not None:
+        return next((row for row in reversed(rows) if row["step"] == step), None)
     if not rows:
         return None
     return min(rows, key=lambda row: row["eval_loss"]) if config.train.load_best_model_at_end else rows[-1]
@@ -94,7 +104,7 @@ def judged(config: ConfigDict, metrics: Sequence[Mapping[str, Any]]) -> Mapping[
 def _front_matter(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    config, row, dataset = facts.config, judged(facts.config, facts.metrics), _hub_data(facts)
+    config, row, dataset = facts.config, judged(facts.config, facts.metrics, facts.step), _hub_data(facts)
     results = []
     if row:
         where = base_name(config.data.eval or config.data.train)
@@ -181,10 +191,13 @@ def _data(facts: CardFacts) -> str:
         lines.append(f"- row format: {row_format}")
     if config.data.eval:
         lines.append(f"- evaluated on: `{base_name(config.data.eval)}`{_counted(counts.get('eval'))}")
-    elif config.data.eval_ratio > 0:
-        lines.append(
-            f"- evaluated on: {100 * config.data.eval_ratio:.3g}% of the rows, held out{_counted(counts.get('eval'))}"
+    elif config.data.eval_ratio > 0 or config.data.eval_dataset_size:
+        share = (
+            f"{config.data.eval_dataset_size:,}"
+            if config.data.eval_dataset_size
+            else f"{100 * config.data.eval_ratio:.3g}%"
         )
+        lines.append(f"- evaluated on: {share} of the rows, held out{_counted(counts.get('eval'))}")
     return "\n".join(lines)
 
 
@@ -206,6 +219,11 @@ def _training(facts: CardFacts) -> str:
             changed.append(f"{key}={text if len(text) <= 200 else text[:200] + '...'}")
     rows = [row for row in facts.metrics if "loss" in row]
     lines = []
+    if facts.step is not None:
+        total = facts.summary.get("total_steps")
+        of = f" of {total:,}" if total else ""
+        lines.append(f"These are the weights of the checkpoint of step {facts.step:,}{of}.")
+        rows = [row for row in rows if row["step"] <= facts.step]
     if rows:
         took = [f"{rows[-1]['step']:,} steps"]
         if _finite(rows[-1].get("epoch")):
@@ -223,8 +241,8 @@ def _training(facts: CardFacts) -> str:
 
 
 def _evaluation(facts: CardFacts) -> str:
-    rows, kept = _evaluations(facts.metrics), judged(facts.config, facts.metrics)
-    if kept is None:
+    rows, kept = _evaluations(facts.metrics), judged(facts.config, facts.metrics, facts.step)
+    if not rows:
         return "None was made while training."
     shown = rows
     if len(rows) > _SHOWN_EVALUATIONS:
@@ -241,9 +259,10 @@ def _evaluation(facts: CardFacts) -> str:
         ]
         bold = "**" if row is kept else ""
         lines.append("| " + " | ".join(f"{bold}{cell}{bold}" if cell else "" for cell in cells) + " |")
-    said = "The weights here are those of the bold row, judged as they were trained." + (
-        f" {len(shown)} of {len(rows)} evaluations are shown." if len(shown) < len(rows) else ""
-    )
+    said = "The weights here are those of the bold row, judged as they were trained."
+    if kept is None:
+        said = f"The weights here are those of step {facts.step}, at which no evaluation was made."
+    said += f" {len(shown)} of {len(rows)} evaluations are shown." if len(shown) < len(rows) else ""
     return "\n".join(lines) + f"\n\n{said}"
 
 
@@ -304,7 +323,7 @@ def _gguf_snippets(facts: CardFacts) -> list[str]:
 
 
 def _use(facts: CardFacts) -> str:
-    return f"print(model.generate(['What is AI?']{'' if _is_chat(facts) else ', chat=False'})[0])"
+    return f"print(model.generate([{_asked(facts)!r}]{'' if _is_chat(facts) else ', chat=False'})[0])"
 
 
 def _torch_use(facts: CardFacts) -> str:
@@ -315,13 +334,21 @@ def _torch_use(facts: CardFacts) -> str:
             "return_tensors='pt')"
         )
     else:
-        inputs = "inputs = tokenizer('What is AI?', return_tensors='pt')"
+        inputs = f"inputs = tokenizer({_asked(facts)!r}, return_tensors='pt')"
     return f"{inputs}\nprint(tokenizer.decode(model.generate(**inputs, max_new_tokens=128)[0]))"
 
 
 def _is_chat(facts: CardFacts) -> bool:
-    row_format = ((facts.summary.get("data") or {}).get("train") or {}).get("format") or facts.config.data.format
-    return row_format in ("messages", "sharegpt") and not facts.encoder_decoder
+    return _taught(facts) == CHAT and not facts.encoder_decoder
+
+
+def _asked(facts: CardFacts) -> str:
+    return in_words(_taught(facts), "What is AI?")
+
+
+def _taught(facts: CardFacts) -> str:
+    counts = (facts.summary.get("data") or {}).get("train")
+    return taught_as(counts or {"format": facts.config.data.format})
 
 
 def _code(caption: str, text: str, language: str = "python") -> str:

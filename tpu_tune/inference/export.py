@@ -8,7 +8,6 @@ difference in logits from the trained model is measured and reported; nothing is
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -25,30 +24,35 @@ from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
-from tpu_tune.inference.run_model import open_base
+from tpu_tune.inference.run_result import Step, open_base, result_of, write_result
 from tpu_tune.models import Architecture
 from tpu_tune.transforms import QuantizeConfig, find_targets, unties_head
 
 _PROBE_TOKENS = 64
 
 
-def export_adapter(run: str, output: str) -> None:
-    """Copy a run's PEFT adapter.
+def export_result(run: str, output: str, step: Step = None) -> str:
+    """Write what a run has trained, as it is: its PEFT adapter, or of one that trained every weight the model.
+
+    Args:
+      run: run directory.
+      output: directory to write.
+      step: a checkpoint's (see `run_result.find_step`); by default what the run ended with.
+
+    Returns:
+      The run's method: lora | full.
 
     Raises:
-      UserError: the run has none yet, or there is something at `output` already.
+      UserError: the run has neither yet, or there is something at `output` already.
     """
     directory = RunDirectory(run)
-    method = directory.config().method
-    if method == "full":
-        model = directory.result(method)
-        raise UserError(f"{run} trained every weight, so it has no adapter; its model is {model}")
-    adapter = directory.finished_result(method)
+    config = directory.config()
     _check_output(output)
-    _copy(adapter, output)
+    write_result(directory, config, step, output)
+    return config.method
 
 
-def export_merged(run: str, output: str, base: str = "original", dtype: str = "") -> dict[str, Any]:
+def export_merged(run: str, output: str, base: str = "original", dtype: str = "", step: Step = None) -> dict[str, Any]:
     """Write a run's model with its adapter merged in; return figures.
 
     Args:
@@ -56,6 +60,7 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
       output: directory to write.
       base: original | dequantized.
       dtype: the tensors' dtype; by default the original's, float32 from a GGUF.
+      step: a checkpoint's (see `run_result.find_step`); by default what the run ended with.
 
     Returns:
       `max_logit_difference` (largest absolute difference from the model as it was trained, over one probe text),
@@ -64,16 +69,16 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     directory = RunDirectory(run)
     config = directory.config()
     _check_output(output)
-    if config.method != "lora":
-        _copy(directory.finished_result("full"), output)
+    if config.method != "lora" and not dtype:
+        write_result(directory, config, step, output)
         return {"max_logit_difference": 0.0, "relative_logit_difference": 0.0, "same_first_guesses": 1.0}
-    source, arch, load_tree = _trained(directory, config)
+    source, arch, load_tree = _trained(directory, config, step)
     return _written_and_measured(
         output, arch, load_tree, base, lambda params: write_model(output, params, source, arch, dtype)
     )
 
 
-def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16") -> dict[str, Any]:
+def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16", step: Step = None) -> dict[str, Any]:
     """Write a run's model, its adapter merged in, as one GGUF file; return figures as `export_merged` does.
 
     Args:
@@ -81,6 +86,7 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
       output: file to write, `NAME.gguf`.
       base: original | dequantized; without meaning for a run that trained every weight.
       kind: f16 | bf16 | q8_0, the number format of the matrices.
+      step: a checkpoint's (see `run_result.find_step`); by default what the run ended with.
 
     Raises:
       UserError: llama.cpp does not know the family, or GGUF cannot express the model or its tokenizer.
@@ -90,15 +96,7 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
     if not output.endswith(".gguf"):
         raise UserError(f"--output is {output}; a GGUF file's name ends with .gguf")
     _check_output(output)
-    if config.method != "lora":
-        source = open_source(directory.finished_result("full"))
-        arch = open_architecture(source)
-
-        def load_tree(quantized: bool) -> dict[str, Any]:
-            return load_params(source, arch, jnp.float32)
-
-    else:
-        source, arch, load_tree = _trained(directory, config)
+    source, arch, load_tree = _trained(directory, config, step)
     check_family(source.config)
 
     def write(params: dict[str, Any]) -> None:
@@ -109,12 +107,19 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
 
 
 def _trained(
-    run: RunDirectory, config: ConfigDict
+    run: RunDirectory, config: ConfigDict, step: Step
 ) -> tuple[WeightSource, Architecture, Callable[[bool], dict[str, Any]]]:
-    """A run's base, its architecture, and what loads the tree with the adapter over the quantized base or the plain."""
+    """What a run's model is made of: a source, its architecture, and what loads the tree.
+
+    The source of a LoRA run is its base, and the tree has the adapter over the quantized base or the plain one.
+    """
+    if config.method != "lora":
+        source = open_source(result_of(run, config, step))
+        arch = open_architecture(source)
+        return source, arch, lambda quantized: load_params(source, arch, jnp.float32)
     source = open_base(run, config)
     arch, quantization = open_architecture(source), QuantizeConfig(**config.quantize)
-    spec, adapters = peft.read_adapter(run.finished_result(config.method), arch)
+    spec, adapters = peft.read_adapter(result_of(run, config, step), arch)
     targets = find_targets(arch.modules(), spec, arch.default_targets)
 
     def load_tree(quantized: bool) -> dict[str, Any]:
@@ -167,11 +172,6 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
     arch = open_architecture(source)
     quantization = QuantizeConfig(**config.quantize) if base == "dequantized" else None
     write_model(output, load_params(source, arch, jnp.float32, quantization), source, arch, dtype)
-
-
-def _copy(result: str, output: str) -> None:
-    with storage.whole_directory(output) as aside:
-        shutil.copytree(storage.local_copy(result), aside, dirs_exist_ok=True)
 
 
 def _check_output(output: str) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tpu_tune.checkpoints.ends import end_ids
+from tpu_tune.checkpoints.ends import closing_ids, end_ids
 from tpu_tune.checkpoints.template_limits import template_errors
 from tpu_tune.checkpoints.tokenizers import encode_text
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -128,25 +128,9 @@ def end_tokens(tokenizer: Any, source: WeightSource | None = None) -> tuple[int,
     """
     names = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>")
     vocabulary = tokenizer.get_added_vocab()
-    ends = {vocabulary[name] for name in names if name in vocabulary} | _closing_ids(tokenizer)
+    ends = {vocabulary[name] for name in names if name in vocabulary} | closing_ids(tokenizer)
     ends |= {tokenizer.eos_token_id} - {None}
     return tuple(sorted(ends | (end_ids(source) if source is not None else set())))
-
-
-def _closing_ids(tokenizer: Any) -> set[int]:
-    """The token that the chat template writes right behind an answer, where it writes one."""
-    if not tokenizer.chat_template:
-        return set()
-    answer = "0123456789"
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    try:
-        with template_errors(tokenizer.chat_template, ValueError):
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # a template may refuse any chat, in words of its own; then it says nothing of an end
-        return set()
-    _, found, behind = text.rpartition(answer)
-    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"][:1] if found else []
-    return set(ids) & set(tokenizer.get_added_vocab().values())
 
 
 def generate_ids(

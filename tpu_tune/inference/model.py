@@ -16,6 +16,7 @@ from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.adapter_base import base_of_adapter
 from tpu_tune.checkpoints.chat_template import with_template_of
 from tpu_tune.checkpoints.params import load_params, open_architecture
+from tpu_tune.checkpoints.prompts import CHAT, in_words
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.tokenizers import encode_text, with_bos
 from tpu_tune.checkpoints.vocabulary import with_tokens_of
@@ -41,6 +42,7 @@ class Model:
       targets: the modules that the adapter changes, or None.
       always_bos: plain prompts begin with BOS even where the tokenizer adds none (`data.add_bos_token=always`).
       chat_template_kwargs: variables of the chat template (`data.chat_template_kwargs`).
+      taught: how the rows that it was trained on asked (`checkpoints.prompts`); "" where that is not known.
     """
 
     architecture: Architecture
@@ -50,6 +52,7 @@ class Model:
     targets: Targets | None = None
     always_bos: bool = False
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    taught: str = ""
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -82,13 +85,14 @@ class Model:
         check_length(self.architecture, list(arrays.values())[-1].shape[1])
         return logits(self.architecture, self.dtype, self.params, *arrays.values())
 
-    def generate(self, prompts: Sequence[str], sampling: Sampling | None = None, chat: bool = True) -> list[str]:
+    def generate(self, prompts: Sequence[str], sampling: Sampling | None = None, chat: bool | None = None) -> list[str]:
         """Return one answer a prompt.
 
         Args:
           prompts: the user's words, or with `chat=False` plain text to go on with.
           sampling: length, temperature, top-k, top-p, seed; greedy by default.
-          chat: put each prompt into the tokenizer's chat template.
+          chat: put each prompt into the tokenizer's chat template, or not; by default ask as the rows of its training
+            did, where they are known, else through the template.
         """
         encoded = [self.encode_prompt(prompt, chat) for prompt in prompts]
         return generate(
@@ -100,11 +104,13 @@ class Model:
         """The ids that end an answer (see `end_tokens`)."""
         return end_tokens(self.tokenizer, self.source)
 
-    def encode_prompt(self, text: str, chat: bool = False) -> list[int]:
-        """Return the ids of a prompt (`chat`) or of plain text to go on from, as in training.
+    def encode_prompt(self, text: str, chat: bool | None = False) -> list[int]:
+        """Return the ids of a prompt (`chat`) or of plain text to go on from, as in training; None: see `generate`.
 
         What an encoder reads is no turn of a chat; it ends in EOS.
         """
+        if chat is None:
+            chat, text = self.taught in ("", CHAT), in_words(self.taught, text)
         if chat and self.architecture.encoder is None:
             return encode_prompt(self.tokenizer, text, True, self.chat_template_kwargs)
         ids = encode_text(self.tokenizer, with_bos(self.tokenizer, text) if self.always_bos else text)

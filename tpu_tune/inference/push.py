@@ -25,6 +25,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference import export
 from tpu_tune.inference.card import CardFacts, model_card
 from tpu_tune.inference.public_names import base_of, is_hub_id, scrubbed_json
+from tpu_tune.inference.run_result import Step, find_step, result_of
 
 _SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")  # a token has 34 letters and digits
 _TOKENS_AT = "https://huggingface.co/settings/tokens"
@@ -44,6 +45,7 @@ class PushRequest:
       license: identifier for the card, "" for the base's own where that is known.
       base_model: hub id of the base, "" to go by the configuration.
       card_only: renew the card and the picture, and leave the weights.
+      step: a checkpoint's (see `run_result.find_step`); None for what the run ended with.
     """
 
     repo: str
@@ -55,6 +57,7 @@ class PushRequest:
     license: str = ""
     base_model: str = ""
     card_only: bool = False
+    step: Step = None
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,19 @@ class File:
         return len(self.content) if isinstance(self.content, bytes) else os.path.getsize(self.content)
 
 
-def check(run: str, request: PushRequest) -> tuple[ConfigDict, PushRequest, str]:
-    """Check a request against a run; return its configuration, the completed request, and the directory of its result.
+def check(run: str, request: PushRequest) -> tuple[ConfigDict, PushRequest]:
+    """Check a request against a run; return its configuration and the completed request.
 
     Raises:
-      UserError: no run directory, a run that has not finished, a bad name, or a request that does not fit the run.
+      UserError: no run directory, a run with neither result nor checkpoint, a bad name, or a request that does not
+        fit the run.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    config = RunDirectory(run).config()
-    result = RunDirectory(run).finished_result(config.method)
+    directory = RunDirectory(run)
+    config = directory.config()
+    request = replace(request, step=find_step(directory, config, request.step))
     try:
         validate_repo_id(request.repo)
     except HFValidationError:
@@ -99,7 +104,7 @@ def check(run: str, request: PushRequest) -> tuple[ConfigDict, PushRequest, str]
         request = replace(request, form="merged")
     if request.dtype and config.method != "lora":
         raise UserError(f"--dtype: {run} trained every weight, and its model is pushed as it is")
-    return config, request, result
+    return config, request
 
 
 def find_token() -> str:
@@ -125,15 +130,16 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
     """Yield the files to upload, the card first, and figures of the merge; what was written for it is gone afterwards.
 
     Args:
-      run: a finished run's directory; not changed.
+      run: the run's directory; not changed.
       request: what to push, and how.
 
     Raises:
       UserError: as `check` and the exports raise it.
     """
-    config, request, result = check(run, request)
+    config, request = check(run, request)
     base = base_of(config, run, request.base_model)
     directory = RunDirectory(run)
+    result = result_of(directory, config, request.step)
     curves = directory.file("curves.png")
     beside = [File("curves.png", storage.read_bytes(curves))] if storage.exists(curves) else []
     facts = CardFacts(
@@ -150,6 +156,7 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
         own_tokenizer=storage.exists(os.path.join(result, "tokenizer_config.json")),
         has_curves=bool(beside),
         revision=request.revision,
+        step=request.step,
         gguf_file=f"{request.repo.rpartition('/')[2]}-{request.gguf_type}.gguf" if request.form == "gguf" else "",
     )
     with contextlib.ExitStack() as stack:
@@ -159,10 +166,10 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
             if request.form == "gguf" or (request.form == "merged" and config.method == "lora"):
                 written = os.path.join(stack.enter_context(_aside(run)), facts.gguf_file or "model")
                 if request.form == "gguf":
-                    figures = export.export_gguf(run, written, request.merge_base, request.gguf_type)
+                    figures = export.export_gguf(run, written, request.merge_base, request.gguf_type, request.step)
                     weights = [File(facts.gguf_file, written)]
                 else:
-                    figures = export.export_merged(run, written, request.merge_base, request.dtype)
+                    figures = export.export_merged(run, written, request.merge_base, request.dtype, request.step)
                     weights = _files(written, base)
             else:
                 weights = _files(storage.local_copy(result), base)

@@ -6,24 +6,26 @@ A run is its model as it was trained, with its adapter, its chat template, and p
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints.adapter_base import base_of_adapter
-from tpu_tune.checkpoints.chat_template import read_text, template_of, with_template_of
+from tpu_tune.checkpoints.chat_template import with_template_of
 from tpu_tune.checkpoints.run_directory import RunDirectory
-from tpu_tune.checkpoints.vocabulary import open_configured
-from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import Model, load, load_source
+from tpu_tune.inference.run_result import Step, open_base, result_of
+from tpu_tune.inference.taught import prompts_of, run_of
 from tpu_tune.transforms import QuantizeConfig
-
-logger = logging.getLogger(__name__)
 
 
 def load_any(
-    path: str, dtype: str | None = None, quantize: str | None = None, adapter: str | None = None, before: bool = False
+    path: str,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    adapter: str | None = None,
+    before: bool = False,
+    step: Step = None,
 ) -> Model:
     """Load a model, or a run's model; each may be in a bucket.
 
@@ -31,58 +33,57 @@ def load_any(
       path: run directory, Hugging Face id, model directory or .gguf file.
       dtype: the dtype of activations and plain weights; by default the run's own, float32 for a model.
       quantize: none, int8, int4 or nf4; by default as the run stored its base, none of a model.
-      adapter: a PEFT adapter directory; of a run, in place of its own.
+      adapter: a PEFT adapter directory, or a run that has trained one; of a run, in place of its own.
       before: load a run's model as it was before training.
+      step: a checkpoint of the run (of `adapter`'s, where only that is one): its step, `last` or `best`. By default
+        what the run ended with; of one that has not ended its last checkpoint, or its best under
+        `train.load_best_model_at_end`, which is said aloud.
 
     Raises:
-      UserError: nothing usable there, a run that has not finished, or `before` of what is no run.
+      UserError: nothing usable there, a run without result or checkpoint, or `before` or `step` of what is no run.
     """
     run = RunDirectory(path)
-    if not run.exists():
-        if before:
-            raise UserError(f"{path} is no run directory, so it has no model from before its training")
-        return load(path, dtype or "float32", quantize, adapter)
-    config = run.config()
-    model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before)
-    return dataclasses.replace(
-        model,
-        always_bos=config.data.add_bos_token == "always",
-        chat_template_kwargs=dict(config.data.chat_template_kwargs),
-    )
+    run = RunDirectory(path)
+    is_run = run.exists()
+    taught_by = run_of(adapter or path) or (run if is_run else None)
+    if adapter and RunDirectory(adapter).exists():
+        adapter, step = _adapter_of(RunDirectory(adapter), None if is_run else step), step if is_run else None
+    if not is_run and (before or step is not None):
+        what = "model from before its training" if before else f"checkpoint of step {step}"
+        raise UserError(f"{path} is no run directory, so it has no {what}")
+    if step is not None and (before or adapter):
+        raise UserError(f"step {step} is a checkpoint of the run, which {'--base' if before else '--adapter'} replaces")
+    if is_run:
+        config = run.config()
+        model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before, step)
+    else:
+        model = load(path, dtype or "float32", quantize, adapter)
+    return dataclasses.replace(model, **prompts_of(taught_by)) if taught_by else model
 
 
 def _load_run(
-    run: RunDirectory, config: ConfigDict, dtype: str, quantize: str | None, adapter: str | None, before: bool
+    run: RunDirectory,
+    config: ConfigDict,
+    dtype: str,
+    quantize: str | None,
+    adapter: str | None,
+    before: bool,
+    step: Step,
 ) -> Model:
     """Load a run's model: see `load_any`."""
     if config.method != "lora" and not before:
-        return load(run.finished_result("full"), dtype, quantize, adapter)
+        return load(result_of(run, config, step), dtype, quantize, adapter)
     quantization = QuantizeConfig(**config.quantize) if quantize is None else QuantizeConfig(quantize)
+    trained = None if before or adapter else result_of(run, config, step)
     source = open_base(run, config)
-    if before:
-        adapter = config.model.adapter or None
-    elif adapter:
+    if adapter:
         source = base_of_adapter(with_template_of(source, adapter), adapter)
-    else:
-        adapter = run.finished_result(config.method)
-    return load_source(source, dtype, quantization, adapter)
+    return load_source(source, dtype, quantization, adapter or trained or config.model.adapter or None)
 
 
-def open_base(run: RunDirectory, config: ConfigDict) -> WeightSource:
-    """Open the model that a run was trained on, with the tokens that it added and the chat template that it used.
-
-    The template stands beside the run's result; where that has none, it is what the configuration says.
-
-    Raises:
-      UserError: it is not where it was.
-    """
-    template = template_of(run.result(config.method))
-    if not template:
-        try:
-            template = read_text(config.data.chat_template)
-        except UserError as error:  # of a run from before results carried it
-            logger.warning("%s: %s; going on with the chat template of its base", run.path, error)
-    try:
-        return open_configured(config.model, template)
-    except UserError as error:
-        raise UserError(f"the model that {run.path} was trained on cannot be opened: {error}") from None
+def _adapter_of(run: RunDirectory, step: Step) -> str:
+    """Return the directory of the adapter that a run has trained."""
+    config = run.config()
+    if config.method != "lora":
+        raise UserError(f"{run.path} trained every weight, so it has no adapter; give it as the model")
+    return result_of(run, config, step)

@@ -114,7 +114,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
 def find_devices(job: Mapping[str, Any]) -> tuple[list[Any], str, str]:
     """Return (devices to lay shapes over, the compiler's name or "", why there is none)."""
     platform = job["topology"]["platform"]
-    why = _missing(platform) if job["compile"] else "asked for bytes only"
+    why = missing_compiler(platform) if job["compile"] else "asked for bytes only"
     if not why:
         try:
             devices = topologies.get_topology_desc(**job["topology"]).devices
@@ -126,7 +126,7 @@ def find_devices(job: Mapping[str, Any]) -> tuple[list[Any], str, str]:
     return jax.devices("cpu")[: job["count"]], "", why
 
 
-def _missing(platform: str) -> str:
+def missing_compiler(platform: str) -> str:
     """Return why there is no compiler for a platform, "" where it is installed."""
     if any(importlib.util.find_spec(name.replace("-", "_")) for name in _COMPILERS[platform]):
         return ""

@@ -1,13 +1,12 @@
 """The catalogue of devices that a plan can be made for, with the properties that the compilers need.
 
-TPU slices are named as in Google Cloud (v2, v3, v4 and v5p count TensorCores, v5e and v6e chips), GPUs by card.
-Capacity is the memory that a program may use. For a TPU it is the size that its compiler names when a program is too
-large. For a GPU it is the card's memory as CUDA reports it, times the share that `launch/common.sh` sets, minus a
-reserve.
+TPU slices are named as in Google Cloud (v2, v3, v4 and v5p count TensorCores, v5e and v6e chips), GPUs by card, or by
+generation and memory (`ampere-12g`; `cards`). Capacity is the memory that a program may use. For a TPU it is the size
+that its compiler names when a program is too large. For a GPU it is the card's memory as CUDA reports it, times the
+share that `launch/common.sh` sets, minus a reserve.
 
-Sources: cloud.google.com/tpu/docs (system architecture of each version) and NVIDIA's data sheets for peaks (dense,
-bfloat16 with float32 sums; float16 on a T4) and bandwidths; libtpu 0.0.42 for a TPU's capacity; for a GPU's capacity
-the smallest total that torch reports.
+Sources: cloud.google.com/tpu/docs (system architecture of each version) for peaks (dense, bfloat16 with float32 sums)
+and bandwidths, libtpu 0.0.42 for a TPU's capacity.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ import os
 import re
 
 from tpu_tune.errors import UserError
+from tpu_tune.planning.cards import CARDS, GENERATIONS, GIB, find_card, target_config
 
-GIB = 2**30
 GPU_FRACTION = 0.92  # share of a GPU's memory, set by launch/common.sh; jax's own default is 0.75
 GPU_RESERVE = 256 * 2**20  # cuBLAS workspace, the next batch and fragmentation; an estimate, not measured
+MOST_DEVICES = 1024  # bytes are counted over as many CPU devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,61 +78,28 @@ _TPUS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Gpu:
-    device_kind: str
-    memory_gib: float
-    tflops: float
-    bandwidth_gb: float
-    capability: tuple[int, int]
-    cores: int  # streaming multiprocessors
-    clock_ghz: float
-    l2_mib: int
-
-
-_GPUS = {
-    "t4": _Gpu("Tesla T4", 14.56, 65, 320, (7, 5), 40, 1.59, 4),
-    "l4": _Gpu("NVIDIA L4", 22.03, 121, 300, (8, 9), 58, 2.04, 48),
-    "rtx3090": _Gpu("NVIDIA GeForce RTX 3090", 23.58, 71, 936, (8, 6), 82, 1.70, 6),
-    "rtx4080": _Gpu("NVIDIA GeForce RTX 4080", 15.57, 97.5, 717, (8, 9), 76, 2.51, 64),
-    "rtx4090": _Gpu("NVIDIA GeForce RTX 4090", 23.53, 165, 1008, (8, 9), 128, 2.52, 72),
-    "a100-40g": _Gpu("NVIDIA A100-SXM4-40GB", 39.39, 312, 1555, (8, 0), 108, 1.41, 40),
-    "a100-80g": _Gpu("NVIDIA A100-SXM4-80GB", 79.14, 312, 2039, (8, 0), 108, 1.41, 40),
-    "h100": _Gpu("NVIDIA H100 80GB HBM3", 79.10, 989, 3352, (9, 0), 132, 1.98, 50),
-    "h200": _Gpu("NVIDIA H200", 139.72, 989, 4800, (9, 0), 132, 1.98, 50),
-    "rtx6000ada-48g": _Gpu("NVIDIA RTX 6000 Ada Generation", 47.38, 364, 960, (8, 9), 142, 2.51, 96),
-}
-
 # Devices that `plan` lists and `--suggest` tries, from small to large; other slices of the same TPUs are accepted too.
 NAMES = (
-    "v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v5e-64", "v6e-1", "v6e-8", "v5p-8", "t4", "l4", "rtx3090",
-    "rtx4080", "rtx4090", "a100-40g", "a100-80g", "h100", "h200", "rtx6000ada-48g",
+    "v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v5e-64", "v6e-1", "v6e-8", "v5p-8", *CARDS,
 )  # fmt: skip
-_TPU_NAME = re.compile(r"(v\d[ep]?)-(\d+)")
-# By compute capability, of one streaming multiprocessor: float32 units, threads, shared memory, and the shared memory
-# that one block may use (CUDA C Programming Guide, table of technical specifications).
-_SM = {
-    (7, 5): (64, 1024, 65536, 65536),
-    (8, 0): (64, 2048, 167936, 166912),
-    (8, 6): (128, 1536, 102400, 101376),
-    (8, 9): (128, 1536, 102400, 101376),
-    (9, 0): (128, 2048, 233472, 232448),
-}
+_TPU_NAME = re.compile(r"(v\d[ep]?)-(\d{1,9})")
 
 
 def find_device(text: str) -> Device:
     """Return the device with a name, `NAME` or for several GPUs `NAME xN` (also `NAMExN`).
 
     Raises:
-      UserError: no such device (the message lists the nearest names), or a TPU slice of a size that does not exist.
+      UserError: no such device (the message lists the nearest names), a TPU slice of a size that does not exist, or
+        more than `MOST_DEVICES`.
     """
-    name, count = " ".join(text.lower().split()), 1
+    name, number = " ".join(text.lower().split()), "1"
     several = re.fullmatch(r"(.+?) ?[x*] ?(\d+)", name)
-    if name not in _GPUS and several and (several[1] in _GPUS or _TPU_NAME.fullmatch(several[1])):
-        name, count = several[1], int(several[2])
-    if count < 1:
-        raise UserError(f"device '{text}': there must be at least one")
-    if name in _GPUS:
+    if several and find_card(name) is None and (find_card(several[1]) or _TPU_NAME.fullmatch(several[1])):
+        name, number = several[1], several[2].lstrip("0") or "0"
+    if len(number) > 9 or not 1 <= int(number) <= MOST_DEVICES:
+        raise UserError(f"device '{text[:60]}': there must be at least one, and {MOST_DEVICES} at most")
+    count = int(number)
+    if find_card(name):
         return _gpu(name, count)
     tpu = _TPU_NAME.fullmatch(name)
     if tpu is None or tpu[1] not in _TPUS:
@@ -148,8 +115,21 @@ def device_of(kind: str, count: int) -> Device | None:
         number = count // tpu.per_chip * tpu.unit
         if tpu.device_kind == kind and number in tpu.shapes:
             return _slice(version, number)
-    cards = [name for name, card in _GPUS.items() if card.device_kind == kind]
-    return _gpu(cards[0], count) if cards else None
+    cards = [name for name, card in CARDS.items() if card.device_kind == kind]
+    return _gpu(cards[0], count) if cards and count <= MOST_DEVICES else None
+
+
+def split_names(words: list[str]) -> list[str]:
+    """Return the names in a command line's words: `t4 rtx4090 x2 v5e-8` and `t4,rtx4090 x2,v5e-8` are three devices."""
+    names: list[str] = []
+    for word in " ".join(words).replace(",", " , ").split():
+        if names and names[-1] and re.fullmatch(r"[x*]\d*", word):
+            names[-1] += f" {word}"
+        elif names and names[-1].endswith((" x", " *")) and word.isdigit():
+            names[-1] += word
+        elif word != ",":
+            names.append(word)
+    return names
 
 
 def _slice(version: str, number: int) -> Device:
@@ -176,7 +156,7 @@ def _slice(version: str, number: int) -> Device:
 
 
 def _gpu(name: str, count: int) -> Device:
-    card = _GPUS[name]
+    card, taken_for = find_card(name)
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
     try:
         fraction = float(share) if share else GPU_FRACTION
@@ -190,38 +170,19 @@ def _gpu(name: str, count: int) -> Device:
         capacity=int(card.memory_gib * GIB * fraction) - GPU_RESERVE,
         capacity_note=(
             f"{fraction:.0%} of {card.memory_gib * GIB / 1e9:.1f} GB, {source}, minus {GPU_RESERVE / 1e9:.2f} GB"
+            + (f"; {taken_for}" if taken_for else "")
         ),
         flops=card.tflops * 1e12,
         bandwidth=card.bandwidth_gb * 1e9,
         topology={
             "platform": "cuda",
             "topology_name": name,
-            "target_config": _target(card),
+            "target_config": target_config(card),
             "topology": f"1x1x{count}",
         },
         device_kind=card.device_kind,
         bfloat16=card.capability >= (8, 0),
     )
-
-
-def _target(card: _Gpu) -> str:
-    """Return XLA's GpuTargetConfigProto of a GPU, as text."""
-    units, threads, shared, per_block = _SM[card.capability]
-    return f"""gpu_device_info {{
-  cuda_compute_capability {{ major: {card.capability[0]} minor: {card.capability[1]} }}
-  core_count: {card.cores} fpus_per_core: {units} threads_per_warp: 32
-  threads_per_block_limit: 1024 threads_per_core_limit: {threads}
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {per_block} shared_memory_per_core: {shared}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  l2_cache_size: {card.l2_mib * 2**20} clock_rate_ghz: {card.clock_ghz}
-  memory_bandwidth: {int(card.bandwidth_gb * 1e9)} device_memory_size: {int(card.memory_gib * GIB)}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-runtime_version {{ major: 13 }}
-device_description_str: "{card.device_kind}"
-"""
 
 
 def _larger(version: str) -> str:
@@ -231,4 +192,7 @@ def _larger(version: str) -> str:
 def _unknown(name: str) -> UserError:
     near = difflib.get_close_matches(name, NAMES, 3, 0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    return UserError(f"unknown device '{name}'; {hint}the devices are {', '.join(NAMES)}")
+    return UserError(
+        f"unknown device '{name[:40]}'; {hint}the devices are {', '.join(NAMES)}, and other cards by generation and "
+        f"memory, such as ampere-12g ({', '.join(GENERATIONS)})"
+    )

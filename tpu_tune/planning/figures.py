@@ -6,7 +6,7 @@ The dictionary that `plan` returns is what `tpu-tune plan --json` prints; `repor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,14 +14,15 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
-from tpu_tune.planning.compile_process import TIMEOUT, run_job
+from tpu_tune.planning.compile_process import TIMEOUT, run_job, what_a_plan_does
 from tpu_tune.planning.devices import Device, find_device
 from tpu_tune.planning.flops import ROOFLINE_SHARE, roofline_seconds, step_work
 from tpu_tune.planning.model_config import model_config
 from tpu_tune.planning.row_estimate import estimate_rows
-from tpu_tune.training import arithmetic
+from tpu_tune.training import arithmetic, too_little
 from tpu_tune.training.arithmetic import run_length
 from tpu_tune.training.opening import check_settings
+from tpu_tune.transforms import FULL, LoraConfig, find_targets
 from tpu_tune.transforms.sharding import mesh_sizes
 
 # The Novice's LLM Training Guide: "multiply the size of the model file by 1.2"; full training of a 6B or 7B model.
@@ -37,6 +38,7 @@ def plan(
     compile: bool = True,
     evaluate: bool = True,
     timeout: float = TIMEOUT,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Return what a job needs of a device, without the weights and without the device.
 
@@ -47,6 +49,7 @@ def plan(
       compile: False counts bytes only, which takes seconds.
       evaluate: whether to plan the evaluation step too, where the configuration evaluates.
       timeout: seconds that the compiler may take.
+      say: called before a compilation with a line about it, and about how long it takes.
 
     Returns:
       `device`, `num_devices`, `peak_bytes_per_device`, `capacity_bytes_per_device`, `fits`, `compiler` ("none (why)"
@@ -63,7 +66,7 @@ def plan(
     _check_rows(config, mesh["data"] * mesh["fsdp"], rows)
     shapes = model_config(config)
     arch = architecture(shapes)
-    evaluates = evaluate and config.train.eval_strategy != "no" and bool(config.data.eval or config.data.eval_ratio)
+    evaluates = evaluate and configuration.evaluates(config)
     job = {
         "config": configuration.to_dict(config),
         "model_config": shapes,
@@ -72,6 +75,8 @@ def plan(
         "compile": compile,
         "evaluate": evaluates,
     }
+    if compile:
+        say(what_a_plan_does(device))
     measured = run_job(job, device.kind, timeout)
     return figures(config, device, arch, measured, rows, evaluates)
 
@@ -99,7 +104,9 @@ def figures(
             f"(now {config.train.per_device_eval_batch_size})"
         )
     if not measured["compiler"]:
-        notes.append(f"no compiler: scratch is an estimate, and so is what follows from it ({measured['why']})")
+        notes.append(
+            f"no compiler: the activations are an estimate, and so is what follows from them ({measured['why']})"
+        )
     if measured.get("host_state"):
         notes.append(
             "the compiler's figure includes the optimizer's state, which is in host memory; it was subtracted, except "
@@ -112,6 +119,8 @@ def figures(
     if config.model.add_special_tokens:
         notes.append("every token of model.add_special_tokens is counted as new")
     step = _step(config, device, arch, measured, breakdown)
+    run, warnings = _run(config, measured, step["seconds_estimate"], rows, evaluates, bool(arch.encoder))
+    notes += warnings + _token_warning(config, arch)
     return {
         "device": device.name,
         "num_devices": device.count,
@@ -131,7 +140,7 @@ def figures(
         },
         "mesh": measured["mesh"],
         "step": step,
-        "run": _run(config, measured, step["seconds_estimate"], rows, bool(arch.encoder)),
+        "run": run,
         "rules_of_thumb": rules_of_thumb(base_parameters(arch)),
         "notes": notes,
     }
@@ -209,11 +218,19 @@ def _check_rows(config: ConfigDict, shards: int, rows: int | None) -> None:
         )
 
 
+def _token_warning(config: ConfigDict, arch: Architecture) -> list[str]:
+    if config.model.train_added_tokens or config.model.adapter or not config.model.add_special_tokens:
+        return []
+    lora = config.method == "lora"
+    targets = find_targets(arch.modules(), LoraConfig(**config.lora), arch.default_targets) if lora else FULL
+    return too_little.of_tokens(config, arch, targets)
+
+
 def _run(
-    config: ConfigDict, measured: Mapping[str, Any], seconds: float, rows: int | None, encoder: bool
-) -> dict[str, Any]:
-    """Return steps and hours, as far as the number of rows is known."""
-    given, batch = rows is not None, measured["rows"]
+    config: ConfigDict, measured: Mapping[str, Any], seconds: float, rows: int | None, evaluates: bool, encoder: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Return steps and hours, as far as the number of rows is known, and warnings about them."""
+    given, batch, warnings = rows is not None, measured["rows"], []
     if rows is None:
         rows = estimate_rows(config, packed=config.data.packing and not encoder)
     train, length, total = config.train, None, None
@@ -224,12 +241,15 @@ def _run(
         devices = batch // (each * accumulation)
         length = run_length(rows, each, devices, accumulation, train.num_train_epochs, train.max_steps)
         total = length.total_steps
-    return {
+        warnings = too_little.of_length(config, length, evaluates)
+        warnings = warnings if given else [f"{line} (by the guess of the rows)" for line in warnings]
+    figures = {
         "rows": rows,
         "rows_are": "given" if given else ("a guess from the size of data.train" if rows is not None else "not known"),
         "gradient_descent": length and length.kind,
         "steps_per_epoch": length and length.steps_per_epoch,
         "total_steps": total,
-        "arithmetic": length and arithmetic.words(length),
+        "arithmetic": length and arithmetic.words(length, config.data.packing and not encoder),
         "hours_estimate": None if total is None else total * seconds / 3600,
     }
+    return figures, warnings

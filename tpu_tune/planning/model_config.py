@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints.huggingface import read_config
+from tpu_tune.checkpoints.huggingface import open_huggingface, read_config
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture, check_length
@@ -19,7 +19,8 @@ def model_config(config: ConfigDict) -> dict[str, Any]:
     """Return the content of the Hugging Face config.json for `config.model`, with `model.add_special_tokens` counted.
 
     `model.path` is a directory with a config.json (weights or not), a .gguf file (its header is read), a preset's name,
-    or a hub id (only the config.json is downloaded). Every added token counts as new, because only the tokenizer knows
+    or a hub id (only the config.json is downloaded). Where weights lie beside the config.json, they say as in training
+    whether the head is tied to the embedding. Every added token counts as new, because only the tokenizer knows
     which of them it has already.
 
     Raises:
@@ -49,14 +50,23 @@ def _read(path: str) -> dict[str, Any]:
     if path.endswith(".gguf"):
         return open_source(path).config
     if os.path.isdir(path):
-        return read_config(path)
+        return _from_directory(path)
     if os.path.basename(path) == "config.json" and os.path.isfile(path):
-        return read_config(os.path.dirname(path) or ".")
+        return _from_directory(os.path.dirname(path) or ".")
     if path in PRESETS:
         return dict(PRESETS[path])
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         return _from_hub(path)
     raise UserError(f"{path}: there is no such file or directory, and it is none of the presets {', '.join(PRESETS)}")
+
+
+def _from_directory(directory: str) -> dict[str, Any]:
+    """Return a directory's config; weights beside it say whether the head is tied, as when they are loaded."""
+    config = read_config(directory)
+    try:
+        return open_huggingface(directory).config
+    except (UserError, OSError):  # no weights, or not all of them: a plan needs none, and training says what is wrong
+        return config
 
 
 def _from_hub(name: str) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpu_tune.planning.devices import Device
-
+_MOST_NAMES = 6  # devices that a line lists
 _LABELS = {
     "frozen": "frozen weights",
     "trainable": "trainable weights",
@@ -14,7 +13,7 @@ _LABELS = {
     "optimizer": "optimizer",
     "batch": "batch",
     "padding": "padding of the above",
-    "scratch": "scratch",
+    "scratch": "activations",  # and what else is held within a step only
 }
 
 
@@ -50,15 +49,24 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def advice(suggestion: Mapping[str, Any], device: Device) -> str:
-    """Return what `tpu-tune plan --suggest` prints of the result of `suggest`."""
-    if suggestion["overrides"] is None:
-        head = f"no settings that were tried fit {device.name} ({suggestion['compiles']} compilations)"
-        if not suggestion["devices"]:
-            return f"{head}; by an estimate no device of the catalogue is large enough either; lower data.max_length"
-        confirmed = f"; the compiler confirms {suggestion['compiled_device']}" if suggestion["compiled_device"] else ""
-        devices = ", ".join(suggestion["devices"])
-        return f"{head}; by an estimate these devices are large enough, the smallest first: {devices}{confirmed}"
+def advice(suggestion: Mapping[str, Any]) -> str:
+    """Return what `tpu-tune plan --suggest` prints of what `suggest` found; one recommendation comes last."""
+    recommended = suggestion["recommended"]
+    lines = _nothing_fits(suggestion) if suggestion["overrides"] is None else _what_fits(suggestion)
+    if recommended is None:
+        return "\n".join(lines)
+    flags = override_flags(recommended["overrides"])
+    lines += [
+        "",
+        f"recommended ({recommended['why']}): {_batch(recommended['figures'])}, {verdict(recommended['figures'])}",
+        f"  {flags or 'the configuration as it is'}",
+    ]
+    if recommended["overrides"].get("method") == "lora":
+        lines.append("  LoRA learns at higher rates than full fine-tuning: set train.learning_rate too; 2e-4 is usual")
+    return "\n".join(lines)
+
+
+def _what_fits(suggestion: Mapping[str, Any]) -> list[str]:
     figures = suggestion["figures"]
     lines = [
         table(figures),
@@ -67,11 +75,91 @@ def advice(suggestion: Mapping[str, Any], device: Device) -> str:
         f"  {override_flags(suggestion['overrides']) or 'the configuration as it is'}",
     ]
     for other in suggestion["alternatives"]:
+        faster = tokens_per_second(other["figures"]) / tokens_per_second(figures) - 1
         lines += [
-            f"faster, with less recomputation in the backward pass: {_batch(other['figures'])}",
+            f"with less recomputation in the backward pass, {faster:+.0%} tokens a second by estimate: "
+            + _batch(other["figures"]),
             f"  {override_flags(other['overrides'])}",
         ]
+    return lines
+
+
+def _nothing_fits(suggestion: Mapping[str, Any]) -> list[str]:
+    lines = [f"nothing that was tried fits {suggestion['device']} as it is ({suggestion['compiles']} compilations)"]
+    if suggestion["ways"]:
+        lines.append("what would make it smaller, with one row a device at a time:")
+    for way in suggestion["ways"]:
+        result = "not tried; raise --max-compiles" if way["fits"] is None else verdict(way["figures"])
+        lines.append(f"  {way['way']}: {result}")
+    devices, confirmed = suggestion["devices"], suggestion["compiled_device"]
+    if devices:
+        lines.append(
+            f"devices that are large enough by an estimate, the smallest first: {', '.join(devices[:_MOST_NAMES])}"
+            + (f" and {len(devices) - _MOST_NAMES} more" if len(devices) > _MOST_NAMES else "")
+            + (f"; the compiler confirms {confirmed}" if confirmed else "")
+        )
+    elif suggestion["recommended"] is None:
+        lines.append("by an estimate no device of the catalogue is large enough either; lower data.max_length")
+    if suggestion["recommended"] is None and (confirmed or devices):
+        where = f"{confirmed}, which the compiler confirms" if confirmed else "one of these (ask for it first)"
+        lines += ["", f"recommended: another device, {where}, or a smaller model"]
+    return lines
+
+
+def comparison(plans: Sequence[Mapping[str, Any]]) -> str:
+    """Return one table of the same job on several devices.
+
+    Args:
+      plans: `plan`'s figures for each device, or `device` and `error` where there are none.
+    """
+    found = [figures for figures in plans if "error" not in figures]
+    lines = []
+    if found:
+        model = found[0]["model"]
+        lines += [f"{model['path']} ({model['family']}), trainable params: {model['trainable']:,}", ""]
+    lines.append(f"{'device':<18}{'fits':<6}{'peak GB':>9}{'of GB':>9}{'rows a step':>13}{'s a step':>10}{'hours':>9}")
+    for figures in plans:
+        if "error" in figures:
+            lines.append(f"{figures['device']:<18}no plan: {figures['error']}")
+            continue
+        peak, hours = figures["peak_bytes_per_device"], figures["run"]["hours_estimate"]
+        lines.append(
+            f"{figures['device']:<18}{'yes' if figures['fits'] else 'no':<6}"
+            f"{_gb(peak) if peak is not None else 'more':>9}{_gb(figures['capacity_bytes_per_device']):>9}"
+            f"{figures['step']['rows']:>13,}{figures['step']['seconds_estimate']:>10.3g}"
+            f"{'-' if hours is None else f'{hours:.2g}':>9}"
+        )
+    if found:
+        share = found[0]["step"]["roofline_share"]
+        lines += ["", f"peak and capacity of one device; times are estimates, at {share:.0%} of the roofline"]
+    lines += [f"compiler: {name}" for name in dict.fromkeys(figures["compiler"] for figures in found)]
+    notes: dict[str, list[str]] = {}
+    for figures in found:
+        for note in figures["notes"]:
+            notes.setdefault(note, []).append(figures["device"])
+    lines += [
+        f"note: {note}" + ("" if len(names) == len(found) else f" ({', '.join(names)})")
+        for note, names in notes.items()
+    ]
     return "\n".join(lines)
+
+
+def best_of(suggestions: Sequence[Mapping[str, Any]]) -> str:
+    """Return one recommendation of those for several devices: the fastest, of a job as it is where that fits any."""
+    usable = [found for found in suggestions if found["recommended"]]
+    if not usable:
+        return "recommended: none of these devices"
+    best = max(
+        usable,
+        key=lambda found: (found["overrides"] is not None, tokens_per_second(found["recommended"]["figures"])),
+    )
+    flags = override_flags(best["recommended"]["overrides"]) or "the configuration as it is"
+    return f"recommended of these devices, the fastest by estimate: {best['device']}\n  {flags}"
+
+
+def tokens_per_second(figures: Mapping[str, Any]) -> float:
+    """Return the estimated speed of a plan."""
+    return figures["step"]["tokens"] / figures["step"]["seconds_estimate"]
 
 
 def override_flags(overrides: Mapping[str, Any]) -> str:
@@ -90,7 +178,7 @@ def verdict(figures: Mapping[str, Any]) -> str:
     if peak is None:
         return f"DOES NOT FIT: it needs more than the {_gb(capacity)} GB of a device"
     if figures["fits"]:
-        return f"fits: {_gb(peak)} of {_gb(capacity)} GB, {100 * peak / capacity:.0f}%"
+        return f"fits: {_gb(peak)} of {_gb(capacity)} GB, {100 * peak / capacity:.0f}%; {_gb(capacity - peak)} GB free"
     if peak <= capacity:
         return f"DOES NOT FIT: training would, with {_gb(peak)} of {_gb(capacity)} GB, but evaluation does not"
     return f"DOES NOT FIT: it needs {_gb(peak)} GB of {_gb(capacity)} GB"

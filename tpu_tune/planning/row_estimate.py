@@ -29,16 +29,18 @@ def estimate_rows(config: ConfigDict, packed: bool) -> int | None:
         return None
     files = [Path(name) for name in resolve(path)[0]]
     size = sum(file.stat().st_size for file in files)
+    data = config.data
+    held_out = 0 if data.eval else data.eval_dataset_size
     if packed:
-        if any(file.suffix.lower() == ".parquet" for file in files):  # compressed
+        if data.max_train_samples or held_out or any(file.suffix.lower() == ".parquet" for file in files):  # compressed
             return None
         rows = size / _BYTES_PER_TOKEN / config.data.max_length
     elif size > _MAX_COUNTED_BYTES or any(file.suffix.lower() not in (".jsonl", ".ndjson") for file in files):
         return None
     else:
         rows = sum(_count_lines(file) for file in files)
-    kept = 1.0 if config.data.eval else 1.0 - config.data.eval_ratio
-    return max(1, math.floor(rows * kept))
+    rows = rows - held_out if data.eval or held_out else math.floor(rows * (1.0 - data.eval_ratio))
+    return max(1, math.floor(min(rows, data.max_train_samples or rows)))
 
 
 def _count_lines(file: Path) -> int:

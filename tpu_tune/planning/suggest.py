@@ -1,26 +1,25 @@
-"""`plan --suggest`: find the largest batch that fits, as config overrides; or else the devices that are large enough.
+"""`plan --suggest`: find the largest batch that fits, as config overrides; or else what would fit, and where.
 
 The search begins with the settings that change least: the configuration's own mesh and quantization, then other meshes,
 fewer bits, and at last fewer tokens at one time. Settings whose counted bytes are too large already are not compiled.
 From the first settings that fit with one row per device, the number of rows is raised: two measured batches give a
-line, and where it meets the capacity is tried next. At last, settings that recompute less are tried. Compiling a large
-model takes minutes, so the number of compilations is limited.
+line, and where it meets the capacity is tried next. At last, settings that recompute less are tried. Where nothing
+fits, other methods and optimizers are tried (`ways`), and larger devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from tpu_tune import config as configuration
 from tpu_tune.config import default
-from tpu_tune.errors import UserError
 from tpu_tune.planning.devices import NAMES, Device, find_device
-from tpu_tune.planning.figures import plan
-from tpu_tune.planning.plan_text import override_flags
+from tpu_tune.planning.plan_text import tokens_per_second
+from tpu_tune.planning.tries import Overrides, Say, Tries, changes, persistent_bytes, rows_per_device
+from tpu_tune.planning.ways import find_ways
 
 MAX_COMPILES = 8
 _FORMATS = ("none", "int8", "nf4")  # each takes about half the bytes of the one before
@@ -28,41 +27,6 @@ _MAX_ROWS = 1024
 _MARGIN = 0.97  # share of the capacity to aim for after a batch was too large
 _CHUNK = 512  # tokens, whose activations in one layer are small compared with its weights
 _MAX_CONFIRMED = 2  # larger devices for which the compiler is asked
-
-Overrides = dict[str, Any]
-Say = Callable[[str], None]
-
-
-@dataclasses.dataclass
-class _Search:
-    """Plans of one configuration on one device, with overrides; `budget` is the number of compilations left."""
-
-    config: ConfigDict
-    device: Device
-    rows: int | None
-    compile: bool
-    budget: int
-    say: Say
-
-    def try_out(self, overrides: Overrides, compile: bool | None = None) -> dict[str, Any] | None:
-        """Return a plan's figures; None if the overrides do not fit model or mesh, or no compilation is left."""
-        compile = self.compile if compile is None else compile
-        if compile and self.budget <= 0:
-            return None
-        try:
-            # Evaluation with as many rows needs less memory than training, so it is not compiled.
-            figures = plan(with_overrides(self.config, overrides), self.device, None, compile, evaluate=False)
-        except UserError as error:
-            self.say(f"  {override_flags(overrides)}: {error}")
-            return None
-        if compile:
-            self.budget -= 1
-            peak = figures["peak_bytes_per_device"]
-            self.say(
-                f"  {override_flags(overrides)}: {'fits' if figures['fits'] else 'does not fit'}"
-                + (f", {peak / 1e9:.2f} GB" if peak else "")
-            )
-        return figures
 
 
 def suggest(
@@ -85,21 +49,23 @@ def suggest(
 
     Returns:
       `overrides` (config key -> value; None if nothing fits), `figures` (of that configuration, or None),
-      `alternatives` (settings that recompute less, each with `overrides` and `figures`), `devices` (if nothing fits:
-      names of devices that are large enough by an estimate, the smallest first), `compiled_device` (the first of them
-      that the compiler confirms, or ""), `compiles` (compilations made).
+      `alternatives` (settings that recompute less, each with `overrides` and `figures`), `recommended` (`overrides`,
+      `figures` and `why` of the one to take; None if there is none), `ways` (if nothing fits: what was tried that
+      changes the method, the optimizer or the rows, see `ways.find_ways`), `devices` (likewise: names of devices that
+      are large enough by an estimate, the smallest first), `compiled_device` (the first of them that the compiler
+      confirms, or ""), `compiles` (compilations made), `device`.
     """
     device = find_device(device) if isinstance(device, str) else device
-    search = _Search(config, device, rows, compile, max_compiles, say)
+    search = Tries(config, device, rows, compile, max_compiles, say)
     smallest: tuple[Overrides, dict[str, Any]] | None = None
     for choice in _choices(config, device):
         remat = config.model.remat if config.model.remat == "offload" else "full"
-        one_row = {**choice, "model.remat": remat, **_rows_per_device(config, 1)}
+        one_row = {**choice, "model.remat": remat, **rows_per_device(config, 1)}
         counted = search.try_out(one_row, compile=False)
         if counted is None:
             continue
         smallest = _smaller(smallest, (one_row, counted))
-        if _persistent_bytes(counted) > counted["capacity_bytes_per_device"]:
+        if persistent_bytes(counted) > counted["capacity_bytes_per_device"]:
             continue
         figures = search.try_out(one_row)
         if figures is None:
@@ -107,33 +73,42 @@ def suggest(
         smallest = _smaller(smallest, (one_row, figures))
         if figures["fits"]:
             largest = _raise_rows(search, one_row, figures)
-            return {**largest, "devices": [], "compiled_device": "", "compiles": max_compiles - search.budget}
+            return _suggestion(search, max_compiles, **largest, recommended=_recommended(largest))
+    ways = find_ways(search, smallest[0]) if smallest else []
+    best = next((way for way in ways if way["fits"]), None)
+    recommended, confirmed = None, ""
     devices = _large_enough(smallest[1], device) if smallest else []
-    confirmed = _confirm(search, smallest[0], devices) if smallest else ""
-    return {
-        "overrides": None,
-        "figures": None,
-        "alternatives": [],
-        "devices": devices,
-        "compiled_device": confirmed,
-        "compiles": max_compiles - search.budget,
-    }
+    if best:
+        recommended = _recommended(_raise_rows(search, best["settings"], best["figures"]))
+        recommended["why"] = f"{best['way']}, {recommended['why']}"
+    elif smallest:
+        confirmed = _confirm(search, smallest[0], devices)
+    ways = [{key: value for key, value in way.items() if key != "settings"} for way in ways]
+    return _suggestion(
+        search, max_compiles, ways=ways, devices=devices, compiled_device=confirmed, recommended=recommended
+    )
 
 
-def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """Return a copy of a configuration with single keys changed."""
-    changed = configuration.from_dict(configuration.to_dict(config))
-    for key, value in overrides.items():
-        configuration.assign(changed, key, value)
-    return configuration.check(changed)
+def _suggestion(search: Tries, max_compiles: int, **found: Any) -> dict[str, Any]:
+    """Return what `suggest` returns, of what was found."""
+    empty: dict[str, Any] = {"overrides": None, "figures": None, "alternatives": [], "recommended": None}
+    empty |= {"ways": [], "devices": [], "compiled_device": "", "compiles": max_compiles - search.budget}
+    return {"device": search.device.name, **empty, **found}
+
+
+def _recommended(largest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fastest by estimate of the largest batch and what recomputes less; the larger of equals."""
+    choices = [largest, *largest["alternatives"]]
+    best = max(choices, key=lambda choice: tokens_per_second(choice["figures"]))
+    why = "the largest batch that fits" if len(choices) == 1 else "the fastest by estimate"
+    return {"overrides": best["overrides"], "figures": best["figures"], "why": why}
 
 
 def _choices(config: ConfigDict, device: Device) -> Iterator[Overrides]:
     """Yield overrides of quantization and mesh in order of preference; last, the smallest also in chunks of tokens."""
     formats = [config.quantize.format]
     if config.method == "lora":
-        own = _FORMATS.index("nf4" if config.quantize.format == "int4" else config.quantize.format)
-        formats += _FORMATS[own + 1 :]
+        formats += _FORMATS[_FORMATS.index(formats[0]) + 1 :] if formats[0] in _FORMATS else ()  # int4: no smaller one
     for format in formats:
         quantize = {} if format == config.quantize.format else {"quantize.format": format}
         for mesh in _meshes(config, device.count):
@@ -158,7 +133,7 @@ def _meshes(config: ConfigDict, count: int) -> Iterator[Overrides]:
         sequence *= 2
 
 
-def _raise_rows(search: _Search, one_row: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
+def _raise_rows(search: Tries, one_row: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
     """Raise the rows per device as far as they fit, then look for settings that recompute less."""
     tried = {1: figures}  # rows per device -> figures
     best, limit = 1, _MAX_ROWS
@@ -167,23 +142,21 @@ def _raise_rows(search: _Search, one_row: Overrides, figures: dict[str, Any]) ->
         limit = max(1, search.rows // shards)
     guess = 2
     while best < guess <= limit and guess not in tried:
-        attempt = search.try_out({**one_row, **_rows_per_device(search.config, guess)})
+        attempt = search.try_out({**one_row, **rows_per_device(search.config, guess)})
         if attempt is None:
             break
         tried[guess] = attempt
         best = max(rows for rows, result in tried.items() if result["fits"])
         guess = _next_guess(tried, limit)
-    chosen = {**one_row, **_rows_per_device(search.config, best)}
+    chosen = {**one_row, **rows_per_device(search.config, best)}
     return {
-        "overrides": _changes(search.config, chosen),
-        "figures": _with_run(search, chosen, tried[best]),
+        "overrides": changes(search.config, chosen),
+        "figures": search.with_run(chosen, tried[best]),
         "alternatives": _less_recomputation(search, one_row, tried, best),
     }
 
 
-def _less_recomputation(
-    search: _Search, one_row: Overrides, tried: Mapping[int, Any], best: int
-) -> list[dict[str, Any]]:
+def _less_recomputation(search: Tries, one_row: Overrides, tried: Mapping[int, Any], best: int) -> list[dict[str, Any]]:
     """Return at most one alternative that recomputes less, with as many rows as counted bytes make likely to fit."""
     fitting = sorted(rows for rows, result in tried.items() if result["fits"])[-2:]
     peaks = [tried[rows]["peak_bytes_per_device"] for rows in fitting]
@@ -199,12 +172,12 @@ def _less_recomputation(
         factor = max(1.0, counted["breakdown"]["scratch"] / max(1, full["breakdown"]["scratch"]))
         rows = min(best, int((capacity - fixed_bytes) / (bytes_per_row * factor)))
         while rows >= 1:
-            chosen = {**settings, **_rows_per_device(search.config, rows)}
+            chosen = {**settings, **rows_per_device(search.config, rows)}
             figures = search.try_out(chosen)
             if figures is None:
                 return []
             if figures["fits"]:
-                return [{"overrides": _changes(search.config, chosen), "figures": _with_run(search, chosen, figures)}]
+                return [{"overrides": changes(search.config, chosen), "figures": search.with_run(chosen, figures)}]
             rows //= 2
     return []
 
@@ -232,37 +205,6 @@ def _next_guess(tried: Mapping[int, Mapping[str, Any]], limit: int) -> int:
     return min(best + max(0, int((aim - best_peak) // bytes_per_row)), ceiling)
 
 
-def _rows_per_device(config: ConfigDict, rows: int) -> Overrides:
-    """Return overrides for `rows` rows per device, with accumulation so that a step has as many rows as before."""
-    rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-    return {
-        "train.per_device_train_batch_size": rows,
-        "train.gradient_accumulation_steps": max(1, rows_per_step // rows),
-    }
-
-
-def _changes(config: ConfigDict, overrides: Overrides) -> Overrides:
-    """Return the overrides that differ from the config, with no more rows for evaluation than for training."""
-    rows = overrides["train.per_device_train_batch_size"]
-    changed = {**overrides, "train.per_device_eval_batch_size": min(config.train.per_device_eval_batch_size, rows)}
-    return {key: value for key, value in changed.items() if configuration.config_get(config, key) != value}
-
-
-def _with_run(search: _Search, overrides: Overrides, figures: dict[str, Any]) -> dict[str, Any]:
-    """Return figures with the run's length for the known number of rows, which the tries leave out."""
-    try:
-        config = with_overrides(search.config, overrides)
-        counted = plan(config, search.device, search.rows, compile=False, evaluate=False)
-    except UserError as error:  # a step has more rows than the data
-        return {**figures, "notes": [*figures["notes"], str(error)]}
-    return {**figures, "run": counted["run"]}
-
-
-def _persistent_bytes(figures: Mapping[str, Any]) -> int:
-    """Return the bytes of everything that a device keeps between steps."""
-    return sum(size for name, size in figures["breakdown"].items() if name not in ("scratch", "gradients"))
-
-
 def _smaller(
     first: tuple[Overrides, dict[str, Any]] | None, second: tuple[Overrides, dict[str, Any]]
 ) -> tuple[Overrides, dict[str, Any]]:
@@ -273,7 +215,7 @@ def _smaller(
     return second if peak is not None and peak < first[1]["peak_bytes_per_device"] else first
 
 
-def _confirm(search: _Search, overrides: Overrides, devices: list[str]) -> str:
+def _confirm(search: Tries, overrides: Overrides, devices: list[str]) -> str:
     """Return the first device on which the smallest plan fits according to the compiler, or ""."""
     for name in devices[:_MAX_CONFIRMED]:
         mesh = {f"mesh.{axis}": size for axis, size in default().mesh.items()}

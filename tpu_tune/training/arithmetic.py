@@ -13,6 +13,7 @@ from tpu_tune.data.loading import steps_per_epoch
 from tpu_tune.errors import UserError
 
 MAX_STEPS = 2**31 - 1
+AT_THE_END = 10**9  # train.eval_steps of a run that is to be evaluated at its end only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +83,24 @@ def interval(steps: float, total_steps: int) -> int:
     return math.ceil(total_steps * steps) if steps < 1 else int(steps)
 
 
-def words(length: RunLength) -> str:
-    """Return the arithmetic in one line."""
+def words(length: RunLength, packed: bool = False) -> str:
+    """Return the arithmetic in one line; `packed`: several examples are packed into a row."""
     each = f"{length.per_device:,} row" + ("s" if length.per_device > 1 else "")
     devices = f"{length.devices:,} device" + ("s" if length.devices > 1 else "")
-    few = f", and there are only {length.rows:,} rows" if length.batch > length.rows else ""
+    few = (
+        f", and there {'is' if length.rows == 1 else 'are'} only {_rows(length.rows)}"
+        if length.batch > length.rows
+        else ""
+    )
     return (
-        f"{length.rows:,} rows, batch {length.batch:,} ({each} x {devices} x "
+        f"{_rows(length.rows, 'packed ' if packed else '')}, batch {length.batch:,} ({each} x {devices} x "
         f"{length.accumulation:,} accumulation{few}): {length.steps_per_epoch:,} steps an epoch, "
         f"{length.total_steps:,} steps in {_epochs(length.epochs)}; {length.kind} gradient descent"
     )
+
+
+def _rows(count: int, kind: str = "") -> str:
+    return f"{count:,} {kind}row{'' if count == 1 else 's'}"
 
 
 def trainable_words(trained: int, total: int) -> str:

@@ -16,44 +16,45 @@ from tpu_tune import ctrl_c
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[int], bool]]:
-    """Yield a function that says whether to stop after a step, because SIGTERM or SIGINT has come.
+def catch_signals() -> Iterator[Callable[[int], int]]:
+    """Yield a function that says after a step which signal has come to stop it, SIGTERM or SIGINT; 0 for none.
 
     It is asked once a step. Nothing is raised where the signal lands, which may be a callback that would drop it. A
     second SIGINT ends the program at once; in a notebook it is a KeyboardInterrupt. With several processes one's signal
     stops all of them after the same step.
     """
-    came = threading.Event()
+    came: list[int] = []
     if jax.process_count() > 1:
         yield from _catch_preemption()
         return
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: came.is_set()  # signals belong to the main thread
+        yield lambda step: 0  # signals belong to the main thread
         return
 
     def handle(number: int, _: object) -> None:
-        if came.is_set() and number == signal.SIGINT:
+        if came and number == signal.SIGINT:
             ctrl_c.leave()
-        came.set()
+        came.append(number)
         print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+        ctrl_c.heard()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: came.is_set()
+        yield lambda step: came[0] if came else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _catch_preemption() -> Iterator[Callable[[int], bool]]:
+def _catch_preemption() -> Iterator[Callable[[int], int]]:
     # jax's coordination service handles SIGTERM itself, and picks the step that all processes can still stop at.
-    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGINT, lambda *_: (ctrl_c.heard(), os.kill(os.getpid(), signal.SIGTERM)))
 
-    def reached(step: int) -> bool:
+    def reached(step: int) -> int:
         if not multihost_utils.reached_preemption_sync_point(step):
-            return False
+            return 0
         print("\nSIGTERM to one of the hosts: saving after this step", file=sys.stderr, flush=True)
-        return True
+        return signal.SIGTERM
 
     try:
         yield reached

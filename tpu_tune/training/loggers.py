@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,16 +139,24 @@ def _one_line(error: Exception) -> str:
 
 
 def _open_tensorboard(run: RunDirectory, config: Mapping[str, Any], resume_step: int) -> Sink:
-    from tensorboardX import SummaryWriter  # not torch's: the library never imports torch
+    # Not torch's SummaryWriter: the library never imports torch. Nor tensorboardX's: its thread dies of a full disk
+    # with a traceback, and then blocks the training once its queue has filled up.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import directory_check
+    from tensorboardX.summary import scalar
 
     folder = run.file("tensorboard")
+    directory_check(folder)
     # The file's name is the second of its start: a name of its own keeps it from replacing one of the same second.
-    suffix = f".{resume_step:010d}"
-    writer = SummaryWriter(folder, purge_step=resume_step + 1 if resume_step else None, filename_suffix=suffix)
+    writer = EventsWriter(os.path.join(folder, "events"), f".{resume_step:010d}")
+    if resume_step:  # TensorBoard forgets what comes from this step on
+        start = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(step=resume_step + 1, wall_time=time.time(), session_log=start))
 
     def write(row: Mapping[str, Any]) -> None:
         for name, value in _scalars(row).items():
-            writer.add_scalar(name, value, int(row["step"]))
+            writer.write_event(Event(step=int(row["step"]), wall_time=time.time(), summary=scalar(name, value)))
         writer.flush()
 
     return Sink("tensorboard", write, writer.close)

@@ -22,12 +22,14 @@ from tpu_tune import config as configuration
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_checkpoints import RunCheckpoints
 from tpu_tune.checkpoints.run_directory import RunDirectory
-from tpu_tune.data import Datasets, PairRows, prefetch
+from tpu_tune.checkpoints.source import open_source
+from tpu_tune.data import Datasets, PackedRows, PairRows, prefetch
 from tpu_tune.errors import UserError
-from tpu_tune.training import arithmetic, distributed, evaluation, loggers, run_start, summary
+from tpu_tune.training import arithmetic, distributed, evaluation, loggers, plateau, run_start, summary, too_little
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.meter import LoopState, Meter
 from tpu_tune.training.opening import Session, open_session
+from tpu_tune.training.optimizers import learning_rate, set_learning_rate
 from tpu_tune.training.prepare_steps import Steps, prepare_steps
 from tpu_tune.training.progress import Progress
 from tpu_tune.training.result import write_result
@@ -52,6 +54,7 @@ class Run:
       total_steps: steps of the whole run.
       result_dir: `adapter/` or `model/`, "" when interrupted.
       status: finished | already finished | interrupted | stopped early.
+      signal: the number of the signal that interrupted it; 0 for none.
     """
 
     output_dir: str
@@ -61,6 +64,7 @@ class Run:
     total_steps: int
     result_dir: str
     status: str
+    signal: int = 0
 
 
 def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEval | None = None) -> Run:
@@ -141,7 +145,7 @@ def _train(
             run.update_summary(summary.peak_memory())
         if status == "interrupted":
             say(f"interrupted: step {taken} of {total} is saved; the same command goes on from there")
-            return Run(run.path, config, run.metrics(), taken, total, "", status)
+            return Run(run.path, config, run.metrics(), taken, total, "", status, loop.signal)
 
         # --- result ---------------------------------------------------------------------------------------------
         best = loop_state.best_step
@@ -150,6 +154,8 @@ def _train(
             say(f"taking the weights of step {best}, eval_loss {loop_state.best_loss:.4f}")
         _check_ended_finite(loop_state, taken, total)
         write_result(config, model, state, result)
+        if is_main:
+            run.update_summary({"result_step": taken})
         sample(state, taken)
         distributed.barrier("result")
     rows = run.metrics()
@@ -193,6 +199,7 @@ class TrainingLoop:
         }
         self.steps_per_epoch = session.batches.steps_per_epoch
         self.meter = Meter(loop_state, first, self.steps_per_epoch)
+        self.signal = 0  # what has interrupted it
         self.progress = Progress(self.total, first, self.every["logging"], show=jax.process_index() == 0)
 
     def run(self, state: TrainState) -> tuple[TrainState, str]:
@@ -212,15 +219,15 @@ class TrainingLoop:
                     self.say(f"first step after {time.monotonic() - started:.1f} s, compiling included")
                 _check_finite(metrics, step, train.max_nonfinite_steps)
                 self.log(step)
-                stop, interrupted = False, interrupted_at(step)
+                stop, self.signal = False, interrupted_at(step)
                 if evaluates and self.is_due(train.eval_strategy, self.every["eval"], step):
                     last_eval = step
-                    self.evaluate(state)
+                    state = self.evaluate(state)
                     stop = self.loop_state.out_of_patience(train.early_stopping_patience)
                 is_best = train.load_best_model_at_end and self.loop_state.best_step == step
-                if interrupted or stop or is_best or self.is_due(train.save_strategy, self.every["save"], step):
+                if self.signal or stop or is_best or self.is_due(train.save_strategy, self.every["save"], step):
                     self.save(state)
-                if interrupted:
+                if self.signal:
                     return state, "interrupted"
                 if stop:
                     count = self.loop_state.evals_without_gain
@@ -228,7 +235,7 @@ class TrainingLoop:
                     status = "stopped early"
                     break
             if evaluates and train.eval_strategy != "no" and first < total and last_eval != step:
-                self.evaluate(state)
+                state = self.evaluate(state)
             if train.save_strategy != "no" and first < total:
                 self.save(state)
         return state, status
@@ -246,8 +253,8 @@ class TrainingLoop:
         loggers.log(self.sinks, row)
         self.progress.update(step, row["loss"], row["tokens_per_second"])
 
-    def evaluate(self, state: TrainState) -> None:
-        """Evaluate on the held-out rows, log and judge the result."""
+    def evaluate(self, state: TrainState) -> TrainState:
+        """Evaluate on the held-out rows, log and judge the result; under reduce_lr_on_plateau it may lower the rate."""
         step = int(state.step)
         metrics = evaluation.evaluate(self.steps, state.trainable, self.session)
         loggers.log(self.sinks, {"step": step, "epoch": self.meter.epoch(step), **metrics})
@@ -258,7 +265,23 @@ class TrainingLoop:
             line = self.on_eval(RunDirectory(self.session.config.output_dir).metrics())
             if line:
                 self.progress.write(line)
+        state = self.lower_rate(state, metrics["eval_loss"])
         self.meter.restart_clock()
+        return state
+
+    def lower_rate(self, state: TrainState, eval_loss: float) -> TrainState:
+        """Return the state with the learning rate that reduce_lr_on_plateau asks for after an evaluation."""
+        if self.train.lr_scheduler_type != plateau.NAME:
+            return state
+        rule = plateau.Plateau.from_settings(self.train.lr_scheduler_kwargs)
+        rate = learning_rate(state.opt_state)
+        self.loop_state.plateau, new = rule.step(self.loop_state.plateau, eval_loss, rate)
+        if new == rate:
+            return state
+        self.progress.write(
+            f"eval_loss has not improved in {rule.patience + 1} evaluations: learning rate {rate:.3g} -> {new:.3g}"
+        )
+        return dataclasses.replace(state, opt_state=set_learning_rate(state.opt_state, new))
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint, and before it the metric rows that lead to it."""
@@ -283,15 +306,33 @@ def _introduce(session: Session, say: Callable[[str], None]) -> None:
     say(f"model: {session.config.model.path} ({family}), loaded in {session.load_seconds:.1f} s on {devices}")
     say(arithmetic.trainable_words(model.num_trainable, model.num_parameters))
     say(_data_line(data))
-    say(arithmetic.words(session.length))
+    say(arithmetic.words(session.length, len(data.train.documents) > len(data.train)))
+    for line in _warnings(session):
+        say(f"warning: {line}")
+
+
+def _warnings(session: Session) -> list[str]:
+    """Return what of a run's length and of its added tokens is rarely meant so."""
+    config, model, data = session.config, session.model, session.data
+    lines = too_little.of_length(config, session.length, data.eval is not None, len(data.train.documents))
+    if config.model.add_special_tokens:
+        known = open_source(config.model.path).load_tokenizer().get_vocab()
+        lines += too_little.of_tokens(config, model.architecture, model.method, known)
+    return lines
 
 
 def _data_line(data: Datasets) -> str:
-    held_out = f", {len(data.eval)} for evaluation" if data.eval is not None else ""
     width = str(data.train.width)
     if isinstance(data.train, PairRows):
         width = f"{data.train.encoder_width} + {width}"
-    return f"data: {len(data.train)} rows of {width} tokens{held_out}"
+    held_out = f", {_rows(data.eval)} for evaluation" if data.eval is not None else ""
+    return f"data: {_rows(data.train)} of {width} tokens{held_out}"
+
+
+def _rows(rows: PackedRows | PairRows) -> str:
+    examples = len(rows.documents)
+    s = "" if len(rows) == 1 else "s"
+    return f"{examples} examples in {len(rows)} packed row{s}" if examples > len(rows) else f"{len(rows)} row{s}"
 
 
 def _restore(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from tpu_tune.training import stopping
+from tpu_tune.training.plateau import PlateauCounts
 from tpu_tune.training.step import STEP_METRICS
 
 
@@ -30,6 +31,7 @@ class LoopState:
       skipped: steps without an update, because something was not finite.
       rows: rows of a step, over all devices and micro-batches.
       loss_is_finite: whether the last loss was, of a step or of an evaluation after it.
+      plateau: the counts of reduce_lr_on_plateau.
     """
 
     num_tokens: int = 0
@@ -40,12 +42,14 @@ class LoopState:
     skipped: int = 0
     rows: int = 0
     loss_is_finite: bool = True
+    plateau: PlateauCounts = dataclasses.field(default_factory=PlateauCounts)
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> LoopState:
         """Return the state that a checkpoint holds; keys that it lacks, or that are not ours, are passed over."""
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: saved[name] for name in names if name in saved})
+        kept = {name: saved[name] for name in names if name in saved}
+        return cls(**kept | {"plateau": PlateauCounts(**saved.get("plateau", {}))})
 
     def judge(self, step: int, eval_loss: float, threshold: float) -> None:
         """Count an evaluation: is it the best so far, and does patience start anew?"""

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints.chat_template import read_text
+from tpu_tune.checkpoints.methods import METHODS, check_method
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
@@ -28,7 +29,6 @@ from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, check_length
 from tpu_tune.training import arithmetic, distributed
 from tpu_tune.training.loggers import reporters
-from tpu_tune.training.methods import METHODS, check_method
 from tpu_tune.training.objectives import check_objective
 from tpu_tune.training.optimizers import canonical_name
 from tpu_tune.training.prepare_model import PreparedModel, prepare_model, storage_dtype

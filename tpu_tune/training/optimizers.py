@@ -68,9 +68,9 @@ def make_optimizer(
     """Build the optimizer that `train.optim` names.
 
     Args:
-      train: the `train` part of the configuration: `optim`, `adam_beta1`, `adam_beta2`, `adam_epsilon`, `weight_decay`.
-      schedule: update index -> learning rate. None: the rate is a value in the optimizer's state, zero until
-        `set_learning_rate` puts one there, so that runs at many rates share one compiled step.
+      train: the `train` part of the configuration: `optim`, `adam_beta1`, `weight_decay`, ...
+      schedule: update index -> learning rate. None: the rate is a value in the optimizer's state, `learning_rate` until
+        `set_learning_rate` puts another one there, so that runs at many rates share one compiled step.
       specs: path -> facts of every leaf of the trainable tree: whether it is stacked, decays, and its LoRA+ rate.
 
     Returns:
@@ -90,7 +90,9 @@ def make_optimizer(
     if factor is not None:
         steps.append(scale_each(factor))
     if schedule is None:
-        return optax.chain(*steps, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0))
+        return optax.chain(
+            *steps, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=float(train.learning_rate))
+        )
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
 
 
@@ -142,6 +144,11 @@ def loraplus_factor(train: Any, specs: Mapping[str, LeafSpec]) -> Callable[[str]
         return train.loraplus_lr_ratio if spec.lora_plus == "ratio" or len(spec.axes) == 1 else 1.0
 
     return factor
+
+
+def learning_rate(opt_state: Any) -> float:
+    """Return the learning rate in the state of an optimizer without a schedule."""
+    return float(optax.tree.get(opt_state, "learning_rate"))
 
 
 def set_learning_rate(opt_state: Any, rate: float) -> Any:

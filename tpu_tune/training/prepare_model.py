@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,16 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from tpu_tune import config as configuration
 from tpu_tune.checkpoints.chat_template import read_text
+from tpu_tune.checkpoints.methods import METHODS
 from tpu_tune.checkpoints.params import load_params, open_architecture
+from tpu_tune.checkpoints.run_checkpoints import base_fingerprint
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
 from tpu_tune.tensors import LeafSpec
 from tpu_tune.training.execution import compute_dtype
-from tpu_tune.training.methods import METHODS
 from tpu_tune.transforms import Method, QuantizeConfig, quantize_weight, quantized_paths, sharding
 
 
@@ -71,8 +69,7 @@ class PreparedModel:
 
     def fingerprint(self, config: ConfigDict) -> str:
         """Return a hash of the base weights and of how they are stored, which a checkpoint's adapters belong to."""
-        stored = [self.source.fingerprint, configuration.to_dict(config.quantize), config.model.param_dtype]
-        return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
+        return base_fingerprint(self.source, config)
 
 
 def storage_dtype(config: ConfigDict) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from tpu_tune.training import offload
+from tpu_tune.training import offload, plateau
 from tpu_tune.training.execution import execution, loss_chunk
 from tpu_tune.training.objectives import OBJECTIVES, Objective, Sums
 from tpu_tune.training.optimizers import make_optimizer
@@ -61,11 +61,12 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
     Args:
       config: the whole configuration.
       model: from `prepare_model`.
-      total_steps: the schedule's length. None: no schedule; the learning rate is a value in the optimizer's state
-        (`optimizers.set_learning_rate`).
+      total_steps: the schedule's length. None: no schedule, as under reduce_lr_on_plateau; the learning rate is a value
+        in the optimizer's state (`optimizers.set_learning_rate`).
     """
     specs = model.specs
-    schedule = None if total_steps is None else configured_schedule(config.train, total_steps)
+    is_pure = total_steps is not None and config.train.lr_scheduler_type != plateau.NAME
+    schedule = configured_schedule(config.train, total_steps) if is_pure else None
     optimizer = make_optimizer(config.train, schedule, specs)
     model_loss = _model_loss(config, model, config.train.per_device_train_batch_size)
     random = model.method.is_random or config.train.neftune_noise_alpha > 0

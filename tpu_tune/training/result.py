@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.errors import UserError
+from tpu_tune.inference.run_result import write_trained
 from tpu_tune.training import distributed
 from tpu_tune.training.prepare_model import PreparedModel
 from tpu_tune.training.step import TrainState
@@ -31,13 +31,7 @@ def write_result(config: ConfigDict, model: PreparedModel, state: TrainState, di
     frozen = _frozen_parts(model)
     if jax.process_index() != 0:
         return
-    if isinstance(model.method, Targets):
-        peft.write_adapter(
-            directory, trainable, model.method, model.architecture, config.model.path, frozen, model.source
-        )
-    else:
-        merged = model.method.combine(trainable, frozen)
-        huggingface_write.write_model(directory, merged, model.source, model.architecture)
+    write_trained(directory, config, model.method, trainable, frozen, model.source, model.architecture)
 
 
 @jax.jit

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune import ctrl_c
 from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
@@ -102,13 +103,22 @@ def begin(
     with contextlib.ExitStack() as stack:
         lock = together("run.lock", lambda: stack.enter_context(run_lock.hold(run, say)))
         is_new = lock is not None and not storage.exists(run.file("config.json"))
-        try:
-            together("config.json", lambda: run.write_config(config))
-            yield lock
-        except BaseException:
+
+        def undo() -> None:
             if is_new and not lock.is_lost:
                 run.undo_start()
-            raise
+
+        def leave() -> None:
+            undo()
+            stack.close()  # which gives the lock back
+
+        with ctrl_c.before_leaving(leave):
+            try:
+                together("config.json", lambda: run.write_config(config))
+                yield lock
+            except BaseException:
+                undo()
+                raise
 
 
 def with_seeds(config: ConfigDict) -> tuple[ConfigDict, list[str]]:

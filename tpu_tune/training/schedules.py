@@ -19,6 +19,7 @@ import optax
 from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
+from tpu_tune.training import plateau
 
 Factor = Callable[[jax.Array], jax.Array]  # step (int32) -> multiplier of the learning rate (float32)
 
@@ -39,7 +40,8 @@ def make_schedule(
     """Build the schedule called `name`.
 
     Args:
-      name: one of `SCHEDULES` (Hugging Face's `lr_scheduler_type`).
+      name: one of `SCHEDULES` (Hugging Face's `lr_scheduler_type`), or reduce_lr_on_plateau, which is constant here:
+        what lowers it is the evaluation loss (`plateau`).
       learning_rate: the peak.
       total_steps: updates in the whole run.
       warmup_steps: updates that climb linearly from zero; takes precedence over `warmup_ratio`.
@@ -52,10 +54,13 @@ def make_schedule(
     Raises:
       UserError: unknown name, unknown or missing setting.
     """
-    if name in _NOT_PURE:
-        raise UserError(f"train.lr_scheduler_type '{name}' follows the metrics, not the step; choose {_known()}")
+    if name == "greedy":
+        raise UserError(f"train.lr_scheduler_type '{name}' is not supported; choose {_known()}")
+    if name == plateau.NAME:
+        plateau.Plateau.from_settings(kwargs)
+        name, kwargs = "constant", {}
     if name not in SCHEDULES:
-        near = difflib.get_close_matches(name, SCHEDULES, 1, 0.4)
+        near = difflib.get_close_matches(name, (*SCHEDULES, plateau.NAME), 1, 0.4)
         hint = f"did you mean '{near[0]}'? known: " if near else "choose "
         raise UserError(f"unknown train.lr_scheduler_type '{name}'; {hint}{_known()}")
     build = SCHEDULES[name]
@@ -89,7 +94,7 @@ def configured_schedule(train: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def _known() -> str:
-    return ", ".join(SCHEDULES)
+    return ", ".join((*SCHEDULES, plateau.NAME))
 
 
 def _climb(step: jax.Array, warmup: int) -> jax.Array:
@@ -252,4 +257,3 @@ SCHEDULES: dict[str, Callable[..., Factor]] = {
     "cosine_warmup_with_min_lr": _cosine_warmup_with_min_lr,
     "warmup_stable_decay": _warmup_stable_decay,
 }
-_NOT_PURE = ("reduce_lr_on_plateau", "greedy")

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints.prompts import CHAT, in_words, taught_as
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.tokenizers import with_bos
 from tpu_tune.data import Datasets
@@ -67,25 +68,25 @@ def sampler(
     if config.train.sample_prompts and jax.process_count() > 1:
         say("train.sample_prompts: left out, because the model is spread over several processes")
     elif config.train.sample_prompts:
-        data_format = data.summary["train"]["format"]
-        return lambda state, step: write_samples(config, model, state.trainable, step, data_format)
+        taught = taught_as(data.summary["train"])
+        return lambda state, step: write_samples(config, model, state.trainable, step, taught)
     return lambda state, step: None
 
 
 def write_samples(
-    config: ConfigDict, model: PreparedModel, trainable: Mapping[str, Any], step: int, data_format: str
+    config: ConfigDict, model: PreparedModel, trainable: Mapping[str, Any], step: int, taught: str
 ) -> None:
     """Answer `train.sample_prompts` with the weights as they are, and write that into `samples.jsonl`.
 
-    Answers of step 0 stay in the file, so that a report can show both. A prompt goes through the chat template where
-    the data are chats, and else stands as it is.
+    Answers of step 0 stay in the file, so that a report can show both. A prompt is put as the
+    rows have theirs: through the chat template, with Alpaca's words, or as it is.
 
     Args:
       config: the whole configuration.
       model: the model with its frozen weights.
       trainable: the trained weights.
       step: updates made so far.
-      data_format: the format of the training rows, as `data.format` names it.
+      taught: how the training rows ask (`checkpoints.prompts`).
 
     Raises:
       UserError: prompts that are empty or too long for the model, or a file that cannot be written.
@@ -93,11 +94,11 @@ def write_samples(
     prompts = list(config.train.sample_prompts)
     tokenizer = model.source.load_tokenizer()
     params = model.method.combine(trainable, model.frozen)
-    chat = data_format in ("messages", "sharegpt") and bool(tokenizer.chat_template)
+    chat = taught == CHAT and bool(tokenizer.chat_template)
     chat = chat and model.architecture.encoder is None  # what an encoder reads is no turn of a chat
-    begun = prompts
+    begun = [in_words(taught, prompt) for prompt in prompts]
     if config.data.add_bos_token == "always" and not chat:
-        begun = [with_bos(tokenizer, prompt) for prompt in prompts]
+        begun = [with_bos(tokenizer, prompt) for prompt in begun]
     ends, sampling = end_tokens(tokenizer, model.source), Sampling(SAMPLE_TOKENS)
     variables = dict(config.data.chat_template_kwargs)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, spellings
 from tpu_tune.cli.data.tokenize import add_tokenizer
 
@@ -23,7 +24,7 @@ def add(commands: Commands) -> None:
     add_tokenizer(parser)
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=numbers.whole(1),
         default=2048,
         metavar="N",
         help="most tokens a row (default 2048), a beginning and an end of text among them",
@@ -47,9 +48,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report))
     else:
+        whole = f"; {report['whole']:,} rows of other formats copied as they are" if report["whole"] else ""
         bad = f"; {report['bad_rows']:,} bad rows left out" if report["bad_rows"] else ""
         print(
             f"{report['output']}: {report['pieces']:,} rows of at most {report['tokens']} tokens, "
-            f"of {report['rows']:,} texts{bad}"
+            f"of {report['rows']:,} texts{whole}{bad}"
         )
     return 0

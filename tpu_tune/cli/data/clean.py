@@ -6,8 +6,9 @@ import argparse
 import json
 
 from tpu_tune.checkpoints import json_text
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands
-from tpu_tune.cli.data.arguments import same_names
+from tpu_tune.cli.data.arguments import add_as, same_names
 from tpu_tune.errors import UserError
 
 
@@ -32,6 +33,7 @@ def add(commands: Commands) -> None:
         metavar="JSON",
         help="the rows' keys -> the format's, as '{\"question\": \"input\"}'",
     )
+    add_as(rows)
     _add_noise(parser)
     _add_duplicates(parser)
     _add_bounds(parser)
@@ -79,6 +81,13 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
         help="look for the guide's phrases (default)",
     )
     noise.add_argument(
+        "--repeated-text",
+        metavar="SHARE",
+        type=numbers.real(above=0, at_most=1),
+        help="take out lines that stand at the top or the bottom of this share or more of a site's pages, such as "
+        "footers; 0.5 is usual. A site is a folder of the rows' source, or of their url",
+    )
+    noise.add_argument(
         "--prompts", action="store_true", help="look into prompts and context too; a match there drops the row"
     )
 
@@ -94,22 +103,28 @@ def _add_duplicates(parser: argparse.ArgumentParser) -> None:
     duplicates.add_argument(
         "--near-duplicates",
         metavar="SIMILARITY",
-        type=float,
+        type=numbers.real(above=0, at_most=1),
         help="drop rows whose shingles have this Jaccard similarity or more with an earlier row's; 0.8 is usual",
     )
     duplicates.add_argument(
         "--shingle", choices=("chars", "words"), default="chars", help="what a shingle is made of (default chars)"
     )
-    duplicates.add_argument("--shingle-size", type=int, default=5, metavar="N", help="how many of them (default 5)")
-    duplicates.add_argument("--seed", type=int, default=0, help="of the hashes that find near duplicates (default 0)")
+    duplicates.add_argument(
+        "--shingle-size", type=numbers.whole(), default=5, metavar="N", help="how many of them (default 5)"
+    )
+    duplicates.add_argument(
+        "--seed", type=numbers.seed, default=0, help="of the hashes that find near duplicates (default 0)"
+    )
 
 
 def _add_bounds(parser: argparse.ArgumentParser) -> None:
     bounds = parser.add_argument_group("bounds", "On the whole text of a row, prompt and answer together.")
-    bounds.add_argument("--min-chars", type=int, default=0, metavar="N", help="drop rows with fewer characters")
-    bounds.add_argument("--max-chars", type=int, metavar="N", help="drop rows with more characters")
-    bounds.add_argument("--min-words", type=int, default=0, metavar="N", help="drop rows with fewer words")
-    bounds.add_argument("--max-words", type=int, metavar="N", help="drop rows with more words")
+    bounds.add_argument(
+        "--min-chars", type=numbers.whole(), default=0, metavar="N", help="drop rows with fewer characters"
+    )
+    bounds.add_argument("--max-chars", type=numbers.whole(), metavar="N", help="drop rows with more characters")
+    bounds.add_argument("--min-words", type=numbers.whole(), default=0, metavar="N", help="drop rows with fewer words")
+    bounds.add_argument("--max-words", type=numbers.whole(), metavar="N", help="drop rows with more words")
     bounds.add_argument(
         "--language",
         metavar="CODE",

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import DTYPES, Commands
 from tpu_tune.cli.data.arguments import same_names
 from tpu_tune.errors import UserError
@@ -40,14 +41,18 @@ def add(commands: Commands) -> None:
         "--dtype", choices=DTYPES, default="", help="of the model (default float32 on a CPU, else bfloat16)"
     )
     parser.add_argument(
-        "--max-length", type=int, default=512, help="tokens of a row that the model reads (default 512)"
+        "--max-length", type=numbers.whole(), default=512, help="tokens of a row that the model reads (default 512)"
     )
     parser.add_argument(
-        "--batch-tokens", type=int, default=8192, help="that the model reads at one time (default 8192)"
+        "--batch-tokens", type=numbers.whole(), default=8192, help="that the model reads at one time (default 8192)"
     )
     parser.add_argument("--text-key", default="", help="the key of the text; default: by the row's format")
-    parser.add_argument("--keep", type=int, help="rows to keep in all, shared evenly over the clusters (default: all)")
-    parser.add_argument("--keep-per-cluster", type=int, help="most rows to keep of each cluster; outliers never are")
+    parser.add_argument(
+        "--keep", type=numbers.whole(), help="rows to keep in all, shared evenly over the clusters (default: all)"
+    )
+    parser.add_argument(
+        "--keep-per-cluster", type=numbers.whole(), help="most rows to keep of each cluster; outliers never are"
+    )
     parser.add_argument(
         "--select",
         choices=("balanced", "farthest", "random"),
@@ -58,14 +63,16 @@ def add(commands: Commands) -> None:
     parser.add_argument("--drop-outliers", action="store_true", help="leave outliers out of the output")
     parser.add_argument("--outliers", default="", metavar="FILE", help="list outliers here, each with its reason")
     parser.add_argument("--map", default="", metavar="FILE", help="draw a map, as FILE.html and FILE.png")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--seed", type=numbers.seed, default=0, help="of everything random (default 0)")
     parser.add_argument(
         "--mini-batch",
         action=argparse.BooleanOptionalAction,
         help="k-means by mini-batches (default: from 100,000 rows)",
     )
-    parser.add_argument("--batch-size", type=int, default=8192, help="rows of a mini-batch (default 8192)")
-    parser.add_argument("--max-iterations", type=int, default=100, help="most passes over the rows (default 100)")
+    parser.add_argument("--batch-size", type=numbers.whole(), default=8192, help="rows of a mini-batch (default 8192)")
+    parser.add_argument(
+        "--max-iterations", type=numbers.whole(), default=100, help="most passes over the rows (default 100)"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count what is no row or has no text")
 
 

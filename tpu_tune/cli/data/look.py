@@ -8,6 +8,7 @@ import os
 import sys
 
 from tpu_tune.checkpoints import json_text
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, read_config, spellings
 from tpu_tune.cli.data.tokenize import add_tokenizer
 from tpu_tune.errors import UserError
@@ -26,9 +27,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="the run's config file; --config.KEY=VALUE overrides a key, with or without it"
     )
-    parser.add_argument("-n", "--count", type=int, default=3, metavar="N", help="rows to draw (default 3)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides which (default 0)")
-    parser.add_argument("--row", type=int, metavar="N", help="the file's Nth row instead")
+    parser.add_argument("-n", "--count", type=numbers.whole(), default=3, metavar="N", help="rows to draw (default 3)")
+    parser.add_argument("--seed", type=numbers.seed, default=0, metavar="N", help="decides which (default 0)")
+    parser.add_argument("--row", type=numbers.whole(), metavar="N", help="the file's Nth row instead")
     parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),

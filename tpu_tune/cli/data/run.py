@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
         "run",
         run,
         "run the steps of a recipe; what is done already is not done again",
-        "tpu-tune data run --config configs/data_pages.py --config.inputs=pages/ --config.clean.near_duplicates=0.8",
+        "tpu-tune data run --config configs/data_python_docs.py --config.clean.near_duplicates=0.8",
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="recipe file; --config.KEY=VALUE overrides a key"

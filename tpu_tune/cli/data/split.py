@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, spellings
 
 
@@ -28,7 +29,7 @@ def add(commands: Commands) -> None:
     )
     size.add_argument(
         *spellings("--val-count"),
-        type=int,
+        type=numbers.whole(at_most=2**63 - 1),
         metavar="N",
         help="exactly N rows for validation (with --group-key: at least)",
     )
@@ -48,7 +49,7 @@ def add(commands: Commands) -> None:
     keys.add_argument(
         "--stratify", default="", metavar="KEY", help="the same share of each value of KEY, such as cluster"
     )
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="decides which rows (default 42)")
+    parser.add_argument("--seed", type=numbers.seed, default=42, metavar="N", help="decides which rows (default 42)")
     parser.add_argument(
         *spellings("--output-dir"), default=".", metavar="DIR", help="where to write (default: the working directory)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, spellings
 from tpu_tune.cli.data.tokenize import add_format, add_tokenizer, columns, template_variables
 
@@ -22,7 +23,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-l",
         *spellings("--max-length"),
-        type=int,
+        type=numbers.whole(1),
         default=2048,
         metavar="N",
         help="count rows over N tokens (default 2048)",

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from tpu_tune.checkpoints import json_text
+from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, spellings
 
 
@@ -40,14 +41,14 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "-l",
         *spellings("--max-length"),
-        type=int,
+        type=numbers.whole(),
         default=2048,
         metavar="N",
         help="tokens a row (default 2048): text is cut into blocks of N, pairs and chats that are longer are left out",
     )
     parser.add_argument(
         *spellings("--num-eos"),
-        type=int,
+        type=numbers.whole(),
         default=1,
         metavar="N",
         help="ends of text after an answer or a text (default 1; 3 as PygmalionAI's script; chats end as their "
@@ -56,7 +57,7 @@ def add(commands: Commands) -> None:
     add_format(parser)
     parser.add_argument(*spellings("--train-on-source"), action="store_true", help="label the prompt too")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes (default: what the rows are worth)"
+        "--workers", type=numbers.whole(), default=0, metavar="N", help="processes (default: what the rows are worth)"
     )
     parser.add_argument(
         *spellings("--skip-bad"), action="store_true", help="leave out and count rows that cannot be used"
@@ -82,8 +83,8 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="auto",
-        help="auto (by the keys of the first row), text, input-output, prompt-generation, prompt-completion, alpaca, "
-        "sharegpt, messages",
+        help="auto (default: by the keys of each row), text, input-output, prompt-generation, prompt-completion, "
+        "alpaca, sharegpt, messages; with -as-chat behind it (auto-as-chat) prompt and answer become turns of a chat",
     )
     for key, name in (("text", "text"), ("input", "prompt"), ("output", "answer")):
         parser.add_argument(
@@ -166,6 +167,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"{count:,} rows left out: {reason}")
     for key, count in report["unused"].items():
         print(f"'{key}' of {count:,} rows is not used: it is not in the text that is trained on")
+    for note in report["notes"]:
+        print(f"note: {note}")
     if report["bad_rows"]:
         print(f"{report['bad_rows']:,} bad rows left out, first {report['bad_examples'][0]}")
     return 0

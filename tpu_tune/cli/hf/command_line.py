@@ -1,7 +1,8 @@
 """A script's command line as {flag: value}, read as Hugging Face's own parser reads it.
 
-Flags have dashes or underscores, and their values follow as `--flag value` or `--flag=value`; a switch stands alone or
-has `true`, `True`, `no` and the like; of a repeated flag the last value counts. A launcher before the flags
+Flags have dashes or underscores, may be cut short where only one flag begins like that (`--use_auth`), and their values
+follow as `--flag value` or `--flag=value`; a switch stands alone or has `true`, `True`, `no` and the like; of a
+repeated flag the last value counts. A launcher before the flags
 (`accelerate launch ./train.py`) is removed.
 """
 
@@ -112,7 +113,8 @@ def _find_flag(spelling: str) -> tuple[str, Flag, bool] | None:
         flag = FLAGS.get(name)
         if flag is not None and (not negative or flag.kind is bool):
             return name, flag, negative
-    return None
+    begun = {ALIASES.get(name, name) for name in (*FLAGS, *ALIASES) if plain and name.startswith(plain)}
+    return (name := begun.pop(), FLAGS[name], False) if len(begun) == 1 else None
 
 
 def _unknown(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import os
 from ml_collections import ConfigDict
 
 from tpu_tune.cli.hf.command_line import ScriptFlags
-from tpu_tune.cli.hf.flags import QLORA, QLORA_LENGTHS
+from tpu_tune.cli.hf.flags import QLORA, QLORA_EVAL_ROWS, QLORA_LENGTHS
 from tpu_tune.errors import UserError
 
 FORMATS = {  # qlora.py's --dataset_format -> (data.format, data.columns)
@@ -89,9 +89,9 @@ def check_answers(flags: ScriptFlags, config: ConfigDict) -> None:
     """Hold TRL's flags for a loss on answers only against rows that have none; of a hub dataset this is not known.
 
     Raises:
-      UserError: the first row is text alone.
+      UserError: a row is text alone.
     """
-    from tpu_tune.data.formats import detect
+    from tpu_tune.data.formats import RowError, format_of
     from tpu_tune.data.sources import is_hub, read_rows, resolve
 
     names = [name for name in ("assistant_only_loss", "completion_only_loss") if flags.get(name)]
@@ -101,48 +101,39 @@ def check_answers(flags: ScriptFlags, config: ConfigDict) -> None:
     source = resolve(path)[0][0]
     rows = [] if is_hub(source) else read_rows(source)[0]
     try:
-        is_text = any(detect(row, config.data.format, config.data.columns) == "text" for row in rows[:1])
-    except UserError:
+        is_text = [format_of(row, config.data.format, config.data.columns) == "text" for row in rows]
+    except RowError:
         return  # training reports it with more context
-    if is_text:
-        raise UserError(f"{flags.spelled(names[0])}: the rows of {path} are text without answers; leave the flag out")
+    if any(is_text):
+        which = f"the rows of {path} are" if all(is_text) else f"row {is_text.index(True) + 1} of {path} is"
+        raise UserError(f"{flags.spelled(names[0])}: {which} text without answers; leave the flag out")
 
 
 def _set_eval_ratio(flags: ScriptFlags, config: ConfigDict) -> None:
-    """Set the share of the rows to hold out if no file for evaluation is given."""
+    """Set how many of the rows to hold out if no file for evaluation is given."""
     percent, count = flags.get("validation_split_percentage"), flags.get("eval_dataset_size")
     if percent is not None:
         config.data.eval_ratio = percent / 100
+    elif count is not None and count < 1:
+        config.data.eval_ratio = count
     elif count is not None:
-        rows = None if count < 1 else _count_rows(config.data.train)
-        if rows is not None and count >= rows:
-            raise UserError(
-                f"{flags.spelled('eval_dataset_size')} is {count:g} of {rows} rows; some must be left to train on"
-            )
-        if count >= 1 and rows is None:
-            raise UserError(
-                f"{flags.spelled('eval_dataset_size')} {count:g}: the number of rows is not known beforehand; give a "
-                "share, such as 0.05, or --eval_file"
-            )
-        config.data.eval_ratio = count if rows is None else count / rows
+        config.data.eval_dataset_size = int(count)
+    elif flags.get("dataset") and set(flags.values) & QLORA and not os.path.exists(config.data.train):
+        config.data.eval_dataset_size = QLORA_EVAL_ROWS
     elif flags.get("dataset"):
-        config.data.eval_ratio = 0.1
+        config.data.eval_ratio = 0.1  # of a file of one's own
     if not 0 < config.data.eval_ratio < 1:
         raise UserError(f"the share of rows for evaluation is {config.data.eval_ratio:g}; it must be between 0 and 1")
+    if config.data.eval_dataset_size:
+        flags.note(
+            f"evaluation: on {config.data.eval_dataset_size:,} of the rows, which are not trained on; evaluation rows "
+            "that the data brings are not used (--eval_file names some)"
+        )
+        return
     flags.note(
         "evaluation: on the evaluation file of the data's directory if it has one, else on "
         f"{config.data.eval_ratio:.3g} of the rows, which are not trained on"
     )
-
-
-def _count_rows(path: str) -> int | None:
-    """Return the number of rows in local files; None for a hub dataset."""
-    from tpu_tune.data.sources import is_hub, read_rows, resolve
-
-    if not os.path.exists(os.path.expanduser(path)):
-        return None
-    sources = resolve(path)[0]
-    return None if any(map(is_hub, sources)) else sum(len(read_rows(source)[0]) for source in sources)
 
 
 def set_lengths(flags: ScriptFlags, config: ConfigDict) -> bool:
@@ -157,7 +148,9 @@ def set_lengths(flags: ScriptFlags, config: ConfigDict) -> bool:
     if any(limits) or set(flags.values) & QLORA:
         limits = [value or default for value, default in zip(limits, QLORA_LENGTHS, strict=True)]
         data.source_max_len, data.target_max_len = limits
-        data.max_length = sum(limits)
+        data.max_length = limits[1] + (
+            1 if _is_whole_text(flags) else limits[0]
+        )  # of texts the source is the BOS token
         missing = [
             f"{name} {value}"
             for name, value in zip(("source_max_len", "target_max_len"), limits, strict=True)
@@ -168,6 +161,12 @@ def set_lengths(flags: ScriptFlags, config: ConfigDict) -> bool:
     if flags.get("max_length"):
         data.max_length = flags.get("max_length")
     return not flags.get("max_length")
+
+
+def _is_whole_text(flags: ScriptFlags) -> bool:
+    """Whether qlora.py takes the rows for texts, all of which is the target."""
+    format = flags.get("dataset_format") or DATASETS.get(flags.get("dataset"), ("", ""))[1]
+    return FORMATS.get(format, ("", {}))[0] == "text"
 
 
 def fit_max_length(config: ConfigDict) -> list[str]:

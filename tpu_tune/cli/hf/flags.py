@@ -74,6 +74,7 @@ QLORA = frozenset(
 QLORA_DEFAULTS = {"bits": 4, "lora_rank": 64, "lora_alpha": 16.0, "lora_dropout": 0.0}
 LORA_DEFAULTS = {"bits": 16, "lora_rank": 4, "lora_alpha": 32.0, "lora_dropout": 0.05}
 QLORA_LENGTHS = (1024, 256)  # source_max_len, target_max_len
+QLORA_EVAL_ROWS = 1024  # eval_dataset_size
 QLORA_TRAINER = {  # defaults of the Trainer that qlora.py changes, and we do not
     "max_steps": 10000, "learning_rate": 0.0002, "lr_scheduler_type": "constant", "warmup_ratio": 0.03,
     "max_grad_norm": 0.3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
@@ -116,6 +117,8 @@ _KEYS = {
     "early_stopping_threshold": (float, "train.early_stopping_threshold"),
     "neftune_noise_alpha": (float, "train.neftune_noise_alpha"),
     "loraplus_lr_ratio": (float, "train.loraplus_lr_ratio"),
+    "max_train_samples": (int, "data.max_train_samples"),
+    "max_eval_samples": (int, "data.max_eval_samples"),
     "bias": (str, "lora.bias"),
     "modules_to_save": (list, "lora.modules_to_save"),
     "layers_to_transform": (list, "lora.layers_to_transform"),
@@ -210,15 +213,12 @@ _IGNORED = {
     "jax has no such cache of device memory": "torch_empty_cache_steps:int",
 }
 
-_SHORTER = "is not supported; make a shorter file (head -n)"
 _REFUSED = {
     "label_smoothing_factor": refused(float, "is not supported: the loss is plain cross-entropy; leave it out", 0.0),
     "greater_is_better": refused(
         bool, "must be false: the metric is eval_loss, which is better the smaller it is", False
     ),
     "metric_for_best_model": refused(str, "can only be eval_loss", "loss", "eval_loss"),
-    "max_train_samples": refused(int, _SHORTER),
-    "max_eval_samples": refused(int, _SHORTER),
     "eval_delay": refused(float, "is not supported; the first evaluation comes after eval_steps steps", 0.0),
     "optim_args": refused(str, "is not supported; use --adam_beta1, --adam_beta2 and --adam_epsilon", ""),
     "optim_target_modules": refused(list, "belongs to GaLore and APOLLO, which are not supported", []),

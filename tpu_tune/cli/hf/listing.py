@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints import storage
 from tpu_tune.cli.hf.command_line import ScriptFlags
 from tpu_tune.cli.hf.flags import ALIASES, FLAGS
 from tpu_tune.cli.hf.translate import Translation
@@ -63,10 +64,9 @@ def write_config(config: Any, path: str) -> None:
         f"def get_config():\n    config = default()\n{settings}    return config\n"
     )
     try:
-        with open(path, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        storage.write_bytes(path, text.encode())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def all_flags() -> Iterator[str]:

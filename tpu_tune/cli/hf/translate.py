@@ -24,8 +24,9 @@ from tpu_tune.cli.hf.flags import (
     QLORA_TRAINER,
 )
 from tpu_tune.errors import UserError
+from tpu_tune.training.arithmetic import AT_THE_END
+from tpu_tune.training.too_little import of_warmup
 
-NEVER = 10**9  # steps between evaluations: only the end of the run evaluates
 OPTIMIZERS = {  # Hugging Face's name -> (our optimizer with the same algorithm, how it differs)
     "adamw_apex_fused": ("adamw", ""),
     "adamw_torch_npu_fused": ("adamw", ""),
@@ -83,6 +84,8 @@ def translate(flags: ScriptFlags, platform: Callable[[], str], environ: Mapping[
     _intervals(flags, config, evaluates, trains)
     _optimizer(flags, config)
     _run(flags, config)
+    for line in of_warmup(config, config.train.max_steps if config.train.max_steps > 0 else AT_THE_END):
+        flags.note(line)
     variables = _environment(flags, config, {**environ, **flags.environ})
     if flags.get("do_mmlu_eval"):
         flags.note("--do_mmlu_eval: training does not run MMLU; use tpu-tune eval --task mmlu afterwards")
@@ -131,7 +134,8 @@ def _mode(flags: ScriptFlags) -> tuple[bool, bool]:
     strategy, do_eval = _strategy(flags, "eval_strategy", "no"), flags.get("do_eval", False)
     trains = flags.get("do_train", not flags.get("do_eval", False))
     if not trains and not do_eval:
-        raise UserError("neither --do_train nor --do_eval: there is nothing to do")
+        instead = "; for --do_predict, tpu-tune generate answers prompts" if flags.get("do_predict") else ""
+        raise UserError(f"neither --do_train nor --do_eval: there is nothing to do{instead}")
     return trains, strategy != "no" or do_eval
 
 
@@ -200,8 +204,8 @@ def _adapters(flags: ScriptFlags, config: ConfigDict, defaults: Mapping[str, Any
             f"--lora_dropout is not given: {config.lora.dropout:g}, the default of the PygmalionAI training code"
         )
     targets = flags.get("lora_target_modules")
-    if targets is None:
-        targets = ["all-linear" if all_linear else ""]
+    if targets is None or targets == ["all"]:  # forks of qlora.py have --lora_modules all
+        targets = ["all-linear" if all_linear or targets else ""]
     configuration.assign(config, "lora.target_modules", targets[0] if len(targets) == 1 else targets)
 
 
@@ -245,7 +249,7 @@ def _intervals(flags: ScriptFlags, config: ConfigDict, evaluates: bool, trains: 
     train.eval_strategy = _strategy(flags, "eval_strategy", "no")
     train.eval_steps = _steps(flags, "eval_steps", train.logging_steps)
     if evaluates and train.eval_strategy == "no":
-        train.eval_strategy, train.eval_steps = "steps", NEVER
+        train.eval_strategy, train.eval_steps = "steps", AT_THE_END
         if trains:
             flags.note("--do_eval without --eval_strategy: one evaluation, at the end")
     train.save_strategy = _strategy(flags, "save_strategy", "steps")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tpu_tune.curves.learning_rate import trials as tr
-from tpu_tune.curves.learning_rate.bracket import Score, best_of, bracket, check_bracket
+from tpu_tune.curves.learning_rate.bracket import TIE, Score, best_of, bracket, check_bracket
 from tpu_tune.curves.learning_rate.range_test import BETA, RangeTest, Suggestion, divergence, ramp, range_test, suggest
+from tpu_tune.training.progress import duration
 
 PROBE_STEPS = 15
 APART = 3.0  # factor between the rates of the short runs after a range test
 WORSE = 1.02  # a run whose score is this many times the best of its round does not look good
 _ROUNDS = (5, 3, 2)  # rates of a bracket's rounds
+_TIMED = 4  # forward passes from which the time of the whole is estimated
 
 Say = Callable[[str], None]
 
@@ -43,6 +46,13 @@ class FinderOptions:
     steps: int = 60
     bracket: tuple[float, float] | None = None
     narrow: bool = False
+
+    @property
+    def short_runs(self) -> tuple[int, tuple[int, ...]]:
+        """Updates of the longest of the short runs, and the number of runs in each round."""
+        if self.bracket or self.narrow:
+            return self.steps, _ROUNDS
+        return min(PROBE_STEPS, self.steps), (3,)
 
     def check(self) -> None:
         """Raise a UserError for ranges or lengths that make no sense, before anything is loaded."""
@@ -86,15 +96,15 @@ def find(config: ConfigDict, options: FinderOptions, say: Say = lambda line: Non
 def find_with(trials: tr.Trials, options: FinderOptions, say: Say = lambda line: None) -> FinderResult:
     """Find a learning rate as `find` does, with trials that are open already."""
     steps = options.steps
-    say(f"the untrained model's losses on the data of {steps} steps")
-    untrained = tr.untrained_losses(trials, steps)
+    say(f"{_outline(options)}; first the untrained model's losses on the data of these {steps} updates")
+    untrained = tr.untrained_losses(trials, steps, _estimate(trials, options, say))
     test = tested = None
     if options.bracket is None:
         rates = ramp(options.low, options.high, steps)
-        say(f"range test: from {options.low:.1e} up to {options.high:.1e} in {steps} steps")
+        say(f"range test: from {options.low:.1e} up to {options.high:.1e} in {steps} updates")
         test = range_test((loss for loss, _ in tr.train(trials, rates)), rates, untrained)
         tested = suggest(test)
-        say(f"range test: {test.end} at {test.rates[-1]:.1e} (step {len(test.rates)}); {tested.reason}")
+        say(f"range test: {test.end} at {test.rates[-1]:.1e} (update {len(test.rates)}); {tested.reason}")
     scored_by = "train_loss" if trials.session.data.eval is None else "eval_loss"
 
     def run(rate: float, length: int) -> tuple[float, dict[str, float]]:
@@ -102,14 +112,49 @@ def find_with(trials: tr.Trials, options: FinderOptions, say: Say = lambda line:
 
     def say_score(score: Score) -> None:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in score.figures.items())
-        say(f"{score.steps} steps at {score.learning_rate:.1e}: {figures}")
+        say(f"{score.steps} updates at {score.learning_rate:.1e}: {figures}")
 
     if tested is not None and not options.narrow:
-        ends, length, rounds = (tested.rate / APART, tested.rate * APART), min(PROBE_STEPS, steps), (3,)
+        ends = tested.rate / APART, tested.rate * APART
     else:
-        ends, length, rounds = options.bracket or (tested.rate / 10, tested.high), steps, _ROUNDS
+        ends = options.bracket or (tested.rate / 10, tested.high)
+    length, rounds = options.short_runs
     rate, runs = bracket(run, *ends, length, rounds, say_score)
     return FinderResult(_suggestion(rate, runs, tested, scored_by), test, runs, scored_by)
+
+
+def _rounds_of(options: FinderOptions) -> list[tuple[int, int]]:
+    """Return (runs, updates of each) of every round of short runs."""
+    length, rounds = options.short_runs
+    return [(runs, length >> later) for runs, later in zip(rounds, reversed(range(len(rounds))), strict=True)]
+
+
+def _outline(options: FinderOptions) -> str:
+    """Return what will be done, in words."""
+    rounds = " and ".join(f"{runs} runs of {updates} updates" for runs, updates in _rounds_of(options))
+    test = "" if options.bracket else f"a range test of {options.steps} updates, then "
+    return f"{test}{rounds}, each run from the same start on the same data"
+
+
+def _estimate(trials: tr.Trials, options: FinderOptions, say: Say) -> Callable[[int], None]:
+    """Return a function to call after each untrained batch; early on it says how long the whole will take."""
+    rounds, times, config = _rounds_of(options), [time.monotonic()], trials.session.config
+    updates = (0 if options.bracket else options.steps) + sum(runs * each for runs, each in rounds)
+    held_out = trials.session.data.eval
+    rows = 0 if held_out is None else min(tr.EVAL_BATCHES * trials.session.eval_batch_rows, len(held_out))
+    # Forward and backward pass cost three forward ones, less where frozen weights need no gradient, more with remat.
+    passes = 3 + (config.model.remat != "none") - (config.method == "lora")
+    evaluations = rows / trials.session.length.batch * sum(runs for runs, _ in rounds)
+
+    def done(count: int) -> None:
+        times.append(time.monotonic())
+        if count != min(_TIMED, options.steps):
+            return
+        each = (times[-1] - times[1]) / (count - 1)  # the first one compiles
+        seconds = each * (options.steps - count + passes * updates + evaluations)
+        say(f"this takes about {duration(seconds)} (estimated from {count} forward passes; compiling comes on top)")
+
+    return done
 
 
 def short_run(trials: tr.Trials, rate: float, steps: int, untrained: list[float]) -> tuple[float, dict[str, float]]:
@@ -138,19 +183,20 @@ def _suggestion(rate: float, runs: list[Score], tested: Suggestion | None, score
     """Return what the short runs suggest; rates whose runs ended clearly worse than the best are not good ones."""
     last = sorted((run for run in runs if run.round == runs[-1].round), key=lambda run: run.learning_rate)
     best = best_of(last)
-    others = ", ".join(
-        f"{run.learning_rate:.1e}: " + (f"{run.score:.4g}" if math.isfinite(run.score) else "diverged")
-        for run in last
-        if run is not best
+    ends = ", ".join(
+        f"{run.learning_rate:.1e}: " + (f"{run.score:.4g}" if math.isfinite(run.score) else "diverged") for run in last
     )
+    is_lowest = best.score == min(run.score for run in last)
+    loss = scored_by.replace("_", " ")
+    end = f"with the lowest {loss}" if is_lowest else f"within {TIE:.0%} of the lowest {loss}, at the lowest such rate"
     reason = (
-        f"{best.steps} steps from the same start on the same data end at {scored_by.replace('_', ' ')} "
-        f"{best.score:.4g} with {rate:.1e} ({others})"
+        f"of {len(last)} runs of {best.steps} updates from the same start, the one at {rate:.1e} ends {end} ({ends})"
     )
     if tested is None:
         low, high = min(run.learning_rate for run in runs), max(run.learning_rate for run in runs)
     else:
-        low, high, reason = min(tested.low, rate / 2), max(tested.high, rate * 2), f"{tested.reason}. {reason}"
+        low, high = min(tested.low, rate / 2), max(tested.high, rate * 2)
+        reason = f"{tested.reason}. Around it, {reason}"
     for number in {run.round for run in runs}:
         in_round = [run for run in runs if run.round == number]
         lowest = min(run.score for run in in_round)
@@ -163,7 +209,7 @@ def _suggestion(rate: float, runs: list[Score], tested: Suggestion | None, score
 def figures(result: FinderResult, config: ConfigDict) -> dict[str, Any]:
     """Return a result as plain values, for JSON; what is not finite is None."""
     rate, (low, high) = config.train.learning_rate, (result.suggestion.low, result.suggestion.high)
-    verdict = "too slow" if rate < low else "too fast" if rate > high else "good"
+    verdict = "too low" if rate < low else "too high" if rate > high else "good"
     plain = {
         "learning_rate": float(f"{result.suggestion.rate:.1e}"),
         "good": [low, high],

@@ -4,7 +4,7 @@ Losses are noisy because batches differ (on the quickstart's chats by 40% of the
 that noise, and if it hides the answer there is no hint. Losses are taken as logarithms: differences are shares of the
 loss.
 
-Too fast (any of):
+Too high (any of):
 - two or more of the last ten losses are not finite;
 - the loss is well above its start: the median of the last third exceeds that of the first points by a quarter, and by
   more than three times the noise;
@@ -14,7 +14,7 @@ Too fast (any of):
   been learned: the evaluation loss is not below the first one, or without evaluations the mean of the last third is not
   a tenth below that of the first. Rows of a few texts differ that much by themselves.
 
-Too slow: the loss barely moves. With evaluations, which read the same rows each time: the evaluation loss has changed
+Too low: the loss barely moves. With evaluations, which read the same rows each time: the evaluation loss has changed
 by less than half a percent over a third or more of the learning progress (the sum of the rates), and the training
 losses show no fall beyond their noise. Without: a line through the training losses over the progress falls by less than
 three percent, even if its slope is taken two standard errors steeper.
@@ -41,7 +41,7 @@ class Hint:
     """A hint about the learning rate.
 
     Attributes:
-      verdict: "too fast" or "too slow".
+      verdict: "too high" or "too low".
       evidence: the observation behind it, with numbers.
       advice: what to try.
     """
@@ -104,7 +104,7 @@ def rate_hint(
     finite = np.isfinite(losses)
     bad = int(np.sum(~finite[-10:]))
     if bad >= 2:
-        return Hint("too fast", f"{bad} of the last {len(finite[-10:])} losses are not finite", lower)
+        return Hint("too high", f"{bad} of the last {len(finite[-10:])} losses are not finite", lower)
     steps, losses, rates = steps[finite], losses[finite], rates[finite]
     if len(losses) < _MIN_LOSSES or losses.min() <= 0 or rates.max() <= 0 or rates[-1] > rates[-2]:
         return None
@@ -112,13 +112,13 @@ def rate_hint(
     integral = np.concatenate([[0.0], np.cumsum(np.diff(steps) * (rates[1:] + rates[:-1]) / 2)])
     progress = integral / integral[-1] if integral[-1] > 0 else np.linspace(0, 1, len(steps))
     eval_steps, eval_losses = np.asarray(eval_steps, float), np.asarray(eval_losses, float)
-    evidence = _too_fast(losses, progress, eval_losses[np.isfinite(eval_losses)])
+    evidence = _too_high(losses, progress, eval_losses[np.isfinite(eval_losses)])
     if evidence:
-        return Hint("too fast", evidence, lower)
-    evidence = _too_slow(steps, losses, progress, eval_steps, eval_losses)
+        return Hint("too high", evidence, lower)
+    evidence = _too_low(steps, losses, progress, eval_steps, eval_losses)
     if evidence:
         higher = "Try three to ten times the rate, or let tpu-tune lr-find look for one"
-        return Hint("too slow", evidence, f"{higher}, unless the model knows this data already")
+        return Hint("too low", evidence, f"{higher}, unless the model knows this data already")
     return None
 
 
@@ -127,7 +127,7 @@ def _noise(logs: np.ndarray) -> float:
     return float(1.4826 * np.median(np.abs(np.diff(logs))) / math.sqrt(2))
 
 
-def _too_fast(losses: np.ndarray, progress: np.ndarray, eval_losses: np.ndarray) -> str:
+def _too_high(losses: np.ndarray, progress: np.ndarray, eval_losses: np.ndarray) -> str:
     """Return the evidence that the rate is too high, or ""."""
     logs, count = np.log(losses), len(losses)
     noise = _noise(logs)
@@ -163,7 +163,7 @@ def _rank_z(values: np.ndarray, others: np.ndarray) -> float:
     return float((u - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12))
 
 
-def _too_slow(
+def _too_low(
     steps: np.ndarray, losses: np.ndarray, progress: np.ndarray, eval_steps: np.ndarray, eval_losses: np.ndarray
 ) -> str:
     """Return the evidence that the rate is too low, or ""."""

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from tpu_tune.curves.learning_rate.find import FinderResult
 from tpu_tune.curves.plot_style import EVAL, INK, MUTED, TRAIN, save_png
 
-_REGIONS = {"too slow": "#dbeafe", "good": "#dcfce7", "too fast": "#fee2e2"}
+_REGIONS = {"too low": "#dbeafe", "good": "#dcfce7", "too high": "#fee2e2"}
 
 
 def draw(result: FinderResult, path: str | os.PathLike, title: str = "") -> Figure:
     """Draw a result into a PNG file, in a bucket or on a disk; a reader never sees half a file."""
     panels = (result.test is not None) + bool(result.runs)
-    figure = Figure(figsize=(8, 4.2 * panels), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(9, 4.2 * panels), dpi=130, facecolor="white", layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     if result.test is not None:
         _draw_test(axes[0], result)
@@ -29,20 +29,22 @@ def draw(result: FinderResult, path: str | os.PathLike, title: str = "") -> Figu
         panel.set_xscale("log")
         panel.set_xlim(min(rates) / 1.3, max(rates) * 1.3)
         _shade(panel, result)
-        panel.axvline(result.suggestion.rate, color=INK, linewidth=1.5, linestyle="--")
+        panel.axvline(result.suggestion.rate, color=INK, linewidth=1.5, linestyle="--", label="suggested")
         panel.set_ylabel("loss")
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
+        lines = [line for line in panel.lines if not line.get_label().startswith("_")]
+        # Beside the panel, where it hides no point.
+        panel.legend(handles=lines, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     axes[-1].set_xlabel("learning rate")
-    axes[0].set_title(
-        f"{title + ': ' if title else ''}suggested learning rate {result.suggestion.rate:.1e}", loc="left", color=INK
-    )
+    heading = f"{title + ': ' if title else ''}suggested learning rate {result.suggestion.rate:.1e}"
+    figure.suptitle(heading, x=0.01, ha="left", color=INK)
     save_png(figure, path)
     return figure
 
 
 def regions(result: FinderResult, left: float, right: float) -> dict[str, tuple[float, float]]:
-    """Return the ends of "too slow", "good" and "too fast" between two rates; empty regions are left out."""
+    """Return the ends of "too low", "good" and "too high" between two rates; empty regions are left out."""
     low, high = (min(max(rate, left), right) for rate in (result.suggestion.low, result.suggestion.high))
     ends = zip(_REGIONS, ((left, low), (low, high), (high, right)), strict=True)
     return {name: (start, end) for name, (start, end) in ends if start < end}
@@ -98,4 +100,3 @@ def _draw_runs(axes: Any, result: FinderResult) -> None:
         fontsize=9,
         color=MUTED,
     )
-    axes.legend(frameon=False, loc="upper right")

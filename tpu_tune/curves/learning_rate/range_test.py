@@ -58,8 +58,8 @@ class Suggestion:
 
     Attributes:
       rate: the suggested learning rate.
-      low: rate below which training looks too slow.
-      high: rate above which training looks too fast.
+      low: rates below it look too low.
+      high: rates above it look too high.
       reason: why, in a sentence with the numbers.
     """
 
@@ -143,19 +143,20 @@ def suggest(test: RangeTest) -> Suggestion:
             problem = f"diverged at a rate of {rates[-1]:.1e} and had not fallen before"
         raise UserError(f"the loss {problem}: set a higher --max, a lower --min or more --steps")
     half = float(rates[np.argmax(curve < start - fall / 2)])
-    fell = f"the smoothed loss fell from {start:.3g} to {curve[lowest]:.3g} at {rates[lowest]:.1e}"
+    fell = f"as the rate grew, the loss fell from {start:.3g} to {curve[lowest]:.3g} (at {rates[lowest]:.1e})"
     edge = int(np.flatnonzero(curve <= curve[lowest] + fall / 2)[-1]) + 1
     if edge == len(rates):
         reason = (
-            f"{fell} and did not diverge up to the highest rate tried, {rates[-1]:.1e}; half of the fall was reached "
-            f"at {half:.1e}"
+            f"{fell} and did not diverge up to the highest rate tried, {rates[-1]:.1e}; half of the fall was made "
+            f"at {half:.1e}, which the range test takes"
         )
         good = half / _FAILS_BELOW_EDGE, max(float(rates[lowest]), half * _FAILS_BELOW_EDGE)
         return Suggestion(half, *good, reason)
     last = float(rates[edge])
     rate = max(last / _BELOW_EDGE, min(half, last / _FAILS_BELOW_EDGE))
-    share = "a tenth" if rate == last / _BELOW_EDGE else f"1/{last / rate:.1f}"
-    reason = f"{fell} and had risen again by half of that at {last:.1e}; {share} of this rate is a safe distance"
-    if half <= rate:
-        reason += f", and above {half:.1e}, where half of the fall was reached"
+    taken = f"a tenth of that is {rate:.1e}"
+    if rate > last / _BELOW_EDGE:  # where a tenth would be too low to have learned much
+        taken = f"a third of that is {rate:.1e}"
+        taken = f"half of the fall was made at {rate:.1e}" if rate == half else taken
+    reason = f"{fell} and was halfway up again at {last:.1e}; {taken}, which the range test takes"
     return Suggestion(rate, min(half, rate / 2), max(last / _FAILS_BELOW_EDGE, rate * 1.5), reason)

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,12 +76,16 @@ def train(trials: Trials, rates: Sequence[float]) -> Iterator[tuple[float, Train
         yield float(metrics["loss"]), state
 
 
-def untrained_losses(trials: Trials, steps: int) -> list[float]:
-    """Return the untrained model's loss on the batches of the first `steps` steps (nats per token)."""
+def untrained_losses(trials: Trials, steps: int, done: Callable[[int], None] = lambda count: None) -> list[float]:
+    """Return the untrained model's loss on the batches of the first `steps` steps (nats per token).
+
+    `done` is called after each step with their number so far.
+    """
     losses = []
     for batch in prefetch(trials.session.batches.batch, 0, steps):
         micro_batches = [{name: array[i] for name, array in batch.items()} for i in range(len(batch["input_ids"]))]
         losses.append(_mean_loss(trials, trials.session.model.trainable, micro_batches))
+        done(len(losses))
     return losses
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tpu_tune.config.engine import key
+from tpu_tune.data import as_messages
 from tpu_tune.data.clean.phrases import LISTS
 from tpu_tune.data.formats import FORMATS
 from tpu_tune.errors import UserError
@@ -35,12 +37,15 @@ class CleanOptions:
       min_chars, max_chars, min_words, max_words: bounds on the row's text (prompt and answer together); 0 and None are
         no bound. Words are what white space separates.
       languages: ISO 639 codes; a row in another language is dropped, one whose language is uncertain is kept.
+      repeated_text: take out of plain text the lines that stand at the top or the bottom of this share or more, in
+        (0, 1], of a site's pages (`repeated`). None: do not look.
       fix_unicode: repair mojibake and broken characters.
       mask_email: write [EMAIL] for e-mail addresses.
       mask_phone: write [PHONE] for phone numbers.
       phone_region: whose numbers are known without a country code, an ISO 3166 code; "" for none.
       format: of the rows, as `data.format`.
       columns: renamed keys, as `data.columns`.
+      as_format: `messages` writes every row so, whatever its format; "" leaves rows in theirs.
     """
 
     lists: tuple[str, ...] = ("guide",)
@@ -52,18 +57,20 @@ class CleanOptions:
     near_duplicates: float | None = None
     shingle: str = "chars"
     shingle_size: int = 5
-    seed: int = 0
+    seed: int = key(0, "", at_least=0, at_most=2**32 - 1)
     min_chars: int = 0
     max_chars: int | None = None
     min_words: int = 0
     max_words: int | None = None
     languages: tuple[str, ...] = ()
+    repeated_text: float | None = None
     fix_unicode: bool = False
     mask_email: bool = False
     mask_phone: bool = False
     phone_region: str = "US"
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
+    as_format: str = ""
 
 
 def check(options: CleanOptions) -> None:
@@ -72,6 +79,7 @@ def check(options: CleanOptions) -> None:
     Raises:
       UserError: an option has a value that it cannot have.
     """
+    as_messages.check(options.as_format)
     for name, value, known in (
         ("action", options.action, ACTIONS),
         ("shingle", options.shingle, SHINGLES),
@@ -82,6 +90,8 @@ def check(options: CleanOptions) -> None:
             raise UserError(f"the {name} '{value}' is unknown; known: {', '.join(known)}")
     if options.near_duplicates is not None and not 0 < options.near_duplicates <= 1:
         raise UserError(f"near duplicates have a similarity above 0 and at most 1, not {options.near_duplicates}")
+    if options.repeated_text is not None and not 0 < options.repeated_text <= 1:
+        raise UserError(f"repeated text is on a share of pages above 0 and at most 1, not {options.repeated_text}")
     if options.shingle_size < 1:
         raise UserError(f"a shingle has 1 {options.shingle} or more, not {options.shingle_size}")
     for unit, low, high in (

@@ -69,10 +69,17 @@ def _example(where: str, effect: str, snippet: str) -> dict[str, str]:
 
 def table(figures: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
-    lines = [
-        f"{figures['rows_in']:,} rows in = {figures['rows_out']:,} out + {figures['rows_dropped']:,} dropped"
-        f" ({figures['rows_cut']:,} of those out cut short, {figures['rows_changed']:,} repaired or masked)"
+    lines = [f"{figures['rows_in']:,} rows in = {figures['rows_out']:,} out + {figures['rows_dropped']:,} dropped"]
+    changes = [
+        f"{figures[key]:,} {what}"
+        for key, what in (
+            ("rows_cut", "cut short at a phrase or pattern"),
+            ("rows_changed", "with text repaired, masked or taken out"),
+        )
+        if figures[key]
     ]
+    if changes:
+        lines.append(f"of the rows out: {', '.join(changes)}")
     if figures["rules"]:
         width = max(len("rule"), *(len(rule["rule"]) for rule in figures["rules"]))
         lines.append(f"  {'rule':<{width}}  {'rows':>9}  {'dropped':>9}")

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpu_tune.checkpoints import storage
 from tpu_tune.data.clean.clean_options import CleanOptions
 from tpu_tune.data.clean.clean_report import CleanReport
 from tpu_tune.data.clean.duplicates import Duplicates
+from tpu_tune.data.clean.repeated import Repeated, find_repeated
 from tpu_tune.data.clean.rules import row_cleaner
-from tpu_tune.data.formats import RowError
+from tpu_tune.data.formats import check_renamed, columns_of
+from tpu_tune.data.messages import RowError
 from tpu_tune.data.streams import Skipped, Writer, aside, progress, read_json_lines, writing
 from tpu_tune.errors import UserError
 
@@ -53,10 +56,10 @@ def clean(
         raise UserError("cleaning needs an output to write, or dry_run (--dry-run) to write nothing")
     for path in inputs:
         for written in (output, report):
-            if written is not None and Path(written).resolve() == Path(path).resolve():
+            if written is not None and os.path.realpath(written) == os.path.realpath(path):
                 raise UserError(f"{written}: is also an input; name another output")
-    cleaner = row_cleaner(options)
-    skipped, counts = Skipped(skip_bad), CleanReport()
+    cleaner = row_cleaner(options, repeated_in(inputs, options))
+    skipped, counts, renamed = Skipped(skip_bad), CleanReport(), 0
     with contextlib.ExitStack() as stack:
         writer: Writer | None = stack.enter_context(writing(output)) if output is not None else None
         scratch = Path(output).parent if output is not None else None
@@ -72,6 +75,7 @@ def clean(
                 skipped.add(where, str(error) if isinstance(error, RowError) else "nested too deeply")
                 continue
             counts.add(where, cleaned is not None, hits)
+            renamed += bool(columns_of(row, options.columns))
         figures = {
             "inputs": [os.fspath(path) for path in inputs],
             "output": None if output is None else os.fspath(output),
@@ -80,12 +84,28 @@ def clean(
         }
         if not figures["rows_in"]:
             raise UserError(f"{', '.join(figures['inputs'])}: no rows")
+        check_renamed(", ".join(figures["inputs"]), options.columns, renamed, figures["rows_in"])
         if report is not None:
             temporary = stack.enter_context(aside(report))
             temporary.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not figures["rows_out"]:
         logger.warning("no row is left; see which rule dropped them, or try --dry-run with other rules")
     return figures
+
+
+def repeated_in(inputs: Sequence[str | os.PathLike], options: CleanOptions) -> Repeated | None:
+    """Read the rows for what is repeated on the pages of a site; None where that is not asked for.
+
+    Raises:
+      UserError: a file cannot be read, or not twice.
+    """
+    if options.repeated_text is None:
+        return None
+    for path in inputs:
+        if storage.is_special(path):
+            raise UserError(f"{path}: is read twice to find repeated text, and a pipe cannot be; name a file")
+    rows = progress(_rows(inputs, Skipped(True)), "looking for repeated text")
+    return find_repeated((row for _, row in rows), options)
 
 
 def _rows(inputs: Sequence[str | os.PathLike], skipped: Skipped) -> Iterator[tuple[str, dict[str, Any]]]:

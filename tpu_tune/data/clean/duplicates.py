@@ -27,8 +27,9 @@ import numpy as np
 
 from tpu_tune.data.clean.clean_options import CleanOptions
 from tpu_tune.data.clean.rules import Hit, snippet
-from tpu_tune.data.clean.texts import fields, format_of, parts, visible
+from tpu_tune.data.clean.texts import fields, parts, visible
 from tpu_tune.data.extra import extra_library
+from tpu_tune.data.formats import format_of
 
 MAX_HASHES = 160
 FOUND = 0.995  # of pairs at the threshold, by the theory of the index
@@ -53,12 +54,19 @@ def bands(threshold: float) -> tuple[int, int]:
 
 def identity(row: Mapping[str, Any], options: CleanOptions) -> bytes:
     """16 bytes that are the same for rows of the same format, roles, texts and tools, white space apart."""
-    format = format_of(row, options.format, options.columns)
+    format, columns = _read_as(row, options)
     digest = hashlib.blake2b(format.encode(), digest_size=16)
-    for key, name in fields(row, format, options.columns).items():
+    for key, name in fields(row, format, columns).items():
         digest.update(f"\0{key}\0".encode())
         _feed(digest, row[name])
     return digest.digest()
+
+
+def _read_as(row: Mapping[str, Any], options: CleanOptions) -> tuple[str, Mapping[str, str]]:
+    """The format of a cleaned row, and its columns' new names."""
+    if options.as_format:
+        return options.as_format, {}
+    return format_of(row, options.format, options.columns), options.columns
 
 
 def _feed(digest: Any, value: Any) -> None:
@@ -83,7 +91,7 @@ def _feed(digest: Any, value: Any) -> None:
 
 def near_text(row: Mapping[str, Any], options: CleanOptions) -> str:
     """What near duplicates are compared by: all texts of the row, in small letters, white space as single blanks."""
-    found = parts(row, format_of(row, options.format, options.columns), options.columns)
+    found = parts(row, *_read_as(row, options))
     return " ".join(unicodedata.normalize("NFKC", visible(row, found)).casefold().split())
 
 

@@ -3,12 +3,13 @@
 `row_cleaner(options)` compiles them into a function from a row to (the row or None, the rules that it met). It pickles,
 so that any engine may run it in any process; finding duplicates (`duplicates`) is a pass of its own behind it.
 
-The rules are applied in this order: unicode repair, masks (so that no report shows what they hide), phrases, patterns,
-bounds, language. A row that one of them drops is not looked at by the others.
+The rules are applied in this order: text repeated on a site's pages, unicode repair, masks (so that no report shows
+what they hide), phrases, patterns, bounds, language. A row that one of them drops is not looked at by the others.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -17,13 +18,16 @@ from typing import Any
 
 import regex
 
+from tpu_tune.data.as_messages import as_messages
 from tpu_tune.data.clean import language, repair
 from tpu_tune.data.clean.clean_options import CleanOptions, check
 from tpu_tune.data.clean.phrases import Phrase, compile_lists
-from tpu_tune.data.clean.texts import Part, cut, format_of, parts, replace, visible
-from tpu_tune.data.formats import RowError
+from tpu_tune.data.clean.repeated import Repeated, site_of
+from tpu_tune.data.clean.texts import Part, cut, parts, replace, visible
+from tpu_tune.data.formats import RowError, format_of
 from tpu_tune.errors import UserError
 
+REPEATED = "text repeated on a site's pages"
 PATTERN_SECONDS = 5.0  # for one pattern in one text, then it is taken for one that would never end
 
 # Where a sentence ends: the next one, or the next line, begins behind it.
@@ -36,7 +40,7 @@ class Hit:
 
     Attributes:
       rule: its name in reports.
-      effect: what it did: `dropped` the row, `cut` it short, or `changed` it.
+      effect: what it did: `dropped` the row, `cut` it short, `changed` it, or had it `rewritten` in another format.
       snippet: the place in the text; of a changed text, after the change.
     """
 
@@ -52,13 +56,17 @@ class Rules:
     options: CleanOptions
     phrases: tuple[Phrase, ...]
     patterns: tuple[Any, ...]
+    repeated: Repeated | None = None
 
 
 Cleaner = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any] | None, list[Hit]]]
 
 
-def row_cleaner(options: CleanOptions) -> Cleaner:
+def row_cleaner(options: CleanOptions, repeated: Repeated | None = None) -> Cleaner:
     """Compile the rules.
+
+    Args:
+      repeated: what `repeated.find_repeated` found in all rows; `options.repeated_text` does nothing without it.
 
     Returns:
       `clean_row` with its rules: row -> (row or None, hits). A row that no rule changes is returned itself. It raises
@@ -74,7 +82,8 @@ def row_cleaner(options: CleanOptions) -> Cleaner:
     if options.fix_unicode:
         repair.fix_unicode("")
     phrases = compile_lists(options.lists, options.phrases)
-    return functools.partial(clean_row, Rules(options, phrases, tuple(map(_compile_pattern, options.patterns))))
+    patterns = tuple(map(_compile_pattern, options.patterns))
+    return functools.partial(clean_row, Rules(options, phrases, patterns, repeated))
 
 
 def _compile_pattern(text: str) -> Any:
@@ -94,6 +103,13 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
     found = parts(row, format, options.columns)
     hits: list[Hit] = []
 
+    if rules.repeated and format == "text":
+        text, taken = rules.repeated.without(found[0].text, site_of(row))
+        if taken:
+            hits.append(Hit(REPEATED, "changed" if text else "dropped", snippet(taken)))
+        if not text and taken:
+            return None, hits
+        row, found = replace(row, {found[0].path: text}) if taken else row, [dataclasses.replace(found[0], text=text)]
     edits = _edits(options)
     for number, (name, edit) in enumerate(edits):
         changes = {part.path: new for part in found if (new := edit(part.text)) != part.text}
@@ -124,6 +140,10 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
     if reason := _out_of_bounds(row, found, options):
         hits.append(Hit(reason, "dropped", snippet(visible(row, found))))
         return None, hits
+    if options.as_format and (format != "messages" or options.columns):
+        shown = snippet(visible(row, found))
+        hits.append(Hit(f"written as {options.as_format}, from {format}", "rewritten", shown))
+        row = as_messages(row, format, options.columns)
     return row, hits
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpu_tune.checkpoints import json_text
-from tpu_tune.data.formats import FORMATS, RowError, detect, rename, role_of
-from tpu_tune.errors import UserError
+from tpu_tune.data.formats import FORMATS, RowError, check_keys, columns_of, rename
+from tpu_tune.data.messages import role_of
 
 Path = tuple[str | int, ...]
 CHATS = ("messages", "sharegpt")  # formats of which a row is a list of messages
@@ -35,27 +35,20 @@ class Part:
     answer: bool
 
 
-def format_of(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> str:
-    """Name a row's format; unlike in training, the rows of a file may differ.
+def fields(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> dict[str, str]:
+    """The keys that the format reads from a row -> the row's own name for them, in the order of the text.
 
     Raises:
-      RowError: the row has none.
+      RowError: the row lacks one that it must have.
     """
-    try:
-        return detect(row, format, columns)
-    except UserError as error:
-        raise RowError(str(error)) from error
-
-
-def fields(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> dict[str, str]:
-    """The keys that the format reads from a row -> the row's own name for them, in the order of the text."""
-    own = {new: old for old, new in columns.items()}
+    own = {new: old for old, new in columns_of(row, columns).items()}
     keys = list(FORMATS[format])
     if format == "alpaca":
         keys.insert(1, "input")
     elif format != "text":
         keys = ["system", *keys, "tools"]
     named = rename(row, columns)
+    check_keys(named, format)
     return {key: own.get(key, key) for key in keys if named.get(key) is not None}
 
 

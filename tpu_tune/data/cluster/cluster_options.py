@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpu_tune.config.engine import key
 from tpu_tune.data.cluster.kmeans import BATCH_SIZE
 from tpu_tune.data.cluster.subset import SELECTIONS
 from tpu_tune.errors import UserError
@@ -47,7 +48,7 @@ class ClusterOptions:
     drop_outliers: bool = False
     outliers: str = ""
     map: str = ""
-    seed: int = 0
+    seed: int = key(0, "", at_least=0, at_most=2**32 - 1)
     mini_batch: bool | None = None
     batch_size: int = BATCH_SIZE
     max_iterations: int = 100

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.data.formats import FORMATS, Chat, Pair, RowError, convert, detect
+from tpu_tune.data.formats import FORMATS, Chat, Pair, convert, format_of, own_format
+from tpu_tune.data.messages import RowError
 from tpu_tune.data.streams import Skipped, progress, read_json_lines
 from tpu_tune.errors import UserError
 
@@ -35,19 +36,25 @@ def read_texts(path: str, key: str, skipped: Skipped) -> Iterator[tuple[dict[str
 
     Args:
       path: the file.
-      key: whose value is the text; "" takes what is said in a row of a known format: a text, both sides of a pair, all
-        turns of a chat but the system's.
+      key: whose value is the text; rows without it, and with "" all, give what is said in a row of a known format: a
+        text, both sides of a pair, all turns of a chat but the system's.
       skipped: takes rows without text, and what is no row.
 
     Raises:
-      UserError: the file cannot be read, its format is not known, or a bad row that is not allowed.
+      UserError: the file cannot be read, the first row's format is not known, no row has the key, or a bad row that is
+        not allowed.
     """
-    format = ""
+    format, rows, keyed = "", 0, 0
     for number, row in read_json_lines(path, skipped):
+        rows += 1
         try:
-            if not key and not format:
-                format = _format(path, row)
-            text = _text(row, format, key)
+            has_key = bool(key) and (key in row or not own_format(row))
+            keyed += key in row
+            if not has_key:
+                if rows == 1 and not skipped.allowed:
+                    _check_first(path, row)
+                format = format_of(row, usual=format)
+            text = _text(row, format, key if has_key else "")
         except RowError as error:
             skipped.add(f"{path}:{number}", str(error))
             continue
@@ -55,6 +62,8 @@ def read_texts(path: str, key: str, skipped: Skipped) -> Iterator[tuple[dict[str
             skipped.add(f"{path}:{number}", "no text")
             continue
         yield row, text
+    if key and rows and not keyed:
+        raise UserError(f"{path}: no row has '{key}'")
 
 
 def survey(path: str, key: str, skip_bad: bool, sample: int, seed: int) -> Survey:
@@ -108,15 +117,13 @@ def check_unchanged(path: str, rows: int, expected: int) -> None:
         raise UserError(f"{path}: changed while it was read ({expected} rows, then {rows}); run again")
 
 
-def _format(path: str, row: Mapping[str, Any]) -> str:
-    try:
-        return detect(row)
-    except UserError:
+def _check_first(path: str, row: Mapping[str, Any]) -> None:
+    if not own_format(row):
         known = "; ".join(f"{name} ({', '.join(keys)})" for name, keys in FORMATS.items())
         raise UserError(
             f"{path}: which of the first row's keys is the text? They are: {', '.join(map(str, row)) or 'none'}; "
             f"name one with --text-key (known without: {known})"
-        ) from None
+        )
 
 
 def _text(row: Mapping[str, Any], format: str, key: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from tpu_tune.data.streams import Skipped
+from tpu_tune.errors import UserError
 
 
 @dataclass
@@ -19,11 +20,22 @@ class Tally:
       skipped: what could not be read.
       empty: documents without any text, and rows whose picked column is NULL; they give no row.
       passed_over: members of archives that are of no known kind, by suffix.
+      rewritten: rows that were written in another format, by their own.
+      excluded: members of archives that are not to be read.
+      met: what the options name and was found: `file PATTERN`, `table NAME`, `column NAME`.
+      lacking: column that the options name -> what is said where it is nowhere; of objects that were read without it.
+      want: called with a source's name and an error that another option would mend, so that the next source can be
+        read; without it the error is raised.
     """
 
     skipped: Skipped = field(default_factory=Skipped)
     empty: int = 0
     passed_over: Counter = field(default_factory=Counter)
+    rewritten: Counter = field(default_factory=Counter)
+    excluded: int = 0
+    met: set[str] = field(default_factory=set)
+    lacking: dict[str, str] = field(default_factory=dict)
+    want: Callable[[str, UserError], None] | None = None
 
     def add(self, other: Tally) -> None:
         """Count what a part of the work found."""
@@ -31,6 +43,10 @@ class Tally:
         self.skipped.examples = (self.skipped.examples + other.skipped.examples)[:5]
         self.empty += other.empty
         self.passed_over.update(other.passed_over)
+        self.rewritten.update(other.rewritten)
+        self.excluded += other.excluded
+        self.met |= other.met
+        self.lacking = other.lacking | self.lacking
 
 
 @dataclass(frozen=True)

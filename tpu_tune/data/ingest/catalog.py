@@ -6,6 +6,7 @@ TensorFlow; `datasets:NAME` or `datasets:NAME:CONFIG` (or a directory) is stream
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -37,8 +38,14 @@ def read(source: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str
     """
     kind, _, name = source.partition(":")
     rows = _tfds_rows(name, source, options.split) if kind == "tfds" else _hub_rows(name, source, options.split)
-    numbered = ((f"{source}:{options.split}:{number}", row) for number, row in enumerate(rows, start=1))
-    yield from picked(numbered, options, tally, f"{source} ({options.split})")
+    first = next(rows, None)
+    if first is None:
+        return
+    numbered = (
+        (f"{source}:{options.split}:{number}", row)
+        for number, row in enumerate(itertools.chain([first], rows), start=1)
+    )
+    yield from picked(numbered, options, tally, f"{source} ({options.split})", list(first))
 
 
 def _tfds_rows(name: str, source: str, split: str) -> Iterator[Mapping[str, Any]]:

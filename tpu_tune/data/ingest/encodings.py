@@ -52,15 +52,13 @@ def is_text_encoding(name: str) -> bool:
 
 
 def decode(content: bytes, encoding: str = "") -> str:
-    """Decode a text strictly: by `encoding`, its byte order mark, or else as UTF-8.
+    """Decode a text strictly: by its byte order mark, `encoding`, or else as UTF-8.
 
     Raises:
       BadSource: a byte does not fit; the message has its line.
     """
     marked, length = byte_order_mark(content)
-    name = encoding or marked or "utf-8"
-    if marked and (not encoding or codecs.lookup(encoding).name.startswith(marked[:5])):
-        content, name = content[length:], marked
+    name, content = marked or encoding or "utf-8", content[length:]
     _check_mark(name, marked)
     try:
         return content.decode(name)
@@ -116,13 +114,12 @@ def decoded(file: IO[bytes], encoding: str = "") -> io.TextIOWrapper:
     """Text of a stream, line ends as they are; bytes that do not fit are left for `misfit` to find.
 
     Args:
-      encoding: "" takes the byte order mark's, or UTF-8.
+      encoding: of what has no byte order mark, which says it; "" takes UTF-8.
     """
     stream = buffered(file)
     marked, length = byte_order_mark(stream.peek(4)[:4])
-    if marked and (not encoding or codecs.lookup(encoding).name.startswith(marked[:5])):
-        stream.read(length)
-        encoding = marked
+    stream.read(length)
+    encoding = marked or encoding
     _check_mark(encoding, marked)
     return io.TextIOWrapper(stream, encoding=encoding or "utf-8", errors="surrogateescape", newline="")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
+from html import unescape
 from typing import Any
 
 from bs4.dammit import EncodingDetector
@@ -41,6 +42,15 @@ _VERBATIM = frozenset(("pre", "listing", "xmp"))
 _STRUCTURE = frozenset(("table", *_HEADINGS, *_VERBATIM, "blockquote"))  # in a cell: the table arranges a page
 _SPACES = re.compile(r"[ \t\n\f\r]{2,}|[\t\n\f\r]")
 _PROLOGUE = re.compile(r"\A\s*(?:<\?xml[^>]*\?>)?(?:\s|<!--.*?-->)*(?:<!DOCTYPE[^\[>]*(?:\[.*?\]\s*)?>)?", re.DOTALL)
+_INLINE = (
+    "a abbr acronym area b base bdi bdo big body button cite code col colgroup data del dfn em font html i img input "
+    "ins kbd label link map mark meta nobr param picture q rp rt ruby s samp small source span strike strong sub sup "
+    "time track tt u var video wbr"
+)
+_NAMES = "|".join(sorted({*_BREAKS, *_DROPPED, *_INLINE.split()}))
+_TAG = re.compile(rf"<(?:/?(?:{_NAMES})(?=[\s/>])|!--|!doctype\b)", re.IGNORECASE)
+_NO_TAG = re.compile(rf"<(?!(?:/?(?:{_NAMES})(?=[\s/>])|!--|!doctype\b))", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _BLANK_ENDS = " \t\n\f\r"
 
 
@@ -206,7 +216,7 @@ def _is_navigation(tag: str, attributes: Any) -> bool:
 
 
 def _decode_markup(content: bytes, encoding: str = "") -> str:
-    """Decode a page: by `encoding`, its byte order mark, what it declares, UTF-8, or what charset-normalizer finds.
+    """Decode a page: by its byte order mark, `encoding`, what it declares, UTF-8, or what charset-normalizer finds.
 
     Raises:
       BadSource: it does not fit what it declares, or nothing is found.
@@ -236,7 +246,7 @@ def html_text(content: bytes, encoding: str = "") -> str:
     """Return the text of a page, broken or not.
 
     Args:
-      encoding: its encoding; "" takes that of its byte order mark, the one it declares, UTF-8, or what
+      encoding: of a page without a byte order mark, which says it; "" takes the one it declares, UTF-8, or what
         charset-normalizer finds.
 
     Raises:
@@ -244,6 +254,17 @@ def html_text(content: bytes, encoding: str = "") -> str:
     """
     markup = _decode_markup(content, encoding).encode("utf-8", "surrogatepass")
     return _parse(_html_parser(), markup)
+
+
+def stripped(text: str) -> str:
+    """Return what a cell of a table says whose text is HTML.
+
+    Only elements of HTML are markup, so that `a < b`, `vector<int>` and `<think>` stay; in a text without any of them
+    entities are written out, and its lines stay as they are.
+    """
+    if not _TAG.search(text):
+        return _ENTITY.sub(lambda match: unescape(match[0]), text)
+    return _parse(_html_parser(), _NO_TAG.sub("&lt;", text).encode("utf-8", "surrogatepass"))
 
 
 def _html_parser() -> Any:
@@ -268,8 +289,6 @@ def xhtml_text(content: bytes) -> str:
 
 
 def _entity(match: re.Match) -> str:
-    from html import unescape
-
     character = unescape(match[0])
     return match[0] if character == match[0] else character
 

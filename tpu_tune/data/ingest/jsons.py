@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally
 from tpu_tune.data.ingest.chats import discord_rows, is_discord
-from tpu_tune.data.ingest.encodings import buffered, decoded, misfit, too_long
+from tpu_tune.data.ingest.encodings import TextLines, buffered, byte_order_mark, decoded, misfit, too_long
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 
@@ -20,16 +21,27 @@ _SPACE = " \t\n\r"
 def read_json_lines(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with one JSON object a line."""
     with blob.open() as file:
-        lines = streams.json_rows(enumerate(streams.cut_lines(buffered(file)), start=1), blob.name, tally.skipped)
+        lines = streams.json_rows(
+            enumerate(_lines(buffered(file), options.encoding), start=1), blob.name, tally.skipped
+        )
         rows = ((f"{blob.name}:{number}", row) for number, row in lines)
         yield from picked(rows, options, tally, blob.name)
+
+
+def _lines(stream: io.BufferedReader, encoding: str) -> Iterator[bytes | None]:
+    """Lines in UTF-8, whatever the file's encoding; bytes that do not fit it stay, and are no UTF-8."""
+    marked, _ = byte_order_mark(stream.peek(4)[:4])
+    if (marked or encoding or "utf-8") == "utf-8":
+        return streams.cut_lines(stream)
+    lines = TextLines(stream, encoding)
+    return (None if line is None else line.encode("utf-8", "surrogateescape") for line in lines)
 
 
 def read_json(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSON file.
 
     It holds an array of objects, an object with such an array under `data`, objects one after the other, or a Discord
-    channel as DiscordChatExporter writes it. `source` has the number of the element.
+    channel as DiscordChatExporter writes it. `source` has the number of the item.
     """
     with blob.open() as file:
         scanner = _Scanner(decoded(file, options.encoding))
@@ -58,7 +70,7 @@ def _elements(name: str, scanner: _Scanner, header: dict[str, Any], tally: Tally
     number = 0
     for value in _values(scanner, header):
         number += 1
-        where = f"{name}:{number}"
+        where = f"{name}, item {number}"
         if isinstance(value, _Bad):
             tally.skipped.add(where, value.reason)
         elif not isinstance(value, dict):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tpu_tune.data.formats import FORMATS, RowError, convert
+from tpu_tune.data.formats import FORMATS, RowError, convert, own_format
 from tpu_tune.data.ingest.blobs import Tally, row_of
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.errors import UserError
@@ -26,29 +26,38 @@ MAX_DEPTH = 100  # of lists and objects in a row
 Pick = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 
 
-def picker(columns: Sequence[str], options: IngestOptions, where: str) -> Pick:
+def picker(columns: Sequence[str], options: IngestOptions, where: str, objects: bool = False) -> Pick:
     """Return the function that turns one row of these columns into an output row (without `source`).
 
-    The columns are those that `options` names; else those of a known format, or the only one there is. The function
-    returns None for a row whose picked columns are NULL, and raises `RowError` for one that holds no text there.
+    The columns are those that `options` names; else those of each row's own format, or the only one there is. The
+    function returns None for a row whose picked columns are NULL, and raises `RowError` for one without text there.
+
+    Args:
+      objects: whether they are the keys of an object: one of a known format need not have the columns that are named,
+        which are a table's.
 
     Raises:
       UserError: a named column is missing, or none is named and the text column is not obvious; lists the columns.
     """
+    pick = _picker(columns, options, where, objects)
+    return (lambda row: _stripped(pick(row))) if options.strip_html else pick
+
+
+def _picker(columns: Sequence[str], options: IngestOptions, where: str, objects: bool) -> Pick:
     named = [(options.column, "text"), (options.input_column, "input"), (options.output_column, "output")]
     main = tuple((old, new) for old, new in named if old)
     if bool(options.input_column) != bool(options.output_column):
         raise UserError("--input-column and --output-column belong together; name both")
-    for name in [*(old for old, _ in main), *(old for old, _ in options.columns)]:
-        if name not in columns:
-            raise UserError(f"{where}: there is no column '{name}'; there is: {_listed(columns)}")
-    if main:
+    format = format_of(columns)
+    missing = [old for old, _ in (*main, *options.columns) if old not in columns]
+    if missing and not (objects and format):
+        raise UserError(f"{where}: there is no column '{missing[0]}'; there is: {_listed(columns)}")
+    if main and not {old for old, _ in main} & set(missing):
         return lambda row: _named(row, main, options.columns)
-    if options.columns and {new for _, new in options.columns} & {"text", "input", "output", "messages"}:
+    if {new for old, new in options.columns if old in columns} & {"text", "input", "output", "messages"}:
         return lambda row: _named(row, (), options.columns)
-    format = next((name for name, keys in FORMATS.items() if all(key in columns for key in keys)), "")
     if format:
-        return lambda row: _known(row, format, options)
+        return lambda row: _known(row, own_format(row) or format, options)
     if len(columns) == 1:
         return lambda row: _named(row, ((columns[0], "text"),), ())
     if options.columns:
@@ -57,6 +66,17 @@ def picker(columns: Sequence[str], options: IngestOptions, where: str) -> Pick:
         f"{where}: which column holds the text? give --column NAME, or --input-column A --output-column B; "
         f"there is: {_listed(columns)}"
     )
+
+
+def format_of(columns: Collection[str]) -> str:
+    """The known format of a row, or that has these columns; "" where none is."""
+    return own_format(columns if isinstance(columns, Mapping) else dict.fromkeys(columns))
+
+
+def note_columns(columns: Iterable[str], options: IngestOptions, tally: Tally) -> None:
+    """Record which of the columns that `options` names are there."""
+    names = (options.column, options.input_column, options.output_column, *(old for old, _ in options.columns))
+    tally.met.update(f"column {name}" for name in names if name and name in columns)
 
 
 def picked(
@@ -71,15 +91,15 @@ def picked(
     Args:
       rows: (file and line, the row).
       name: the file or table, for messages about its columns.
-      columns: of all rows; where rows are objects with keys of their own, those of the first are taken.
+      columns: of all rows; without them rows are objects with keys of their own, each of the format that it has, and
+        those of none are read as the first row is.
 
     Raises:
       UserError: as `picker`; or a bad row that is not allowed.
     """
-    pick = picker(columns, options, name) if columns else None
+    pick = picker(columns, options, name) if columns else _object_picker(options, name, tally)
+    note_columns(columns, options, tally)
     for where, row in rows:
-        if pick is None:
-            pick = picker(list(row), options, name)
         try:
             found = pick(row)
         except RowError as error:
@@ -89,6 +109,27 @@ def picked(
             tally.empty += 1
         else:
             yield row_of(where, **found)
+
+
+def _object_picker(options: IngestOptions, name: str, tally: Tally) -> Pick:
+    picks: dict[tuple[str, bool], Pick] = {}
+    main = [old for old in (options.column, options.input_column, options.output_column) if old]
+    named = [*main, *(old for old, _ in options.columns)]
+
+    def pick(row: Mapping[str, Any]) -> dict[str, Any] | None:
+        note_columns(row, options, tally)
+        kind = format_of(row), all(old in row for old in main)
+        if kind not in picks:
+            for old in named:
+                if old not in row:
+                    said = f"{name}: there is no column '{old}'; there is: {_listed(list(row))}"
+                    tally.lacking.setdefault(old, said)
+            # Keys of no known format are a slip in a file of one that is known.
+            is_other = picks and not kind[0] and not (main and kind[1])
+            picks[kind] = next(iter(picks.values())) if is_other else picker(list(row), options, name, objects=True)
+        return picks[kind](row)
+
+    return pick
 
 
 def _listed(columns: Sequence[str]) -> str:
@@ -113,7 +154,7 @@ def _named(
 
 def _known(row: Mapping[str, Any], format: str, options: IngestOptions) -> dict[str, Any] | None:
     """A row of a format that the trainer knows, as it is; chats become `messages`."""
-    kept = {new: plain(row.get(old), old) for old, new in options.columns}
+    kept = {new: plain(row[old], old) for old, new in options.columns if old in row}
     if format in ("messages", "sharegpt") and not (format == "sharegpt" and options.keep_conversations):
         chat = convert(row, format)
         found: dict[str, Any] = {"messages": [plain(message, "messages") for message in chat.messages]}
@@ -134,6 +175,20 @@ def _known(row: Mapping[str, Any], format: str, options: IngestOptions) -> dict[
         made = {key: plain(row[key], key) if key == "history" else text_of(row.get(key), key) for key in keys}
         return {**made, **kept}
     return {**{key: plain(row.get(key), key) for key in keys}, **kept}
+
+
+def _stripped(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A row whose texts are HTML, as plain text; None where nothing of what is trained on is left."""
+    from tpu_tune.data.clean.texts import parts, replace
+    from tpu_tune.data.ingest.html import stripped
+
+    format = format_of(row or ())
+    if not format:
+        return row and {key: stripped(value) if isinstance(value, str) else value for key, value in row.items()}
+    found = parts(row, format, {})
+    changes = {part.path: new for part in found if (new := stripped(part.text)) != part.text}
+    left = any(changes.get(part.path, part.text).strip() for part in found if part.answer)
+    return replace(row, changes) if left or not changes else None
 
 
 def text_of(value: Any, column: str) -> str:

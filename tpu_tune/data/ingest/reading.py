@@ -9,7 +9,7 @@ from typing import Any
 
 from tpu_tune.data.extra import missing
 from tpu_tune.data.formats import RowError
-from tpu_tune.data.ingest import catalog
+from tpu_tune.data.ingest import catalog, patterns
 from tpu_tune.data.ingest.archives import DAMAGED, Bomb, damage, inner_name, unpacked
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.ingest_options import IngestOptions
@@ -107,26 +107,45 @@ def read_source(
     """
     options = options or IngestOptions()
     tally = Tally(Skipped(options.skip_bad)) if tally is None else tally
-    if catalog.is_named(path):
-        yield from catalog.read(path, options, tally)
-        return
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: there is no such file")
+    try:
+        if catalog.is_named(path):
+            yield from catalog.read(path, _options_for(path, options, tally), tally)
+        elif not os.path.isfile(path):
+            raise UserError(f"{path}: there is no such file")
+        else:
+            yield from _file_rows(path, options, tally)
+    except UserError as error:
+        if tally.want is None:
+            raise
+        tally.want(path, error)
+
+
+def _file_rows(path: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
     whole = Blob(path, lambda: open(path, "rb"), path)
     try:
         for blob in unpacked(whole, options, tally):
-            named = blob.name == path and options.format != "auto"
-            kind = options.format if named else kind_of(blob.name, options.format)
-            if not kind:
-                if blob.name == path:
-                    raise UserError(f"{path}: of no known kind; name it with --format: {', '.join(KINDS)}")
-                tally.passed_over[suffix_of(blob.name) or "without suffix"] += 1
+            if patterns.is_excluded(options, blob.name):
+                tally.excluded += 1
                 continue
-            yield from _rows(blob, kind, options, tally)
+            own = _options_for(blob.name, options, tally)
+            named = own.format != "auto" and (blob.name == path or patterns.has_format(options, blob.name))
+            kind = own.format if named else kind_of(blob.name, own.format)
+            if kind:
+                yield from _rows(blob, kind, own, tally)
+            elif blob.name == path:
+                raise UserError(f"{path}: of no known kind; name it with --format: {', '.join(KINDS)}")
+            else:
+                tally.passed_over[suffix_of(blob.name) or "without suffix"] += 1
     except BadSource as error:
         tally.skipped.add(path, str(error))
     except DAMAGED as error:
         tally.skipped.add(path, damage(error))
+
+
+def _options_for(name: str, options: IngestOptions, tally: Tally) -> IngestOptions:
+    if pattern := patterns.pattern_of(options, name):
+        tally.met.add(f"file {pattern}")
+    return patterns.for_pattern(options, pattern)
 
 
 def _rows(blob: Blob, kind: str, options: IngestOptions, tally: Tally) -> Iterator[dict[str, Any]]:
@@ -134,6 +153,10 @@ def _rows(blob: Blob, kind: str, options: IngestOptions, tally: Tally) -> Iterat
         yield from reader_of(kind)(blob, options, tally)
     except Bomb:
         raise
+    except UserError as error:
+        if tally.want is None:
+            raise
+        tally.want(blob.name, error)
     except (BadSource, RowError) as error:
         tally.skipped.add(blob.name, str(error))
     except UnicodeError as error:  # such as half a character at the end, which stands for no byte

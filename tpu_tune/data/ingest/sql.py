@@ -16,10 +16,11 @@ from tpu_tune.data.formats import RowError
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, row_of
 from tpu_tune.data.ingest.encodings import decoded, misfit
 from tpu_tune.data.ingest.ingest_options import IngestOptions
-from tpu_tune.data.ingest.picking import picker
+from tpu_tune.data.ingest.picking import Pick, note_columns, picker
 from tpu_tune.data.ingest.sql_tokens import END, SIGN, WORD, Tokens, copied
 from tpu_tune.data.ingest.sql_values import read_name, read_row
 from tpu_tune.data.ingest.sqlite import choose
+from tpu_tune.errors import UserError
 
 # What begins a constraint and no column; the second set are names of columns too, where no name or bracket follows.
 _RESERVED = frozenset("CONSTRAINT PRIMARY UNIQUE CHECK FOREIGN LIKE".split())
@@ -86,7 +87,7 @@ class _Dump:
         self.chosen = ""
         self.count = 0
         self.delimiter = ";"
-        self._pick = None
+        self._pick: Pick | None = None
         self._all_columns: list[str] = []
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -167,13 +168,24 @@ class _Dump:
             self._read_on()
             choose(self.name, self.tables, self.wanted)
         self.chosen = table
+        self.tally.met.add(f"table {self.options.table}")
         columns = columns or known
         # An INSERT may name fewer columns than the table has; the others are NULL to us.
         all_columns = known if set(columns) <= set(known) else columns
         if columns and (self._pick is None or all_columns != self._all_columns):
             self._all_columns = all_columns
-            self._pick = picker(all_columns, self.options, f"{self.name}!{table}")
+            self._pick = self._picker(all_columns)
         return columns
+
+    def _picker(self, columns: list[str]) -> Pick:
+        note_columns(columns, self.options, self.tally)
+        try:
+            return picker(columns, self.options, f"{self.name}!{self.chosen}")
+        except UserError:
+            if not self.wanted:  # of several tables, it may be another that is meant
+                self._read_on()
+                choose(self.name, self.tables, "")
+            raise
 
     def _read_on(self) -> None:
         """Look for the other tables that the dump has, to list them."""
@@ -189,7 +201,7 @@ class _Dump:
         where = f"{self.name}!{self.chosen}:{self.count}"
         if not columns:  # no CREATE TABLE names them
             columns = [f"column{number}" for number in range(1, len(values) + 1)]
-            self._pick = self._pick or picker(columns, self.options, f"{self.name}!{self.chosen}")
+            self._pick = self._pick or self._picker(columns)
         if reason or len(values) != len(columns):
             reason = reason or f"{len(values)} values for {len(columns)} columns"
         elif any(isinstance(value, str) and misfit(value) for value in values):

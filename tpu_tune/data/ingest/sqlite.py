@@ -28,6 +28,7 @@ def read(blob: Blob, options: IngestOptions, tally: Tally) -> Iterator[dict[str,
         try:
             with contextlib.closing(_open(path)) as connection:
                 table = choose(blob.name, _tables(connection), options.table)
+                tally.met.add(f"table {options.table}")
                 name = f"{blob.name}!{table}"
                 cursor = connection.execute(f"SELECT * FROM {_quoted(table)}")
                 columns = [column[0] for column in cursor.description]

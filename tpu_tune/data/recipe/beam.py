@@ -123,11 +123,13 @@ def clean(
       UserError: as there, or Apache Beam is missing.
     """
     from tpu_tune.data.clean import CleanReport, Duplicates, Hit
+    from tpu_tune.data.clean.cleaning import repeated_in
     from tpu_tune.data.clean.duplicates import near_text
     from tpu_tune.data.clean.rules import snippet
+    from tpu_tune.data.formats import check_renamed
     from tpu_tune.data.streams import Skipped, writing
 
-    report, skipped = CleanReport(), Skipped(skip_bad)
+    report, skipped, renamed = CleanReport(), Skipped(skip_bad), 0
     near = Duplicates(dataclasses.replace(options, exact_duplicates=False), Path(output).parent)
     with (
         tempfile.TemporaryDirectory(prefix=".beam-", dir=Path(output).absolute().parent) as folder,
@@ -135,9 +137,11 @@ def clean(
         writing(output) as writer,
     ):
         tasks = [block for path in inputs for block in blocks(os.fspath(path))]
-        work = functools.partial(_clean_block, options=options, skip_bad=skip_bad)
+        repeated = repeated_in(inputs, options)
+        work = functools.partial(_clean_block, options=options, skip_bad=skip_bad, repeated=repeated)
         paths = [os.path.join(folder, f"rows-{number}") for number in range(len(tasks))]
-        for part in run_in_order(work, list(zip(tasks, paths, strict=True)), folder, beam_options):
+        for part, found in run_in_order(work, list(zip(tasks, paths, strict=True)), folder, beam_options):
+            renamed += found
             skipped.count += part.count
             skipped.examples = (skipped.examples + part.examples)[:5]
         if options.exact_duplicates:
@@ -157,20 +161,27 @@ def clean(
     figures = report.figures(skipped)
     if not figures["rows_in"]:
         raise UserError(f"{', '.join(map(str, inputs))}: no rows")
+    check_renamed(", ".join(map(str, inputs)), options.columns, renamed, figures["rows_in"])
     return figures
 
 
-def _clean_block(task: tuple[Block, str], options: Any, skip_bad: bool) -> Any:
-    """Clean the lines of a block into a file of (where, line or None, hits, hash or None); return what was skipped."""
+def _clean_block(task: tuple[Block, str], options: Any, skip_bad: bool, repeated: Any) -> Any:
+    """Clean the lines of a block into a file of (where, line or None, hits, hash or None).
+
+    Returns:
+      What was skipped, and how many rows have the columns that are renamed.
+    """
     from tpu_tune.data.clean import row_cleaner
     from tpu_tune.data.clean.duplicates import identity
-    from tpu_tune.data.formats import RowError
+    from tpu_tune.data.formats import RowError, columns_of
     from tpu_tune.data.streams import Skipped, Writer, json_rows
 
-    (block, path), cleaner, skipped = task, row_cleaner(options), Skipped(skip_bad)
+    (block, path), cleaner = task, row_cleaner(options, repeated)
+    skipped, renamed = Skipped(skip_bad), 0
     with open(path, "wb") as file:
         for number, row in json_rows(block.lines(), block.path, skipped):
             where = f"{block.path}:{number}"
+            renamed += bool(columns_of(row, options.columns))
             try:
                 cleaned, hits = cleaner(row)
                 digest = identity(cleaned, options) if cleaned is not None and options.exact_duplicates else None
@@ -182,7 +193,7 @@ def _clean_block(task: tuple[Block, str], options: Any, skip_bad: bool) -> Any:
                 Writer(buffer := io.BytesIO()).write(cleaned)
                 line = buffer.getvalue()
             pickle.dump((where, line, hits, digest), file)
-    return skipped
+    return skipped, renamed
 
 
 def _find_equal(paths: Sequence[str], beam_options: Sequence[str]) -> None:

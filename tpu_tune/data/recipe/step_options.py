@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpu_tune.config.engine import key
+
 
 @dataclass(frozen=True)
 class SplitStep:
@@ -23,7 +25,7 @@ class SplitStep:
     count: int | None = None
     group_key: str = ""
     stratify_key: str = ""
-    seed: int = 42
+    seed: int = key(42, "", at_least=0, at_most=2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TokenizeStep:
       max_length: tokens a row; text is cut into blocks of it, pairs and chats that are longer are left out.
       num_eos: ends of text after an answer or a text.
       train_on_source: label the prompt too.
-      format: of the rows; auto goes by the keys of the first.
+      format: of the rows, as `data.format`; auto goes by the keys of each.
       columns: the rows' own key -> the format's key.
       chat_template: Jinja text or file; "" for the tokenizer's own.
       chat_template_kwargs: the template's variables; a row's own come first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,7 +19,8 @@ from tpu_tune.data.recipe.settings import options_of
 from tpu_tune.data.recipe.stages import Stage
 from tpu_tune.errors import UserError
 
-ROWS = "rows.jsonl"
+ROWS, BAD = "rows.jsonl", "bad.jsonl"
+logger = logging.getLogger(__name__)
 
 
 def stages_of(recipe: ConfigDict) -> list[Stage]:
@@ -45,7 +47,10 @@ def _ingest(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, Any
 
     options = options_of(recipe, "ingest", skip_bad=recipe.skip_bad)
     with _engine(recipe, folder) as engine:
-        report = ingest(files, str(folder / ROWS), options, recipe.num_workers, engine).as_dict()
+        bad = os.path.join(os.path.expanduser(recipe.output_dir), BAD)
+        report = ingest(files, str(folder / ROWS), options, recipe.num_workers, engine, bad).as_dict()
+    if not report["bad"]:
+        os.unlink(bad)
     return {"rows_out": report.pop("rows"), **report, "outputs": [ROWS]}
 
 
@@ -121,6 +126,8 @@ def _tokenize(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, A
         for file in files:
             name = f"{Path(file).name.partition('.')[0]}.arrow"
             report = tokenize_file(file, folder / name, tokenizer, options, recipe.num_workers, recipe.skip_bad, engine)
+            for note in report["notes"]:
+                logger.warning("%s: %s", file, note.replace("--format", "--config.tokenize.format"))
             reports.append({"file": name, **{key: report[key] for key in report if key != "output"}})
             outputs.append(name)
     return {

@@ -40,6 +40,7 @@ class TpuTuneLM(LM):
       adapter: a PEFT adapter directory.
       dtype: float32 | bfloat16 | float16; by default the run's own, float32 of a model.
       quantize: none | int8 | int4 | nf4; by default as the run stored its base.
+      step: a checkpoint of the run: its step, last or best; by default what the run ended with.
       batch_size: rows that go through the model together; "auto" or 1, the harness's default, leave it to us.
       max_batch_size, device: taken and not used: jax finds its device itself.
     """
@@ -53,9 +54,10 @@ class TpuTuneLM(LM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        step: int | str | None = None,
     ):
         super().__init__()
-        self._model = load_any(pretrained, dtype, quantize, adapter)
+        self._model = load_any(pretrained, dtype, quantize, adapter, step=step)
         self.tokenizer = self._model.tokenizer
         rows = int(batch_size) if str(batch_size).isdigit() else 0
         self._batch_tokens = rows * scoring.max_length(self._model) if rows > 1 else scoring.BATCH_TOKENS

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tpu_tune.data.formats import RowError
+from tpu_tune.data.formats import RowError, convert, own_format
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, generate_ids
 from tpu_tune.inference.model import Model
@@ -38,12 +38,22 @@ def read_asked(rows: Sequence[LocatedRow]) -> list[tuple[str, str, dict[str, Any
     asked = []
     for where, row in rows:
         try:
-            asked.append((_text(row, _QUESTIONS, "question"), _text(row, _ANSWERS, "answer"), row))
+            asked.append((*_question_and_answer(row), row))
         except RowError as error:
             raise UserError(f"{where}: {error}") from error
     if not asked:
         raise UserError("there is no question to answer")
     return asked
+
+
+def _question_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
+    format = own_format(row)
+    if format not in ("messages", "sharegpt"):
+        return _text(row, _QUESTIONS, "question"), _text(row, _ANSWERS, "answer")
+    messages = [message for message in convert(row, format).messages if message["role"] != "system"]
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        raise RowError("a chat of other turns than one question and its answer")
+    return messages[0]["content"], messages[1]["content"]
 
 
 def _text(row: Mapping[str, Any], keys: Sequence[str], what: str) -> str:
@@ -62,7 +72,7 @@ def score_answers(
     shots: int = 0,
     examples: Sequence[tuple[str, str, dict[str, Any]]] | None = None,
     max_new_tokens: int = 256,
-    chat: bool = False,
+    chat: bool | None = False,
 ) -> Outcome:
     """Let the model answer, and count.
 
@@ -71,7 +81,8 @@ def score_answers(
       asked: (question, right answer, row), from `read_asked`.
       shots: solved examples before each question: the first of `examples`, or of `asked`, which are then not scored.
       max_new_tokens: the most tokens of an answer.
-      chat: the bare question through the tokenizer's chat template instead, without examples.
+      chat: the bare question through the tokenizer's chat template instead, without examples; None: as the rows of the
+        model's training asked.
 
     Returns:
       Figures `strict-match` and `flexible-extract`, or `exact_match`, and `questions`; predictions as QLoRA writes
@@ -80,16 +91,17 @@ def score_answers(
     Raises:
       UserError: too few examples, or examples for a chat.
     """
-    if chat and shots:
-        raise UserError("solved examples and the chat template exclude each other; leave one of them out")
+    bare = chat or chat is None
+    if bare and shots:
+        raise UserError("solved examples go with neither the chat template nor --as-taught; leave one of them out")
     pool = list(asked if examples is None else examples)
     if shots and len(pool) < shots + (examples is None):
         raise UserError(f"{shots} solved examples are asked for, and there are {len(pool)} rows to take them from")
     solved = [(_stem(question), answer) for question, answer, _ in pool[:shots]]
     asked = list(asked) if examples is not None else list(asked)[shots:]
-    if chat:
+    if bare:
         prompts = [question for question, _, _ in asked]
-        encoded = [model.encode_prompt(prompt, chat=True) for prompt in prompts]
+        encoded = [model.encode_prompt(prompt, chat) for prompt in prompts]
     else:
         prompts = [with_shots("", solved, _stem(question)) for question, _, _ in asked]
         encoded = [model.encode_prompt(prompt) for prompt in prompts]

@@ -93,4 +93,5 @@ def _text_bytes(config: ConfigDict, format: str) -> np.ndarray | None:
         held_out = named_eval or named
     column = next((old for old, new in data.columns.items() if new == "text"), "text")
     rows = [row for source in held_out or train for row in read_rows(source, skip_bad_rows=data.skip_bad_rows)[0]]
-    return np.array([len(str(row[column]).encode("utf-8", "replace")) for row in rows], float)
+    texts = [str(row.get(column, row.get("text", ""))) for row in rows]
+    return np.array([len(text.encode("utf-8", "replace")) for text in texts], float)

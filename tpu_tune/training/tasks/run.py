@@ -29,6 +29,7 @@ class TaskSettings:
       by: likelihood | letter; how multiple choice is scored.
       split, subset, limit: see `read_task_rows`.
       max_new_tokens, chat: for exact match, see `score_answers`.
+      as_taught: for exact match, ask as the rows of the model's training did.
       source_max_len, batch_size: for MMLU, see `score_mmlu`.
       seed: the seed that choices are shuffled by.
     """
@@ -43,6 +44,7 @@ class TaskSettings:
     limit: int = 0
     max_new_tokens: int = 256
     chat: bool = False
+    as_taught: bool = False
     source_max_len: int = 2048
     batch_size: int = 8
     seed: int = 0
@@ -89,7 +91,8 @@ def run_task(model: Model, settings: TaskSettings, config: ConfigDict | None = N
     if settings.task == "exact-match":
         asked = exact_match.read_asked(rows)
         solved = None if examples is None else exact_match.read_asked(examples)
-        return exact_match.score_answers(model, asked, settings.shots, solved, settings.max_new_tokens, settings.chat)
+        chat = None if settings.as_taught else settings.chat
+        return exact_match.score_answers(model, asked, settings.shots, solved, settings.max_new_tokens, chat)
     questions = read_questions(rows)
     solved = None if examples is None else read_questions(examples)
     if settings.by == "letter":

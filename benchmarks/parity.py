@@ -25,7 +25,10 @@ NAMES = {
     "llama": "Llama 1, 2, 3.x", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "gpt_neox": "GPT-NeoX (Pythia, RedPajama)", "gptj": "GPT-J", "gpt2": "GPT-2", "opt": "OPT", "gemma": "Gemma 1",
     "gemma2": "Gemma 2", "gemma3_text": "Gemma 3 (text)", "phi": "Phi-1.5, Phi-2", "phi3": "Phi-3, Phi-4-mini",
-    "t5": "T5, FLAN-T5",
+    "smollm3": "SmolLM3", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "granite": "Granite 3",
+    "granitemoehybrid": "Granite 4 (dense)", "glm": "GLM-4 (2024)", "glm4": "GLM-4 (2025)",
+    "ministral3": "Ministral 3 (text)", "cohere": "Command R, Aya", "cohere2": "Command R7B", "seed_oss": "Seed-OSS",
+    "exaone4": "EXAONE 4", "nanochat": "nanochat", "t5": "T5, FLAN-T5",
 }  # fmt: skip
 
 

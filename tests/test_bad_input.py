@@ -131,14 +131,19 @@ def test_safetensors_whose_header_is_not_one(refused, copy):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not known; the known architectures are llama, mistral, qwen2"),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not known (by the keys of its config, the nearest is 'llama'); the known "
+            "architectures are llama, mistral, qwen2",
+        ),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not known (the nearest is 'qwen3')"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": 3}, "9 tensors are missing: model.layers.2."),
         ({"num_hidden_layers": 1}, "9 tensors are not part of a llama model: model.layers.1."),
         ({"intermediate_size": 65}, "has shape (64, 32), the config asks for (65, 32)"),
         ({"hidden_act": "tanhish"}, "activation 'tanhish' is not known"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 2.0}}, "rope type 'axial'"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
     ],
 )

@@ -29,6 +29,9 @@ GATED = {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)
 GEMMA = ATTENTION | GATED | {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
 GEMMA2 = GEMMA | {"pre_feedforward_layernorm": (D,), "post_feedforward_layernorm": (D,)}
 GEMMA3 = GEMMA2 | {"self_attn.q_norm": (HD,), "self_attn.k_norm": (HD,)}
+OLMO = ATTENTION | GATED | {"post_attention_layernorm": (D,), "post_feedforward_layernorm": (D,)}
+GLM = ATTENTION | {"mlp.gate_up_proj": (2 * F, D), "mlp.down_proj": (D, F)}
+GLM |= {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
 LLAMA_ENDS = {"model.embed_tokens": (V, D), "model.norm": (D,)}
 PHI = {f"self_attn.{part}": (D, D) for part in ("q_proj", "k_proj", "v_proj", "dense")}
 PHI |= {"mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D), "input_layernorm": (D,)}
@@ -52,6 +55,14 @@ def decoder(prefix, layer, ends, biased=False):
             if not name.endswith(("embed_tokens", "wte", "wpe")):
                 tensors[f"{name}.bias"] = shape[-1:] if prefix == "transformer.h" else shape[:1]
     return tensors
+
+
+def qkv_biases(*more):
+    """Biases of q, k and v, and of more modules of width D."""
+    sizes = {f"self_attn.{part}_proj": ATTENTION[f"self_attn.{part}_proj"][0] for part in "qkv"} | dict.fromkeys(
+        more, D
+    )
+    return {f"model.layers.{layer}.{name}.bias": (size,) for layer in range(N) for name, size in sizes.items()}
 
 
 def t5(mlp, decoder_layers, head):
@@ -100,6 +111,14 @@ def plus_one(name, tensor):
     return tensor + 1 if name.endswith("norm.weight") else tensor
 
 
+def permuted(name, tensor):
+    """conversion/llama.py, `permute`."""
+    heads = H if ".q_proj." in name else K if ".k_proj." in name else 0
+    if not heads:
+        return tensor
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
 def conv1d(name, tensor):
     """conversion/gpt2.py, `modify_tensors`."""
     return tensor.T if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")) else tensor
@@ -108,7 +127,163 @@ def conv1d(name, tensor):
 RMS = {"attention.layer_norm_rms_epsilon": 1e-6}
 GEMMA_KEYS = RMS | {"attention.key_length": HD, "attention.value_length": HD}
 SHORT, LONG = [1.0, 1.125, 1.25, 1.5, 1.75, 2.0], [1.0, 2.0, 3.0, 5.0, 7.0, 9.0]
+YARN = {"factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN |= {"rope_type": "yarn", "rope_theta": 5e5}
+YARN_KEYS = {
+    "rope.freq_base": 5e5, "rope.scaling.type": "yarn", "rope.scaling.factor": 8.0,
+    "rope.scaling.original_context_length": 16, "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}  # fmt: skip
+GRANITE_SCALES = {
+    "attention.scale": 0.125, "embedding_scale": 12.0, "residual_scale": 0.25, "logit_scale": 8.0,
+}  # fmt: skip
+WHOLE_HEAD = {"rope.dimension_count": HD}
+COHERE_KEYS = WHOLE_HEAD | {
+    "attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.25, "rope.freq_base": 5e5, "rope.scaling.type": "none"
+}  # fmt: skip
+COHERE = {key: size for key, size in GEMMA.items() if key != "post_attention_layernorm"}
 CASES = {
+    "smollm3": Case(
+        "smollm3",
+        "smollm3",
+        DECODER | {"rope_parameters": ROTARY | {"rope_theta": 5e6}},
+        decoder("model.layers", GEMMA, LLAMA_ENDS),
+        RMS | WHOLE_HEAD | {"rope.freq_base": 5e6},
+        permuted,
+    ),
+    "llama-yarn": Case(
+        "llama",
+        "llama",
+        DECODER | {"rope_parameters": YARN},
+        decoder("model.layers", GEMMA, LLAMA_ENDS | {"lm_head": (V, D)}),
+        RMS | WHOLE_HEAD | YARN_KEYS,
+        permuted,
+    ),
+    "olmo2": Case(
+        "olmo2",
+        "olmo2",
+        DECODER,
+        decoder(
+            "model.layers",
+            OLMO | {"self_attn.q_norm": (H * HD,), "self_attn.k_norm": (K * HD,)},
+            LLAMA_ENDS | {"lm_head": (V, D)},
+        ),
+        {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0},
+    ),
+    "olmo3": Case(
+        "olmo2",
+        "olmo3",
+        DECODER
+        | {
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": ROTARY | {"rope_theta": 5e5},
+            },
+        },
+        decoder(
+            "model.layers",
+            OLMO | {"self_attn.q_norm": (H * HD,), "self_attn.k_norm": (K * HD,)},
+            LLAMA_ENDS | {"lm_head": (V, D)},
+        ),
+        {"attention.layer_norm_rms_epsilon": 1e-5, "attention.sliding_window": 32, "rope.freq_base_swa": 5e5}
+        | {"attention.sliding_window_pattern": [True, False]}
+        | YARN_KEYS,
+    ),
+    "granite": Case(
+        "granite",
+        "granite",
+        DECODER
+        | {
+            "attention_multiplier": 0.125,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.25,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+        },
+        decoder("model.layers", GEMMA, LLAMA_ENDS) | qkv_biases("self_attn.o_proj"),
+        RMS | WHOLE_HEAD | GRANITE_SCALES | {"rope.freq_base": 10000.0},
+        permuted,
+    ),
+    "glm": Case(
+        "chatglm",
+        "glm",
+        DECODER | {"head_dim": HD, "attention_bias": False},
+        decoder("model.layers", GLM, LLAMA_ENDS | {"lm_head": (V, D)}),
+        {"attention.layer_norm_rms_epsilon": 1.5625e-07, "rope.dimension_count": 8, "attention.key_length": HD},
+    ),
+    "glm4": Case(
+        "glm4",
+        "glm4",
+        DECODER | {"head_dim": HD, "rope_parameters": ROTARY | {"partial_rotary_factor": 0.25}},
+        decoder(
+            "model.layers",
+            GLM | {"post_self_attn_layernorm": (D,), "post_mlp_layernorm": (D,)},
+            LLAMA_ENDS | {"lm_head": (V, D)},
+        )
+        | qkv_biases(),
+        {"attention.layer_norm_rms_epsilon": 1.5625e-07, "rope.dimension_count": 4, "attention.key_length": HD},
+    ),
+    "ministral3": Case(
+        "mistral3",
+        "ministral3",
+        DECODER
+        | {
+            "head_dim": HD,
+            "rope_parameters": YARN
+            | {"beta_fast": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.125},
+        },
+        decoder("model.layers", GEMMA, LLAMA_ENDS | {"lm_head": (V, D)}),
+        {"attention.layer_norm_rms_epsilon": 1e-5, "attention.key_length": HD, "attention.temperature_scale": 0.125}
+        | WHOLE_HEAD
+        | YARN_KEYS
+        | {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_log_multiplier": 1.0},
+        permuted,
+    ),
+    "cohere": Case(
+        "command-r",
+        "cohere",
+        DECODER | {"logit_scale": 0.25, "rope_parameters": ROTARY | {"rope_theta": 5e5}},
+        decoder("model.layers", COHERE, LLAMA_ENDS),
+        COHERE_KEYS,
+    ),
+    "cohere2": Case(
+        "cohere2",
+        "cohere2",
+        DECODER | {"logit_scale": 0.25, "sliding_window": 32, "rope_parameters": ROTARY | {"rope_theta": 5e5}},
+        decoder("model.layers", COHERE, LLAMA_ENDS),
+        COHERE_KEYS | {"attention.sliding_window": 32},
+    ),
+    "seed_oss": Case(
+        "seed_oss",
+        "seed_oss",
+        DECODER | {"head_dim": HD, "attention_out_bias": True},
+        decoder("model.layers", GEMMA, LLAMA_ENDS | {"lm_head": (V, D)}) | qkv_biases("self_attn.o_proj"),
+        RMS | {"attention.key_length": HD, "rope.freq_base": 10000.0},
+    ),
+    "exaone4": Case(
+        "exaone4",
+        "exaone4",
+        DECODER
+        | {
+            "sliding_window": None,
+            "sliding_window_pattern": None,
+            "layer_types": ["full_attention"] * N,
+            "tie_word_embeddings": True,
+        },
+        decoder("model.layers", OLMO | {"self_attn.q_norm": (HD,), "self_attn.k_norm": (HD,)}, LLAMA_ENDS),
+        {"attention.layer_norm_rms_epsilon": 1e-5},
+    ),
+    "exaone4-32b": Case(
+        "exaone4",
+        "exaone4",
+        DECODER | {"num_hidden_layers": 64, "sliding_window_pattern": 4, "tie_word_embeddings": True},
+        {"model.embed_tokens.weight": (V, D)},
+        {"attention.layer_norm_rms_epsilon": 1e-5, "attention.sliding_window": 4096}
+        | {"attention.sliding_window_pattern": [(layer + 1) % 4 != 0 for layer in range(64)]},
+    ),
     "gpt2": Case(
         "gpt2",
         "gpt2",
@@ -293,7 +468,7 @@ def write(path, case, extra=()):
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, case.architecture)
     for key, value in keys(case).items():
-        kind = {int: "uint32", float: "float32", str: "string"}[type(value)]
+        kind = {int: "uint32", float: "float32", str: "string", list: "array"}[type(value)]
         getattr(writer, f"add_{kind}")(f"{case.architecture}.{key}", value)
     tensors = {}
     for name, shape in case.tensors.items():
@@ -345,7 +520,9 @@ def test_the_names_and_shapes_are_those_that_torch_saves(tmp_path, name):
 
 
 # What GGUF does not hold: training's settings, and names that only say where a config came from.
-NOT_MODEL = ("initializer", "drop", "_token_id", "architectures", "summary", "cache", "bidirectional")
+NOT_MODEL = (
+    "initializer", "drop", "_token_id", "architectures", "summary", "cache", "bidirectional", "sliding_window_pattern",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -85,7 +85,8 @@ EXPRESSIBLE = [
     "llama1", "llama2", "llama3", "llama3_parameters", "llama_linear", "llama_linear_parameters", "llama_tied",
     "llama_biases", "mistral_window", "mistral_no_window", "qwen2", "qwen3", "neox_parallel", "neox_sequential",
     "neox_full_rotary", "neox_parameters", "gpt2", "gemma", "gemma2", "gemma3", "phi", "phi3",
-    "phi3_longrope_short", "phi3_longrope_long", "t5", "t5_gated",
+    "phi3_longrope_short", "phi3_longrope_long", "llama_yarn", "smollm3", "olmo2", "olmo3", "granite", "granite_biases",
+    "glm", "glm4", "glm4_tied", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4_no_window", "t5", "t5_gated",
 ]  # fmt: skip
 
 
@@ -93,6 +94,8 @@ EXPRESSIBLE = [
 BUILT_IN = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3": {"sliding_window_pattern": 6, "num_hidden_layers": 7},
+    "llama_yarn": {"rope_parameters": tiny_models._YARN},
+    "olmo3": {"rope_scaling": {**tiny_models._YARN, "rope_theta": 500000.0}},
     "t5": {"relative_attention_max_distance": 128},
     "t5_gated": {"relative_attention_max_distance": 128, "num_decoder_layers": 1},
 }
@@ -227,6 +230,18 @@ def test_a_t5s_head_is_what_the_unscaled_states_need(tmp_path, tokenizer, tied, 
     head = tensors["lm_head.weight" if own else "shared.weight"] * np.float32(scale)
     np.testing.assert_array_equal(back.read("lm_head.weight"), head.astype(ml_dtypes.bfloat16).astype(np.float32))
     assert architecture(back.config).head_scale == 1.0 and not architecture(back.config).tied
+
+
+def test_a_dense_granite_4_becomes_what_llama_cpp_calls_granite(tmp_path, tokenizer):
+    config = tiny_models.CONFIGS["granite4"]
+    source = in_memory(config, half(tiny_models.weights(config)), tokenizer)
+    write(tmp_path / "m.gguf", source)
+    back = open_gguf(tmp_path / "m.gguf")
+    assert back.config["model_type"] == "granite" and back.config["intermediate_size"] == 48
+    fused = source.read("model.layers.1.shared_mlp.input_linear.weight")
+    for part, expected in zip(("gate", "up"), np.split(fused, 2), strict=True):
+        np.testing.assert_array_equal(back.read(f"model.layers.1.mlp.{part}_proj.weight"), expected)
+    assert tiny_models.difference(logits(back), logits(source)) < 1e-6
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -366,10 +381,30 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "gptj"}, "no GGUF is written of a 'gptj' model: llama.cpp does not know.*known: gemma, gemma2"),
+        (
+            {"model_type": "gptj"},
+            "no GGUF is written of a 'gptj' model: llama.cpp does not know.*known: cohere, cohere2",
+        ),
         ({"model_type": "opt"}, "no GGUF is written of a 'opt' model"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "cannot express hidden_act='gelu' of a llama model"),
         (tiny_models.CONFIGS["llama_dynamic"], "rope_type 'dynamic' is not written"),
+        (tiny_models.CONFIGS["nanochat"], "no GGUF is written of a 'nanochat' model"),
+        (tiny_models.CONFIGS["qwen3_yarn"], r"yarn's attention factor 1\.4 \(llama.cpp has 1\.13863 built in\)"),
+        (tiny_models.CONFIGS["llama_yarn"], "yarn's attention factor"),
+        (tiny_models.CONFIGS["olmo3"], "yarn with truncate=false"),
+        (tiny_models.CONFIGS["olmo3_parameters"], "cannot express tie_word_embeddings=True"),
+        (
+            {**tiny_models.CONFIGS["olmo3_parameters"], "tie_word_embeddings": False},
+            "cannot express rope_theta=5000.0 of a olmo3",
+        ),
+        (tiny_models.CONFIGS["smollm3_windows"], "cannot express use_sliding_window=True"),
+        ({**tiny_models.CONFIGS["smollm3"], "no_rope_layers": [1, 0, 1, 1]}, "cannot express no_rope_layers"),
+        (tiny_models.CONFIGS["granite4_no_positions"], "cannot express position_embedding_type=None"),
+        (tiny_models.CONFIGS["ministral3_window"], "cannot express sliding_window=5"),
+        (tiny_models.CONFIGS["cohere_untied"], "cannot express attention_bias=True of a cohere model"),
+        (tiny_models.CONFIGS["cohere2_untied"], "cannot express attention_bias=True of a cohere2 model"),
+        (tiny_models.CONFIGS["seed_oss_biases"], "cannot express mlp_bias=True"),
+        (tiny_models.CONFIGS["exaone4"], "cannot express sliding_window=5 of a exaone4 model"),
         (tiny_models.CONFIGS["qwen2_upper_windows"], "cannot express use_sliding_window=True"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 100}, "query_pre_attn_scalar=100 of a gemma2 model"),

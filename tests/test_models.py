@@ -1,8 +1,10 @@
 """The decoder against torch transformers: every family, both config styles, real weights, and generation."""
 
+import functools
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import make_goldens
 import numpy as np
@@ -78,6 +80,21 @@ def test_the_table_would_notice_what_it_is_for(ours):
     assert changed("gemma3", rope_local_base_freq=100.0) > 1e-2
     assert changed("phi3", sliding_window=None) > 1e-2
     assert changed("phi3_longrope_long", original_max_position_embeddings=32) > 1e-2
+    assert changed("llama_yarn", rope_parameters=None) > 1e-2
+    assert changed("qwen3_yarn", rope_scaling=None) > 1e-2
+    assert changed("smollm3", no_rope_layers=[1, 1, 1, 1]) > 1e-2
+    assert changed("olmo3", rope_scaling=None) > 1e-2
+    assert changed("olmo3", sliding_window=20) > 1e-2
+    for key in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"):
+        assert changed("granite", **{key: 1.0}) > 1e-2
+        assert changed("granite4", **{key: 1.0}) > 1e-2
+    assert changed("glm4", partial_rotary_factor=1.0) > 1e-2
+    rotary = tiny_models.CONFIGS["ministral3"]["rope_parameters"]
+    assert changed("ministral3", rope_parameters={**rotary, "llama_4_scaling_beta": 0.0}) > 1e-2
+    assert changed("cohere2", layer_types=["full_attention"] * 4) > 1e-2
+    assert changed("cohere2", logit_scale=1.0) > 1e-2
+    assert changed("exaone4", layer_types=["full_attention"] * 4) > 1e-2
+    assert changed("nanochat", final_logit_softcapping=None) > 1e-2
     assert changed("t5", relative_attention_max_distance=128) > 1e-2
 
 
@@ -117,7 +134,25 @@ _GPT_KEYS = ("vocab_size", "n_embd", "n_layer", "n_head")
 REQUIRED = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gpt_neox"), (*_LLAMA_KEYS, "num_key_value_heads")),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "phi"), (*_LLAMA_KEYS, "num_key_value_heads")),
-    "phi3": (*_LLAMA_KEYS, "num_key_value_heads", "pad_token_id"),
+    **dict.fromkeys(
+        (
+            "phi3",
+            "smollm3",
+            "olmo2",
+            "olmo3",
+            "granite",
+            "glm",
+            "glm4",
+            "ministral3",
+            "cohere",
+            "cohere2",
+            "seed_oss",
+            "exaone4",
+            "nanochat",
+        ),
+        (*_LLAMA_KEYS, "num_key_value_heads", "pad_token_id"),
+    ),  # fmt: skip
+    "granitemoehybrid": (*_LLAMA_KEYS, "num_key_value_heads", "num_local_experts", "layer_types", "mamba_n_heads"),
     **dict.fromkeys(("gptj", "gpt2"), (*_GPT_KEYS, "rotary_dim")),
     "opt": ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "word_embed_proj_dim"),
     "t5": ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
@@ -148,9 +183,20 @@ def test_what_is_not_known_is_named():
         architecture({"model_type": "lama"})
     config = tiny_models.CONFIGS["llama2"]
     with pytest.raises(
-        UserError, match="rope type 'yarn' is not implemented.*default, linear, dynamic, llama3, longrope"
+        UserError,
+        match="rope type 'axial' is not implemented.*default, linear, dynamic, llama3, yarn, longrope, proportional",
     ):
-        architecture({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+        architecture({**config, "rope_scaling": {"rope_type": "axial", "factor": 2.0}})
+    for kind, near in (("qwen3_next", "qwen3"), ("gemma5", "gemma"), ("falcon", "llama"), ("gpt_oss", "llama")):
+        with pytest.raises(UserError, match=f"'{kind}' is not known.*'{near}'.*; the known"):
+            architecture({**config, "model_type": kind})
+    for case, change, says in (
+        ("cohere", {"use_qk_norm": True}, "'use_qk_norm' is set in the config of this cohere model"),
+        ("granite4", {"num_local_experts": 4}, "num_local_experts is 4 .* experts are not implemented"),
+        ("granite4", {"layer_types": None, "layers_block_type": ["mamba", "attention"]}, "layers of the type 'mamba'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            architecture({**tiny_models.CONFIGS[case], **change})
     with pytest.raises(UserError, match="activation 'mish' is not known.*gelu.*silu"):
         architecture({**config, "hidden_act": "mish"})
     with pytest.raises(UserError, match="lacks the key 'hidden_size'"):
@@ -164,16 +210,45 @@ def test_remat_and_blockwise_attention_change_nothing(case, ours):
     assert tiny_models.difference(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["llama3", "mistral_window", "neox_parallel"])
-def test_packed_documents_do_not_see_each_other(case, ours):
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(arch, params, ids, positions, segments, targets):
+    """Return ((summed cross-entropy, logits), gradients of all weights)."""
+
+    def loss(params):
+        logits = Decoder(arch, params)(ids, positions, segments)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(targets >= 0, chosen, 0.0)), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("case", [case for case in tiny_models.FAMILY_CASES if case != "t5"])
+def test_a_packed_row_is_its_documents(case, ours):
+    """Logits, loss and all gradients of a row of two documents are those of the documents, each in a row of its own."""
     arch, params, _ = ours(case)
-    first, second = tiny_models.input_ids("a", 1, 8), tiny_models.input_ids("b", 1, 12)
-    packed = np.concatenate([first, second], axis=1)
-    positions = np.concatenate([np.arange(8), np.arange(12)])[None]
-    segments = np.array([[1] * 8 + [2] * 12])
-    found = np.asarray(Decoder(arch, params)(jnp.asarray(packed), jnp.asarray(positions), jnp.asarray(segments)))
-    assert tiny_models.difference(found[:, :8], tiny_models.logits(arch, params, first)) < 1e-5
-    assert tiny_models.difference(found[:, 8:], tiny_models.logits(arch, params, second)) < 1e-5
+    first, second = (list(tiny_models.input_ids(name, 1, length)[0]) for name, length in (("a", 8), ("b", 12)))
+    packed = first + second, [*range(8), *range(12)], [1] * 8 + [2] * 12, [*first[1:], -1, *second[1:], -1]
+    rows = [
+        (
+            text + [0] * (12 - len(text)),
+            range(12),
+            [1] * len(text) + [0] * (12 - len(text)),
+            [*text[1:], *[-1] * 12][:12],
+        )
+        for text in (first, second)
+    ]
+    packed = [jnp.asarray([part]) for part in packed]
+    alone = [jnp.asarray(part) for part in zip(*rows, strict=True)]
+    (loss, logits), gradients = loss_and_gradients(arch, params, *packed)
+    (expected, apart), expected_gradients = loss_and_gradients(arch, params, *alone)
+    assert tiny_models.difference(logits[0, :8], apart[0, :8]) < 1e-5
+    assert tiny_models.difference(logits[0, 8:], apart[1]) < 1e-5
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    # A bias of all keys shifts a query's scores alike: without rotary positions its gradient is rounding alone.
+    least = max(np.abs(gradient).max() for gradient in expected_gradients.values()) / 100
+    for path, gradient in expected_gradients.items():
+        difference = np.abs(gradients[path] - gradient).max()
+        assert difference < 2e-5 * max(least, np.abs(gradient).max()), path
 
 
 @pytest.mark.parametrize("case", [*tiny_models.FAMILY_CASES, "t5_gated"])

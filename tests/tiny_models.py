@@ -42,6 +42,10 @@ def _qwen(family, **changes):
     return {"model_type": family, "hidden_act": "silu", **_SIZES, **changes}
 
 
+def _like_llama(family, **changes):
+    return {"model_type": family, **_SIZES, "pad_token_id": 0, **changes}
+
+
 def _neox(**changes):
     sizes = {key: value for key, value in _SIZES.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
     return {
@@ -118,6 +122,10 @@ def _t5(**changes):
     }
 
 
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1000.0}
+_FACTORS = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 4.0,
+}  # fmt: skip
 _GEMMA3_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 
@@ -207,12 +215,131 @@ CONFIGS = {
     "phi3_longrope_long": _phi(
         "phi3", original_max_position_embeddings=16, rope_scaling={"type": "longrope", **_LONGROPE}
     ),
+    "llama_yarn": _llama(rope_parameters={**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3}),
+    "qwen3_yarn": _qwen("qwen3", head_dim=16, rope_scaling={**_YARN, "type": "yarn", "attention_factor": 1.4}),
+    "smollm3": _like_llama("smollm3", num_hidden_layers=4, rope_theta=5000.0, tie_word_embeddings=True),
+    "smollm3_windows": _like_llama(
+        "smollm3",
+        num_hidden_layers=3,
+        no_rope_layers=[1, 0, 1],
+        use_sliding_window=True,
+        sliding_window=5,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "olmo2": _like_llama("olmo2"),
+    "olmo2_biases": _like_llama("olmo2", num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True),
+    "olmo3": _like_llama(
+        "olmo3", num_hidden_layers=4, sliding_window=5, rope_theta=500000.0, rope_scaling={**_YARN, "truncate": False}
+    ),
+    "olmo3_parameters": _like_llama(
+        "olmo3",
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": _YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+        tie_word_embeddings=True,
+    ),
+    "granite": _like_llama("granite", **_FACTORS, tie_word_embeddings=True),
+    "granite_biases": _like_llama("granite", attention_bias=True, mlp_bias=True, attention_multiplier=0.3),
+    "granite4": _like_llama(
+        "granitemoehybrid",
+        **_FACTORS,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        mamba_n_heads=8,  # transformers checks it without any such layer
+        layer_types=["attention"] * 2,
+        shared_intermediate_size=48,
+        position_embedding_type="rope",
+    ),
+    "granite4_no_positions": _like_llama(
+        "granitemoehybrid",
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        mamba_n_heads=8,
+        layer_types=["full_attention"] * 2,
+        shared_intermediate_size=40,
+        attention_multiplier=0.3,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "glm": _like_llama("glm", head_dim=16),
+    "glm_no_bias": _like_llama(
+        "glm", head_dim=8, attention_bias=False, tie_word_embeddings=True, partial_rotary_factor=0.75
+    ),
+    "glm4": _like_llama("glm4", head_dim=16),
+    "glm4_tied": _like_llama(
+        "glm4",
+        head_dim=8,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0},
+    ),
+    "ministral3": _like_llama(
+        "ministral3",
+        head_dim=16,
+        rope_parameters={
+            **_YARN,
+            "original_max_position_embeddings": 4,
+            "beta_fast": 8.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.8,
+        },
+    ),  # fmt: skip
+    "ministral3_window": _like_llama(
+        "ministral3",
+        head_dim=8,
+        sliding_window=5,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5000.0,
+            "original_max_position_embeddings": 6,
+            "llama_4_scaling_beta": 0.5,
+        },
+    ),  # fmt: skip
+    "cohere": _like_llama("cohere", tie_word_embeddings=True, layer_norm_eps=1e-5),
+    "cohere_untied": _like_llama("cohere", attention_bias=True, logit_scale=0.5, rope_theta=5000.0),
+    "cohere2": _like_llama("cohere2", num_hidden_layers=4, sliding_window=5, tie_word_embeddings=True),
+    "cohere2_untied": _like_llama(
+        "cohere2",
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention"],
+        attention_bias=True,
+        logit_scale=0.5,
+    ),
+    "seed_oss": _like_llama("seed_oss", head_dim=16),
+    "seed_oss_biases": _like_llama(
+        "seed_oss",
+        head_dim=8,
+        attention_bias=False,
+        attention_out_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "exaone4": _like_llama("exaone4", num_hidden_layers=4, sliding_window=5),
+    "exaone4_no_window": _like_llama(
+        "exaone4",
+        sliding_window=None,
+        sliding_window_pattern=None,
+        layer_types=["full_attention"] * 2,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_theta": 10000.0, **_LLAMA3},
+    ),
+    "nanochat": _like_llama("nanochat", hidden_act="relu2"),
+    "nanochat_tied": _like_llama(
+        "nanochat", attention_bias=True, tie_word_embeddings=True, final_logit_softcapping=None, rope_theta=5000.0
+    ),
     "t5": _t5(),
     "t5_gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=3),
 }
 FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
-    "gemma", "gemma2", "gemma3", "phi", "phi3", "t5",
+    "gemma", "gemma2", "gemma3", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite", "granite4", "glm", "glm4",
+    "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "t5",
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ WIDE = {
     "n_positions": 2048,
     "sliding_window": 64,
     **dict.fromkeys(["hidden_size", "n_embd", "d_model"], WIDTH),
-    **dict.fromkeys(["intermediate_size", "n_inner", "ffn_dim", "d_ff"], INNER),
+    **dict.fromkeys(["intermediate_size", "shared_intermediate_size", "n_inner", "ffn_dim", "d_ff"], INNER),
     **dict.fromkeys(["head_dim", "d_kv"], HEAD),
     **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], WIDTH // HEAD),
     "rotary_dim": HEAD // 2,

@@ -26,7 +26,7 @@ from tpu_tune.checkpoints.peft import PREFIX, REDONE_STARTS, is_saved, read_file
 from tpu_tune.checkpoints.vocabulary import with_vocabulary
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.models import Architecture
+from tpu_tune.models import Architecture, with_keys
 from tpu_tune.tensors import Module, QuantizedTensor
 from tpu_tune.transforms import LoraConfig, find_targets
 
@@ -116,11 +116,11 @@ def _with_own_head(source: WeightSource, spec: LoraConfig) -> WeightSource:
     if not head.tied_to or not is_saved(head, spec):
         return source
     embedding = check_names(source, architecture)[f"{head.tied_to}.weight"]
-    stored = {name: name for name in source.shapes if name != "lm_head.weight"} | {head.weight: embedding}
+    stored = {name: name for name in source.shapes if not name.endswith("lm_head.weight")} | {head.weight: embedding}
     scaling = {"scale_decoder_outputs": architecture.head_scale != 1.0} if architecture.encoder else {}
     return dataclasses.replace(
         source,
-        config={**source.config, "tie_word_embeddings": False, **scaling},
+        config=with_keys(source.config, {"tie_word_embeddings": False, **scaling}),
         shapes={name: source.shapes[origin] for name, origin in stored.items()},
         read=functools.partial(_read_as, source, stored),
     )

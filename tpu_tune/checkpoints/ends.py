@@ -62,7 +62,8 @@ def write_closing_end(directory: str, source: WeightSource) -> None:
         missing = closing_ids(source.load_tokenizer()) - end_ids(source)
         if missing:
             content = dict(_generation_config(directory))
-            kept = content.get("eos_token_id", source.config.get("eos_token_id"))
+            nested = source.config.get("text_config") or {}
+            kept = content.get("eos_token_id", source.config.get("eos_token_id", nested.get("eos_token_id")))
             kept = [] if kept is None else list(kept) if isinstance(kept, list | tuple) else [kept]
             content.pop("_from_model_config", None)
             content["eos_token_id"] = [*kept, *sorted(missing)]

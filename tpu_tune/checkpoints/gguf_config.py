@@ -22,6 +22,9 @@ _SIZE = whole(1, MOST_POSITIONS)
 # What a key of the architecture's holds; one that is not here holds a size.
 _KINDS = {
     **dict.fromkeys(("rope.freq_base", "rope.freq_base_swa", "rope.scale_linear", "rope.scaling.factor"), _POSITIVE),
+    **dict.fromkeys((f"rope.scaling.yarn_{name}" for name in ("attn_factor", "beta_fast", "beta_slow")), _POSITIVE),
+    **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale", "attention.scale"), _POSITIVE),
+    **dict.fromkeys(("rope.scaling.yarn_log_multiplier", "attention.temperature_scale"), number(0)),
     **dict.fromkeys(("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"), number(0, 1)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "rope.scaling.attn_factor"), number(0)),
     **dict.fromkeys(
@@ -33,11 +36,11 @@ _KINDS = {
     ),
     **dict.fromkeys(("block_count", "decoder_block_count"), whole(1, MOST_LAYERS)),
     "rope.scaling.type": TEXT,
-    "use_parallel_residual": FLAG,
+    **dict.fromkeys(("use_parallel_residual", "rope.scaling.finetuned"), FLAG),
 }  # fmt: skip
 
 
-def _value(file: GgufFile, key: str, *default: Any) -> Any:
+def metadata_value(file: GgufFile, key: str, *default: Any) -> Any:
     """A metadata value under the architecture's own prefix; required where no default is given."""
     full = f"{file.metadata['general.architecture']}.{key}"
     if full in file.metadata:
@@ -52,7 +55,7 @@ def _value(file: GgufFile, key: str, *default: Any) -> Any:
 
 
 def _check(file: GgufFile) -> None:
-    if _value(file, "expert_count", 0):
+    if metadata_value(file, "expert_count", 0):
         raise UserError(f"{file.path}: a mixture of experts, which is not supported")
     if "token_embd.weight" not in file.tensors:
         raise UserError(f"{file.path}: lacks token_embd.weight, so it holds no language model")
@@ -73,51 +76,55 @@ def _common(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
     } | {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in ids.items()}
 
 
-def _shared_config(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
+def shared_config(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
     """What every decoder with rotary positions has."""
     return _common(file, model_type, class_name) | {
-        "hidden_size": _value(file, "embedding_length"),
-        "intermediate_size": _value(file, "feed_forward_length"),
-        "num_hidden_layers": _value(file, "block_count"),
-        "num_attention_heads": _value(file, "attention.head_count"),
-        "max_position_embeddings": _value(file, "context_length"),
-        "rope_theta": float(_value(file, "rope.freq_base", 10000.0)),
+        "hidden_size": metadata_value(file, "embedding_length"),
+        "intermediate_size": metadata_value(file, "feed_forward_length"),
+        "num_hidden_layers": metadata_value(file, "block_count"),
+        "num_attention_heads": metadata_value(file, "attention.head_count"),
+        "max_position_embeddings": metadata_value(file, "context_length"),
+        "rope_theta": float(metadata_value(file, "rope.freq_base", 10000.0)),
         "rope_scaling": _rope_scaling(file),
     }
 
 
 def llama_like_config(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
-    config = _shared_config(file, model_type, class_name)
+    config = shared_config(file, model_type, class_name)
     heads = config["num_attention_heads"]
-    head_dim = _value(file, "attention.key_length", config["hidden_size"] // heads)
-    rotary = _value(file, "rope.dimension_count", head_dim)
+    head_dim = metadata_value(file, "attention.key_length", config["hidden_size"] // heads)
+    rotary = metadata_value(file, "rope.dimension_count", head_dim)
     if rotary != head_dim:
         raise UserError(f"{file.path}: rotates {rotary} of {head_dim} dimensions a head, which {model_type} does not")
     return config | {
-        "num_key_value_heads": _value(file, "attention.head_count_kv", heads),
+        "num_key_value_heads": metadata_value(file, "attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": _value(file, "attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": metadata_value(file, "attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
     }
 
 
 def llama_config(file: GgufFile) -> dict[str, Any]:
     """Llama, and Mistral, which llama.cpp stores as a Llama (a sliding window tells them apart)."""
-    window = _value(file, "attention.sliding_window", 0)
+    window = metadata_value(file, "attention.sliding_window", 0)
     if window:
         return llama_like_config(file, "mistral", "MistralForCausalLM") | {"sliding_window": window}
     config = llama_like_config(file, "llama", "LlamaForCausalLM")
+    return config | biases_of(file)
+
+
+def biases_of(file: GgufFile) -> dict[str, bool]:
     biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-    return config | {key: name in file.tensors for key, name in biases.items()}
+    return {key: name in file.tensors for key, name in biases.items()}
 
 
 def gpt_neox_config(file: GgufFile) -> dict[str, Any]:
-    config = _shared_config(file, "gpt_neox", "GPTNeoXForCausalLM")
+    config = shared_config(file, "gpt_neox", "GPTNeoXForCausalLM")
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     return config | {
-        "rotary_pct": _value(file, "rope.dimension_count", head_dim) / head_dim,
-        "layer_norm_eps": _value(file, "attention.layer_norm_epsilon"),
-        "use_parallel_residual": bool(_value(file, "use_parallel_residual", True)),
+        "rotary_pct": metadata_value(file, "rope.dimension_count", head_dim) / head_dim,
+        "layer_norm_eps": metadata_value(file, "attention.layer_norm_epsilon"),
+        "use_parallel_residual": bool(metadata_value(file, "use_parallel_residual", True)),
         "hidden_act": "gelu",
         "attention_bias": "blk.0.attn_qkv.bias" in file.tensors,
     }
@@ -132,17 +139,17 @@ def gemma_config(file: GgufFile) -> dict[str, Any]:
 def gemma2_config(file: GgufFile) -> dict[str, Any]:
     """Gemma 2: every other layer looks through a window, beginning with the first."""
     return _windowed_gemma(file, "gemma2", "Gemma2ForCausalLM", period=2, largest=46, window=4096) | {
-        "attn_logit_softcapping": _value(file, "attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": _value(file, "final_logit_softcapping", 30.0),
+        "attn_logit_softcapping": metadata_value(file, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata_value(file, "final_logit_softcapping", 30.0),
     }
 
 
 def gemma3_config(file: GgufFile) -> dict[str, Any]:
     """Gemma 3's text model: five layers with a window and their own rotary base, then one without."""
     return _windowed_gemma(file, "gemma3_text", "Gemma3ForCausalLM", period=6, largest=62, window=0) | {
-        "rope_local_base_freq": float(_value(file, "rope.freq_base_swa", 10000.0)),
+        "rope_local_base_freq": float(metadata_value(file, "rope.freq_base_swa", 10000.0)),
         "attn_logit_softcapping": None,
-        "final_logit_softcapping": _value(file, "final_logit_softcapping", None),
+        "final_logit_softcapping": metadata_value(file, "final_logit_softcapping", None),
     }
 
 
@@ -153,8 +160,8 @@ def _windowed_gemma(
     config = llama_like_config(file, model_type, class_name)
     del config["hidden_act"]
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    window = _value(file, "attention.sliding_window", window)
-    period = _value(file, "attention.sliding_window_pattern", period)
+    window = metadata_value(file, "attention.sliding_window", window)
+    period = metadata_value(file, "attention.sliding_window_pattern", period)
     full = [not window or period == 0 or (layer + 1) % period == 0 for layer in range(layers)]
     return config | {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -167,29 +174,29 @@ def _windowed_gemma(
 
 def gpt2_config(file: GgufFile) -> dict[str, Any]:
     """GPT-2. The converter writes four times the width for the MLP whatever it is; the tensor tells."""
-    hidden, positions = _value(file, "embedding_length"), _value(file, "context_length")
+    hidden, positions = metadata_value(file, "embedding_length"), metadata_value(file, "context_length")
     inner = _rows(file, "blk.0.ffn_up.weight")
     return _common(file, "gpt2", "GPT2LMHeadModel") | {
         "n_embd": hidden,
-        "n_layer": _value(file, "block_count"),
-        "n_head": _value(file, "attention.head_count"),
+        "n_layer": metadata_value(file, "block_count"),
+        "n_head": metadata_value(file, "attention.head_count"),
         "n_positions": positions,
         "n_ctx": positions,
         "n_inner": None if inner == 4 * hidden else inner,
-        "layer_norm_epsilon": _value(file, "attention.layer_norm_epsilon"),
+        "layer_norm_epsilon": metadata_value(file, "attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
     }
 
 
 def phi_config(file: GgufFile) -> dict[str, Any]:
     """Phi 1, 1.5 and 2, which llama.cpp calls phi2."""
-    config = _shared_config(file, "phi", "PhiForCausalLM")
+    config = shared_config(file, "phi", "PhiForCausalLM")
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     return config | {
         "intermediate_size": _rows(file, "blk.0.ffn_up.weight"),
-        "num_key_value_heads": _value(file, "attention.head_count_kv", config["num_attention_heads"]),
-        "partial_rotary_factor": _value(file, "rope.dimension_count", head_dim) / head_dim,
-        "layer_norm_eps": _value(file, "attention.layer_norm_epsilon"),
+        "num_key_value_heads": metadata_value(file, "attention.head_count_kv", config["num_attention_heads"]),
+        "partial_rotary_factor": metadata_value(file, "rope.dimension_count", head_dim) / head_dim,
+        "layer_norm_eps": metadata_value(file, "attention.layer_norm_epsilon"),
         "hidden_act": "gelu_new",
         "qk_layernorm": False,
     }
@@ -197,7 +204,7 @@ def phi_config(file: GgufFile) -> dict[str, Any]:
 
 def phi3_config(file: GgufFile) -> dict[str, Any]:
     """Phi 3 and 4; the factors that stretch its rotary embedding for long texts are tensors of the file."""
-    config = _shared_config(file, "phi3", "Phi3ForCausalLM")
+    config = shared_config(file, "phi3", "Phi3ForCausalLM")
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     if "rope_factors_long.weight" in file.tensors:
         config["rope_scaling"] = {"rope_type": "longrope"} | {
@@ -205,20 +212,20 @@ def phi3_config(file: GgufFile) -> dict[str, Any]:
             for length in ("short", "long")
         }
         # As transformers computes it where the config does not say, so that it need not be said again.
-        attention = _value(file, "rope.scaling.attn_factor", None)
-        trained = _value(file, "rope.scaling.original_context_length")
+        attention = metadata_value(file, "rope.scaling.attn_factor", None)
+        trained = metadata_value(file, "rope.scaling.original_context_length")
         if attention is not None and not math.isclose(
             attention, longrope_attention_factor(config["max_position_embeddings"], trained), rel_tol=1e-5
         ):
             config["rope_scaling"]["attention_factor"] = attention
     return config | {
-        "num_key_value_heads": _value(file, "attention.head_count_kv", config["num_attention_heads"]),
-        "original_max_position_embeddings": _value(
+        "num_key_value_heads": metadata_value(file, "attention.head_count_kv", config["num_attention_heads"]),
+        "original_max_position_embeddings": metadata_value(
             file, "rope.scaling.original_context_length", config["max_position_embeddings"]
         ),
-        "partial_rotary_factor": _value(file, "rope.dimension_count", head_dim) / head_dim,
-        "rms_norm_eps": _value(file, "attention.layer_norm_rms_epsilon"),
-        "sliding_window": _value(file, "attention.sliding_window", 0) or None,
+        "partial_rotary_factor": metadata_value(file, "rope.dimension_count", head_dim) / head_dim,
+        "rms_norm_eps": metadata_value(file, "attention.layer_norm_rms_epsilon"),
+        "sliding_window": metadata_value(file, "attention.sliding_window", 0) or None,
         "hidden_act": "silu",
     }
 
@@ -232,21 +239,21 @@ def t5_config(file: GgufFile) -> dict[str, Any]:
     """T5, T5 1.1 and FLAN-T5. A gate in the file means GELU, none ReLU, and an untied head is not scaled."""
     if "enc.blk.1.attn_rel_b.weight" in file.tensors:
         raise UserError(f"{file.path}: has a relative position bias in every layer (UMT5), which is not supported")
-    layers = _value(file, "block_count")
+    layers = metadata_value(file, "block_count")
     return _common(file, "t5", "T5ForConditionalGeneration") | {
         "is_encoder_decoder": True,
-        "d_model": _value(file, "embedding_length"),
-        "d_kv": _value(file, "attention.key_length"),
-        "d_ff": _value(file, "feed_forward_length"),
+        "d_model": metadata_value(file, "embedding_length"),
+        "d_kv": metadata_value(file, "attention.key_length"),
+        "d_ff": metadata_value(file, "feed_forward_length"),
         "num_layers": layers,
-        "num_decoder_layers": _value(file, "decoder_block_count", layers),
-        "num_heads": _value(file, "attention.head_count"),
-        "n_positions": _value(file, "context_length"),
-        "relative_attention_num_buckets": _value(file, "attention.relative_buckets_count"),
+        "num_decoder_layers": metadata_value(file, "decoder_block_count", layers),
+        "num_heads": metadata_value(file, "attention.head_count"),
+        "n_positions": metadata_value(file, "context_length"),
+        "relative_attention_num_buckets": metadata_value(file, "attention.relative_buckets_count"),
         "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": _value(file, "attention.layer_norm_rms_epsilon"),
+        "layer_norm_epsilon": metadata_value(file, "attention.layer_norm_rms_epsilon"),
         "feed_forward_proj": "gated-gelu" if "enc.blk.0.ffn_gate.weight" in file.tensors else "relu",
-        "decoder_start_token_id": _value(file, "decoder_start_token_id", 0),
+        "decoder_start_token_id": metadata_value(file, "decoder_start_token_id", 0),
     }
 
 
@@ -261,22 +268,26 @@ def _rows(file: GgufFile, name: str) -> int:
 
 def _rope_scaling(file: GgufFile) -> dict[str, Any] | None:
     """Hugging Face's rope_scaling; Llama 3's is told from the frequency factors that stand in its place."""
-    trained = _value(file, "rope.scaling.original_context_length", None)
+    trained = metadata_value(file, "rope.scaling.original_context_length", None)
     if "rope_freqs.weight" in file.tensors:
         return _llama3_scaling(file, trained or 8192)
-    kind = _value(file, "rope.scaling.type", "none")
-    factor = _value(file, "rope.scaling.factor", _value(file, "rope.scale_linear", 1.0))
+    kind = metadata_value(file, "rope.scaling.type", "none")
+    factor = metadata_value(file, "rope.scaling.factor", metadata_value(file, "rope.scale_linear", 1.0))
     if kind == "none" and factor == 1.0:
         return None
     kind = "linear" if kind == "none" else kind
     scaling = {"rope_type": kind, "factor": float(factor)}
+    if kind == "yarn":
+        keys = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+        found = {key: metadata_value(file, f"rope.scaling.yarn_{name}", None) for key, name in keys.items()}
+        scaling |= {key: float(value) for key, value in found.items() if value is not None}
     return scaling | ({"original_max_position_embeddings": trained} if trained else {})
 
 
 def _llama3_scaling(file: GgufFile, trained: int) -> dict[str, Any]:
     """The parameters whose factors the file has."""
     factors = read_gguf_tensor(file, "rope_freqs.weight").astype(np.float64).reshape(-1)
-    base, factor = float(_value(file, "rope.freq_base", 10000.0)), float(factors.max())
+    base, factor = float(metadata_value(file, "rope.freq_base", 10000.0)), float(factors.max())
     if not np.allclose(factors, llama3_factors(base, 2 * factors.size, factor, trained), rtol=1e-3):
         raise UserError(f"{file.path}: its rope_freqs.weight are not Llama 3's, and no other kind is known")
     return {

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints import gguf_config
+from tpu_tune.checkpoints import gguf_config, gguf_config_llama_like
 from tpu_tune.checkpoints.gguf_file import GgufFile
 
 Change = Callable[[str, np.ndarray, dict[str, Any]], np.ndarray]
@@ -163,6 +163,22 @@ _FOUR_NORMS = _layered(
         "post_ffw_norm": "post_feedforward_layernorm",
     },
 )
+_NORMS_AFTER = {
+    key: name for key, name in _LLAMA_NAMES.items() if not key.endswith(("attn_norm", "ffn_norm"))
+} | _layered(
+    "model.layers",
+    {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+)
+_GLM_NAMES = {key: name for key, name in _LLAMA_NAMES.items() if not key.endswith("ffn_gate")} | _layered(
+    "model.layers", {"ffn_up": "mlp.gate_up_proj"}
+)
+_GLM4_NORMS = _layered(
+    "model.layers", {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
+)
+_ONE_NORM = {key: name for key, name in _LLAMA_NAMES.items() if key != "output" and not key.endswith("ffn_norm")}
+_SEED_OSS_NAMES = {key: name for key, name in _LLAMA_NAMES.items() if not key.endswith("ffn_norm")} | _layered(
+    "model.layers", {"post_attention_norm": "post_attention_layernorm"}
+)
 _NEOX_NAMES = {
     "token_embd": "gpt_neox.embed_in",
     "output_norm": "gpt_neox.final_layer_norm",
@@ -267,6 +283,16 @@ FAMILIES = {
     "phi3": GgufFamily(
         gguf_config.phi3_config, _PHI3_NAMES, _same, _same, skip=("rope_factors_long", "rope_factors_short")
     ),
+    "smollm3": GgufFamily(gguf_config_llama_like.smollm3_config, _LLAMA_NAMES, _unpermute_rotary, _permute_rotary),
+    "olmo2": GgufFamily(gguf_config_llama_like.olmo2_config, _NORMS_AFTER | _HEAD_NORMS, _same, _same),
+    "granite": GgufFamily(gguf_config_llama_like.granite_config, _LLAMA_NAMES, _unpermute_rotary, _permute_rotary),
+    "chatglm": GgufFamily(gguf_config_llama_like.glm_config, _GLM_NAMES, _same, _same),
+    "glm4": GgufFamily(gguf_config_llama_like.glm4_config, _GLM_NAMES | _GLM4_NORMS, _same, _same),
+    "mistral3": GgufFamily(gguf_config_llama_like.ministral3_config, _LLAMA_NAMES, _unpermute_rotary, _permute_rotary),
+    "command-r": GgufFamily(gguf_config_llama_like.cohere_config, _ONE_NORM, _same, _same),
+    "cohere2": GgufFamily(gguf_config_llama_like.cohere2_config, _ONE_NORM, _same, _same),
+    "seed_oss": GgufFamily(gguf_config_llama_like.seed_oss_config, _SEED_OSS_NAMES, _same, _same),
+    "exaone4": GgufFamily(gguf_config_llama_like.exaone4_config, _NORMS_AFTER | _HEAD_NORMS, _same, _same),
     "t5": GgufFamily(
         gguf_config.t5_config, _T5_NAMES, _same, _same, plain_mlp=_T5_PLAIN, skip=("dec.blk.{}.cross_attn_rel_b",)
     ),

@@ -6,6 +6,7 @@ llama.cpp would run another model without a word.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from tpu_tune.checkpoints.gguf_config import llama3_factors, longrope_attention_factor
 from tpu_tune.errors import UserError
+from tpu_tune.models import rope as rotary
 
 Metadata = dict[str, Any]
 Tensors = dict[str, np.ndarray]
@@ -93,7 +95,31 @@ def _rope_scaling(rope: dict[str, Any], head_dim: int) -> tuple[Metadata, Tensor
         trained = rope["original_max_position_embeddings"]
         factors = llama3_factors(rope["rope_theta"], head_dim, rope["factor"], trained)
         return {"rope.scaling.original_context_length": trained}, {"rope_freqs.weight": factors.astype(np.float32)}
-    raise UserError(f"GGUF with rope_type '{kind}' is not written (known: default, linear, llama3, longrope)")
+    if kind == "yarn":
+        if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) != (32, 1):
+            raise UserError("GGUF is written for yarn's beta_fast 32 and beta_slow 1, which llama.cpp has built in")
+        return _yarn(rope), {}
+    raise UserError(f"GGUF with rope_type '{kind}' is not written (known: default, linear, llama3, longrope, yarn)")
+
+
+def _yarn(rope: dict[str, Any], multiplier: float = 0.0) -> Metadata:
+    """Yarn's keys; `multiplier` is the `yarn_log_multiplier` that llama.cpp reads for a few families."""
+    factor = float(rope["factor"])
+    built_in = rotary.yarn_magnitude(factor) / rotary.yarn_magnitude(factor, multiplier)
+    found = rotary.from_config({"rope_parameters": rope}, 2).magnitude
+    if not math.isclose(found, built_in, rel_tol=1e-5):
+        raise UserError(
+            f"GGUF cannot express yarn's attention factor {found:g} (llama.cpp has {built_in:g} built in); "
+            "export it with --merge"
+        )
+    if not rope.get("truncate", True):
+        raise UserError("GGUF cannot express yarn with truncate=false; export it with --merge")
+    kept = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+    } | {f"rope.scaling.yarn_{name}": float(rope[key]) for key, name in kept.items() if rope.get(key) is not None}
 
 
 def _llama(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
@@ -108,6 +134,112 @@ def _qwen(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "hidden_act", "silu")
     _expect(config, "use_sliding_window", False, None)
     return _llama_like(config)
+
+
+def _smollm3(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    _expect(config, "hidden_act", "silu")
+    _expect(config, "use_sliding_window", False, None)
+    every_fourth = [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
+    _expect(config, "no_rope_layers", every_fourth)
+    return _llama_like(config)
+
+
+def _olmo2(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    rope = config["rope_parameters"]
+    sliding, full = (rope.get(key, rope) for key in ("sliding_attention", "full_attention"))
+    _expect(config, "hidden_act", "silu")
+    for key in ("attention_bias", "tie_word_embeddings"):
+        _expect(config, key, False)
+    _expect(config, "head_dim", None, config["hidden_size"] // config["num_attention_heads"])
+    metadata, tensors = _llama_like(config, full)
+    if config["model_type"] == "olmo2":
+        return metadata, tensors
+    _expect({**sliding, "model_type": "olmo3"}, "rope_type", "default")
+    _expect({**sliding, "model_type": "olmo3"}, "rope_theta", full["rope_theta"])
+    return metadata | _windows(config) | {"rope.freq_base_swa": float(sliding["rope_theta"])}, tensors
+
+
+def _windows(config: dict[str, Any]) -> Metadata:
+    flags = [kind == "sliding_attention" for kind in config["layer_types"]]
+    return {"attention.sliding_window": config["sliding_window"], "attention.sliding_window_pattern": flags}
+
+
+def _granite(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    _expect(config, "hidden_act", "silu")
+    _expect(config, "head_dim", None, config["hidden_size"] // config["num_attention_heads"])
+    metadata, tensors = _llama_like(config)
+    return metadata | {
+        "attention.scale": float(config["attention_multiplier"]),
+        "embedding_scale": float(config["embedding_multiplier"]),
+        "residual_scale": float(config["residual_multiplier"]),
+        "logit_scale": float(config["logits_scaling"]),
+    }, tensors
+
+
+def _granite_hybrid(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    """Granite 4's dense models, which llama.cpp stores as Granite 3 (see `gguf_write.as_llama_cpp_has_it`)."""
+    _expect(config, "num_local_experts", 0)
+    _expect(config, "position_embedding_type", "rope")
+    _expect(config, "layer_types", ["full_attention"] * config["num_hidden_layers"])
+    return _granite({**config, "intermediate_size": config["shared_intermediate_size"]})
+
+
+def _glm(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    _expect(config, "hidden_act", "silu")
+    rope = config["rope_parameters"]
+    _expect({**rope, "model_type": config["model_type"]}, "rope_type", "default")
+    metadata, tensors = _llama_like(config, rope)
+    return metadata | {"rope.dimension_count": int(rope["partial_rotary_factor"] * config["head_dim"])}, tensors
+
+
+def _ministral3(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    _expect(config, "hidden_act", "silu")
+    _expect(config, "sliding_window", None)
+    rope = config["rope_parameters"]
+    _expect({**rope, "model_type": "ministral3"}, "rope_type", "yarn")
+    multiplier = float(rope.get("mscale_all_dim") or 0.0)
+    metadata, tensors = _llama_like(config, {**rope, "rope_type": "default"})
+    return metadata | _yarn(rope, multiplier) | {
+        "rope.scaling.yarn_log_multiplier": multiplier,
+        "attention.temperature_scale": float(rope["llama_4_scaling_beta"]),
+    }, tensors
+
+
+def _cohere(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    rope = config["rope_parameters"]
+    _expect(config, "hidden_act", "silu")
+    _expect(config, "use_qk_norm", False, None)
+    _expect(config, "attention_bias", False)
+    _expect(config, "tie_word_embeddings", True)
+    _expect({**rope, "model_type": config["model_type"]}, "rope_type", "default")
+    metadata = _decoder(config, rope) | {
+        "attention.layer_norm_epsilon": config["layer_norm_eps"],
+        "logit_scale": float(config["logit_scale"]),
+        "rope.dimension_count": config["hidden_size"] // config["num_attention_heads"],
+        "rope.scaling.type": "none",
+    }
+    if config["model_type"] == "cohere2":
+        layers = range(config["num_hidden_layers"])
+        every_fourth = ["sliding_attention" if (layer + 1) % 4 else "full_attention" for layer in layers]
+        _expect(config, "layer_types", every_fourth)
+        metadata["attention.sliding_window"] = config["sliding_window"]
+    return metadata, {}
+
+
+def _seed_oss(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    _expect(config, "hidden_act", "silu")
+    _expect(config, "mlp_bias", False)
+    return _llama_like(config)
+
+
+def _exaone4(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
+    """Windows are llama.cpp's for models of 64 layers alone."""
+    _expect(config, "hidden_act", "silu")
+    metadata, tensors = _llama_like(config)
+    if config["num_hidden_layers"] == 64 and config["sliding_window"]:
+        return metadata | _windows(config), tensors
+    _expect(config, "sliding_window", None)
+    return metadata, tensors
 
 
 def _gpt_neox(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
@@ -252,5 +384,17 @@ WRITERS: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Metadata, Tensors
     "gemma3_text": ("gemma3", _gemma3),
     "phi": ("phi2", _phi),
     "phi3": ("phi3", _phi3),
+    "smollm3": ("smollm3", _smollm3),
+    "olmo2": ("olmo2", _olmo2),
+    "olmo3": ("olmo2", _olmo2),
+    "granite": ("granite", _granite),
+    "granitemoehybrid": ("granite", _granite_hybrid),
+    "glm": ("chatglm", _glm),
+    "glm4": ("glm4", _glm),
+    "ministral3": ("mistral3", _ministral3),
+    "cohere": ("command-r", _cohere),
+    "cohere2": ("cohere2", _cohere),
+    "seed_oss": ("seed_oss", _seed_oss),
+    "exaone4": ("exaone4", _exaone4),
     "t5": ("t5", _t5),
 }

@@ -73,7 +73,7 @@ def write_gguf(
       UserError: llama.cpp does not know the family, GGUF cannot express the configuration or the tokenizer, a weight
         does not fit into half precision, or the file cannot be written.
     """
-    config = source.config | (untied_config(source.config) if untied else {})
+    config = untied_config(source.config) if untied else source.config
     architecture, metadata, extra = gguf_metadata(config)
     writer = gguf.GGUFWriter(None, architecture)
     try:
@@ -81,7 +81,7 @@ def write_gguf(
             shapes = {}
             for name, array in extra.items():
                 _append(data, writer, name, array, kind)
-            for name, array in _with_head(tensors, config):
+            for name, array in as_llama_cpp_has_it(tensors, config):
                 shapes[name] = array.shape
                 _append(data, writer, *_to_gguf(architecture, config, source, name, array), kind)
             tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
@@ -107,6 +107,27 @@ def write_gguf(
     finally:
         with contextlib.suppress(OSError):  # a full disk fails again when the rest of a buffer is written
             writer.close()
+
+
+def as_llama_cpp_has_it(
+    tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]
+) -> Iterable[tuple[str, np.ndarray]]:
+    """Return the tensors, those changed that llama.cpp stores as another family's or not in one piece."""
+    if config["model_type"] == "granitemoehybrid":
+        return _as_granite(tensors)
+    return _with_head(tensors, config)
+
+
+def _as_granite(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors of a dense Granite 4 under Granite 3's names, gate and up apart."""
+    for name, array in tensors:
+        layer, _, part = name.partition(".shared_mlp.")
+        if part == "input_linear.weight":
+            gate, up = np.split(array, 2)
+            yield f"{layer}.mlp.gate_proj.weight", gate
+            yield f"{layer}.mlp.up_proj.weight", up
+        else:
+            yield (f"{layer}.mlp.down_proj.weight" if part else name), array
 
 
 def _with_head(tensors: Iterable[tuple[str, np.ndarray]], config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

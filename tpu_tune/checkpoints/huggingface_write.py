@@ -1,11 +1,13 @@
 """Writing a Hugging Face model directory: sharded safetensors, config, tokenizer files as the original's.
 
 Tensors come one at a time from a tree in torch layout; a shard is written when it is full, so that memory holds one
-shard. The directory appears whole or not at all.
+shard. Of a multimodal model the other parts come from its own files, as they are. The directory appears whole or not at
+all.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tpu_tune.checkpoints import chat_template, storage
+from tpu_tune.checkpoints import chat_template, storage, towers
 from tpu_tune.checkpoints.ends import write_closing_end
 from tpu_tune.checkpoints.weight_source import WeightSource
-from tpu_tune.models import Architecture
+from tpu_tune.models import Architecture, with_keys
 from tpu_tune.tensors import dense
 from tpu_tune.transforms import merged_tensors, unties_head
 
@@ -27,9 +29,13 @@ SHARD_BYTES = 5_000_000_000
 _CARRIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 # Those of them that stay true when tokens are added; the rest is then written from the tokenizer.
-_STILL_TRUE = ("generation_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+_STILL_TRUE = (
+    "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -46,21 +52,23 @@ def write_model(
     Args:
       directory: the directory to write; an existing one is replaced when the new one is complete.
       params: a tree, adapters and quantized leaves allowed; they are merged and dequantized.
-      source: the opened base model; its config and tokenizer files are taken over.
+      source: the opened base model; its config and tokenizer files are taken over, and what it has beside the tree's
+        tensors: the other parts of a multimodal model, each in the dtype that it has.
       architecture: the model's facts.
-      dtype: the tensors' dtype; by default the original's (float32 where the original does not say).
+      dtype: the tree's tensors' dtype; by default the original's (float32 where the original does not say).
       shard_bytes: largest shard.
 
     Raises:
       UserError: the directory cannot be written.
     """
     untied = unties_head(params, architecture.modules())
-    name = dtype or str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32").removeprefix(
-        "torch."
+    name = dtype or _stored_dtype(source.config)
+    names = towers.file_names(source, architecture)
+    trained = (
+        (names.get(tensor, tensor), value.astype(DTYPES[name]))
+        for tensor, value in tensors_with_head(params, architecture, untied)
     )
-    tensors = (
-        (tensor, value.astype(DTYPES[name])) for tensor, value in tensors_with_head(params, architecture, untied)
-    )
+    tensors = itertools.chain(trained, towers.left_aside(source, architecture))
     with storage.whole_directory(directory) as aside:
         _write_shards(aside, tensors, shard_bytes)
         write_config(aside, source, name, untied)
@@ -93,16 +101,27 @@ def write_config(directory: str, source: WeightSource, dtype: str, untied: bool 
     """Write config.json: the source's, with the tensors' dtype, without a quantization that is no longer there."""
     config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "torch_dtype")}
     config["dtype" if "torch_dtype" not in source.config else "torch_dtype"] = dtype
+    if isinstance(config.get("text_config"), Mapping):
+        text = config["text_config"]
+        config["text_config"] = {**text, **{key: dtype for key in ("dtype", "torch_dtype") if key in text}}
     if untied:
-        config |= untied_config(config)
+        config = untied_config(config)
     with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as stream:
         json.dump(config, stream, indent=2)
 
 
+def _stored_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that a config.json gives its model's tensors; of a multimodal model, its text model's may say it."""
+    nested = config.get("text_config")
+    places = [config, nested if isinstance(nested, Mapping) else {}]
+    said = [place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)]
+    return str(said[0] if said else "float32").removeprefix("torch.")
+
+
 def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what changes in a config.json where merging has untied the head, as `tensors_with_head` writes it."""
+    """Return a config.json's content where merging has untied the head, as `tensors_with_head` writes it."""
     scaling = {"scale_decoder_outputs": False} if config["model_type"] == "t5" else {}
-    return {"tie_word_embeddings": False, **scaling}
+    return with_keys(config, {"tie_word_embeddings": False, **scaling})
 
 
 def write_tokenizer(directory: str, source: WeightSource) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.models import Architecture, architecture
+from tpu_tune.models import Architecture, architecture, with_keys
+from tpu_tune.models.wrappers import spellings
 from tpu_tune.tensors import Module, QuantizedTensor
 from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths
 
@@ -112,12 +113,12 @@ def with_stored_head(source: WeightSource) -> WeightSource:
     """
     config = source.config
     try:
-        tied = architecture({**config, "tie_word_embeddings": True})
+        tied = architecture(with_keys(config, {"tie_word_embeddings": True}))
         is_tied = architecture(config).tied
     except UserError:  # whoever needs the architecture says what is wrong with it
         return source
     head, embedding = (
-        next((name for name in source.shapes if _canonical(name, {path: None}) == path), "")
+        next((name for name in source.shapes if _canonical(name, {path: None}, tied.names.tower) == path), "")
         for path in (f"{tied.names.head}.weight", f"{tied.names.embed}.weight")
     )
     own = bool(head) and not (embedding and _equal(source, head, embedding))
@@ -135,8 +136,16 @@ def with_stored_head(source: WeightSource) -> WeightSource:
             source.path,
             head,
         )
-        return dataclasses.replace(source, config={**config, "tie_word_embeddings": False})
+        return dataclasses.replace(source, config=with_keys(config, {"tie_word_embeddings": False}))
+    if tied.names.tower and not is_tied and not head and not _says_untied(config):
+        return dataclasses.replace(source, config=with_keys(config, {"tie_word_embeddings": True}))
     return source
+
+
+def _says_untied(config: Mapping[str, Any]) -> bool:
+    """Whether a multimodal config says that it has a head of its own: older ones had the text model's word for it."""
+    nested = config.get("text_config") or {}
+    return config.get("tie_word_embeddings") is False and not nested.get("tie_word_embeddings")
 
 
 def _equal(source: WeightSource, one: str, other: str) -> bool:
@@ -155,17 +164,8 @@ def check_names(source: WeightSource, architecture: Architecture) -> dict[str, s
       UserError: naming what is missing, extra or misshapen.
     """
     expected = torch_shapes(architecture)
-    held = {_canonical(name, expected): name for name in source.shapes}
-    tied = {f"{module.path}.weight" for module in architecture.modules() if module.tied_to}
+    held, extra, _ = sorted_names(source, architecture)
     missing = [name for name in expected if name not in held]
-    extra = [
-        name
-        for canonical, name in held.items()
-        if canonical not in expected
-        and canonical not in tied
-        and not canonical.endswith(_IGNORED)
-        and not (tied and canonical == "lm_head.weight")
-    ]
     if missing:
         near = difflib.get_close_matches(missing[0], extra, 1)
         hint = f" (the file has '{near[0]}')" if near else ""
@@ -181,6 +181,34 @@ def check_names(source: WeightSource, architecture: Architecture) -> dict[str, s
                 f"the config asks for {shape}"
             )
     return {name: held[name] for name in expected}
+
+
+def sorted_names(source: WeightSource, architecture: Architecture) -> tuple[dict[str, str], list[str], list[str]]:
+    """Sort a source's tensors by what they are to the architecture; nothing is checked.
+
+    Returns:
+      Expected name -> name in the file; the names that have no place in the model; and those left aside: the other
+      parts of a multimodal model, and heads that predict further tokens (`mtp.*`).
+    """
+    expected, tower = torch_shapes(architecture), architecture.names.tower
+    canonical = {name: _canonical(name, expected, tower) for name in source.shapes}
+    held = {there: name for name, there in canonical.items()}
+    tied = {f"{module.path}.weight" for module in architecture.modules() if module.tied_to}
+    # What the text part's names begin with in these files: whatever else begins so belongs to it.
+    begins = {
+        name.removesuffix(there.removeprefix(tower)) + "."
+        for name, there in canonical.items()
+        if tower and there in expected and there.startswith(f"{tower}.")
+    }
+    extra, aside = [], []
+    for name, there in canonical.items():
+        if there in expected or there in tied or (tied and there == "lm_head.weight"):
+            continue
+        if name.startswith("mtp.") or (begins and not name.startswith(tuple(begins))):
+            aside.append(name)
+        elif not there.endswith(_IGNORED):
+            extra.append(name)
+    return held, extra, aside
 
 
 def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -208,8 +236,11 @@ def _name(module: Module, path: str, layer: int | None) -> str:
     return f"{module.name(layer)}.{path.rsplit('.', 1)[1]}"
 
 
-def _canonical(name: str, expected: Mapping[str, Any]) -> str:
-    """Return the expected name for a file's: transformers 5 calls NeoX's head lm_head, base models drop a prefix."""
+def _canonical(name: str, expected: Mapping[str, Any], tower: str = "") -> str:
+    """Return the expected name for a file's: transformers 5 calls NeoX's head lm_head, base models drop a prefix.
+
+    The text part of a multimodal model, whose names begin with `tower`, may lie at another path in the files.
+    """
     if name in expected:
         return name
     if name == "lm_head.weight" and "embed_out.weight" in expected:
@@ -217,6 +248,9 @@ def _canonical(name: str, expected: Mapping[str, Any]) -> str:
     for prefix in ("model.", "gpt_neox.", "transformer.", "model.decoder."):
         if prefix + name in expected:
             return prefix + name
+    for meant in spellings(name, tower) if tower else ():
+        if meant in expected or meant == "lm_head.weight":
+            return meant
     return name
 
 

@@ -19,7 +19,7 @@ import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16, which safetensors needs
 import numpy as np
 from safetensors.numpy import load, load_file, save_file
 
-from tpu_tune.checkpoints import json_text, storage
+from tpu_tune.checkpoints import json_text, storage, tower_adapters
 from tpu_tune.checkpoints.peft_values import check_adapter_config
 from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -120,6 +120,8 @@ def adapter_config(targets: Targets, base_name: str, architecture: Architecture)
     }
     if targets.tokens:
         config["trainable_token_indices"] = _token_indices(targets)
+    if architecture.names.tower:
+        return config | tower_adapters.exact_settings(targets, architecture)
     if spec.exclude_modules:
         exclude = spec.exclude_modules
         config["exclude_modules"] = exclude if isinstance(exclude, str) else list(exclude)
@@ -264,6 +266,7 @@ def read_adapter(
     for path in [*wanted, *targets.biases]:
         trainable[path] = _read_whole(expected[path], path, take, expected[path].path in adapted)
     used |= saved_embeddings(architecture, spec, tensors).keys()
+    used |= tower_adapters.checked_left_aside(file, architecture, tensors, PREFIX, over_its_base)
     copies = (".base_layer.", ".modules_to_save.")  # the latter twice, as the embedding and as the module saved
     left = [key for key in tensors if key not in used and not any(part in key for part in copies)]
     if left:
@@ -299,6 +302,8 @@ def read_files(directory: str, architecture: Architecture) -> tuple[LoraConfig, 
         tensors = load(storage.read_bytes(file)) if storage.is_remote(file) else load_file(file)
     except Exception as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+    if architecture.names.tower:
+        return tower_adapters.as_here(spec, tensors, PREFIX, architecture)
     if any(back):
         tensors = {name.replace(*(f".{part}." for part in back)): value for name, value in tensors.items()}
     return spec, tensors

@@ -24,7 +24,7 @@ from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.models import Architecture
+from tpu_tune.models import Architecture, with_keys
 from tpu_tune.models.families.checked import MOST_TOKENS
 from tpu_tune.models.values import check, mapping, whole
 from tpu_tune.tensors import QuantizedTensor
@@ -187,10 +187,4 @@ def _read(source: WeightSource, growing: frozenset[str], fresh: Sequence[int], s
 
 def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Return a config.json's content with another vocab_size, also where the text model's is one of several."""
-    changed = {**config, "vocab_size": size}
-    nested = config.get("text_config")
-    if isinstance(nested, Mapping) and "vocab_size" in nested:
-        changed["text_config"] = {**nested, "vocab_size": size}
-        if "vocab_size" not in config:
-            del changed["vocab_size"]
-    return changed
+    return with_keys(config, {"vocab_size": size})

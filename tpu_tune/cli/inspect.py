@@ -42,6 +42,10 @@ def run(options: argparse.Namespace) -> int:
         note = f"uses the weight of {module['tied_to']}" if module["tied_to"] else module["role"]
         shape = " x ".join(map(str, module["shape"])) + (" + bias" if module["bias"] else "")
         print(f"  {module['name']:<44} {shape:<20} {layers:<5} {note}")
+    if facts["left_aside"]:
+        print("left aside, and passed on unchanged by a merged export:")
+    for part, size in facts["left_aside"].items():
+        print(f"  {part}: {size['tensors']:,} tensors, {size['parameters']:,} parameters")
     lora = facts["lora"]
     print("this LoRA configuration would train:")
     for target in lora["targets"]:

@@ -45,6 +45,7 @@ class CardFacts:
       summary: the content of summary.json, {} where there is none: `data`, `trainable_parameters`.
       license: keys of the front matter, {} where nothing is known.
       encoder_decoder: whether the model is one.
+      multimodal: whether it is the text part of a multimodal model, whose class is another one in transformers.
       added_tokens: whether the vocabulary was grown.
       own_tokenizer: whether a tokenizer stands beside the result: it is not the base's, or has another template.
       has_curves: whether curves.png lies beside the card.
@@ -63,6 +64,7 @@ class CardFacts:
     summary: Mapping[str, Any] = field(default_factory=dict)
     license: Mapping[str, str] = field(default_factory=dict)
     encoder_decoder: bool = False
+    multimodal: bool = False
     added_tokens: bool = False
     own_tokenizer: bool = False
     has_curves: bool = False
@@ -269,7 +271,8 @@ def _evaluation(facts: CardFacts) -> str:
 def _snippets(facts: CardFacts) -> list[str]:
     if facts.form == "gguf":
         return _gguf_snippets(facts)
-    kind = "AutoModelForSeq2SeqLM" if facts.encoder_decoder else "AutoModelForCausalLM"
+    kind = "AutoModelForImageTextToText" if facts.multimodal else "AutoModelForCausalLM"
+    kind = "AutoModelForSeq2SeqLM" if facts.encoder_decoder else kind
     revision = f", revision={facts.revision!r}" if facts.revision else ""
     use = _torch_use(facts)
     fetched = f"snapshot_download({facts.repo!r}{revision})"

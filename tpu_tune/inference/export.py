@@ -21,6 +21,7 @@ from tpu_tune.checkpoints.huggingface_write import tensors_with_head, write_mode
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
+from tpu_tune.checkpoints.towers import as_text_model, text_names
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
@@ -97,11 +98,12 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
         raise UserError(f"--output is {output}; a GGUF file's name ends with .gguf")
     _check_output(output)
     source, arch, load_tree = _trained(directory, config, step)
-    check_family(source.config)
+    text = as_text_model(source)  # llama.cpp has the other parts of a multimodal model in a file of their own
+    check_family(text.config)
 
     def write(params: dict[str, Any]) -> None:
         untied = unties_head(params, arch.modules())
-        write_gguf(output, tensors_with_head(params, arch, untied), source, kind, untied)
+        write_gguf(output, text_names(tensors_with_head(params, arch, untied), arch), text, kind, untied)
 
     return _written_and_measured(output, arch, load_tree, base, write)
 

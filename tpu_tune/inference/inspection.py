@@ -7,6 +7,7 @@ from typing import Any
 
 from tpu_tune.checkpoints.params import open_architecture
 from tpu_tune.checkpoints.source import open_source
+from tpu_tune.checkpoints.towers import parts_left_aside
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraConfig, find_targets
@@ -40,7 +41,8 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
     Returns:
       `family`, `hidden_size`, `num_layers` (of an encoder-decoder the decoder's, beside `num_encoder_layers`),
       `num_heads`, `num_kv_heads`, `vocab_size`, `parameters`, `modules` (a list of `name`, `shape` (in, out), `layers`,
-      `kind`, `role`, `tied_to`, `bias`), and `lora`: `targets`, `trainable`, `all`.
+      `kind`, `role`, `tied_to`, `bias`), `left_aside` (part -> `tensors` and `parameters` of what lies beside the text
+      model), and `lora`: `targets`, `trainable`, `all`.
     """
     source = open_source(path)
     arch = open_architecture(source)
@@ -62,6 +64,7 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
         "vocab_size": arch.vocab_size,
         "parameters": total,
         "modules": [_describe(arch, module) for module in arch.modules()],
+        "left_aside": parts_left_aside(source, arch),
         "lora": {
             "targets": [
                 {"name": t.module.path, "layers": len(t.layers) or 1, "rank": t.rank, "trainable": t.num_parameters}

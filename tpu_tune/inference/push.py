@@ -20,12 +20,14 @@ from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.run_directory import RunDirectory
+from tpu_tune.checkpoints.tower_adapters import names_a_tower
 from tpu_tune.checkpoints.vocabulary import RECORD
 from tpu_tune.errors import UserError
 from tpu_tune.inference import export
 from tpu_tune.inference.card import CardFacts, model_card
 from tpu_tune.inference.public_names import base_of, is_hub_id, scrubbed_json
 from tpu_tune.inference.run_result import Step, find_step, result_of
+from tpu_tune.models import WRAPPERS
 
 _SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")  # a token has 34 letters and digits
 _TOKENS_AT = "https://huggingface.co/settings/tokens"
@@ -152,6 +154,7 @@ def prepared(run: str, request: PushRequest) -> Iterator[tuple[list[File], dict[
         directory.summary(),
         license={"license": request.license} if request.license else base.license,
         encoder_decoder=_is_encoder_decoder(result),
+        multimodal=_is_multimodal(result),
         added_tokens=storage.exists(os.path.join(result, RECORD)),
         own_tokenizer=storage.exists(os.path.join(result, "tokenizer_config.json")),
         has_curves=bool(beside),
@@ -282,10 +285,20 @@ def _files(directory: str, base: Any) -> list[File]:
 
 
 def _is_encoder_decoder(result: str) -> bool:
-    for name, key, value in (("adapter_config.json", "task_type", "SEQ_2_SEQ_LM"), ("config.json", "model_type", "t5")):
-        try:
-            if json_text.loads(storage.read_bytes(os.path.join(result, name))).get(key) == value:
-                return True
-        except (OSError, ValueError, AttributeError):
-            continue
-    return False
+    return _settings(result, "adapter_config.json").get("task_type") == "SEQ_2_SEQ_LM" or (
+        _settings(result, "config.json").get("model_type") == "t5"
+    )
+
+
+def _is_multimodal(result: str) -> bool:
+    targets = _settings(result, "adapter_config.json").get("target_modules") or ""
+    return names_a_tower(targets) or _settings(result, "config.json").get("model_type") in WRAPPERS
+
+
+def _settings(result: str, name: str) -> dict[str, Any]:
+    """A JSON file of a result; empty where there is none that can be read."""
+    try:
+        content = json_text.loads(storage.read_bytes(os.path.join(result, name)))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

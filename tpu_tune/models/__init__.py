@@ -6,9 +6,11 @@ from tpu_tune.models.families import FAMILIES, architecture
 from tpu_tune.models.layers import apply_head
 from tpu_tune.models.rope import Rope
 from tpu_tune.models.scan import Execution
+from tpu_tune.models.wrappers import WRAPPERS, text_config, with_keys
 
 __all__ = [
     "FAMILIES",
+    "WRAPPERS",
     "Architecture",
     "Cache",
     "Decoder",
@@ -23,4 +25,6 @@ __all__ = [
     "check_length",
     "empty_cache",
     "encode",
+    "text_config",
+    "with_keys",
 ]

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from tpu_tune.errors import UserError
@@ -15,6 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -24,7 +26,7 @@ def check_activation(name: str) -> str:
     Raises:
       UserError: it is not known.
     """
-    known = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
+    known = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
     known |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
     if name not in known:
         raise UserError(f"activation '{name}' is not known; the known ones are {', '.join(sorted(known))}")

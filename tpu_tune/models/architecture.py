@@ -25,7 +25,9 @@ class LayerNames:
     Fused projections stand under `qkv` and `gate_up` instead of `q`, `k`, `v` and `gate`, `up`.
 
     Attributes:
-      mlp_norm: "" where the MLP reads what the attention reads (one norm for both).
+      attention_norm: "" where the attention reads the layer's input as it is.
+      mlp_norm: "" where the MLP reads what the attention reads (one norm for both, under `residual="parallel"`), or the
+        sum as it is.
       attention_out_norm, mlp_out_norm: applied to the output of attention and MLP, before it is added.
       cross_norm, cross_q, cross_k, cross_v, cross_o: modules of the attention to an encoder.
     """
@@ -61,6 +63,8 @@ class Names:
       positions: learned embedding of absolute positions.
       project_in, project_out: projections between the embedding's width and the hidden one.
       relative_bias: learned embedding of relative positions, added to the scores of every layer.
+      embed_norm: norm of the embedding's rows, before the first layer.
+      tower: path of the text model in a multimodal model's class (see `wrappers.py`); "" where it is a model by itself.
     """
 
     embed: str
@@ -71,6 +75,8 @@ class Names:
     project_in: str = ""
     project_out: str = ""
     relative_bias: str = ""
+    embed_norm: str = ""
+    tower: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +118,22 @@ class Architecture:
       names: which Hugging Face module plays which role, outside the layers.
       layer_kinds: one entry a layer, with the names inside it.
       norm: rms (no mean, no bias) or layer (both).
+      norm_bias: whether LayerNorms have a bias.
+      norm_weights: whether norms have weights at all.
       norm_offset: number added to the stored weights of norms.
+      qk_norm: whether the norms of q and k are over each head or over the whole projection.
+      qk_norm_last: whether they come after the rotary embedding.
       norm_first: whether attention and MLP read normed states (else the sums are normed).
       activation: name of the MLP's nonlinearity, see `check_activation`.
       fused_heads: whether the file's fused q, k, v are ordered head by head, [q k v] of each in turn (GPT-NeoX), not
         q|k|v.
       fan_in_fan_out: whether the file holds the layers' matrices as (in, out) (GPT-2's Conv1D).
       residual: sequential (attention, then MLP on its result) or parallel (both read the layer's input).
+      residual_scale: factor on what attention and MLP add.
       tied: whether the head uses the embedding's weight.
       embed_size: width of the embedding where `project_in` and `project_out` stand between; 0: the hidden size.
       embed_scale: factor on the embedding's rows.
+      input_scale: factor on what the first layer reads, after noise on the embedding's rows (NEFTune).
       head_scale: factor on the hidden states that the head reads.
       attention_scale: factor on the scores; None: head_dim ** -0.5.
       attention_soft_cap, logit_soft_cap: c in c * tanh(x / c), on scores and logits; None for none.
@@ -145,12 +157,17 @@ class Architecture:
     layer_kinds: tuple[LayerKind, ...]
     norm_eps: float
     norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = True
+    norm_weights: bool = True
     norm_offset: float = 0.0
+    qk_norm: Literal["head", "projection"] = "head"
+    qk_norm_last: bool = False
     norm_first: bool = True
     activation: str = "silu"
     fused_heads: bool = False
     fan_in_fan_out: bool = False
     residual: Literal["sequential", "parallel"] = "sequential"
+    residual_scale: float = 1.0
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -158,6 +175,7 @@ class Architecture:
     tied: bool = False
     embed_size: int = 0
     embed_scale: float = 1.0
+    input_scale: float = 1.0
     head_scale: float = 1.0
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
@@ -186,6 +204,11 @@ class Architecture:
         return layer_groups([(kind.names, kind.intermediate_size) for kind in self.layer_kinds])
 
     @property
+    def has_norm_bias(self) -> bool:
+        """Whether its norms have a bias."""
+        return self.norm == "layer" and self.norm_bias and self.norm_weights
+
+    @property
     def has_cross_attention(self) -> bool:
         """Whether its layers attend to an encoder."""
         return any(kind.names.cross_q for kind in self.kinds)
@@ -194,7 +217,6 @@ class Architecture:
         """List the modules of the parameter tree in the order of the forward pass."""
         names, width, vocabulary = self.names, self.hidden_size, self.vocab_size
         embed_size = self.embed_size or width
-        norm_bias = self.norm == "layer"
         modules = self.encoder.modules() if self.encoder else []
 
         def single(name: str, *facts: Any, **more: Any) -> None:
@@ -213,7 +235,8 @@ class Architecture:
             shape = (self.relative.buckets, self.num_heads)
             single(names.relative_bias, "embedding", shape, (None, None), decay=False)
         modules += self._layered_modules()
-        single(names.final_norm, "norm", (width,), (None,), norm_bias)
+        if self.norm_weights:
+            single(names.final_norm, "norm", (width,), (None,), self.has_norm_bias)
         single(names.project_out, "linear", (width, embed_size), ("embed", "mlp"))
         tied = names.embed if self.tied else ""
         single(
@@ -266,8 +289,8 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     modules = []
 
     def norm(name: str, size: int = width) -> None:
-        if name:
-            modules.append(Module(name, "norm", (size,), (None,), arch.norm == "layer"))
+        if name and arch.norm_weights:
+            modules.append(Module(name, "norm", (size,), (None,), arch.has_norm_bias))
 
     def linear(name: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool, **facts: Any) -> None:
         if name:
@@ -282,8 +305,9 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     unit = qkv_width // arch.num_kv_heads
     linear(names.qkv, (width, qkv_width), ("embed", "heads"), arch.qkv_bias, segments=segments, unit=unit)
     attention(names.q, names.k, names.v)
-    norm(names.q_norm, arch.head_dim)
-    norm(names.k_norm, arch.head_dim)
+    whole = arch.qk_norm == "projection"
+    norm(names.q_norm, q_width if whole else arch.head_dim)
+    norm(names.k_norm, kv_width if whole else arch.head_dim)
     linear(names.o, (q_width, width), ("heads", "embed"), arch.o_bias)
     norm(names.attention_out_norm)
     norm(names.cross_norm)

@@ -170,8 +170,7 @@ class Decoder(nnx.Module):
             context = dataclasses.replace(context, encoder=(hidden, layout))
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
         x, past = run_layers(arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past)
-        if names.final_norm:
-            x = norm(arch, self.outside.at(names.final_norm), x)
+        x = norm(arch, self.outside, names.final_norm, x)
         if names.project_out:
             x = linear(self.outside.at(names.project_out), x)
         if cache is None:
@@ -185,6 +184,9 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(arch.embed_scale, dtype)
         if on_embeddings is not None:
             x = on_embeddings(x)
+        if arch.input_scale != 1.0:
+            x = x * jnp.asarray(arch.input_scale, dtype)
+        x = norm(arch, self.outside, names.embed_norm, x)
         if names.project_in:
             x = linear(self.outside.at(names.project_in), x)
         if names.positions:

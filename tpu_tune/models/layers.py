@@ -60,7 +60,7 @@ class LayerContext:
 
     Attributes:
       layout: indices and segments of queries and keys.
-      angles: cosines and sines of each rotary embedding.
+      angles: what each rotary embedding turns the tokens by.
       implementation: name of attention's implementation, see `kernels.attention`.
       mesh: the devices, for attention's kernels; None on one device.
       bias: learned bias on the scores, from relative positions; None without one.
@@ -71,7 +71,7 @@ class LayerContext:
     """
 
     layout: TokenLayout
-    angles: Mapping[rotary.Rope, tuple[Array, Array]]
+    angles: Mapping[rotary.Rope, rotary.Angles]
     implementation: str
     mesh: Mesh | None = None
     bias: Bias | None = None
@@ -161,7 +161,11 @@ class Layer:
 
         def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
             if kind.rope is not None:
-                q, k = (rotary.rotate(part, kind.rope, *context.angles[kind.rope]) for part in (q, k))
+                angles = context.angles[kind.rope]
+                q, k = (rotary.rotate(part, kind.rope, angles) for part in (q, k))
+                q = rotary.scale_queries(q, angles)
+            if arch.qk_norm_last:
+                q, k = _normed_queries_keys(self, Branch(self.leaves), q, k)
             entry = None
             if past is not None:
                 k, v = (
@@ -209,7 +213,7 @@ def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array]:
     heads, groups, size = arch.num_heads, arch.num_kv_heads, arch.head_dim
     batch, length, _ = x.shape
     if arch.norm_first:
-        x = norm(arch, weights.at(names.attention_norm), x)
+        x = norm(arch, weights, names.attention_norm, x)
     if names.qkv:  # in the tree, fused columns lie group by group: see `Module.from_torch`
         fused = linear(weights.at(names.qkv), x).reshape(batch, length, groups, heads // groups + 2, size)
         q, k, v = fused[:, :, :, :-2].reshape(batch, length, heads, size), fused[:, :, :, -2], fused[:, :, :, -1]
@@ -217,15 +221,23 @@ def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array]:
         q = linear(weights.at(names.q), x).reshape(batch, length, heads, size)
         k = linear(weights.at(names.k), x).reshape(batch, length, groups, size)
         v = linear(weights.at(names.v), x).reshape(batch, length, groups, size)
-    if names.q_norm:
-        q, k = norm(arch, weights.at(names.q_norm), q), norm(arch, weights.at(names.k_norm), k)
+    if not arch.qk_norm_last:
+        q, k = _normed_queries_keys(layer, weights, q, k)
     return q, k, v
+
+
+def _normed_queries_keys(layer: Layer, weights: Branch, q: Array, k: Array) -> tuple[Array, Array]:
+    """Return queries (B, T, H, D) and keys (B, T, K, D), normed where the layer norms them."""
+    arch, names = layer.arch, layer.names
+    whole = lambda part: part.reshape(*part.shape[:2], -1) if arch.qk_norm == "projection" else part  # noqa: E731
+    normed = (norm(arch, weights, name, whole(part)) for name, part in ((names.q_norm, q), (names.k_norm, k)))
+    return tuple(part.reshape(before.shape) for part, before in zip(normed, (q, k), strict=True))
 
 
 def _cross_queries(layer: Layer, weights: Branch, x: Array) -> Array:
     """Return the queries (B, T, H, D) to an encoder's output."""
     arch, names = layer.arch, layer.names
-    q = linear(weights.at(names.cross_q), norm(arch, weights.at(names.cross_norm), x))
+    q = linear(weights.at(names.cross_q), norm(arch, weights, names.cross_norm, x))
     return q.reshape(*q.shape[:2], arch.num_heads, arch.head_dim)
 
 
@@ -234,10 +246,8 @@ def _add_attention(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -
     arch, names, (x, attended) = layer.arch, layer.names, tokens
     attended = linear(weights.at(names.o), attended)
     if not arch.norm_first:
-        return norm(arch, weights.at(names.attention_norm), x + attended)
-    if names.attention_out_norm:
-        attended = norm(arch, weights.at(names.attention_out_norm), attended)
-    return x + attended
+        return norm(arch, weights, names.attention_norm, x + attended)
+    return x + _update(arch, norm(arch, weights, names.attention_out_norm, attended))
 
 
 def _add_cross_attention(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:
@@ -249,9 +259,14 @@ def _add_mlp(layer: Layer, weights: Branch, x: Array) -> Array:
     """Return x plus its MLP; the sum is normed where norms follow."""
     arch, names = layer.arch, layer.names
     if not arch.norm_first:
-        return norm(arch, weights.at(names.mlp_norm), x + _mlp(layer, weights, x))
-    update = _mlp(layer, weights, norm(arch, weights.at(names.mlp_norm), x))
-    return x + (norm(arch, weights.at(names.mlp_out_norm), update) if names.mlp_out_norm else update)
+        return norm(arch, weights, names.mlp_norm, x + _mlp(layer, weights, x))
+    update = _mlp(layer, weights, norm(arch, weights, names.mlp_norm, x))
+    return x + _update(arch, norm(arch, weights, names.mlp_out_norm, update))
+
+
+def _update(arch: Architecture, update: Array) -> Array:
+    """Return what is added to the residual stream."""
+    return update if arch.residual_scale == 1.0 else update * jnp.asarray(arch.residual_scale, update.dtype)
 
 
 def _add_attention_then_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:
@@ -259,8 +274,8 @@ def _add_attention_then_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, 
 
 
 def _add_attention_and_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:
-    normed = norm(layer.arch, weights.at(layer.names.mlp_norm or layer.names.attention_norm), tokens[0])
-    return _add_attention(layer, weights, tokens) + _mlp(layer, weights, normed)
+    normed = norm(layer.arch, weights, layer.names.mlp_norm or layer.names.attention_norm, tokens[0])
+    return _add_attention(layer, weights, tokens) + _update(layer.arch, _mlp(layer, weights, normed))
 
 
 def _mlp(layer: Layer, weights: Branch, x: Array) -> Array:
@@ -285,18 +300,23 @@ def linear(module: Branch, x: Array) -> Array:
     return y if bias is None else y + dense(bias).astype(y.dtype)
 
 
-def norm(arch: Architecture, module: Branch, x: Array) -> Array:
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) in float32.
+def norm(arch: Architecture, weights: Branch, name: str, x: Array) -> Array:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) in float32; x itself where `name` is "".
 
     RMSNorm casts to the dtype of x, then scales; LayerNorm, and RMSNorm with an offset (Gemma), scale first: as
     Hugging Face does.
     """
+    if not name:
+        return x
     wide = x.astype(jnp.float32)
     if arch.norm == "layer":
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + arch.norm_eps)
+    if not arch.norm_weights:
+        return normed.astype(x.dtype)
+    module = weights.at(name)
     weight, bias = dense(module.leaf("weight")), module.leaf("bias")
-    if bias is None and not arch.norm_offset:
+    if arch.norm == "rms" and not arch.norm_offset:
         return weight.astype(x.dtype) * normed.astype(x.dtype)
     scaled = (weight + arch.norm_offset) * normed
     return (scaled if bias is None else scaled + dense(bias)).astype(x.dtype)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints.huggingface import open_huggingface, read_config
 from tpu_tune.checkpoints.source import open_source
+from tpu_tune.checkpoints.vocabulary import with_vocabulary
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture, check_length
 from tpu_tune.planning.presets import PRESETS
@@ -29,13 +29,9 @@ def model_config(config: ConfigDict) -> dict[str, Any]:
     path = config.model.path
     content = _read(path)
     added = len(config.model.add_special_tokens)
-    if added:
-        text_config = content.get("text_config")
-        vocab_size = content.get("vocab_size", (text_config or {}).get("vocab_size", 0)) + added
-        content = {**content, "vocab_size": vocab_size}
-        if isinstance(text_config, Mapping):
-            content["text_config"] = {**text_config, "vocab_size": vocab_size}
     try:
+        if added:
+            content = with_vocabulary(content, architecture(content).vocab_size + added)
         check_length(architecture(content), config.data.max_length)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

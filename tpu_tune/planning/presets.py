@@ -120,6 +120,14 @@ def _gemma3(width: int, inner: int, layers: int, heads: int, kv_heads: int, wind
     return _gemma("gemma3_text", width, inner, layers, heads, kv_heads, **{**sizes, **changes})
 
 
+def _gemma3_multimodal(width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
+    """Their text models: the vision tower is neither loaded nor trained."""
+    sizes = {"vocab_size": 262208, "max_position_embeddings": 131072, **changes}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    text = _gemma3(width, inner, layers, heads, kv_heads, 1024, rope_scaling=scaling, **sizes)
+    return {"model_type": "gemma3", "text_config": text}
+
+
 def _phi3(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, window: int | None) -> Config:
     return _llama(
         width,
@@ -134,6 +142,24 @@ def _phi3(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocab:
         original_max_position_embeddings=4096,
         sliding_window=window,
     )
+
+
+def _granite(attention: float, logits: float) -> Config:
+    return {
+        "max_position_embeddings": 131072,
+        "rope_theta": 10000000.0,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": attention,
+        "residual_multiplier": 0.22,
+        "logits_scaling": logits,
+        "tie_word_embeddings": True,
+    }
+
+
+def _ministral3(width: int, inner: int, layers: int, **changes: Any) -> Config:
+    """The text model, without the vision tower; its rotary settings are the family's own."""
+    sizes = {"vocab_size": 131072, "head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5}
+    return _llama(width, inner, layers, 32, 8, model_type="ministral3", **sizes, **changes)
 
 
 def _t5(width: int, inner: int, layers: int, heads: int, head_dim: int, gated: bool) -> Config:
@@ -228,17 +254,9 @@ PRESETS: dict[str, Config] = {
     "gemma-2-9b": _gemma("gemma2", 3584, 14336, 42, 16, 8, query_pre_attn_scalar=256, sliding_window=4096),
     "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, 512),
     "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, 512),
-    "gemma-3-4b-text": _gemma3(
-        2560,
-        10240,
-        34,
-        8,
-        4,
-        1024,
-        vocab_size=262208,
-        max_position_embeddings=131072,
-        rope_scaling={"rope_type": "linear", "factor": 8.0},
-    ),
+    "gemma-3-4b": _gemma3_multimodal(2560, 10240, 34, 8, 4),
+    "gemma-3-12b": _gemma3_multimodal(3840, 15360, 48, 16, 8),
+    "gemma-3-27b": _gemma3_multimodal(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),
     # Phi (arXiv:2309.05463, arXiv:2404.14219)
     "phi-2": _llama(
         2560,
@@ -253,6 +271,97 @@ PRESETS: dict[str, Config] = {
     ),
     "phi-3-mini": _phi3(3072, 8192, 32, 32, 32, 32064, 2047),
     "phi-3-medium": _phi3(5120, 17920, 40, 40, 10, 32064, 2047),
+    # Families that differ from Llama in a fact or two
+    "smollm3-3b": _llama(
+        2048,
+        11008,
+        36,
+        16,
+        4,
+        model_type="smollm3",
+        vocab_size=128256,
+        max_position_embeddings=65536,
+        rope_theta=5000000.0,
+        tie_word_embeddings=True,
+    ),
+    "olmo-2-7b": _llama(
+        4096, 11008, 32, 32, model_type="olmo2", vocab_size=100352, max_position_embeddings=4096, rope_theta=500000.0
+    ),
+    "olmo-3-7b": _llama(
+        4096,
+        11008,
+        32,
+        32,
+        model_type="olmo3",
+        vocab_size=100278,
+        max_position_embeddings=65536,
+        rope_theta=500000.0,
+        rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
+        sliding_window=4096,
+    ),
+    "granite-3.3-8b": _llama(
+        4096, 12800, 40, 32, 8, model_type="granite", vocab_size=49159, **_granite(0.0078125, 16.0)
+    ),
+    "granite-4.0-micro": _llama(
+        2560,
+        8192,
+        40,
+        40,
+        8,
+        model_type="granitemoehybrid",
+        vocab_size=100352,
+        shared_intermediate_size=8192,
+        num_local_experts=0,
+        layer_types=["attention"] * 40,
+        position_embedding_type="rope",
+        **_granite(0.015625, 10.0),
+    ),
+    "ministral-3-3b": _ministral3(3072, 9216, 26, tie_word_embeddings=True),
+    "ministral-3-8b": _ministral3(4096, 14336, 34),
+    "command-r7b": _llama(
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        model_type="cohere2",
+        vocab_size=256000,
+        max_position_embeddings=132096,
+        rope_theta=50000.0,
+        layer_norm_eps=1e-5,
+        logit_scale=0.25,
+        sliding_window=4096,
+        tie_word_embeddings=True,
+    ),
+    "seed-oss-36b": _llama(
+        5120,
+        27648,
+        64,
+        80,
+        8,
+        model_type="seed_oss",
+        vocab_size=155136,
+        head_dim=128,
+        max_position_embeddings=524288,
+        rope_theta=10000000.0,
+        attention_bias=True,
+    ),
+    "exaone-4-32b": _llama(
+        5120,
+        27392,
+        64,
+        40,
+        8,
+        model_type="exaone4",
+        vocab_size=102400,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_theta=1000000.0,
+        rope_scaling=_llama31(16.0)["rope_scaling"],
+        sliding_window=4096,
+        sliding_window_pattern="LLLG",
+    ),
+    "nanochat-d20": _llama(1280, 5120, 20, 10, model_type="nanochat", vocab_size=65536, hidden_act="relu2"),
     # T5 1.0 and FLAN-T5 (arXiv:1910.10683, arXiv:2210.11416)
     "t5-small": _t5(512, 2048, 6, 8, 64, gated=False),
     "flan-t5-base": _t5(768, 2048, 12, 12, 64, gated=True),

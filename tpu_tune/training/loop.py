@@ -23,6 +23,7 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.run_checkpoints import RunCheckpoints
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
+from tpu_tune.checkpoints.towers import parts_left_aside
 from tpu_tune.data import Datasets, PackedRows, PairRows, prefetch
 from tpu_tune.errors import UserError
 from tpu_tune.training import arithmetic, distributed, evaluation, loggers, plateau, run_start, summary, too_little
@@ -304,6 +305,8 @@ def _introduce(session: Session, say: Callable[[str], None]) -> None:
     model, data = session.model, session.data
     family, devices = model.architecture.family, summary.devices(model.mesh)
     say(f"model: {session.config.model.path} ({family}), loaded in {session.load_seconds:.1f} s on {devices}")
+    if aside := parts_left_aside(model.source, model.architecture):
+        say(f"only its text model is loaded; left aside, and unchanged: {', '.join(aside)}")
     say(arithmetic.trainable_words(model.num_trainable, model.num_parameters))
     say(_data_line(data))
     say(arithmetic.words(session.length, len(data.train.documents) > len(data.train)))

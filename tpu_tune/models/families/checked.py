@@ -26,11 +26,20 @@ KINDS = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), _LAYERS),
     "num_decoder_layers": _LAYERS | NOTHING,
     "max_window_layers": whole(0, MOST_LAYERS) | NOTHING,
-    "sliding_window_pattern": whole(1, MOST_LAYERS) | NOTHING,
+    "sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING,  # EXAONE 4: LLLG
+    "no_rope_layer_interval": whole(1, MOST_LAYERS),
+    "no_rope_layers": listing(FLAG) | NOTHING,
+    **dict.fromkeys(
+        ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), whole(0, MOST_WIDE) | NOTHING),
+    "position_embedding_type": TEXT | NOTHING,
     **dict.fromkeys(
         (
             "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_head", "ffn_dim", "d_model",
-            "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance",
+            "d_kv", "d_ff", "num_heads", "shared_intermediate_size", "relative_attention_num_buckets",
+            "relative_attention_max_distance",
         ),
         _WIDTH,
     ),
@@ -47,7 +56,8 @@ KINDS = {
             "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_parallel_residual",
             "qk_layernorm", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
             "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine",
-            "use_bidirectional_attention", "scale_decoder_outputs", "is_encoder_decoder",
+            "use_bidirectional_attention", "scale_decoder_outputs", "is_encoder_decoder", "attention_out_bias",
+            "use_qk_norm",
         ),
         FLAG | NOTHING,
     ),
@@ -55,7 +65,7 @@ KINDS = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN),
     "eos_token_id": _TOKEN | listing(whole(0, MOST_TOKENS)),
     "decoder_start_token_id": whole(0, MOST_TOKENS) | NOTHING,
-    "layer_types": listing(one_of("full_attention", "sliding_attention")) | NOTHING,
+    "layer_types": listing(one_of("full_attention", "sliding_attention", "attention")) | NOTHING,
     **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), OBJECT | NOTHING),
 }  # fmt: skip
 
@@ -66,6 +76,9 @@ _ROPE_KINDS = {
     "original_max_position_embeddings": _POSITIONS | NOTHING,
     **dict.fromkeys(("factor", "attention_factor"), _FACTOR),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor"), _POSITIVE),
+    **dict.fromkeys(("beta_fast", "beta_slow"), _FACTOR),
+    **dict.fromkeys(("mscale", "mscale_all_dim", "llama_4_scaling_beta"), number(0, 1e9) | NOTHING),
+    "truncate": FLAG,
     **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
 }
 

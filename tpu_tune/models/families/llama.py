@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpu_tune.models import rope
@@ -38,9 +38,9 @@ _QWEN3 = {**_QWEN2, "head_dim": 128}
 def llama(config: Mapping[str, Any]) -> Architecture:
     """Llama (arXiv:2302.13971, arXiv:2307.09288, arXiv:2407.21783)."""
     config = {**_LLAMA, **config}
-    return _architecture(
+    return like_llama(
         config,
-        windows=[None] * config["num_hidden_layers"],
+        same_layers(config),
         qkv_bias=bool(config.get("attention_bias", False)),
         o_bias=bool(config.get("attention_bias", False)),
         mlp_bias=bool(config.get("mlp_bias", False)),
@@ -50,13 +50,13 @@ def llama(config: Mapping[str, Any]) -> Architecture:
 def mistral(config: Mapping[str, Any]) -> Architecture:
     """Mistral 7B (arXiv:2310.06825): Llama with a sliding window."""
     config = {**_MISTRAL, **config}
-    return _architecture(config, windows=[config["sliding_window"]] * config["num_hidden_layers"])
+    return like_llama(config, same_layers(config, config["sliding_window"]))
 
 
 def qwen2(config: Mapping[str, Any]) -> Architecture:
     """Qwen2 (arXiv:2407.10671): biases on q, k and v, a window on the upper layers where the config turns it on."""
     config = {**_QWEN2, **config}
-    return _architecture(config, windows=_qwen_windows(config), qkv_bias=True)
+    return like_llama(config, _qwen_layers(config, LAYER_NAMES), qkv_bias=True)
 
 
 def qwen3(config: Mapping[str, Any]) -> Architecture:
@@ -64,24 +64,46 @@ def qwen3(config: Mapping[str, Any]) -> Architecture:
     config = {**_QWEN3, **config}
     names = dataclasses.replace(LAYER_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
     bias = bool(config.get("attention_bias", False))
-    return _architecture(config, windows=_qwen_windows(config), layer_names=names, qkv_bias=bias, o_bias=bias)
+    return like_llama(config, _qwen_layers(config, names), qkv_bias=bias, o_bias=bias)
 
 
-def _qwen_windows(config: Mapping[str, Any]) -> list[int | None]:
+def _qwen_layers(config: Mapping[str, Any], names: LayerNames) -> list[LayerKind]:
     layers = config["num_hidden_layers"]
     window = config["sliding_window"] if config.get("use_sliding_window") else None
     kinds = config.get("layer_types")
     if kinds:
-        return [window if kind == "sliding_attention" else None for kind in kinds]
-    return [window if layer >= config["max_window_layers"] else None for layer in range(layers)]
+        windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    else:
+        windows = [window if layer >= config["max_window_layers"] else None for layer in range(layers)]
+    rotary = rope.from_config(config, head_dim_of(config))
+    return [LayerKind(names, window, rotary) for window in windows]
 
 
-def _architecture(
-    config: Mapping[str, Any], windows: list[int | None], layer_names: LayerNames = LAYER_NAMES, **facts: Any
-) -> Architecture:
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Return the size of a head."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def same_layers(
+    config: Mapping[str, Any],
+    window: int | None = None,
+    names: LayerNames = LAYER_NAMES,
+    rotary: rope.Rope | None = None,
+) -> list[LayerKind]:
+    """Return the kinds of layers of a model whose layers are all alike; `rotary` by default as the config says."""
+    kind = LayerKind(names, window, rotary or rope.from_config(config, head_dim_of(config)))
+    return [kind] * config["num_hidden_layers"]
+
+
+def like_llama(config: Mapping[str, Any], kinds: Sequence[LayerKind], **facts: Any) -> Architecture:
+    """Return the architecture of a family that names and stores its parts as Llama does.
+
+    Args:
+      config: content of config.json, with the family's defaults.
+      kinds: one entry a layer.
+      facts: what else the family does not share with Llama.
+    """
     heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rotary = rope.from_config(config, head_dim)
     return Architecture(
         family=config["model_type"],
         names=NAMES,
@@ -90,11 +112,10 @@ def _architecture(
         intermediate_size=config["intermediate_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        layer_kinds=tuple(LayerKind(layer_names, window, rotary) for window in windows),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        head_dim=head_dim_of(config),
+        layer_kinds=tuple(kinds),
         activation=check_activation(config.get("hidden_act", "silu")),
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=config.get("max_position_embeddings", 0),
-        **facts,
+        **{"norm_eps": config.get("rms_norm_eps", 1e-6), **facts},
     )

@@ -26,7 +26,7 @@ def phi(config: Mapping[str, Any]) -> Architecture:
     names = _PHI
     if config.get("qk_layernorm"):
         names = dataclasses.replace(names, q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm")
-    rotary = rope.from_config(config, int(head_dim * _partial(config, 0.5)))
+    rotary = rope.from_config(config, int(head_dim * rope.partial_factor(config, 0.5)))
     return Architecture(
         family=config["model_type"],
         names=_PHI_NAMES,
@@ -56,7 +56,7 @@ def phi3(config: Mapping[str, Any]) -> Architecture:
     config = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, **config}
     heads = config["num_attention_heads"]
     head_dim = config["hidden_size"] // heads
-    rotary = rope.from_config(config, int(head_dim * _partial(config, 1.0)))
+    rotary = rope.from_config(config, int(head_dim * rope.partial_factor(config)))
     return Architecture(
         family=config["model_type"],
         names=NAMES,
@@ -73,8 +73,3 @@ def phi3(config: Mapping[str, Any]) -> Architecture:
         max_positions=config["max_position_embeddings"],
         default_targets=("qkv_proj",),
     )
-
-
-def _partial(config: Mapping[str, Any], default: float) -> float:
-    settings = config.get("rope_parameters") or {}
-    return settings.get("partial_rotary_factor", config.get("partial_rotary_factor", default))

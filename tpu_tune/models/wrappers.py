@@ -31,6 +31,11 @@ class Wrapper:
     path: str = "model.language_model"
     head: str = "lm_head"
 
+    @property
+    def family(self) -> str:
+        """The family of `text`; one that is not known yet has the text model's own name."""
+        return _SAME_AS.get(self.text, self.text)
+
 
 # A text model that is not known yet is refused by its own name; a family that is added makes its rows work.
 WRAPPERS = {

@@ -26,7 +26,7 @@ KINDS = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), _LAYERS),
     "num_decoder_layers": _LAYERS | NOTHING,
     "max_window_layers": whole(0, MOST_LAYERS) | NOTHING,
-    "sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING,  # EXAONE 4: LLLG
+    "sliding_window_pattern": whole(1, MOST_LAYERS) | NOTHING,
     "no_rope_layer_interval": whole(1, MOST_LAYERS),
     "no_rope_layers": listing(FLAG) | NOTHING,
     **dict.fromkeys(
@@ -82,6 +82,8 @@ _ROPE_KINDS = {
     **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
 }
 
+_OWN_KINDS = {"exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING}}  # such as LLLG
+
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Hold a config's values against their kinds: types, ranges, and the lists that must fit one another.
@@ -90,7 +92,7 @@ def check_config(config: Mapping[str, Any]) -> None:
       UserError: one does not; key and value are named.
     """
     where = f"the config of this {config.get('model_type')} model"
-    check(config, KINDS, where)
+    check(config, KINDS | _OWN_KINDS.get(str(config.get("model_type")), {}), where)
     for key in ("rope_parameters", "rope_scaling"):
         settings = config.get(key) or {}
         check(settings, _ROPE_KINDS, f"{key} in {where}")

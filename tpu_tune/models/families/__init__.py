@@ -102,12 +102,15 @@ def _nearest(kind: str, config: Mapping[str, Any]) -> str:
     inner = nested.get("model_type") if isinstance(nested, Mapping) else None
     if inner in FAMILIES:
         return f" (it wraps a '{inner}' model; the known wrappers are {', '.join(wrappers)})"
-    names = [*FAMILIES, *(wrappers if nested else ())]
-    near = difflib.get_close_matches(kind, names, 1, 0.8)
+    near = difflib.get_close_matches(kind, [*FAMILIES, *wrappers], 1, 0.8)
     if near:
         return f" (did you mean '{near[0]}'?)"
     stem = re.match("[a-z]*", kind)[0]
-    related = [name for name in names if len(stem) >= 4 and re.match("[a-z]*", name)[0] == stem]
+    related = [
+        name
+        for name in (*FAMILIES, *(wrappers if nested else ()))
+        if len(stem) >= 4 and re.match("[a-z]*", name)[0] == stem
+    ]
     near = difflib.get_close_matches(kind, related, 1, 0.0)
     if near:
         return f" (the nearest is '{near[0]}')"

@@ -445,7 +445,7 @@ def test_a_full_disk_during_export(place):
 
 
 def test_a_full_disk_at_the_beginning_of_a_run(place):
-    found = process("train", "--config", place / "config.py", preexec_fn=limited(200))
+    found = process("train", "--config", place / "config.py", preexec_fn=limited(600))  # more than the run's lock
     assert found.returncode == 1 and "config.json cannot be written: File too large" in found.stderr
     assert "could not be cached" in found.stderr
     assert not (place / "out" / "config.json").exists()

@@ -70,7 +70,7 @@ def test_no_plan_for_more_cards_than_there_are(name: str) -> None:
         find_device(name)
     assert "9" * 100 not in str(refused.value) and "\n" not in str(
         refused.value
-    )  # one line that does not repeat it all
+    )  # one line, not all of it
 
 
 LONG = "x" * 300 + ".jsonl"

@@ -68,9 +68,7 @@ def test_an_option_out_of_bounds_ends_in_a_line_with_its_name(capsys: pytest.Cap
 def test_no_plan_for_more_cards_than_there_are(name: str) -> None:
     with pytest.raises(UserError) as refused:
         find_device(name)
-    assert "9" * 100 not in str(refused.value) and "\n" not in str(
-        refused.value
-    )  # one line, not all of it
+    assert "9" * 100 not in str(refused.value) and "\n" not in str(refused.value)  # one line, not all of it
 
 
 LONG = "x" * 300 + ".jsonl"

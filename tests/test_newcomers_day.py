@@ -184,7 +184,7 @@ def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def number(pattern: str, said: str) -> int:
     """The number of the pattern's group in what was said."""
-    found = re.search(pattern, said)
+    found = re.search(pattern, said, re.MULTILINE)
     assert found, f"{pattern!r} is not in:\n{said}"
     return int(found[1].replace(",", ""))
 

@@ -33,7 +33,7 @@ QUESTIONS, OLD, EXCEL, SHARED, POSTS, SPOKEN = 120, 30, 30, 90, 25, 30  # rows o
 TWICE, REFUSALS = 7, 3
 SETTINGS = (
     "--config.model.dtype=float32 --config.data.train=diverse.jsonl --config.data.max_length=256 "
-    "--config.train.num_train_epochs=2 --config.train.per_device_train_batch_size=2 "
+    "--config.train.num_train_epochs=1 --config.train.per_device_train_batch_size=2 "
     "--config.train.gradient_accumulation_steps=1 --config.train.logging_steps=1 "
     "--config.train.eval_steps=10 --config.train.save_steps=10"
 )

@@ -121,7 +121,7 @@ finally:
 # The main thread is in C, as when it compiles: it holds no lock, and runs no handler until it comes back.
 COMPILING = """
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 8_000_000)
 print("compiled", flush=True)"""
 
 
@@ -129,7 +129,7 @@ def test_two_while_the_main_thread_compiles_end_at_once():
     body = "def farewell(): print('undone', flush=True)\nwith ctrl_c.before_leaving(farewell):" + COMPILING.replace(
         "\n", "\n    "
     )
-    process = program(body.replace("1_000_000", "100_000_000"))
+    process = program(body.replace("8_000_000", "100_000_000"))
     assert process.stderr.readline() == "\n"
     assert process.stderr.readline().startswith("tpu-tune: interrupted: it ends after what is being compiled")
     process.send_signal(signal.SIGINT)

@@ -229,11 +229,11 @@ def test_datasets_opens_our_file(tmp_path):
     """Through its builder, which takes both forms of Arrow; `from_file` takes only the stream form."""
     offsets = np.asarray([0, 3, 5])
     mask = np.asarray([False, True, True, False, True])
-    ours = arrow.TokenizedSet(np.arange(5, dtype=np.int32), mask, offsets, np.arange(2), {})
+    ours = arrow.TokenizedSet(np.arange(5, dtype=np.int32), mask, offsets, np.arange(2), {"formats": {"text": 2}})
     file = str(tmp_path / "a.arrow")
     schema = arrow.schema({})
     with pa.ipc.new_file(file, schema) as writer:
-        arrow.write_batch(writer, ours)
+        arrow.write_batch(writer, ours, "text")
     rows = [{"input_ids": [0, 1, 2], "labels": [-100, 1, 2]}, {"input_ids": [3, 4], "labels": [-100, 4]}]
     found = datasets.load_dataset("arrow", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
     assert found.to_list() == rows

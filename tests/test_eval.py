@@ -498,13 +498,18 @@ def test_bad_rows_are_told_in_one_line_before_any_model_is_read(task, rows, said
         (["--model", "x", "--task", "mmlu", "--data", "no.jsonl", "--config.seed=1"], "takes neither"),
         (["--model", "x", "--split", "val", "--data", "no.jsonl"], "--split"),
         (["--model", "x"], "--data"),
-        (["--model", "x", "--task", "mmlu", "--data", "x", "--shots", "-1"], "shots=-1"),
     ],
 )
 def test_what_is_missing_or_senseless(words, said, capsys):
     assert main(["eval", *words]) == 1
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error
+
+
+def test_fewer_than_no_shots(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--model", "x", "--task", "mmlu", "--data", "x", "--shots", "-1"])
+    assert "argument --shots: -1 is out of range" in capsys.readouterr().err
 
 
 def test_a_base_is_a_runs_and_a_run_must_have_ended(tiny_dir, run, tmp_path, capsys):

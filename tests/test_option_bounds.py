@@ -68,7 +68,7 @@ def test_an_option_out_of_bounds_ends_in_a_line_with_its_name(capsys: pytest.Cap
 def test_no_plan_for_more_cards_than_there_are(name: str) -> None:
     with pytest.raises(UserError) as refused:
         find_device(name)
-    assert len(str(refused.value)) < 400
+    assert "9" * 50 not in str(refused.value) and "\n" not in str(refused.value)  # one line that does not repeat it all
 
 
 LONG = "x" * 300 + ".jsonl"

@@ -263,7 +263,7 @@ def train_twice(run: Callable[..., str], folder: pathlib.Path, rows: int, comman
     said = run(first)
     assert f"step {stopped}" in said and "finished after" in said
     data = json.loads((folder / "output" / "summary.json").read_text())["data"]
-    assert data["train"]["examples"] + data["eval"]["examples"] == rows
+    assert data["train"]["used_examples"] + data["eval"]["used_examples"] == rows
 
     run(f"train {command} --config.output_dir=second --config.lora.rank=4 {found[1]}")
     logged, again = ([row for row in metrics_of(folder / name) if "loss" in row] for name in ("output", "second"))

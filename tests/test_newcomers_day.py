@@ -261,7 +261,7 @@ def train_twice(run: Callable[..., str], folder: pathlib.Path, rows: int, comman
     stopped = metrics_of(folder / "output")[-1]["step"]
     run("generate --model output --prompt", "What is AI?")
     said = run(first)
-    assert f"step {stopped}" in said and "finished after" in said
+    assert f"resuming from step {stopped} of" in said and "finished after" in said
     data = json.loads((folder / "output" / "summary.json").read_text())["data"]
     assert data["train"]["used_examples"] + data["eval"]["used_examples"] == rows
 
@@ -269,7 +269,8 @@ def train_twice(run: Callable[..., str], folder: pathlib.Path, rows: int, comman
     logged, again = ([row for row in metrics_of(folder / name) if "loss" in row] for name in ("output", "second"))
     steps = [row["step"] for row in logged]
     assert steps == sorted(set(steps)) and steps[-1] == again[-1]["step"]
-    assert logged[-1]["num_tokens"] == again[-1]["num_tokens"]  # the interruption has cost and repeated no row
+    # The interruption has cost no row and repeated none: one epoch is all tokens once.
+    assert logged[-1]["num_tokens"] == again[-1]["num_tokens"] == data["train"]["used_tokens"]
     said = run("curves output second --html report.html")
     assert "comparison:" in said and "lora.rank" in said and (folder / "report.html").is_file()
 

@@ -234,6 +234,11 @@ def test_a_run_that_goes_on_is_not_blamed_for_falling():
     assert diagnose(curve, total_steps=60).line().startswith("diagnosis: underfit (still falling)")
     early = diagnose(rows(noisy(np.full(12, 3.0), 0.02)), total_steps=1000)
     assert early.verdict == "not enough points"
+    # What a plateau would be blamed for is not said of a run that was judged to be too young.
+    young = rows(noisy(np.array([11.4, 11.0] + [10.6] * 10), 0.02))
+    assert diagnose(young, vocab_size=49152).reason == "flat and high"
+    assert diagnose(young, vocab_size=49152, total_steps=1000).advice == early.advice
+    assert early.advice == ("let the run go on",) and "nearly flat after 12 training losses" in early.line()
 
 
 def test_the_result_is_ready_for_json():

@@ -249,7 +249,7 @@ def test_a_tiny_models_suggestion_against_a_sweep_and_its_hints(trials, found):
 
 
 def test_it_says_beforehand_what_it_does_and_how_long_that_takes(found, said):
-    assert said[0].startswith("a range test of 30 updates, then 3 runs of 15 updates, each run from the same start")
+    assert said[0].startswith("a range test of 30 updates, then 3 runs of 15 updates (more where the best")
     assert re.match(r"this takes about \d\w* \(estimated from 4 forward passes", said[1])
     assert [line.partition(":")[0] for line in said[2:4]] == ["range test", "range test"]
 

@@ -104,7 +104,7 @@ def diagnose(
     findings = (rule(losses, list(saved_steps), vocab_size) for rule in _RULES)
     verdict, reason, evidence, advice = next(finding for finding in findings if finding is not None)
     if not done and reason.startswith("flat") and len(losses.train) < 5 * MIN_TRAIN:
-        verdict, reason = "not enough points", "training"  # a run is often flat at first
+        verdict, reason, evidence, advice = _too_early(losses)
     if verdict == "overfit" and keeps_best and done:
         step = losses.numbers["best_eval_step"]
         advice = [f"the result holds the weights of step {step} already (load_best_model_at_end)", *advice[1:]]
@@ -122,6 +122,12 @@ def _too_few(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> 
         [f"{len(losses.train)} training losses; a verdict needs at least {MIN_TRAIN}"],
         ["train longer, or lower train.logging_steps"],
     )
+
+
+def _too_early(losses: Losses) -> Finding:
+    """In place of "flat" early in a run: many are flat at first, and nothing is wrong with those."""
+    evidence = [f"nearly flat after {len(losses.train)} training losses, as many a run is at first"]
+    return Finding("not enough points", "training", evidence, ["let the run go on"])
 
 
 def _flat(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> Finding | None:

@@ -133,7 +133,8 @@ def _outline(options: FinderOptions) -> str:
     """Return what will be done, in words."""
     rounds = " and ".join(f"{runs} runs of {updates} updates" for runs, updates in _rounds_of(options))
     test = "" if options.bracket else f"a range test of {options.steps} updates, then "
-    return f"{test}{rounds}, each run from the same start on the same data"
+    more = "more where the best rate is at an edge"
+    return f"{test}{rounds} ({more}), each run from the same start on the same data"
 
 
 def _estimate(trials: tr.Trials, options: FinderOptions, say: Say) -> Callable[[int], None]:

@@ -472,3 +472,21 @@ def test_a_row_that_cannot_be_a_chat_is_not_lost_unsaid(tmp_path, capsys):
     assert main(words) == 1 and "in.jsonl:2: 'prompt' message 1 is not an object" in capsys.readouterr().err
     assert main([*words, "--skip-bad"]) == 0
     assert "1 bad ones skipped" in capsys.readouterr().out and len(read(tmp_path / "out.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "Q", "output": ""},
+        {"instruction": "Q", "output": ""},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]},
+    ],
+)
+def test_an_empty_answer_teaches_nobody_to_say_nothing_through_a_template_either(row):
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    good = {"input": "Q", "output": "A"}
+    for format in ("auto", "auto-as-chat"):
+        found = tokenize_rows([row, good], tokenizer, options(format=format))
+        assert found.summary["dropped"] == {"empty answer": 1} and found.source_rows.tolist() == [1]
+    kept = tokenize_rows([row], tokenizer, options(format="auto-as-chat", train_on_source=True))
+    assert len(kept.source_rows) == 1  # its question is learnt

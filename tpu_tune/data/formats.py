@@ -16,6 +16,7 @@ from typing import Any
 from tpu_tune.checkpoints.prompts import ALPACA_TURN, ALPACA_TURN_WITH_INPUT, ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from tpu_tune.data.messages import (
     NULL_IS_A_VALUE,
+    TRAINING_MARKS,
     RowError,
     from_json,
     holds_something,
@@ -97,6 +98,15 @@ class Chat:
         """Whether a message is trained on: an assistant's, in the completion, and not marked as context only."""
         message = self.messages[index]
         return message["role"] == "assistant" and index >= self.first_target and not is_context_only(message)
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether every answer to be trained on is empty, so that only its end could be learnt: to say nothing."""
+        answers = [message for index, message in enumerate(self.messages) if self.is_target(index)]
+        aside = ("role", "name", *TRAINING_MARKS)
+        return bool(answers) and not any(
+            holds_something(value) for message in answers for key, value in message.items() if key not in aside
+        )
 
 
 Sample = Text | Pair | Chat

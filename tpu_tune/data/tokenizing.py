@@ -93,7 +93,10 @@ def tokenize_rows(
                 if options.encoder_decoder and not isinstance(sample, Pair):
                     raise UserError(_no_pair(sample, where_is(index)))
                 sample, unread = _for_template(sample, tokenizer, options)
-                samples.append((index, _prepare(sample, tokenizer, options)))
+                if isinstance(sample, Chat) and sample.says_nothing and not options.train_on_source:
+                    dropped["empty answer"] += 1
+                else:
+                    samples.append((index, _prepare(sample, tokenizer, options)))
                 formats[format] += 1
                 counts.update({type(sample).__name__: 1, "renamed": bool(columns_of(row, options.columns))})
                 unused.update([*unused_keys(row, format, options.columns), *unread])

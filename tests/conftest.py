@@ -22,7 +22,12 @@ import pytest
 # All of this has to stand in the environment before jax is imported. Processes that tests start inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Unoptimized code compiles in two thirds of the time, and tiny models spend theirs in the compiler.
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+# Eight devices on two busy cores may wait long for one another, and XLA aborts the process after 40 seconds.
+for flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + flag).strip()
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")

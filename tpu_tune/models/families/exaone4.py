@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from tpu_tune.models import rope
 from tpu_tune.models.architecture import Architecture, LayerKind
-from tpu_tune.models.families.llama import LAYER_NAMES, head_dim_of, like_llama
-
-_NORMS_AFTER = dataclasses.replace(
-    LAYER_NAMES,
-    attention_norm="",
-    attention_out_norm="post_attention_layernorm",
-    mlp_norm="",
-    mlp_out_norm="post_feedforward_layernorm",
-    q_norm="self_attn.q_norm",
-    k_norm="self_attn.k_norm",
-)
+from tpu_tune.models.families.llama import NORMS_AFTER, head_dim_of, like_llama
 
 # What transformers takes where a config.json leaves a key out.
 _EXAONE4 = {
@@ -34,8 +23,8 @@ def exaone4(config: Mapping[str, Any]) -> Architecture:
     """
     config = {**_EXAONE4, **config}
     window, rotary = config["sliding_window"], rope.from_config(config, head_dim_of(config))
-    sliding = LayerKind(_NORMS_AFTER, window, rotary)
-    full = LayerKind(_NORMS_AFTER, rope=None if window else rotary)
+    sliding = LayerKind(NORMS_AFTER, window, rotary)
+    full = LayerKind(NORMS_AFTER, rope=None if window else rotary)
     kinds = [sliding if kind == "sliding_attention" and window else full for kind in _layer_types(config)]
     return like_llama(config, kinds)
 

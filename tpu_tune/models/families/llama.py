@@ -27,6 +27,16 @@ LAYER_NAMES = LayerNames(
     up="mlp.up_proj",
     down="mlp.down_proj",
 )
+# OLMo's and EXAONE 4's: norms of what attention and MLP add, none of what they read.
+NORMS_AFTER = dataclasses.replace(
+    LAYER_NAMES,
+    attention_norm="",
+    attention_out_norm="post_attention_layernorm",
+    mlp_norm="",
+    mlp_out_norm="post_feedforward_layernorm",
+    q_norm="self_attn.q_norm",
+    k_norm="self_attn.k_norm",
+)
 
 # What transformers takes where a config.json leaves a key out.
 _LLAMA = {"max_position_embeddings": 2048}

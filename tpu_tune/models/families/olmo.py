@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from tpu_tune.models import rope
 from tpu_tune.models.architecture import Architecture, LayerKind
-from tpu_tune.models.families.llama import LAYER_NAMES, head_dim_of, like_llama, same_layers
-
-_NORMS_AFTER = dataclasses.replace(
-    LAYER_NAMES,
-    attention_norm="",
-    attention_out_norm="post_attention_layernorm",
-    mlp_norm="",
-    mlp_out_norm="post_feedforward_layernorm",
-    q_norm="self_attn.q_norm",
-    k_norm="self_attn.k_norm",
-)
+from tpu_tune.models.families.llama import NORMS_AFTER, head_dim_of, like_llama, same_layers
 
 # What transformers takes where a config.json leaves a key out.
 _OLMO = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
@@ -28,7 +17,7 @@ _OLMO3 = {**_OLMO, "sliding_window": 4096, "rope_theta": 500000.0}
 def olmo2(config: Mapping[str, Any]) -> Architecture:
     """Norms of what attention and MLP add, none of what they read; q and k are normed before they become heads."""
     config = {**_OLMO, **config}
-    return _architecture(config, same_layers(config, names=_NORMS_AFTER))
+    return _architecture(config, same_layers(config, names=NORMS_AFTER))
 
 
 def olmo3(config: Mapping[str, Any]) -> Architecture:
@@ -45,8 +34,8 @@ def olmo3(config: Mapping[str, Any]) -> Architecture:
     types = config.get("layer_types") or [
         "sliding_attention" if (layer + 1) % 4 else "full_attention" for layer in range(config["num_hidden_layers"])
     ]
-    window = LayerKind(_NORMS_AFTER, config["sliding_window"], sliding)
-    kinds = [window if kind == "sliding_attention" else LayerKind(_NORMS_AFTER, rope=full) for kind in types]
+    window = LayerKind(NORMS_AFTER, config["sliding_window"], sliding)
+    kinds = [window if kind == "sliding_attention" else LayerKind(NORMS_AFTER, rope=full) for kind in types]
     return _architecture(config, kinds)
 
 

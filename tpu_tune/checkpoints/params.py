@@ -22,7 +22,7 @@ from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture, with_keys
 from tpu_tune.models.wrappers import spellings
-from tpu_tune.tensors import Module, QuantizedTensor
+from tpu_tune.tensors import QuantizedTensor
 from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def load_params(
         for path in module.leaves():
             stack: Any = None
             for index, layer in enumerate(module.layers or (None,)):
-                value = source.read(names[_name(module, path, layer)])
+                value = source.read(names[module.tensor(path.rpartition(".")[2], layer)])
                 value = module.from_torch(value) if path == module.weight else module.interleave(value)
                 if not isinstance(value, QuantizedTensor):
                     if path in quantized:
@@ -200,15 +200,27 @@ def sorted_names(source: WeightSource, architecture: Architecture) -> tuple[dict
         for name, there in canonical.items()
         if tower and there in expected and there.startswith(f"{tower}.")
     }
+    unused = unused_tensors(architecture)
     extra, aside = [], []
     for name, there in canonical.items():
         if there in expected or there in tied or (tied and there == "lm_head.weight"):
             continue
         if name.startswith("mtp.") or (begins and not name.startswith(tuple(begins))):
             aside.append(name)
-        elif not there.endswith(_IGNORED):
+        elif not there.endswith(_IGNORED) and there not in unused:
             extra.append(name)
     return held, extra, aside
+
+
+def unused_tensors(architecture: Architecture) -> frozenset[str]:
+    """Return the Hugging Face names of keys' and values' tensors in layers that use another layer's, not these."""
+    unused, kinds = set(), architecture.layer_kinds
+    for layer, kind in enumerate(kinds):
+        names = kinds[kind.keys_from].names if kind.keys_from is not None else None
+        parts = {names.k, names.v, names.k_norm} - {""} if names else ()
+        at = f"{architecture.names.layers}.{layer}"
+        unused |= {f"{at}.{part}.{suffix}" for part in parts for suffix in ("weight", "bias")}
+    return frozenset(unused)
 
 
 def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -217,10 +229,10 @@ def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for module in architecture.modules():
         if module.tied_to:
             continue
-        for name in module.names():
-            shapes[f"{name}.weight"] = module.torch_shape
+        for layer in module.layers or (None,):
+            shapes[module.tensor("weight", layer)] = module.torch_shape
             if module.bias:
-                shapes[f"{name}.bias"] = module.shape[-1:]
+                shapes[module.tensor("bias", layer)] = module.shape[-1:]
     return shapes
 
 
@@ -230,10 +242,6 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def _name(module: Module, path: str, layer: int | None) -> str:
-    return f"{module.name(layer)}.{path.rsplit('.', 1)[1]}"
 
 
 def _canonical(name: str, expected: Mapping[str, Any], tower: str = "") -> str:

@@ -250,7 +250,14 @@ CONFIGS = {
         attention_k_eq_v=True,
         num_global_key_value_heads=1,
     ),
-    "gemma4_dense": _gemma4("ssf", attention_k_eq_v=True, num_global_key_value_heads=1, tie_word_embeddings=False),
+    "gemma4_unified": {
+        key: value
+        for key, value in _gemma4(
+            "ssf", attention_k_eq_v=True, num_global_key_value_heads=1, tie_word_embeddings=False
+        ).items()
+        if "per_layer_input" not in key
+    }
+    | {"model_type": "gemma4_unified_text"},
     # All layers have the same leaves, and those whose keys and values are shared are not the last of their scan.
     "gemma4_even": _gemma4(
         "sfffsf", global_head_dim=8, num_kv_shared_layers=2, attention_bias=True, hidden_size_per_layer_input=4
@@ -376,8 +383,8 @@ CONFIGS = {
 }
 FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
-    "gemma", "gemma2", "gemma3", "gemma4", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite", "granite4", "glm", "glm4",
-    "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "t5",
+    "gemma", "gemma2", "gemma3", "gemma4", "gemma4_unified", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite",
+    "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "t5",
 ]  # fmt: skip
 
 

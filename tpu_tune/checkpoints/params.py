@@ -22,7 +22,7 @@ from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture, with_keys
 from tpu_tune.models.wrappers import spellings
-from tpu_tune.tensors import QuantizedTensor
+from tpu_tune.tensors import Module, QuantizedTensor
 from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def load_params(
         for path in module.leaves():
             stack: Any = None
             for index, layer in enumerate(module.layers or (None,)):
-                value = source.read(names[module.tensor(path.rpartition(".")[2], layer)])
+                value = source.read(names[_name(module, path, layer)])
                 value = module.from_torch(value) if path == module.weight else module.interleave(value)
                 if not isinstance(value, QuantizedTensor):
                     if path in quantized:
@@ -229,10 +229,10 @@ def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for module in architecture.modules():
         if module.tied_to:
             continue
-        for layer in module.layers or (None,):
-            shapes[module.tensor("weight", layer)] = module.torch_shape
+        for name in module.names():
+            shapes[module.tensor_name(name, "weight")] = module.torch_shape
             if module.bias:
-                shapes[module.tensor("bias", layer)] = module.shape[-1:]
+                shapes[module.tensor_name(name, "bias")] = module.shape[-1:]
     return shapes
 
 
@@ -242,6 +242,10 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _name(module: Module, path: str, layer: int | None) -> str:
+    return module.tensor_name(module.name(layer), path.rsplit(".", 1)[1])
 
 
 def _canonical(name: str, expected: Mapping[str, Any], tower: str = "") -> str:

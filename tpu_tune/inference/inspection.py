@@ -33,6 +33,7 @@ ROLES = {
     "inputs_projection": "the layers' own inputs: from what the first layer reads",
     "input_gate": "the layer's own input: gate",
     "input_projection": "the layer's own input: output",
+    "scalar": "multiplies what leaves the layer",
     "project_in": "widens the embedding's vectors",
     "project_out": "narrows vectors for the head",
     "head": "turns vectors into logits",

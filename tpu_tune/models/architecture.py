@@ -363,7 +363,7 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     linear(names.input_projection, (arch.layer_input_size, width), ("mlp", "embed"), False)
     norm(names.input_norm)
     if names.scalar:
-        modules.append(Module(names.scalar, "norm", (1,), (None,), is_tensor=True))
+        modules.append(Module(names.scalar, "norm", (1,), (None,), is_parameter=True))
     return modules
 
 

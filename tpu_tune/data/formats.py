@@ -33,7 +33,8 @@ AS_CHAT = "-as-chat"  # behind a format's name: prompt and answer are turns of a
 PAIRS = ("alpaca", "prompt-completion", "prompt-generation", "input-output")
 RATED = tuple(preferences.FORMATS)
 _TURNS = (*PAIRS, *RATED)  # whose prompt and answer may become turns
-NAMES = ("auto", *FORMATS, f"auto{AS_CHAT}", *(name + AS_CHAT for name in _TURNS))  # what `data.format` may be
+_BARE = sorted(FORMATS, key=RATED.__contains__)  # plain formats first
+NAMES = ("auto", *_BARE, f"auto{AS_CHAT}", *(name + AS_CHAT for name in _TURNS))  # what `data.format` may be
 
 STANFORD_ALPACA_WITH_INPUT = ALPACA_WITH_INPUT + ALPACA_TURN_WITH_INPUT
 STANFORD_ALPACA_WITHOUT_INPUT = ALPACA_WITHOUT_INPUT + ALPACA_TURN

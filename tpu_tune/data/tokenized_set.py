@@ -26,6 +26,8 @@ class TokenizedSet:
       summary: counts of rows (also by format), examples, tokens, target tokens, and of what was cut, dropped, bad or
         unused, by reason.
       targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
+      roles: (examples,) int8, where examples are answers to judge: 1 chosen or desirable, 2 rejected or undesirable. A
+        pair is two consecutive examples, chosen and rejected, of one source row. None: there are only plain examples.
     """
 
     tokens: np.ndarray
@@ -34,6 +36,7 @@ class TokenizedSet:
     source_rows: np.ndarray
     summary: dict[str, Any]
     targets: np.ndarray | None = None
+    roles: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -42,6 +45,12 @@ class TokenizedSet:
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (examples,) int64."""
         return np.diff(self.offsets)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens before the first to be predicted of each example, (examples,) int64; every example has one."""
+        marked = np.flatnonzero(self.loss_mask)
+        return marked[np.searchsorted(marked, self.offsets[:-1])] - self.offsets[:-1]
 
     def count_targets(self) -> np.ndarray:
         """Tokens to be predicted of each example, (examples,) int64."""

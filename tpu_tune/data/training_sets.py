@@ -15,6 +15,7 @@ from tpu_tune.data.formats import check_renamed, detect, in_words
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
+from tpu_tune.data.preference_rows import PAIRED, UNPAIRED, check_roles, preference_rows
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
@@ -45,7 +46,7 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     """Read, tokenize, split and pack the data of a configuration.
 
     Args:
-      config: the whole configuration; only `config.data` is read.
+      config: the whole configuration; `config.data` is read, and of answers to judge `config.objective`.
       tokenizer: a Hugging Face tokenizer. It needs no pad token: padding is token 0 in segment 0.
       vocab_size: rows of the model's embedding, to hold the token ids against.
       start_token: of an encoder-decoder: the id before its answers. Its rows are `PairRows`, padded and not packed.
@@ -65,13 +66,16 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
         eval_sources = named_eval or named
     train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, pairs)
     _warn(data.train, train.summary)
+    check_roles(train, config.objective.name, data.train)
     if note := past_template(train.summary, options_from_config(data, tokenizer, pairs), "data.format"):
         logger.warning("%s: %s", data.train, note)
     train_examples = np.arange(len(train))
     held_out = None
     if eval_sources and not (data.eval_dataset_size and not data.eval):
         held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, pairs)
-        _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
+        eval_name = data.eval or f"{data.train} (evaluation files)"
+        _warn(eval_name, held_out.summary)
+        check_roles(held_out, config.objective.name, eval_name)
         eval_examples = np.arange(len(held_out))
     elif data.eval_ratio > 0 or data.eval_dataset_size:
         share = data.eval_dataset_size or data.eval_ratio
@@ -86,7 +90,7 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     train_examples = _first(train, train_examples, data.max_train_samples)
     if held_out is not None:
         eval_examples = _first(held_out, eval_examples, data.max_eval_samples)
-    rows = functools.partial(_rows, config=data, start_token=start_token)
+    rows = functools.partial(_rows, config=config, start_token=start_token)
     train_rows = rows(train, train_examples)
     eval_rows = None if held_out is None else rows(held_out, eval_examples)
     summary = {"train": _summarise(train, train_rows)}
@@ -213,17 +217,27 @@ def _check(data: TokenizedSet, name: str, vocab_size: int | None) -> None:
 
 
 def _rows(data: TokenizedSet, examples: np.ndarray, config: Any, start_token: int | None) -> PackedRows | PairRows:
+    width, packing = config.data.max_length, config.data.packing
     if start_token is not None:
-        return pair_rows(data, examples, config.max_length, start_token)
+        return pair_rows(data, examples, width, start_token)
+    if config.objective.name in PAIRED:
+        return preference_rows(data, examples, width, packing, -1, config.data.train)
+    if config.objective.name in UNPAIRED:
+        return preference_rows(data, examples, width, packing, mismatch_group(config), config.data.train)
     lengths = data.lengths
-    if config.packing:
-        packing = pack(lengths[examples], config.max_length)
+    if packing:
+        packed = pack(lengths[examples], width)
     else:
         # One width for training and evaluation: that of the longest of all.
-        width = one_per_row(lengths, config.max_length).width
-        packing = one_per_row(lengths[examples], width)
-        packing = dataclasses.replace(packing, width=width)
-    return PackedRows(data, dataclasses.replace(packing, documents=examples[packing.documents]))
+        width = one_per_row(lengths, width).width
+        packed = dataclasses.replace(one_per_row(lengths[examples], width), width=width)
+    return PackedRows(data, dataclasses.replace(packed, documents=examples[packed.documents]))
+
+
+def mismatch_group(config: Any) -> int:
+    """Return among how many consecutive answers KTO exchanges answers, as TRL in each micro-batch; 0: among none."""
+    exchanges = config.objective.name in UNPAIRED and "apo_zero_unpaired" not in config.objective.loss_type
+    return config.train.per_device_train_batch_size if exchanges else 0
 
 
 def _summarise(data: TokenizedSet, rows: PackedRows | PairRows) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def answers(count: int, seed: int = 0) -> TokenizedSet:
 def datasets(name: str, count: int, packing: bool = False, group: int = 2, seed: int = 0) -> Datasets:
     """Return rows for an objective, in order."""
     data = answers(count, seed) if name == "kto" else pairs(count, seed)
-    rows = preference_rows(data, np.arange(len(data)), WIDTH, packing, group if name == "kto" else -1, "rows")
+    rows = preference_rows(data, np.arange(len(data)), WIDTH, packing, group if name == "kto" else None)
     return Datasets(rows, None, {"train": data.summary})
 
 

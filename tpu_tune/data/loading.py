@@ -66,7 +66,7 @@ class PackedRows:
           (n, T) int32 each: `input_ids` (0 where padding), `targets` (the next token's id where it is to be predicted,
           else -100; never that of the next document), `positions` (from 0 in each document), `segment_ids` (from 1 in
           each row, 0 where padding). Where there are slots also (n, S) arrays: `document_roles` int32 (of
-          `preference_rows`, 0 where there is no document), and `document_reference` float32, where it is known.
+          `TokenizedSet` and `preference_rows`, 0 where there is none), and `document_reference` float32, where it is known.
         """
         shape = (len(indices), self.width)
         batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "positions", "segment_ids")}

@@ -2,94 +2,41 @@
 
 A pair's chosen and rejected answer are two documents of one row, the chosen first. Single answers (KTO) each have a
 second document behind them where there is room for it: their prompt with another row's answer, from which the objective
-estimates how far the model has moved from its reference. A row thus holds units of two documents, and a unit that does
-not fit into a row is left out.
+estimates how far the model has moved from its reference. What is packed is such a unit of two documents.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 import numpy as np
 
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.tokenized_set import TokenizedSet
-from tpu_tune.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-CHOSEN, REJECTED, MISMATCHED = 1, 2, 3  # a document's role; 0: there is none
-PAIRED = ("dpo", "cpo", "simpo", "orpo")  # objectives of pairs
-UNPAIRED = ("kto",)  # and of single answers
-
-
-def check_roles(data: TokenizedSet, objective: str, name: str) -> None:
-    """Check that a set holds what an objective compares.
-
-    Raises:
-      UserError: plain rows where answers to judge are wanted, these where plain ones are, or labels where pairs are.
-    """
-    judged = data.roles is not None and bool(np.any(data.roles))
-    if objective not in (*PAIRED, *UNPAIRED):
-        if judged:
-            raise UserError(
-                f"{name}: the rows are answers to judge, and objective.name={objective} would learn the rejected ones "
-                f"too; set objective.name={'dpo' if is_paired(data) else 'kto'}"
-            )
-        return
-    if not judged or not np.all(data.roles):
-        plain = "has plain rows" if not judged else "has plain rows beside those with answers to judge"
-        wanted = "prompt, chosen and rejected" if objective in PAIRED else "prompt, completion and label"
-        raise UserError(f"{name}: {plain}, and objective.name={objective} needs rows of {wanted}")
-    if objective in PAIRED and not is_paired(data):
-        raise UserError(
-            f"{name}: the rows are single answers with a label, and objective.name={objective} compares two answers to "
-            "one prompt; set objective.name=kto, or give rows of prompt, chosen and rejected"
-        )
-
-
-def is_paired(data: TokenizedSet) -> bool:
-    """Whether all examples are pairs: chosen and rejected in turn, two of each source row."""
-    roles, rows = data.roles, data.source_rows
-    return (
-        len(roles) % 2 == 0
-        and bool(np.all(roles[::2] == CHOSEN) and np.all(roles[1::2] == REJECTED))
-        and np.array_equal(rows[::2], rows[1::2])
-    )
+MISMATCHED = 3  # a role beside those of `TokenizedSet`: a prompt with the answer of another row
 
 
 def preference_rows(
-    data: TokenizedSet, examples: np.ndarray, width: int, packing: bool, group: int, name: str
+    data: TokenizedSet, examples: np.ndarray, width: int, packing: bool, group: int | None
 ) -> PackedRows:
     """Pack pairs, or single answers with their mismatched ones.
 
     Args:
       data: all examples.
       examples: (n,) the ones to use, in order.
-      width: most tokens a row, both documents of a unit together.
+      width: most tokens a row; no pair has more, nor a single answer.
       packing: several units a row; otherwise one, and rows as wide as the longest.
-      group: consecutive single answers among which answers are exchanged; 0: none are. -1: these are pairs.
-      name: the source, for messages.
-
-    Raises:
-      UserError: no pair fits.
+      group: consecutive single answers among which answers are exchanged; 0: none are. None: these are pairs.
     """
-    if group < 0:
+    if group is None:
         units = examples.reshape(-1, 2)
     elif group:
         data, units = with_mismatched(data, examples, width, group)
     else:
         units = np.stack([examples, np.full(len(examples), -1)], axis=1)
     lengths = np.where(units >= 0, data.lengths[units], 0).sum(axis=1)
-    fits = lengths <= width  # an answer alone always does, and a mismatched one is cut
-    if not fits.all():
-        long = f"longer than data.max_length={width}, which both answers with their prompts have to fit into"
-        if not fits.any():
-            raise UserError(f"{name}: all {len(fits)} pairs are {long}; raise it")
-        logger.warning("%s: %d of %d pairs left out: %s", name, np.count_nonzero(~fits), len(fits), long)
-        units, lengths = units[fits], lengths[fits]
     packed = pack(lengths, width) if packing else one_per_row(lengths, width)
     held = units[packed.documents]
     counts = np.concatenate([[0], np.cumsum(np.count_nonzero(held >= 0, axis=1))])

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+# What an example is to an objective: nothing but itself, the better answer of two (or a desirable one), or the worse.
+PLAIN, CHOSEN, REJECTED = 0, 1, 2
+
 
 @dataclass
 class TokenizedSet:
@@ -26,8 +29,8 @@ class TokenizedSet:
       summary: counts of rows (also by format), examples, tokens, target tokens, and of what was cut, dropped, bad or
         unused, by reason.
       targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
-      roles: (examples,) int8, where examples are answers to judge: 1 chosen or desirable, 2 rejected or undesirable. A
-        pair is two consecutive examples, chosen and rejected, of one source row. None: there are only plain examples.
+      roles: (examples,) int8, `PLAIN`, `CHOSEN` or `REJECTED`; None where all are plain. Two answers to one prompt are
+        consecutive examples of one row, the chosen one first, each with the whole prompt before it.
     """
 
     tokens: np.ndarray
@@ -49,7 +52,7 @@ class TokenizedSet:
     @property
     def prompt_lengths(self) -> np.ndarray:
         """Tokens before the first to be predicted of each example, (examples,) int64; every example has one."""
-        marked = np.flatnonzero(self.loss_mask)
+        marked = np.flatnonzero(self.loss_mask[:])
         return marked[np.searchsorted(marked, self.offsets[:-1])] - self.offsets[:-1]
 
     def count_targets(self) -> np.ndarray:
@@ -76,10 +79,14 @@ def merge(sets: Sequence[TokenizedSet]) -> TokenizedSet:
             summary[key] = [text for value in values for text in value][:5]
         else:
             summary[key] = max(values) if key == "max_token_id" else sum(values)
+    roles = None
+    if any(one.roles is not None for one in sets):
+        roles = np.concatenate([np.zeros(len(one), np.int8) if one.roles is None else one.roles for one in sets])
     return TokenizedSet(
         np.concatenate([one.tokens for one in sets]),
         np.concatenate([one.loss_mask for one in sets]),
         np.concatenate([*offsets, starts[-1:]]).astype(np.int64),
         np.concatenate([one.source_rows for one in sets]),
         summary,
+        roles=roles,
     )

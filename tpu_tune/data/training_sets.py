@@ -15,7 +15,8 @@ from tpu_tune.data.formats import check_renamed, detect, in_words
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
-from tpu_tune.data.preference_rows import PAIRED, UNPAIRED, check_roles, preference_rows
+from tpu_tune.data.preference_rows import preference_rows
+from tpu_tune.data.preferences import PAIRED, ROWS, SINGLE, learns_from
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
@@ -60,22 +61,26 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
         raise UserError(
             "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
         )
+    objective = config.objective.name
+    if learns_from(objective) != ROWS and data.train_on_source:
+        raise UserError(f"data.train_on_source: objective.name={objective} rates answers only; set it to False")
+    if learns_from(objective) != ROWS and pairs:
+        raise UserError(f"objective.name={objective}: an encoder-decoder has sft alone; set objective.name=sft")
     train_sources, eval_sources = resolve(data.train)
     if data.eval:
         named, named_eval = resolve(data.eval)
         eval_sources = named_eval or named
-    train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, pairs)
+    options = options_from_config(data, tokenizer, pairs, objective)
+    tokenized = functools.partial(_tokenized, data=data, tokenizer=tokenizer, vocab_size=vocab_size, options=options)
+    train = tokenized(train_sources, data.train)
     _warn(data.train, train.summary)
-    check_roles(train, config.objective.name, data.train)
-    if note := past_template(train.summary, options_from_config(data, tokenizer, pairs), "data.format"):
+    if note := past_template(train.summary, options, "data.format"):
         logger.warning("%s: %s", data.train, note)
     train_examples = np.arange(len(train))
     held_out = None
     if eval_sources and not (data.eval_dataset_size and not data.eval):
-        held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, pairs)
-        eval_name = data.eval or f"{data.train} (evaluation files)"
-        _warn(eval_name, held_out.summary)
-        check_roles(held_out, config.objective.name, eval_name)
+        held_out = tokenized(eval_sources, data.eval or data.train)
+        _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
         eval_examples = np.arange(len(held_out))
     elif data.eval_ratio > 0 or data.eval_dataset_size:
         share = data.eval_dataset_size or data.eval_ratio
@@ -133,18 +138,17 @@ def split_rows(source_rows: np.ndarray, share: float, seed: int) -> tuple[np.nda
 
 
 def _tokenized(
-    sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, pairs: bool
+    sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, options: TokenizeOptions
 ) -> TokenizedSet:
     """Tokenize sources, or find them in the cache, and check that there is something to learn."""
     tokenized = [source for source in sources if arrow.is_tokenized(source)]
     if tokenized:
-        _check_tokenized(sources, tokenized, name, tokenizer, pairs)
+        _check_tokenized(sources, tokenized, name, tokenizer, options.encoder_decoder)
         if data.train_on_source or data.response_markers:
             logger.warning("%s is tokenized, and its own labels say what is trained on", name)
-        result = arrow.load(sources, data.max_length)
+        result = arrow.load(sources, data.max_length, options.objective)
         _check(result, name, vocab_size)
         return result
-    options = options_from_config(data, tokenizer, pairs)
     read = {source: read_rows(source, skip_bad_rows=data.skip_bad_rows) for source in sources if is_hub(source)}
     root = cache.directory(data.cache_dir)
     key = cache.fingerprint(sources, [row for rows, _ in read.values() for row in rows], tokenizer, options)
@@ -220,10 +224,8 @@ def _rows(data: TokenizedSet, examples: np.ndarray, config: Any, start_token: in
     width, packing = config.data.max_length, config.data.packing
     if start_token is not None:
         return pair_rows(data, examples, width, start_token)
-    if config.objective.name in PAIRED:
-        return preference_rows(data, examples, width, packing, -1, config.data.train)
-    if config.objective.name in UNPAIRED:
-        return preference_rows(data, examples, width, packing, mismatch_group(config), config.data.train)
+    if (kind := learns_from(config.objective.name)) != ROWS:
+        return preference_rows(data, examples, width, packing, None if kind == PAIRED else mismatch_group(config))
     lengths = data.lengths
     if packing:
         packed = pack(lengths[examples], width)
@@ -236,7 +238,7 @@ def _rows(data: TokenizedSet, examples: np.ndarray, config: Any, start_token: in
 
 def mismatch_group(config: Any) -> int:
     """Return among how many consecutive answers KTO exchanges answers, as TRL in each micro-batch; 0: among none."""
-    exchanges = config.objective.name in UNPAIRED and "apo_zero_unpaired" not in config.objective.loss_type
+    exchanges = learns_from(config.objective.name) == SINGLE and "apo_zero_unpaired" not in config.objective.loss_type
     return config.train.per_device_train_batch_size if exchanges else 0
 
 

@@ -215,11 +215,6 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
 def _open_data(config: ConfigDict, mesh: Mesh) -> Datasets:
     source, architecture = open_model(config)
     start_token = architecture.start_token if architecture.encoder else None
-    if architecture.encoder and config.objective.name != "sft":
-        raise UserError(
-            f"objective.name={config.objective.name}: {config.model.path} ({architecture.family}) is an "
-            "encoder-decoder, whose answers can only be trained on with sft"
-        )
     data = load_data(config, source.load_tokenizer(), architecture.vocab_size, start_token)
     check_widths(data, mesh)
     return data

@@ -63,8 +63,6 @@ def check(config: ConfigDict) -> None:
             "objective.name=kto compares each prompt with the answer of another row of its micro-batch; set "
             "train.per_device_train_batch_size to 2 or more, or objective.loss_type=apo_zero_unpaired"
         )
-    if name in KEYS and config.data.train_on_source:
-        raise UserError(f"data.train_on_source: objective.name={name} judges answers, not prompts; set it to False")
 
 
 def _check_loss_types(config: ConfigDict) -> None:

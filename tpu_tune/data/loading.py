@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data.packing import Packing
-from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.tokenized_set import MISMATCHED, TokenizedSet
 
 IGNORE = -100  # a target that counts for nothing, as in torch and Hugging Face
 
@@ -48,8 +48,9 @@ class PackedRows:
 
     @property
     def documents(self) -> np.ndarray:
-        """Examples in all rows, in order."""
-        return self.packing.documents
+        """Examples in all rows, in order; not those that were made of others' parts (`MISMATCHED`)."""
+        documents, roles = self.packing.documents, self.data.roles
+        return documents if roles is None else documents[roles[documents] != MISMATCHED]
 
     @property
     def capacity(self) -> int:
@@ -66,7 +67,8 @@ class PackedRows:
           (n, T) int32 each: `input_ids` (0 where padding), `targets` (the next token's id where it is to be predicted,
           else -100; never that of the next document), `positions` (from 0 in each document), `segment_ids` (from 1 in
           each row, 0 where padding). Where there are slots also (n, S) arrays: `document_roles` int32 (of
-          `TokenizedSet` and `preference_rows`, 0 where there is none), and `document_reference` float32, where it is known.
+          `TokenizedSet` and `preference_rows`, 0 where there is none) and `document_reference` float32, where it is
+          known.
         """
         shape = (len(indices), self.width)
         batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "positions", "segment_ids")}

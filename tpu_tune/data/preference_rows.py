@@ -13,9 +13,7 @@ import numpy as np
 
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
-from tpu_tune.data.tokenized_set import TokenizedSet
-
-MISMATCHED = 3  # a role beside those of `TokenizedSet`: a prompt with the answer of another row
+from tpu_tune.data.tokenized_set import MISMATCHED, TokenizedSet
 
 
 def preference_rows(

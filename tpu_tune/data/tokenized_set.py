@@ -14,6 +14,7 @@ import numpy as np
 
 # What an example is to an objective: nothing but itself, the better answer of two (or a desirable one), or the worse.
 PLAIN, CHOSEN, REJECTED = 0, 1, 2
+MISMATCHED = 3  # not in files: a prompt with another row's answer, see `preference_rows`
 
 
 @dataclass

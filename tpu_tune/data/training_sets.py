@@ -98,9 +98,9 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     rows = functools.partial(_rows, config=config, start_token=start_token)
     train_rows = rows(train, train_examples)
     eval_rows = None if held_out is None else rows(held_out, eval_examples)
-    summary = {"train": _summarise(train, train_rows)}
+    summary = {"train": _summarise(train_rows)}
     if eval_rows is not None:
-        summary["eval"] = _summarise(held_out, eval_rows)
+        summary["eval"] = _summarise(eval_rows)
     for name, counts in summary.items():
         _report(name, counts)
     return Datasets(train_rows, eval_rows, summary)
@@ -242,9 +242,9 @@ def mismatch_group(config: Any) -> int:
     return config.train.per_device_train_batch_size if exchanges else 0
 
 
-def _summarise(data: TokenizedSet, rows: PackedRows | PairRows) -> dict[str, Any]:
+def _summarise(rows: PackedRows | PairRows) -> dict[str, Any]:
     """The set's counts, and under `packed_*` those of the rows made of this part of it."""
-    documents = rows.documents
+    data, documents = rows.data, rows.documents
     tokens = int(data.lengths[documents].sum())
     targets = int(data.count_targets()[documents].sum())
     return {

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from tpu_tune.data.preference_rows import MISMATCHED
-from tpu_tune.data.tokenized_set import CHOSEN, REJECTED
+from tpu_tune.data.tokenized_set import CHOSEN, MISMATCHED, REJECTED
 from tpu_tune.kernels.cross_entropy import IGNORED, token_log_probs
 from tpu_tune.training import preference_losses as losses
 from tpu_tune.training.preference_settings import loss_types

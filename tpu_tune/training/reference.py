@@ -126,7 +126,7 @@ def _key(data: TokenizedSet, kept: str) -> str:
 
 def _unknown(rows: PackedRows, values: np.ndarray) -> np.ndarray:
     """Return the numbers of the rows that hold an answer whose value is not known."""
-    missing = np.flatnonzero(np.isnan(values[rows.documents]))
+    missing = np.flatnonzero(np.isnan(values[rows.packing.documents]))
     return np.unique(np.searchsorted(rows.packing.offsets, missing, side="right") - 1)
 
 

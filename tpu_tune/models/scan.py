@@ -77,7 +77,7 @@ def run_layers(
     x: Float[Array, "B T D"],
     context: LayerContext,
     pasts: Pasts | None,
-) -> tuple[Float[Array, "B T D"], Pasts | None]:
+) -> tuple[Float[Array, "B T D"], Pasts | None, Float[Array, "2 E"] | None]:
     """Run all layers.
 
     Args:
@@ -89,7 +89,8 @@ def run_layers(
       pasts: what the layers keep of the tokens so far; None without a cache.
 
     Returns:
-      New hidden states, and what the cache is to hold.
+      New hidden states, what the cache is to hold, and the load of the experts (`experts.load`) over all layers; None
+      without experts, or with a cache.
     """
     modules = {module.path: module for module in arch.modules() if module.layers_path == arch.names.layers}
     written = []
@@ -102,7 +103,10 @@ def run_layers(
         past = (Past(),) * group.period if pasts is None else pasts[index]
         x, new = _run_group(arch, execution, group, stacks, x, context, past)
         written.append(new)
-    return x, None if pasts is None else tuple(written)
+    if pasts is not None:
+        return x, tuple(written), None
+    loads = [jnp.sum(past.load, axis=0) for new in written for past in new if past.load is not None]
+    return x, None, sum(loads) if loads else None
 
 
 def empty_pasts(arch: Architecture, batch: int, length: int, dtype: Any) -> Pasts:
@@ -186,7 +190,8 @@ def _run_group(
             leaves = {stack.path: stack.at(position, repeat, parts[stack.path], is_pattern) for stack in own}
             inside = {names[path]: leaf for path, leaf in execution.gather(leaves).items()}
             x, past = Layer(arch, kinds, kind, inside, context)(x, past)
-            return execution.constrain(x), Past() if context.start is None else past
+            past = Past(load=past.load) if context.start is None else dataclasses.replace(past, load=None)
+            return execution.constrain(x), past
 
         if execution.remat == "none":
             return run_layer

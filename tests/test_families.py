@@ -58,7 +58,9 @@ def adapted(case, targets, **settings):
 def all_linear_and(case):
     """Return the names of all linear modules of a case, and of its embeddings and head."""
     arch = architecture(tiny_models.CONFIGS[case])
-    linear = {m.path.rsplit(".")[-1] for m in arch.modules() if m.kind == "linear" and not m.is_head}
+    linear = [m for m in arch.modules() if m.kind == "linear" and not (m.is_head or m.is_router)]
+    unable = {m.path.rsplit(".")[-1] for m in linear if m.no_adapter}
+    linear = {m.path.rsplit(".")[-1] for m in linear} - unable
     return sorted(linear) + ENDS.get(arch.family, ["embed_tokens", "lm_head"])
 
 

@@ -88,8 +88,8 @@ def tensors_of(module: Module, path: str) -> list[tuple[tuple[int, ...], str]]:
 
     Args:
       module: a module with weights of its own.
-      path: path of its weight or its bias. The index has an entry for the layer, and one for the expert where each has a
-        tensor of its own.
+      path: path of its weight or its bias. The index has an entry for the layer, and one for the expert where each
+        has a tensor of its own.
     """
     suffix, tensors = path.rsplit(".", 1)[1], []
     for number, layer in enumerate(module.layers or (None,)):
@@ -100,7 +100,7 @@ def tensors_of(module: Module, path: str) -> list[tuple[tuple[int, ...], str]]:
 
 
 def _in_tree(module: Module, path: str, index: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Yield (index in the leaf, value in the tree's order) for what one tensor holds: several experts, if it has them."""
+    """Yield (index in the leaf, value in the tree's order) for what one tensor holds: several experts, or one thing."""
     turned = module.from_torch if path == module.weight else module.interleave
     if not module.stacked_in_file:
         yield index, turned(value)

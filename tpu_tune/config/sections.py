@@ -120,6 +120,8 @@ class Objective:
     """What is minimised."""
 
     name: str = key("sft", "sft: cross-entropy of the marked tokens")
+    # -1: under method=full config.json's, where it says output_router_logits; else 0.
+    router_aux_loss_coef: float = key(-1.0, "weight of the experts' load-balancing loss; -1: auto", at_least=0, also=-1)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class Experts:
       renormalize: whether the weights of the chosen are divided by their sum.
       scale: factor on the weights.
       groups, top_groups: number of groups of consecutive experts, and how many of them a token may choose from.
+      balance: weight that the config gives the load-balancing loss in training; 0 where it leaves it out.
       shared_width: width of the MLP beside them that all tokens go through; 0 where there is none.
     """
 
@@ -121,7 +122,13 @@ class Experts:
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    balance: float = 0.0
     shared_width: int = 0
+
+    @property
+    def has_balance(self) -> bool:
+        """Whether the load-balancing loss is defined for it: it is made of softmax probabilities."""
+        return self.rule != "sigmoid"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,7 +148,7 @@ class Decoder(nnx.Module):
         encoder_output: EncoderOutput | None = None,
         on_embeddings: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "2 E"] | None]:
-        """Return what `hidden` does, and the load of the experts over all layers (`experts.load`); None without experts.
+        """Return what `hidden` does, and the experts' load over all layers (`experts.load`); None without experts.
 
         Args:
           input_ids: token ids.
@@ -185,7 +185,9 @@ class Decoder(nnx.Module):
             hidden = None if encoder_output is None else encoder_output.hidden
             context = dataclasses.replace(context, encoder=(hidden, layout))
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
-        x, past, load = run_layers(arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past)
+        x, past, load = run_layers(
+            arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past
+        )
         x = norm(arch, self.outside, names.final_norm, x)
         if names.project_out:
             x = linear(self.outside.at(names.project_out), x)

@@ -88,7 +88,10 @@ _ROPE_KINDS = {
     **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
 }
 
-_OWN_KINDS = {"exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING}}  # such as LLLG
+_OWN_KINDS = {
+    "exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING},  # such as LLLG
+    "qwen2_moe": {"sliding_window": whole(0, MOST_POSITIONS) | NOTHING},  # what transformers 5 writes where it is off
+}
 
 
 def check_config(config: Mapping[str, Any]) -> None:

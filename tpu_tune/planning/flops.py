@@ -64,7 +64,9 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
     repeated = {"full": layers + executed, "offload": layers + executed, "dots": executed}.get(config.model.remat, 0.0)
     hardware = model - 3 * needed + 3 * executed + repeated
     formula = (
-        f"{6 if full else 4} x parameters of matrices x tokens"
+        f"{6 if full else 4} x parameters of matrices"
+        + (f" ({arch.experts.per_token} of {arch.experts.count} experts)" if arch.experts else "")
+        + " x tokens"
         + ("" if full else " + 6 x parameters of adapters x tokens")
         + " + 12 x attention width x layers x tokens x keys per token"
     )

@@ -68,8 +68,8 @@ class ModelLoss:
       method: what the model is made of while it is trained.
       objective: what is minimized.
       neftune_alpha: strength of the noise on the embeddings; 0 for none.
-      router_aux_loss_coef: weight of the experts' load-balancing loss, for each micro-batch by itself as in transformers.
-        It is the metric `router_aux_loss` whatever its weight, and not in the loss of evaluations.
+      router_aux_loss_coef: weight of the experts' load-balancing loss, for each micro-batch by itself as transformers
+        has it. It is the metric `router_aux_loss` whatever its weight, and not in the loss of evaluations.
     """
 
     architecture: Architecture

@@ -52,7 +52,8 @@ def scratch_bytes(
     size = 4 if config.model.dtype == "float32" else 2
     tokens = rows * math.ceil(width / mesh["sequence"])
     tensor = mesh["tensor"]
-    hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    hidden, heads = arch.hidden_size, [arch.heads(kind) for kind in arch.kinds]
+    q, kv = arch.num_heads * max(size for _, size in heads), max(count * size for count, size in heads)
     single, inner = _mlp_widths(arch)
     projected = 2 * hidden + (q + 2 * kv + inner) // tensor  # outputs of a layer's linear modules, per token
     layers = arch.num_layers + (arch.encoder.num_layers if arch.encoder else 0)
@@ -79,6 +80,7 @@ def _mlp_widths(arch: Architecture) -> tuple[int, int]:
     """
     gated = any(kind.names.gate or kind.names.gate_up for kind in arch.kinds)
     if arch.experts is None:
-        return arch.intermediate_size, arch.intermediate_size * (2 if gated else 1)
+        width = max(kind.intermediate_size or arch.intermediate_size for kind in arch.kinds)
+        return width, width * (2 if gated else 1)
     width = arch.experts.per_token * arch.experts.width + arch.experts.shared_width
     return width, 2 * width + 3 * arch.experts.per_token * arch.hidden_size

@@ -22,6 +22,7 @@ from tpu_tune.models import Execution, architecture
 from tpu_tune.models.experts import over_experts, route
 from tpu_tune.tensors import QuantizedTensor, grouped_matmul
 from tpu_tune.training.objectives import CrossEntropy
+from tpu_tune.training.prepare_steps import router_aux_loss_coef
 from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import FULL, LoraConfig, QuantizeConfig, find_targets, quantized_paths, without_adapter
 
@@ -259,9 +260,7 @@ def test_the_load_balancing_loss_is_in_full_tunings_loss_and_not_in_adapters(tra
         assert all(row["router_aux_loss"] >= 1.0 for row in rows)
         model = trained("one device", method)[0]
         assert model.architecture.experts.balance == 0.01
-        from tpu_tune.training.prepare_steps import _router_aux_loss_coef
-
         config = helpers.make_config(method="full" if is_in else "lora")
-        assert _router_aux_loss_coef(config, model) == (0.01 if is_in else 0.0)
+        assert router_aux_loss_coef(config, model) == (0.01 if is_in else 0.0)
         config.objective.router_aux_loss_coef = 0.3
-        assert _router_aux_loss_coef(config, model) == 0.3
+        assert router_aux_loss_coef(config, model) == 0.3

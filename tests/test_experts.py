@@ -160,22 +160,18 @@ def test_a_token_chooses_within_its_best_groups_only():
     np.testing.assert_allclose(jnp.sum(weights), arch.experts.scale, rtol=1e-6)
 
 
-def test_all_linear_leaves_routers_and_experts_out_and_says_so(in_torch):
+def test_all_linear_takes_the_experts_and_leaves_the_routers_out(in_torch):
     arch = architecture(tiny_models.CONFIGS["qwen3_moe"])
     modules = arch.modules()
     targets = find_targets(modules, LoraConfig(target_modules="all-linear"))
-    assert {target.module.path.rsplit(".")[-1] for target in targets.adapted} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    }
-    line = without_adapter(modules, targets)
+    names = {target.module.path.rsplit(".")[-1] for target in targets.adapted}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert without_adapter(modules, targets) == ""
+    attention = LoraConfig(target_modules=["q_proj"])
+    line = without_adapter(modules, find_targets(modules, attention))
     assert line.startswith("without an adapter: model.layers.mlp.experts.gate_proj, ") and "5 experts each" in line
-    assert inspect_model(in_torch("qwen3_moe")[1], LoraConfig())["lora"]["without"] == line
+    assert inspect_model(in_torch("qwen3_moe")[1], attention)["lora"]["without"] == line
     assert without_adapter(architecture(tiny_models.CONFIGS["llama2"]).modules(), targets) == ""
-    with pytest.raises(UserError, match="'model.layers.mlp.experts.up_proj' cannot carry an adapter"):
-        find_targets(modules, LoraConfig(target_modules=["up_proj"]))
     with pytest.raises(UserError, match="only 2 of the 5 experts of 'model.layers.0.mlp.experts.up_proj' are named"):
         find_targets(modules, LoraConfig(target_modules=r".*experts\.[01]\.up_proj"))
     named = find_targets(modules, LoraConfig(target_modules=["mlp.gate"]))

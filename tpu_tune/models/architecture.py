@@ -439,7 +439,6 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
         "experts": experts.count,
         "experts_per_token": experts.per_token,
         "experts_path": experts.path,
-        "no_adapter": "adapters on experts are not implemented yet",
     }
 
     def linear(name: str, shape: tuple[int, int], axes: tuple[str, str | None], **facts: Any) -> None:

@@ -44,14 +44,18 @@ def find_targets(modules: Sequence[Module], config: LoraConfig, default_targets:
     return Targets(adapted, tuple(saved), _biases(modules, config, saved, chosen), config, tokens)
 
 
-def without_adapter(modules: Sequence[Module], targets: Targets) -> str:
-    """Return a line on the experts that stay as they are beside adapted modules; "" where there are none."""
+def experts_words(modules: Sequence[Module], targets: Targets) -> str:
+    """Return which experts carry adapters and which stay as they are, in words; "" where there are none."""
     adapted = {target.module.path for target in targets.adapted}
-    left = [module for module in modules if module.experts and module.path not in adapted]
-    if not left:
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        if module.experts:
+            found.setdefault("adapted" if module.path in adapted else "without an adapter", []).append(module.path)
+    if not found:
         return ""
-    why = next((f": {module.no_adapter}" for module in left if module.no_adapter), "")
-    return f"without an adapter: {', '.join(module.path for module in left)} ({left[0].experts} experts each){why}"
+    count = next(module.experts for module in modules if module.experts)
+    parts = [f"{words}: {', '.join(paths)}" for words, paths in sorted(found.items())]
+    return f"{count} experts a layer, {'; '.join(parts)}"
 
 
 def _target(module: Module, layers: tuple[int | None, ...], config: LoraConfig) -> Target:

@@ -87,6 +87,7 @@ EXPRESSIBLE = [
     "neox_full_rotary", "neox_parameters", "gpt2", "gemma", "gemma2", "gemma3", "phi", "phi3",
     "phi3_longrope_short", "phi3_longrope_long", "llama_yarn", "smollm3", "olmo2", "olmo3", "granite", "granite_biases",
     "glm", "glm4", "glm4_tied", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4_no_window", "t5", "t5_gated",
+    "gemma4", "gemma4_wide", "gemma4_unified",
 ]  # fmt: skip
 
 
@@ -191,6 +192,21 @@ def test_rows_that_make_no_blocks_become_f16(tmp_path, tokenizer):
     write(tmp_path / "m.gguf", in_memory(config, tiny_models.weights(config), tokenizer), "q8_0")
     formats = {name: tensor.format.name for name, tensor in open_gguf_file(tmp_path / "m.gguf").tensors.items()}
     assert formats["blk.0.ffn_down.weight"] == "F16" and formats["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_a_mixture_of_formats_is_written_and_read(tmp_path, tokenizer):
+    """Q4_K_M: the embedding is the tied head and has six bits; rows of 32 have no blocks of 256."""
+    config = tiny_models.CONFIGS["llama_tied"] | {"hidden_size": 256, "intermediate_size": 32}
+    source = in_memory(config, tiny_models.weights(config), tokenizer)
+    write(tmp_path / "m.gguf", source, "q4_k_m")
+    formats = {name: tensor.format.name for name, tensor in open_gguf_file(tmp_path / "m.gguf").tensors.items()}
+    assert (formats["token_embd.weight"], formats["blk.0.ffn_up.weight"]) == ("Q6_K", "Q4_K")
+    assert formats["blk.0.ffn_down.weight"] == "Q5_0" and formats["output_norm.weight"] == "F32"
+    back = open_gguf(tmp_path / "m.gguf")
+    for name in source.shapes:
+        value = source.read(name)
+        error = np.sqrt(np.mean((back.read(name).astype(np.float32) - value) ** 2))
+        assert error < 0.1 * np.sqrt(np.mean(value**2)) + 1e-12, name
 
 
 def test_an_untied_head_is_written_and_read(tmp_path, tokenizer):
@@ -405,6 +421,11 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
         (tiny_models.CONFIGS["cohere2_untied"], "cannot express attention_bias=True of a cohere2 model"),
         (tiny_models.CONFIGS["seed_oss_biases"], "cannot express mlp_bias=True"),
         (tiny_models.CONFIGS["exaone4"], "cannot express sliding_window=5 of a exaone4 model"),
+        (tiny_models.CONFIGS["gemma4_alike"], "cannot express biases or another activation in a Gemma 4"),
+        (
+            {**tiny_models.CONFIGS["gemma4"], "layer_types": ["full_attention"] * 6},
+            "cannot express a Gemma 4 without windows",
+        ),
         (tiny_models.CONFIGS["qwen2_upper_windows"], "cannot express use_sliding_window=True"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 100}, "query_pre_attn_scalar=100 of a gemma2 model"),

@@ -25,7 +25,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.tensors.formats import FORMATS
 from tpu_tune.tensors.layer_view import LayerView
-from tpu_tune.tensors.product import contract_array, product
+from tpu_tune.tensors.product import contract_array, grouped_product, product
 
 PACK_BLOCK = 256
 
@@ -95,8 +95,15 @@ class QuantizedTensor:
         return product(x, self, False)
 
     def embed(self, ids: Int[Array, "*batch"], dtype: Any) -> Float[Array, "*batch dim"]:
-        """Return rows of a quantized embedding."""
-        return self.dequantize(dtype)[ids]
+        """Return rows of a quantized embedding; no others are decoded."""
+        half, within = self.pack_block // 2, ids % self.pack_block
+        if half:
+            codes = self.codes[ids // self.pack_block * half + within % half]
+            codes = jnp.where((within < half)[..., None], codes & 15, codes >> 4)
+        else:
+            codes = self.codes[ids]
+        scales = dataclasses.replace(self, scales=self.scales[..., ids // self.group_size, :]).group_scales()
+        return (FORMATS[self.format].decode(codes) * scales).astype(dtype)
 
     def unembed(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocabulary"]:
         """Return x @ w.T."""
@@ -109,6 +116,14 @@ class QuantizedTensor:
     def contract(self, x: Array, axis: int) -> Array:
         """Return x @ w (axis 0) or x @ w.T (axis 1), dequantized whole in x's dtype."""
         return contract_array(x, self.dequantize(x.dtype), axis)
+
+    def grouped_matmul(self, x: Float[Array, "rows in"], sizes: Int[Array, " experts"]) -> Float[Array, "rows out"]:
+        """Return each row's product with its expert's matrix."""
+        return grouped_product(x, self, sizes)
+
+    def expert(self, index: Int[Array, ""], dtype: Any) -> Float[Array, "in out"]:
+        """Return one expert's matrix, dequantized."""
+        return jax.tree.map(lambda part: part[index], self).dequantize(dtype)
 
     def layer_view(self, layer: Int[Array, ""], plan: MatmulPlan) -> LayerView:
         """Return one layer of a stacked tensor without cutting it out."""

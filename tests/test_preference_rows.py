@@ -6,6 +6,7 @@ where trl is installed.
 
 import json
 import os
+import pickle
 import types
 
 import numpy as np
@@ -275,13 +276,21 @@ def equal_sets(one, other):
     assert one.roles.tolist() == other.roles.tolist() and one.source_rows.tolist() == other.source_rows.tolist()
 
 
-def test_roles_stay_through_merge_cache_processes_and_files(tmp_path, caplog):
+BATCHES = [(ROWS[:5], "row", 0), (ROWS[5:], "row", 5)]
+
+
+@pytest.mark.slow
+def test_processes_give_the_roles_back():
+    whole = tokenize_rows(ROWS, make_tokenizer(), options(max_length=64))
+    equal_sets(whole, merge(list(tokenize_batches(BATCHES, make_tokenizer(), options(max_length=64), 2))))
+
+
+def test_roles_stay_through_merge_and_cache(tmp_path, caplog):
     tokenizer = make_tokenizer()
     path = write(tmp_path / "rows.jsonl", ROWS)
     whole = tokenize_rows(ROWS, tokenizer, options(max_length=64))
-    parts_of = [(ROWS[:5], "row", 0), (ROWS[5:], "row", 5)]
-    for processes in (1, 2):
-        equal_sets(whole, merge(list(tokenize_batches(parts_of, tokenizer, options(max_length=64), processes))))
+    sets = [tokenize_rows(*one[:1], tokenizer, options(max_length=64), *one[1:]) for one in BATCHES]
+    equal_sets(whole, pickle.loads(pickle.dumps(merge(sets))))
     plain = tokenize_rows([{"text": "a"}], tokenizer, options("sft"))
     assert merge([plain, whole]).roles.tolist() == [0, *whole.roles] and merge([plain, plain]).roles is None
     fresh, cached = (load_data(settings(path, tmp_path), tokenizer) for _ in range(2))

@@ -20,6 +20,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.training import preference_losses as losses
 from tpu_tune.training import reference
 from tpu_tune.training.opening import check_settings
+from tpu_tune.training.preference_settings import unbalanced
 from tpu_tune.training.prepare_steps import prepare_evaluation, prepare_scoring
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "goldens" / "preference.json").read_text())
@@ -247,6 +248,15 @@ def test_settings_that_do_not_fit_are_named(objective: dict[str, Any], message: 
     config = helpers.make_config(train__per_device_train_batch_size=1, **keys)
     with pytest.raises(UserError, match=message):
         check_settings(config, with_data=False)
+
+
+def test_answers_that_weigh_too_much_are_said() -> None:
+    roles = np.array([1] * 30 + [2] * 10)
+    config = helpers.make_config(objective__name="kto")
+    (line,) = unbalanced(config, roles)
+    assert "30 desirable and 10 undesirable" in line and "desirable_weight between 0.33 and 0.44" in line
+    config.objective.undesirable_weight = 2.5
+    assert not unbalanced(config, roles) and not unbalanced(config, np.array([1, 2]))
 
 
 def test_plain_rows_carry_nothing_of_pairs() -> None:

@@ -319,8 +319,8 @@ def _warnings(session: Session) -> list[str]:
     """Return what of a run's length and of its added tokens is rarely meant so."""
     config, model, data = session.config, session.model, session.data
     lines = too_little.of_length(config, session.length, data.eval is not None, len(data.train.documents))
-    if (roles := data.train.data.roles) is not None:
-        lines += unbalanced(config, roles[data.train.documents])
+    if config.objective.name == "kto":
+        lines += unbalanced(config, data.train.data.roles[data.train.documents])
     if config.model.add_special_tokens:
         known = open_source(config.model.path).load_tokenizer().get_vocab()
         lines += too_little.of_tokens(config, model.architecture, model.method, known)

@@ -75,7 +75,7 @@ def unbalanced(config: ConfigDict, roles: np.ndarray) -> list[str]:
       roles: those of the answers to train on.
     """
     desirable, undesirable = int(np.sum(roles == CHOSEN)), int(np.sum(roles == REJECTED))
-    if config.objective.name != "kto" or desirable == undesirable:
+    if desirable == undesirable:
         return []
     weights = config.objective.desirable_weight, config.objective.undesirable_weight
     wanted = max(undesirable, 1) * weights[1] / max(desirable, 1)

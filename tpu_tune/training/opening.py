@@ -124,7 +124,8 @@ def open_session(
     load_seconds = time.monotonic() - started
     before.seed, before.data.data_seed = config.seed, config.data.data_seed
     same = before.model.to_dict() == config.model.to_dict()  # else what was trained is evaluated
-    data = add_reference(data, before, eval_batch_rows, model if same else None, mesh, say)
+    used = ("eval",) if evaluate_only else ("train", "eval")
+    data = add_reference(data, before, eval_batch_rows, model if same else None, mesh, say, used)
     batches = Batches(
         data.train,
         batch_rows,

@@ -69,7 +69,7 @@ def test_tensors_stacked_as_in_transformers_memory_are_read_and_written_back(cas
             np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "granitemoeshared"])
+@pytest.mark.parametrize("case", tiny_models.mostly_slow(["mixtral", "qwen2_moe", "granitemoeshared"], ["qwen2_moe"]))
 def test_loss_with_load_balancing_and_its_gradients_equal_torch(case, in_torch):
     """Of padded rows; every weight's gradient, the router's and each expert's among them."""
     import torch
@@ -104,7 +104,7 @@ def test_loss_with_load_balancing_and_its_gradients_equal_torch(case, in_torch):
 
     (loss, sums), gradients = ours(params)
     total, weight = sums["router_aux_loss"]
-    np.testing.assert_allclose(total / weight, float(result.aux_loss), rtol=1e-5)
+    np.testing.assert_allclose(total / weight, float(result.aux_loss.detach()), rtol=1e-5)
     np.testing.assert_allclose(loss, float(result.loss.detach()), rtol=1e-5)
     theirs = {name: value.grad.numpy() for name, value in model.named_parameters()}
     layer = arch.num_layers - 1

@@ -207,7 +207,6 @@ def test_what_is_not_known_is_named():
     for case, change, says in (
         ("cohere", {"use_qk_norm": True}, "'use_qk_norm' is set in the config of this cohere model"),
         ("granite4", {"num_local_experts": 4}, "num_local_experts is 4 .* experts are not implemented"),
-        ("gemma4", {"enable_moe_block": True}, "'enable_moe_block' is set .* gemma4_text model: its experts"),
         ("gemma4", {"num_kv_shared_layers": 5}, "num_kv_shared_layers=5 of 6 layers leaves no layer to share with"),
         ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' .* not implemented"),
         ("gemma4", {"per_layer_config": {"0": {"window": 2}}}, "per_layer_config sets window of layer 0"),

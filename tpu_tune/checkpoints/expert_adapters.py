@@ -25,7 +25,11 @@ from tpu_tune.transforms.select import by_pattern
 # Families whose single experts' tensors PEFT understands.
 _BY_EXPERT = ("mixtral", "qwen3_moe", "olmoe", "glm4_moe")
 # Path of the experts inside a layer, as transformers 5 calls it in memory.
-_CONTAINER = {"granitemoe": "block_sparse_moe.experts", "granitemoeshared": "block_sparse_moe.experts"}
+_CONTAINER = {
+    "granitemoe": "block_sparse_moe.experts",
+    "granitemoeshared": "block_sparse_moe.experts",
+    "gemma4_text": "experts",
+}
 _EXPERTS = "mlp.experts"
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _FUSED = re.compile(r"(.*\.experts)((?:\.base_layer)?)\.lora_([AB])\.weight")

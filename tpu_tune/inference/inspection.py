@@ -28,6 +28,8 @@ ROLES = {
     "cross_v": "attention to the encoder: values",
     "cross_o": "attention to the encoder: output",
     "router": "sends each token to some experts",
+    "router_scale": "factors on the router's input",
+    "expert_scale": "factors on the experts' weights",
     "choice_bias": "added to the router's scores for the choice",
     "expert_gate": "experts: gate",
     "expert_up": "experts: up",

@@ -18,12 +18,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.layout import TokenLayout
+from tpu_tune.kernels.layout import TokenLayout, soft_cap
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
-from tpu_tune.models.layers import Branch, LayerContext, Past, apply_head, linear, norm, relative_bias
-from tpu_tune.models.scan import Execution, run_layers
-from tpu_tune.tensors import embed
+from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.models.layers import LayerContext
+from tpu_tune.models.relative import relative_bias
+from tpu_tune.models.scan import Execution, Pasts, empty_pasts, run_layers
+from tpu_tune.tensors import embed, matmul, unembed
 
 Params = Mapping[str, Any]  # path -> leaf
 
@@ -36,14 +38,14 @@ class Cache:
     """Keys and values of the tokens so far, for generation.
 
     Attributes:
-      past: keys and values of all layers on axis 0, (layers, B, S, kv heads, head_dim); an encoder's come
-        with the first call.
+      past: what each layer keeps, keys and values (B, S, kv heads, head_dim) and the like; an encoder's come with the
+        first call.
       segments: (B, S), 1 where a real token stands, 0 elsewhere.
       length: number of tokens written so far, the same for every row.
       encoder_segments: (B, M), segments of the encoder's tokens; None without an encoder.
     """
 
-    past: Past
+    past: Pasts
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
     encoder_segments: Int[Array, "B M"] | None = None
@@ -60,9 +62,7 @@ class EncoderOutput:
 
 def empty_cache(architecture: Architecture, batch: int, length: int, dtype: Any) -> Cache:
     """Return a cache for `batch` rows of at most `length` tokens."""
-    shape = (architecture.num_layers, batch, length, architecture.num_kv_heads, architecture.head_dim)
-    own = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return Cache(Past(own), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
+    return Cache(empty_pasts(architecture, batch, length, dtype), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
 
 def encode(
@@ -204,3 +204,18 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return the logits of hidden states, in their dtype."""
         return apply_head(self.architecture, self.head_leaves(), hidden)
+
+
+def apply_head(
+    arch: Architecture, leaves: Mapping[str, Any], hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch V"]:
+    """Apply `Decoder.head_leaves`, as a pure function for the chunked cross-entropy."""
+    if arch.head_scale != 1.0:
+        hidden = hidden * jnp.asarray(arch.head_scale, hidden.dtype)
+    if "embedding" in leaves:
+        logits = unembed(hidden, leaves["embedding"])
+    else:
+        logits = matmul(hidden, leaves["weight"])
+    if "bias" in leaves:
+        logits = logits + leaves["bias"].astype(logits.dtype)
+    return soft_cap(logits, arch.logit_soft_cap)

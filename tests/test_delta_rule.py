@@ -114,7 +114,13 @@ def test_memory_grows_with_the_tokens_not_with_their_square() -> None:
     def temporary_bytes(length: int) -> int:
         given = (*inputs(length), jnp.ones((2, length), jnp.int32))
         loss = lambda *given: jnp.sum(delta_rule(*given)[0])  # noqa: E731
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*given).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))
+            .lower(*given)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert temporary_bytes(4096) < 2.2 * temporary_bytes(2048)
 

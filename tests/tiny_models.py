@@ -101,6 +101,14 @@ def _phi(family, **changes):
     return {"model_type": family, **sizes, "pad_token_id": 0, **changes}
 
 
+def _qwen3_5(family, **changes):
+    sizes = {
+        "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6, "mlp_only_layers": [], "num_hidden_layers": 4,
+    }  # fmt: skip
+    return {"model_type": family, **_SIZES, "pad_token_id": 0, "hidden_act": "silu", **sizes, **changes}
+
+
 def _t5(**changes):
     return {
         "model_type": "t5",
@@ -333,13 +341,42 @@ CONFIGS = {
     "nanochat_tied": _like_llama(
         "nanochat", attention_bias=True, tie_word_embeddings=True, final_logit_softcapping=None, rope_theta=5000.0
     ),
+    "qwen3_5": _qwen3_5("qwen3_5_text", full_attention_interval=2),
+    "qwen3_5_tied": _qwen3_5(
+        "qwen3_5_text",
+        num_hidden_layers=3,
+        linear_num_key_heads=3,
+        linear_num_value_heads=3,
+        linear_conv_kernel_dim=3,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        layer_types=["full_attention", "linear_attention", "linear_attention"],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    ),
+    "qwen3_next": _qwen3_5("qwen3_next", num_experts=0, tie_word_embeddings=True),
+    "qwen3_next_dense_layers": _qwen3_5(
+        "qwen3_next",
+        num_hidden_layers=2,
+        mlp_only_layers=[0, 1],
+        full_attention_interval=2,
+        partial_rotary_factor=0.75,
+        linear_num_key_heads=1,
+        linear_num_value_heads=3,
+    ),
     "t5": _t5(),
     "t5_gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=3),
 }
 FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
     "gemma", "gemma2", "gemma3", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite", "granite4", "glm", "glm4",
-    "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "t5",
+    "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat",
+    "qwen3_5", "qwen3_next", "t5",
 ]  # fmt: skip
 
 
@@ -365,7 +402,7 @@ def weights(config):
         elif ("norm" in name or ".ln_" in name) and name.endswith(".weight"):
             scale, shift = 0.2, 1.0
         else:
-            scale, shift = (1.5 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.2), 0.0
+            scale, shift = (1.5 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.2), 0.0
         if name.endswith("Attention.q.weight"):  # T5 leaves its scores unscaled and q small instead
             scale /= np.sqrt(config["d_kv"])
         tensors[name] = (random * scale + shift).astype(np.float32)

@@ -28,6 +28,8 @@ WIDE = {
     **dict.fromkeys(["intermediate_size", "shared_intermediate_size", "n_inner", "ffn_dim", "d_ff"], INNER),
     **dict.fromkeys(["head_dim", "d_kv"], HEAD),
     **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], WIDTH // HEAD),
+    "linear_key_head_dim": HEAD,
+    "linear_value_head_dim": HEAD,
     "rotary_dim": HEAD // 2,
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,

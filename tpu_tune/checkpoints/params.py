@@ -218,9 +218,9 @@ def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         if module.tied_to:
             continue
         for name in module.names():
-            shapes[f"{name}.weight"] = module.torch_shape
+            shapes[module.tensor_name(name, "weight")] = module.torch_shape
             if module.bias:
-                shapes[f"{name}.bias"] = module.shape[-1:]
+                shapes[module.tensor_name(name, "bias")] = module.shape[-1:]
     return shapes
 
 
@@ -233,7 +233,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _name(module: Module, path: str, layer: int | None) -> str:
-    return f"{module.name(layer)}.{path.rsplit('.', 1)[1]}"
+    return module.tensor_name(module.name(layer), path.rsplit(".", 1)[1])
 
 
 def _canonical(name: str, expected: Mapping[str, Any], tower: str = "") -> str:

@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int
 from tpu_tune.kernels.layout import documents
 
 CHUNK = 64
+PRODUCTS = 11  # of two (chunk, chunk) matrices, for each head and chunk: the decays, and the triangular system
 _EPSILON = 1e-6
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # float32 on TPUs too
 
 
 def delta_rule(
@@ -109,14 +111,15 @@ def _one_chunk(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
     q, k, v, decay, beta, document, carried = inputs
     dtype, (q, k) = v.dtype, _normed(q, k)
     v, beta = jnp.moveaxis(v.astype(jnp.float32), 1, 3), jnp.moveaxis(beta, 1, 3)  # (B, G, R, C, V), (B, G, R, C)
-    total = jnp.moveaxis(jnp.cumsum(decay, axis=1), 1, 3)
-    index = jnp.arange(document.shape[1])
+    decay, index = jnp.moveaxis(decay, 1, 3), jnp.arange(document.shape[1])
+    behind = index[:, None] > index
+    # What decays between token j and token i is a sum of its own for each pair: the difference of two sums from the
+    # chunk's beginning would lose what a strong decay before both leaves no digits for.
+    total = _matmul((index[:, None] >= index).astype(jnp.float32), jnp.where(behind, decay[..., None], 0))
     visible = (document[:, :, None] == document[:, None, :]) & (index[:, None] >= index)
-    # The mask comes before the exponential, which may overflow for what is masked.
-    between = jnp.where(visible[:, None, None], total[..., :, None] - total[..., None, :], -jnp.inf)
-    between = jnp.exp(between)
-    entering = jnp.where((document == carried[:, None])[:, None, None], jnp.exp(total), 0)
-    leaving = jnp.where((document == document[:, -1:])[:, None, None], jnp.exp(total[..., -1:] - total), 0)
+    between = jnp.where(visible[:, None, None], jnp.exp(total), 0)
+    entering = jnp.where((document == carried[:, None])[:, None, None], jnp.exp(jnp.cumsum(decay, axis=-1)), 0)
+    leaving = between[..., -1, :]
 
     similar = jnp.einsum("bcgk,bdgk->bgcd", k, k)[:, :, None]
     known = entering[..., None] * jnp.einsum("bcgk,bgrkv->bgrcv", k, state)
@@ -136,19 +139,17 @@ def _inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     From inverses of the blocks on the diagonal follow those of blocks twice as wide: products alone, which matrix units
     are made for, and as exact as substitution (powers of `lower` would not be). They have to be float32 throughout.
     """
-    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     size = lower.shape[-1]
     block = jnp.arange(size)
     inverse = jnp.eye(size, dtype=lower.dtype) + jnp.zeros_like(lower)
     for level in range(size.bit_length() - 1):  # blocks of 2 ** level
         row, column = (block >> level)[:, None], block >> level
         between = jnp.where((row == column + 1) & (row % 2 == 1), lower, 0)
-        inverse -= between if level == 0 else matmul(matmul(inverse, between), inverse)
+        inverse -= between if level == 0 else _matmul(_matmul(inverse, between), inverse)
     return inverse
 
 
 @_inverse.defjvp
 def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     inverse = _inverse(*primals)
-    return inverse, -matmul(matmul(inverse, *tangents), inverse)
+    return inverse, -_matmul(_matmul(inverse, *tangents), inverse)

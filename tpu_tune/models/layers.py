@@ -21,6 +21,7 @@ from tpu_tune.kernels.layout import Bias, TokenLayout
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames
 from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.models.delta_net import TapsState, delta_net, empty_taps_state
 from tpu_tune.models.mlp import mlp
 from tpu_tune.models.self_attention import KeysValues, self_attention
 
@@ -57,16 +58,18 @@ class Past:
     """What one layer, or a stack of layers on a leading axis, keeps of the tokens so far, for generation.
 
     Attributes:
-      own: keys and values of the tokens so far.
+      own: keys and values of the tokens so far; of a DeltaNet its taps and its state.
       cross: keys and values of an encoder's output.
     """
 
-    own: KeysValues | None = None
+    own: KeysValues | TapsState | None = None
     cross: KeysValues | None = None
 
 
 def empty_past(arch: Architecture, kind: LayerKind, batch: int, length: int, dtype: Any) -> Past:
     """Return what a layer of this kind keeps before the first token, with room for `length` of them."""
+    if kind.delta is not None:
+        return Past(empty_taps_state(kind.delta, batch, dtype))
     shape = (batch, length, arch.num_kv_heads, arch.head_dim)
     return Past((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
@@ -110,7 +113,7 @@ class Layer:
 
     def _sequential(self, x: Array, past: Past) -> tuple[Array, Past]:
         """x = x + attention(norm(x)); x = x + mlp(norm(x)), or x = norm(x + ...) where norms follow."""
-        attended, own = self_attention(self, x, past.own)
+        attended, own = (delta_net if self.kinds[0].delta else self_attention)(self, x, past.own)
         return self.each_token(_add_attention_then_mlp, (x, attended), *_ATTENTION_OUT, *_MLP), Past(own)
 
     def _parallel(self, x: Array, past: Past) -> tuple[Array, Past]:

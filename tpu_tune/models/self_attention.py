@@ -26,7 +26,7 @@ def self_attention(
 ) -> tuple[Float[Array, "B T HD"], KeysValues | None]:
     """Attend from the normed x to itself and to what came before, without the output projection."""
     arch, context = layer.arch, layer.context
-    qkv = layer.each_token(_qkv, x, *_QKV)
+    *qkv, gate = layer.each_token(_qkv, x, *_QKV)
 
     def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
         if kind.rope is not None:
@@ -60,26 +60,33 @@ def self_attention(
     # around it are the same, so that only this part is compiled once a kind.
     branches = [functools.partial(attend, kind) for kind in layer.kinds]
     attended, entry = branches[0](*qkv) if len(branches) == 1 else jax.lax.switch(layer.kind, branches, *qkv)
-    return attended.reshape(*attended.shape[:2], -1), entry
+    attended = attended.reshape(*attended.shape[:2], -1)
+    return attended if gate is None else attended * jax.nn.sigmoid(gate), entry
 
 
-def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array]:
-    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions."""
+def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array, Array | None]:
+    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions.
+
+    Behind them come the gates (B, T, H * D) of what the queries attend to, or None.
+    """
     arch, names = layer.arch, layer.names
     heads, groups, size = arch.num_heads, arch.num_kv_heads, arch.head_dim
     batch, length, _ = x.shape
     if arch.norm_first:
         x = norm(arch, weights, names.attention_norm, x)
+    gate = None
     if names.qkv:  # in the tree, fused columns lie group by group: see `Module.from_torch`
         fused = linear(weights.at(names.qkv), x).reshape(batch, length, groups, heads // groups + 2, size)
         q, k, v = fused[:, :, :, :-2].reshape(batch, length, heads, size), fused[:, :, :, -2], fused[:, :, :, -1]
     else:
-        q = linear(weights.at(names.q), x).reshape(batch, length, heads, size)
+        q = linear(weights.at(names.q), x).reshape(batch, length, heads, -1)
+        if arch.attention_gate:
+            q, gate = q[..., :size], q[..., size:].reshape(batch, length, -1)
         k = linear(weights.at(names.k), x).reshape(batch, length, groups, size)
         v = linear(weights.at(names.v), x).reshape(batch, length, groups, size)
     if not arch.qk_norm_last:
         q, k = _normed_queries_keys(layer, weights, q, k)
-    return q, k, v
+    return q, k, v, gate
 
 
 def _normed_queries_keys(layer: Layer, weights: Branch, q: Array, k: Array) -> tuple[Array, Array]:

@@ -89,6 +89,10 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {**_QWEN, "head_dim": 128},
     "qwen2_vl_text": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
+    "qwen3_5_text": {
+        "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 32768,
+    },
     "qwen3_vl_text": {**_QWEN, "head_dim": 128, "max_position_embeddings": 128000, "rope_theta": 500000.0},
 }  # fmt: skip
 

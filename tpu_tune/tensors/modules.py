@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Kind = Literal["linear", "embedding", "norm"]
+Kind = Literal["linear", "embedding", "norm", "elementwise"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,10 @@ class Module:
     Attributes:
       path: the module's path in the tree, without `.weight`. Where layers have modules of one name that differ in
         shape, each stack after the first has the index of its first layer in brackets: `model.layers[3].mlp.up_proj`.
-      kind: linear, embedding or norm; `linear` and `embedding` modules can carry adapters.
-      shape: shape of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim) or (dim,).
+      kind: linear, embedding, norm, or elementwise, which acts on each channel by itself: a factor, a shift, or the
+        taps of a convolution along the tokens. `linear` and `embedding` modules can carry adapters.
+      shape: shape of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim), (dim,) or, for a
+        convolution, (taps, dim).
       axes: logical names of those axes, as in `LeafSpec`.
       bias: whether it has a bias beside the weight.
       layers: indices of the layers that are stacked, ascending; () for a module that is there once.
@@ -58,6 +60,8 @@ class Module:
         In the tree they lie in pieces, a `unit` holding the matching piece of each: see `from_torch`.
       unit: columns of `out` that belong together; a mesh cuts between units only.
       decay: False where weight decay does not apply to its weight though it is no norm.
+      is_delicate: whether quantization takes it only by name: a small matrix whose error the model magnifies.
+      is_parameter: whether its tensor has the module's name, without `.weight` behind it.
       no_adapter: why neither an adapter nor a trained copy can stand on it; "" where one can.
     """
 
@@ -74,12 +78,19 @@ class Module:
     segments: tuple[int, ...] = ()
     unit: int = 1
     decay: bool = True
+    is_delicate: bool = False
+    is_parameter: bool = False
     no_adapter: str = ""
 
     @property
     def weight(self) -> str:
         """Path of the weight's leaf."""
         return f"{self.path}.weight"
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its weight is a matrix, which adapters and quantization are made for."""
+        return self.kind in ("linear", "embedding")
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -110,9 +121,17 @@ class Module:
         """Return the Hugging Face names of all its layers, or its one name."""
         return [self.name(layer) for layer in self.layers or (None,)]
 
+    def tensor_name(self, name: str, suffix: str) -> str:
+        """Return a tensor's name in the files, given the module's name and `weight` or `bias`."""
+        if self.is_parameter:
+            return name if suffix == "weight" else f"{name}_{suffix}"
+        return f"{name}.{suffix}"
+
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """Shape of one layer's weight in torch layout."""
+        if self._is_convolution:
+            return (self.shape[1], 1, self.shape[0])
         return self.shape[::-1] if self._is_transposed else self.shape
 
     def from_torch(self, weight: Any) -> Any:
@@ -120,12 +139,16 @@ class Module:
 
         A `QuantizedTensor` is (in, out) already; its columns are ordered all the same.
         """
+        if self._is_convolution:
+            weight = weight[:, 0].T
         transposed = weight.T if self._is_transposed and hasattr(weight, "T") else weight
         return jax.tree.map(self.interleave, transposed)
 
     def to_torch(self, weight: Any) -> Any:
         """Turn one layer's weight back to torch layout."""
         weight = self.deinterleave(weight)
+        if self._is_convolution:
+            return weight.T[:, None]
         return weight.T if self._is_transposed else weight
 
     def interleave(self, columns: Any) -> Any:
@@ -151,6 +174,10 @@ class Module:
         ends = [end // count for end in itertools.accumulate(self.segments)]
         parts = [units[..., end - width // count : end] for end, width in zip(ends, self.segments, strict=True)]
         return _concatenate([part.reshape(*leading, -1) for part in parts])
+
+    @property
+    def _is_convolution(self) -> bool:
+        return self.kind == "elementwise" and len(self.shape) == 2
 
     @property
     def _is_transposed(self) -> bool:

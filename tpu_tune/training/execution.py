@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from tpu_tune.errors import UserError
 from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution
@@ -59,7 +60,15 @@ def execution(
       mesh: the devices.
       shardings: path -> sharding of every leaf of the base tree.
       rows: number of rows of a micro-batch on one device.
+
+    Raises:
+      UserError: rows are cut over the mesh, and layers of this model go through a row token after token.
     """
+    if mesh.shape["sequence"] > 1 and any(kind.delta for kind in architecture.kinds):
+        raise UserError(
+            f"mesh.sequence={mesh.shape['sequence']} cuts rows, and this {architecture.family} model's DeltaNet layers "
+            "need them whole; set mesh.sequence=1 and use mesh.fsdp or mesh.tensor"
+        )
     dtype, packed, several = compute_dtype(config), config.data.packing, mesh if mesh.size > 1 else None
     attention = for_device(config.model.attention, mesh.devices.flat[0], dtype, packed)
     chunk = token_chunk(config, rows, mesh.shape["sequence"])

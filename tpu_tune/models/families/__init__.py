@@ -25,6 +25,7 @@ from tpu_tune.models.families.nanochat import nanochat
 from tpu_tune.models.families.olmo import olmo2, olmo3
 from tpu_tune.models.families.opt import opt
 from tpu_tune.models.families.phi import phi, phi3
+from tpu_tune.models.families.qwen3_5 import qwen3_5, qwen3_next
 from tpu_tune.models.families.seed_oss import seed_oss
 from tpu_tune.models.families.smollm3 import smollm3
 from tpu_tune.models.families.t5 import t5
@@ -58,6 +59,8 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "seed_oss": seed_oss,
     "exaone4": exaone4,
     "nanochat": nanochat,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_text": qwen3_5,
     "t5": t5,
 }
 

@@ -33,13 +33,17 @@ KINDS = {
         ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"),
         _POSITIVE,
     ),
-    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), whole(0, MOST_WIDE) | NOTHING),
+    "linear_conv_kernel_dim": whole(2, 256),
+    **dict.fromkeys(("full_attention_interval", "decoder_sparse_step"), whole(1, MOST_LAYERS)),
+    "mlp_only_layers": listing(whole(0, MOST_LAYERS)) | NOTHING,
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok", "num_experts"), whole(0, MOST_WIDE) | NOTHING),
     "position_embedding_type": TEXT | NOTHING,
     **dict.fromkeys(
         (
             "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_head", "ffn_dim", "d_model",
             "d_kv", "d_ff", "num_heads", "shared_intermediate_size", "relative_attention_num_buckets",
-            "relative_attention_max_distance",
+            "relative_attention_max_distance", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
+            "linear_num_value_heads",
         ),
         _WIDTH,
     ),
@@ -65,7 +69,7 @@ KINDS = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN),
     "eos_token_id": _TOKEN | listing(whole(0, MOST_TOKENS)),
     "decoder_start_token_id": whole(0, MOST_TOKENS) | NOTHING,
-    "layer_types": listing(one_of("full_attention", "sliding_attention", "attention")) | NOTHING,
+    "layer_types": listing(one_of("full_attention", "sliding_attention", "attention", "linear_attention")) | NOTHING,
     **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), OBJECT | NOTHING),
 }  # fmt: skip
 

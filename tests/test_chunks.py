@@ -21,7 +21,7 @@ from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import LoraConfig, find_targets
 
 # One of each way that a layer can be: norms before and behind, parallel, fused, of kinds, with an encoder.
-CASES = ["llama3", "neox_parallel", "opt_350m", "gemma3", "phi3", "gptj", "t5"]
+CASES = ["llama3", "neox_parallel", "opt_350m", "gemma3", "phi3", "gptj", "qwen3_next", "t5"]
 
 
 def test_a_chunk_divides_the_tokens_where_that_costs_little():

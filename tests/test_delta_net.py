@@ -24,7 +24,7 @@ from tpu_tune.models.groups import LayerGroup
 from tpu_tune.planning.flops import step_work
 from tpu_tune.planning.presets import PRESETS
 from tpu_tune.tensors import QuantizedTensor
-from tpu_tune.training.execution import execution
+from tpu_tune.training.prepare_model import abstract_model
 from tpu_tune.transforms import LoraConfig, QuantizeConfig, find_targets, sharding
 from tpu_tune.transforms.merge import merged_tensors
 from tpu_tune.transforms.quantize import quantized_paths
@@ -117,12 +117,11 @@ def test_a_prompt_in_pieces_is_the_prompt() -> None:
 
 
 def test_rows_cut_over_a_mesh_are_refused_in_a_line() -> None:
-    arch = architecture(tiny_models.CONFIGS["qwen3_5"])
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), sharding.AXES)
     with pytest.raises(
         UserError, match="mesh.sequence=2 cuts rows.*qwen3_5_text model's DeltaNet.*set mesh.sequence=1"
     ):
-        execution(configuration.from_dict({}), arch, mesh, {}, 1)
+        abstract_model(configuration.from_dict({}), tiny_models.CONFIGS["qwen3_5"], mesh)
 
 
 def test_work_of_a_deltanet_grows_with_the_tokens_alone() -> None:

@@ -49,6 +49,19 @@ def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
     return max(1, TOKEN_CHUNK // rows) if recomputed and rows * config.data.max_length > 2 * TOKEN_CHUNK * shards else 0
 
 
+def check_mesh(architecture: Architecture, mesh: Mesh) -> None:
+    """Refuse a mesh that cuts rows where layers go through a row token after token.
+
+    Raises:
+      UserError: it does.
+    """
+    if mesh.shape["sequence"] > 1 and any(kind.delta for kind in architecture.kinds):
+        raise UserError(
+            f"mesh.sequence={mesh.shape['sequence']} cuts rows, and this {architecture.family} model's DeltaNet layers "
+            "need them whole; set mesh.sequence=1 and use mesh.fsdp or mesh.tensor"
+        )
+
+
 def execution(
     config: ConfigDict, architecture: Architecture, mesh: Mesh, shardings: Mapping[str, Any], rows: int
 ) -> Execution:
@@ -60,15 +73,7 @@ def execution(
       mesh: the devices.
       shardings: path -> sharding of every leaf of the base tree.
       rows: number of rows of a micro-batch on one device.
-
-    Raises:
-      UserError: rows are cut over the mesh, and layers of this model go through a row token after token.
     """
-    if mesh.shape["sequence"] > 1 and any(kind.delta for kind in architecture.kinds):
-        raise UserError(
-            f"mesh.sequence={mesh.shape['sequence']} cuts rows, and this {architecture.family} model's DeltaNet layers "
-            "need them whole; set mesh.sequence=1 and use mesh.fsdp or mesh.tensor"
-        )
     dtype, packed, several = compute_dtype(config), config.data.packing, mesh if mesh.size > 1 else None
     attention = for_device(config.model.attention, mesh.devices.flat[0], dtype, packed)
     chunk = token_chunk(config, rows, mesh.shape["sequence"])

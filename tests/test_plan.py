@@ -73,6 +73,10 @@ PUBLISHED = {
     "qwen3.5-4b": 4_205_751_296,
     "qwen3.5-9b": 8_953_803_264,
     "qwen3.5-27b": 26_895_998_464,
+    # transformers counts so many in Gemma4ForCausalLM; E4B's file of 7,996,156,490 numbers has beside them vision,
+    # audio, and keys' and values' weights of the layers that use none.
+    "gemma-4-e4b": 7_463_013_376 + 42,
+    "gemma-4-31b": 30_697_345_280 + 60,
     "phi-2": 2_779_683_840,
     "phi-3-mini": 3_821_079_552,
     "phi-3-medium": 13_960_238_080,

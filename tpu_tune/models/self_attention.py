@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from tpu_tune.kernels.attention import attention
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import LayerKind
-from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.models.branch import Branch, linear, norm, unweighted_norm
 
 if TYPE_CHECKING:
     from tpu_tune.models.layers import Layer
@@ -24,18 +24,23 @@ _QKV = ("attention_norm", "qkv", "q", "k", "v", "q_norm", "k_norm")
 def self_attention(
     layer: Layer, x: Float[Array, "B T D"], past: KeysValues | None
 ) -> tuple[Float[Array, "B T HD"], KeysValues | None]:
-    """Attend from the normed x to itself and to what came before, without the output projection."""
-    arch, context = layer.arch, layer.context
-    *qkv, gate = layer.each_token(_qkv, x, *_QKV)
+    """Attend from the normed x to itself and to what came before, without the output projection.
 
-    def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
+    Returns:
+      What was attended to, and all keys and values where there is a cache or another layer uses them.
+    """
+    arch, context = layer.arch, layer.context
+    qkv, gate = layer.each_token(_qkv, x, *_QKV)
+
+    def attend(kind: LayerKind, q: Array, *own: Array) -> tuple[Array, KeysValues | None]:
+        k, v = own or context.kept[kind.keys_from]
         if kind.rope is not None:
             angles = context.angles[kind.rope]
-            q, k = (rotary.rotate(part, kind.rope, angles) for part in (q, k))
-            q = rotary.scale_queries(q, angles)
+            q = rotary.scale_queries(rotary.rotate(q, kind.rope, angles), angles)
+            k = rotary.rotate(k, kind.rope, angles) if own else k
         if arch.qk_norm_last:
             q, k = _normed_queries_keys(layer, Branch(layer.leaves), q, k)
-        entry = None
+        entry = (k, v) if layer.keep else None
         if past is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.start, axis=1)
@@ -64,13 +69,14 @@ def self_attention(
     return attended if gate is None else attended * jax.nn.sigmoid(gate), entry
 
 
-def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array, Array | None]:
-    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions.
+def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[tuple[Array, ...], Array | None]:
+    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions; and gates.
 
-    Behind them come the gates (B, T, H * D) of what the queries attend to, or None.
+    A layer that attends to another one's keys and values has queries alone. The gates (B, T, H * D) are of what the
+    queries attend to, or None.
     """
     arch, names = layer.arch, layer.names
-    heads, groups, size = arch.num_heads, arch.num_kv_heads, arch.head_dim
+    heads, (groups, size) = arch.num_heads, arch.heads(layer.kinds[0])
     batch, length, _ = x.shape
     if arch.norm_first:
         x = norm(arch, weights, names.attention_norm, x)
@@ -82,11 +88,15 @@ def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array, 
         q = linear(weights.at(names.q), x).reshape(batch, length, heads, -1)
         if arch.attention_gate:
             q, gate = q[..., :size], q[..., size:].reshape(batch, length, -1)
+        if not names.k:
+            return (norm(arch, weights, names.q_norm, q),), gate
         k = linear(weights.at(names.k), x).reshape(batch, length, groups, size)
-        v = linear(weights.at(names.v), x).reshape(batch, length, groups, size)
+        v = linear(weights.at(names.v), x).reshape(batch, length, groups, size) if names.v else k
+    if arch.value_norm:
+        v = unweighted_norm(arch, v).astype(v.dtype)
     if not arch.qk_norm_last:
         q, k = _normed_queries_keys(layer, weights, q, k)
-    return q, k, v, gate
+    return (q, k, v), gate
 
 
 def _normed_queries_keys(layer: Layer, weights: Branch, q: Array, k: Array) -> tuple[Array, Array]:

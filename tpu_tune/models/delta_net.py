@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from tpu_tune.kernels.convolution import causal_convolution
 from tpu_tune.kernels.delta_rule import delta_rule
+from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.branch import Branch, linear, norm
 from tpu_tune.models.delta_modules import DeltaNet
 from tpu_tune.tensors import dense
@@ -41,7 +42,8 @@ def delta_net(
     leaf = lambda name: dense(weights.at(name).leaf("weight"))  # noqa: E731
     before, state = (None, None) if past is None else past
     mixed, taps = causal_convolution(mixed, leaf(names.delta_conv), segments, before)
-    mixed = jax.nn.silu(mixed.astype(jnp.float32)).astype(x.dtype).reshape(*x.shape[:2], delta.key_heads, delta.unit)
+    mixed = ACTIVATIONS[layer.arch.activation](mixed.astype(jnp.float32)).astype(x.dtype)
+    mixed = mixed.reshape(*x.shape[:2], delta.key_heads, delta.unit)
     q, k, v = jnp.split(mixed, (delta.key_dim, 2 * delta.key_dim), axis=-1)
     v = v.reshape(*v.shape[:3], delta.shared, delta.value_dim)
     by_head = (delta.key_heads, delta.shared)

@@ -69,6 +69,9 @@ def _architecture(config: Mapping[str, Any], names: LayerNames) -> Architecture:
         "linear_attention" if (layer + 1) % interval else "full_attention"
         for layer in range(config["num_hidden_layers"])
     ]
+    other = set(types) - {"linear_attention", "full_attention"}
+    if other:
+        raise UserError(f"layer_types names '{min(other)}' in the config of this {config['model_type']} model")
     key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     if value_heads % key_heads:
         raise UserError(

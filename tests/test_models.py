@@ -153,6 +153,13 @@ REQUIRED = {
             "exaone4",
             "nanochat",
             "qwen3_5_text",
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "olmoe",
+            "granitemoe",
+            "granitemoeshared",
+            "glm4_moe",
         ),
         (*_LLAMA_KEYS, "num_key_value_heads", "pad_token_id"),
     ),  # fmt: skip

@@ -405,6 +405,23 @@ CONFIGS = {
             "mrope_interleaved": True,
         },
     ),
+    "qwen3_5_moe": _qwen3_5(
+        "qwen3_5_moe_text",
+        **_EXPERTS,
+        shared_expert_intermediate_size=24,
+        num_hidden_layers=2,
+        full_attention_interval=2,
+    ),
+    "qwen3_next_experts": _qwen3_5(
+        "qwen3_next",
+        **_EXPERTS,
+        shared_expert_intermediate_size=24,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+        num_hidden_layers=3,
+        full_attention_interval=3,
+        tie_word_embeddings=True,
+    ),
     "qwen3_next": _qwen3_5("qwen3_next", num_experts=0, tie_word_embeddings=True),
     "qwen3_next_dense_layers": _qwen3_5(
         "qwen3_next",
@@ -499,7 +516,8 @@ FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
     "gemma", "gemma2", "gemma3", "gemma4", "gemma4_unified", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite",
     "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "mixtral",
-    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "qwen3_5", "qwen3_next", "t5",
+    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "qwen3_5", "qwen3_5_moe",
+    "qwen3_next", "t5",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from tpu_tune.models import rope
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames
 from tpu_tune.models.delta_modules import DeltaNet
 from tpu_tune.models.families.llama import LAYER_NAMES, head_dim_of, like_llama
+from tpu_tune.models.families.qwen_moe import SHARED, SPARSE, experts_of
 
 _ATTENTION = dataclasses.replace(LAYER_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 _DELTA = dataclasses.replace(
@@ -38,8 +39,13 @@ _DEFAULTS = {
     "max_position_embeddings": 32768, "head_dim": 256, "full_attention_interval": 4, "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
 }  # fmt: skip
-_NEXT = {**_DEFAULTS, "num_key_value_heads": 2, "num_experts": 512, "decoder_sparse_step": 1}
+_SPARSE = {
+    "num_key_value_heads": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    "mlp_only_layers": (), "decoder_sparse_step": 1, "norm_topk_prob": True, "router_aux_loss_coef": 0.001,
+}  # fmt: skip
+_NEXT = {**_DEFAULTS, **_SPARSE, "intermediate_size": 5632, "num_experts": 512, "num_experts_per_tok": 10}
 _QWEN3_5 = {**_DEFAULTS, "num_key_value_heads": 4}
+_QWEN3_5_MOE = {**_DEFAULTS, **_SPARSE, "num_experts": 256, "num_experts_per_tok": 8}
 
 
 def qwen3_5(config: Mapping[str, Any]) -> Architecture:
@@ -47,20 +53,31 @@ def qwen3_5(config: Mapping[str, Any]) -> Architecture:
     return _architecture({**_QWEN3_5, **config}, _SEPARATE)
 
 
+def qwen3_5_moe(config: Mapping[str, Any]) -> Architecture:
+    """Qwen3.5 with experts in every layer, whose weights add up to one."""
+    config = {**_QWEN3_5_MOE, **config, "norm_topk_prob": True, "mlp_only_layers": (), "decoder_sparse_step": 1}
+    return _architecture({"intermediate_size": config["moe_intermediate_size"], **config}, _SEPARATE)
+
+
 def qwen3_next(config: Mapping[str, Any]) -> Architecture:
-    """Qwen3-Next without experts: DeltaNet's projections are fused, head by head."""
-    config, dense = {**_NEXT, **config}, set(config.get("mlp_only_layers") or ())
-    sparse = [
-        layer
-        for layer in range(config["num_hidden_layers"])
-        if config["num_experts"] and layer not in dense and (layer + 1) % config["decoder_sparse_step"] == 0
+    """Qwen3-Next: DeltaNet's projections are fused, head by head; its MLPs are experts but where the config says."""
+    return _architecture({**_NEXT, **config}, _GROUPED)
+
+
+def _with_experts(config: Mapping[str, Any], kinds: list[LayerKind]) -> list[LayerKind]:
+    """Return the kinds of layers, with experts and an MLP of all tokens in the place of the MLP in sparse layers."""
+    if not config.get("num_experts"):
+        return kinds
+    experts, dense = (
+        experts_of(config, shared_width=config["shared_expert_intermediate_size"]),
+        config["mlp_only_layers"],
+    )
+    return [
+        kind
+        if layer in (dense or ()) or (layer + 1) % config["decoder_sparse_step"]
+        else dataclasses.replace(kind, names=dataclasses.replace(kind.names, **SPARSE, **SHARED), experts=experts)
+        for layer, kind in enumerate(kinds)
     ]
-    if sparse:
-        raise UserError(
-            f"this qwen3_next model has experts (layer {sparse[0]}: num_experts={config['num_experts']}), which are "
-            "not implemented for it; num_experts=0 or all layers in mlp_only_layers is"
-        )
-    return _architecture(config, _GROUPED)
 
 
 def _architecture(config: Mapping[str, Any], names: LayerNames) -> Architecture:
@@ -90,4 +107,5 @@ def _architecture(config: Mapping[str, Any], names: LayerNames) -> Architecture:
     attention = LayerKind(_ATTENTION, rope=rope.from_config(config, rotated))
     kinds = [attention if kind == "full_attention" else LayerKind(names, delta=delta) for kind in types]
     bias = bool(config.get("attention_bias", False))
+    kinds = _with_experts(config, kinds)
     return like_llama(config, kinds, norm_offset=1.0, attention_gate=True, qkv_bias=bias, o_bias=bias)

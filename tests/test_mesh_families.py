@@ -102,8 +102,7 @@ def batches(case: str) -> list[dict[str, np.ndarray]]:
     [
         *((case, mesh, method) for case in ("phi3", "gpt2") for mesh in EIGHT for method in ("full", "qlora")),
         ("olmo2", EIGHT[1], "full"),
-        pytest.param("qwen3_5", EIGHT[0], "full", marks=pytest.mark.slow),
-        ("qwen3_5", EIGHT[0], "qlora"),
+        *(pytest.param("qwen3_5", EIGHT[0], method, marks=pytest.mark.slow) for method in ("full", "qlora")),
         ("t5", EIGHT[1], "full"),
         ("t5", EIGHT[1], "qlora"),
         ("t5", "all three", "qlora"),

@@ -422,12 +422,12 @@ CONFIGS = {
         full_attention_interval=3,
         tie_word_embeddings=True,
     ),
-    "qwen3_next": _qwen3_5("qwen3_next", num_experts=0, tie_word_embeddings=True),
+    "qwen3_next": _qwen3_5(
+        "qwen3_next", num_experts=0, num_hidden_layers=2, full_attention_interval=2, tie_word_embeddings=True
+    ),
     "qwen3_next_dense_layers": _qwen3_5(
         "qwen3_next",
-        num_hidden_layers=2,
-        mlp_only_layers=[0, 1],
-        full_attention_interval=2,
+        mlp_only_layers=[0, 1, 2, 3],
         partial_rotary_factor=0.75,
         linear_num_key_heads=1,
         linear_num_value_heads=3,

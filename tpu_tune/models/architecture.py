@@ -30,6 +30,11 @@ class LayerNames:
         sum as it is.
       attention_out_norm, mlp_out_norm: applied to the output of attention and MLP, before it is added.
       cross_norm, cross_q, cross_k, cross_v, cross_o: modules of the attention to an encoder.
+      router: gives each token a score for every expert.
+      choice_bias: vector that is added to the scores for the choice of experts alone.
+      expert_gate, expert_up, expert_gate_up, expert_down: the MLPs of the experts, without an expert's index.
+      shared_gate, shared_up, shared_gate_up, shared_down: an MLP beside the experts that all tokens go through.
+      shared_switch: gives the number whose sigmoid that MLP's result is multiplied by.
     """
 
     attention_norm: str
@@ -52,6 +57,17 @@ class LayerNames:
     cross_k: str = ""
     cross_v: str = ""
     cross_o: str = ""
+    router: str = ""
+    choice_bias: str = ""
+    expert_gate: str = ""
+    expert_up: str = ""
+    expert_gate_up: str = ""
+    expert_down: str = ""
+    shared_gate: str = ""
+    shared_up: str = ""
+    shared_gate_up: str = ""
+    shared_down: str = ""
+    shared_switch: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +96,35 @@ class Names:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """An MLP of many experts, a few of which work for each token.
+
+    Attributes:
+      count: number of experts.
+      per_token: to how many of them each token goes.
+      width: width of each one's MLP.
+      path: the part of their names after which the files have an expert's index; "" where a file holds all experts of a
+        layer in one tensor (see `Module.experts_path`).
+      rule: how the router's scores become a choice and weights, see `experts.RULES`.
+      renormalize: whether the weights of the chosen are divided by their sum.
+      scale: factor on the weights.
+      groups, top_groups: number of groups of consecutive experts, and how many of them a token may choose from.
+      shared_width: width of the MLP beside them that all tokens go through; 0 where there is none.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    path: str = ""
+    rule: str = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    shared_width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What may differ from layer to layer.
 
@@ -88,12 +133,14 @@ class LayerKind:
       window: number of keys that each query sees, its own included (sliding window); None: all before it.
       rope: rotary embedding of queries and keys; None where positions enter otherwise.
       intermediate_size: width of the MLP; 0: the architecture's.
+      experts: the experts of a sparse layer; None in a dense one.
     """
 
     names: LayerNames
     window: int | None = None
     rope: Rope | None = None
     intermediate_size: int = 0
+    experts: Experts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +170,7 @@ class Architecture:
       norm_offset: number added to the stored weights of norms.
       qk_norm: whether the norms of q and k are over each head or over the whole projection.
       qk_norm_last: whether they come after the rotary embedding.
+      qkv_clip: largest absolute value of queries, keys and values, before the rotary embedding; None for no limit.
       norm_first: whether attention and MLP read normed states (else the sums are normed).
       activation: name of the MLP's nonlinearity, see `check_activation`.
       fused_heads: whether the file's fused q, k, v are ordered head by head, [q k v] of each in turn (GPT-NeoX), not
@@ -162,6 +210,7 @@ class Architecture:
     norm_offset: float = 0.0
     qk_norm: Literal["head", "projection"] = "head"
     qk_norm_last: bool = False
+    qkv_clip: float | None = None
     norm_first: bool = True
     activation: str = "silu"
     fused_heads: bool = False
@@ -201,7 +250,12 @@ class Architecture:
     @functools.cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
         """The runs of layers that one scan walks; a model whose layers have the same leaves is one group."""
-        return layer_groups([(kind.names, kind.intermediate_size) for kind in self.layer_kinds])
+        return layer_groups([(kind.names, kind.intermediate_size, kind.experts) for kind in self.layer_kinds])
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of its sparse layers, which are the same in all of them; None where every layer is dense."""
+        return next((kind.experts for kind in self.kinds if kind.experts), None)
 
     @property
     def has_norm_bias(self) -> bool:
@@ -319,7 +373,37 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     linear(names.gate, (width, inner), ("embed", "mlp"), arch.mlp_bias)
     linear(names.up, (width, inner), ("embed", "mlp"), arch.mlp_bias)
     linear(names.down, (inner, width), ("mlp", "embed"), arch.mlp_bias)
+    modules += _sparse_modules(arch, names, kind.experts) if kind.experts else []
     norm(names.mlp_out_norm)
+    return modules
+
+
+def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> list[Module]:
+    """List the modules of a sparse MLP: the router, the experts, and what stands beside them."""
+    width, inner, shared = arch.hidden_size, experts.width, experts.shared_width
+    modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), is_router=True)]
+    if names.choice_bias:
+        modules.append(Module(names.choice_bias, "norm", (experts.count,), (None,), is_parameter=True))
+    of_experts = {
+        "experts": experts.count,
+        "experts_per_token": experts.per_token,
+        "experts_path": experts.path,
+        "no_adapter": "adapters on experts are not implemented yet",
+    }
+
+    def linear(name: str, shape: tuple[int, int], axes: tuple[str, str | None], **facts: Any) -> None:
+        if name:
+            modules.append(Module(name, "linear", shape, axes, **facts))
+
+    def mlp(gate: str, up: str, gate_up: str, down: str, inner: int, **facts: Any) -> None:
+        linear(gate_up, (width, 2 * inner), ("embed", "mlp"), segments=(inner, inner), unit=gate_unit(inner), **facts)
+        linear(gate, (width, inner), ("embed", "mlp"), **facts)
+        linear(up, (width, inner), ("embed", "mlp"), **facts)
+        linear(down, (inner, width), ("mlp", "embed"), **facts)
+
+    mlp(names.expert_gate, names.expert_up, names.expert_gate_up, names.expert_down, inner, **of_experts)
+    mlp(names.shared_gate, names.shared_up, names.shared_gate_up, names.shared_down, shared)
+    linear(names.shared_switch, (width, 1), ("embed", None))
     return modules
 
 

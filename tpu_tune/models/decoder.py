@@ -18,12 +18,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.layout import TokenLayout
+from tpu_tune.kernels.layout import TokenLayout, soft_cap
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
-from tpu_tune.models.layers import Branch, LayerContext, Past, apply_head, linear, norm, relative_bias
-from tpu_tune.models.scan import Execution, run_layers
-from tpu_tune.tensors import embed
+from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.models.layers import LayerContext
+from tpu_tune.models.relative import relative_bias
+from tpu_tune.models.scan import Execution, Pasts, empty_pasts, run_layers
+from tpu_tune.tensors import embed, matmul, unembed
 
 Params = Mapping[str, Any]  # path -> leaf
 
@@ -36,14 +38,14 @@ class Cache:
     """Keys and values of the tokens so far, for generation.
 
     Attributes:
-      past: keys and values of all layers on axis 0, (layers, B, S, kv heads, head_dim); an encoder's come
-        with the first call.
+      past: what each layer keeps, keys and values (B, S, kv heads, head_dim) and the like; an encoder's come with the
+        first call.
       segments: (B, S), 1 where a real token stands, 0 elsewhere.
       length: number of tokens written so far, the same for every row.
       encoder_segments: (B, M), segments of the encoder's tokens; None without an encoder.
     """
 
-    past: Past
+    past: Pasts
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
     encoder_segments: Int[Array, "B M"] | None = None
@@ -60,9 +62,7 @@ class EncoderOutput:
 
 def empty_cache(architecture: Architecture, batch: int, length: int, dtype: Any) -> Cache:
     """Return a cache for `batch` rows of at most `length` tokens."""
-    shape = (architecture.num_layers, batch, length, architecture.num_kv_heads, architecture.head_dim)
-    own = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return Cache(Past(own), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
+    return Cache(empty_pasts(architecture, batch, length, dtype), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
 
 def encode(
@@ -134,6 +134,22 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the hidden states that the head reads, and the cache with this call's keys and values in it.
 
+        The arguments are `hidden_and_load`'s.
+        """
+        x, cache, _ = self.hidden_and_load(input_ids, positions, segment_ids, cache, encoder_output, on_embeddings)
+        return x, cache
+
+    def hidden_and_load(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        encoder_output: EncoderOutput | None = None,
+        on_embeddings: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "2 E"] | None]:
+        """Return what `hidden` does, and the load of the experts over all layers (`experts.load`); None without experts.
+
         Args:
           input_ids: token ids.
           positions: position of each token in its document; by default its index in the row.
@@ -169,13 +185,13 @@ class Decoder(nnx.Module):
             hidden = None if encoder_output is None else encoder_output.hidden
             context = dataclasses.replace(context, encoder=(hidden, layout))
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
-        x, past = run_layers(arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past)
+        x, past, load = run_layers(arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past)
         x = norm(arch, self.outside, names.final_norm, x)
         if names.project_out:
             x = linear(self.outside.at(names.project_out), x)
         if cache is None:
-            return x, None
-        return x, Cache(past, key_segments, cache.length + length, encoder_segments)
+            return x, None, load
+        return x, Cache(past, key_segments, cache.length + length, encoder_segments), None
 
     def _embedded(self, input_ids: Array, positions: Array, on_embeddings: Callable[[Array], Array] | None) -> Array:
         arch, names, dtype = self.architecture, self.architecture.names, self.execution.dtype
@@ -204,3 +220,18 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return the logits of hidden states, in their dtype."""
         return apply_head(self.architecture, self.head_leaves(), hidden)
+
+
+def apply_head(
+    arch: Architecture, leaves: Mapping[str, Any], hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch V"]:
+    """Apply `Decoder.head_leaves`, as a pure function for the chunked cross-entropy."""
+    if arch.head_scale != 1.0:
+        hidden = hidden * jnp.asarray(arch.head_scale, hidden.dtype)
+    if "embedding" in leaves:
+        logits = unembed(hidden, leaves["embedding"])
+    else:
+        logits = matmul(hidden, leaves["weight"])
+    if "bias" in leaves:
+        logits = logits + leaves["bias"].astype(logits.dtype)
+    return soft_cap(logits, arch.logit_soft_cap)

@@ -20,10 +20,14 @@ from jaxtyping import Array, Float
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.models.architecture import Architecture, LayerKind
+from tpu_tune.models.branch import PROJECTION
 from tpu_tune.models.groups import LayerGroup
-from tpu_tune.models.layers import PROJECTION, Layer, LayerContext, Past
+from tpu_tune.models.layers import Layer, LayerContext, Past, empty_past
 from tpu_tune.tensors import Module, outside_scan
 
+# What the layers keep for generation: for each group, for each position of its pattern, a `Past` stacked over the
+# repeats. Layers of different kinds may keep different things.
+Pasts = tuple[tuple[Past, ...], ...]
 _LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -72,8 +76,8 @@ def run_layers(
     leaves: Mapping[str, Any],
     x: Float[Array, "B T D"],
     context: LayerContext,
-    past: Past | None,
-) -> tuple[Float[Array, "B T D"], Past | None]:
+    pasts: Pasts | None,
+) -> tuple[Float[Array, "B T D"], Pasts | None, Float[Array, "2 E"] | None]:
     """Run all layers.
 
     Args:
@@ -82,24 +86,40 @@ def run_layers(
       leaves: path -> stacked leaf.
       x: hidden states.
       context: what all layers share.
-      past: keys and values of all layers, on a leading axis; None without a cache.
+      pasts: what the layers keep of the tokens so far; None without a cache.
 
     Returns:
-      New hidden states, and what the cache is to hold.
+      New hidden states, what the cache is to hold, and the load of the experts (`experts.load`) over all layers; None
+      without experts, or with a cache.
     """
     modules = {module.path: module for module in arch.modules() if module.layers_path == arch.names.layers}
     written = []
-    for group in arch.groups:
+    for index, group in enumerate(arch.groups):
         stacks = [
             _stack(modules[path.rpartition(".")[0]], path, leaf, group, execution)
             for path, leaf in leaves.items()
             if any(layer in group.layers for layer in modules[path.rpartition(".")[0]].layers)
         ]
+        past = (Past(),) * group.period if pasts is None else pasts[index]
         x, new = _run_group(arch, execution, group, stacks, x, context, past)
         written.append(new)
-    if past is None:
-        return x, None
-    return x, written[0] if len(written) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *written)
+    if pasts is not None:
+        return x, tuple(written), None
+    loads = [jnp.sum(past.load, axis=0) for new in written for past in new if past.load is not None]
+    return x, None, sum(loads) if loads else None
+
+
+def empty_pasts(arch: Architecture, batch: int, length: int, dtype: Any) -> Pasts:
+    """Return what the layers keep before the first token, with room for `length` of them."""
+
+    def stacked(group: LayerGroup, kind: LayerKind) -> Past:
+        past = empty_past(arch, kind, batch, length, dtype)
+        return jax.tree.map(lambda array: jnp.repeat(array[None], group.repeats, axis=0), past)
+
+    return tuple(
+        tuple(stacked(group, arch.layer_kinds[group.first + position]) for position in range(group.period))
+        for group in arch.groups
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +172,8 @@ def _run_group(
     stacks: list[_Stack],
     x: Array,
     context: LayerContext,
-    past: Past | None,
-) -> tuple[Array, Past]:
+    past: tuple[Past, ...],
+) -> tuple[Array, tuple[Past, ...]]:
     """Scan over the repeats of a group's pattern; the layers of a pattern run one after the other."""
     is_pattern = group.period > 1
 
@@ -170,7 +190,8 @@ def _run_group(
             leaves = {stack.path: stack.at(position, repeat, parts[stack.path], is_pattern) for stack in own}
             inside = {names[path]: leaf for path, leaf in execution.gather(leaves).items()}
             x, past = Layer(arch, kinds, kind, inside, context)(x, past)
-            return execution.constrain(x), Past() if context.start is None else past
+            past = Past(load=past.load) if context.start is None else dataclasses.replace(past, load=None)
+            return execution.constrain(x), past
 
         if execution.remat == "none":
             return run_layer
@@ -181,21 +202,14 @@ def _run_group(
     kind_indices = [kinds[index % group.period].index(kind) for index, kind in enumerate(layer_kinds)]
     layers = [layer_at(position, kinds[position]) for position in range(group.period)]
 
-    def run_pattern(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
+    def run_pattern(x: Array, scanned: tuple[Array, Any, Array, tuple[Past, ...]]) -> tuple[Array, tuple[Past, ...]]:
         repeat, parts, kind_indices, past = scanned
         written = []
         for position, run_layer in enumerate(layers):
-            layer_past = jax.tree.map(lambda array, position=position: array[position], past)
-            x, new = run_layer(x, (repeat, parts, kind_indices[position], layer_past))
+            x, new = run_layer(x, (repeat, parts, kind_indices[position], past[position]))
             written.append(new)
-        return x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *written)
+        return x, tuple(written)
 
-    def by_repeat(array: Array) -> Array:
-        return array.reshape(group.repeats, group.period, *array.shape[1:]) if is_pattern else array
-
-    group_past = Past() if past is None else jax.tree.map(lambda array: array[group.first : group.layers.stop], past)
     parts = {stack.path: stack.scanned for stack in stacks}
-    indices = jnp.asarray(np.array(kind_indices, np.int32))
-    scanned = (jnp.arange(group.repeats), parts, *jax.tree.map(by_repeat, (indices, group_past)))
-    x, written = jax.lax.scan(run_pattern if is_pattern else layers[0], x, scanned)
-    return x, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]) if is_pattern else array, written)
+    indices = jnp.asarray(np.array(kind_indices, np.int32).reshape(group.repeats, group.period))
+    return jax.lax.scan(run_pattern, x, (jnp.arange(group.repeats), parts, indices, past))

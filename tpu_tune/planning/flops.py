@@ -49,7 +49,8 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
         tokens_per_row = encoder_width if encoder and module.layers_path == encoder.names.layers else width
         if cross_names and module.path.endswith(cross_names):
             tokens_per_row = encoder_width
-        count = 2.0 * math.prod(module.shape) * (len(module.layers) or 1) * rows * tokens_per_row
+        each = len(module.layers or (None,)) * (module.experts_per_token or 1)
+        count = 2.0 * math.prod(module.shape) * each * rows * tokens_per_row
         layers, head = (layers, head + count) if module.is_head else (layers + count, head)
     attention = [_attention(arch, rows, width, width)]
     if encoder:

@@ -27,11 +27,26 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
         for index, layer in enumerate(module.layers or (None,)):
             for suffix in ("weight", "bias"):
                 leaf = params.get(f"{module.path}.{suffix}")
-                if leaf is None:
-                    continue
-                value = np.asarray(_layer_of(leaf, index) if module.layers else dense(leaf))
-                value = module.to_torch(value) if suffix == "weight" else module.deinterleave(value)
-                yield f"{module.name(layer)}.{suffix}", value
+                if leaf is not None:
+                    yield from _layer_tensors(module, leaf, suffix, index, layer)
+
+
+def _layer_tensors(
+    module: Module, leaf: Any, suffix: str, index: int, layer: int | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    def one(*at: int) -> np.ndarray:
+        value = np.asarray(_part_of(leaf, at) if at else dense(leaf))
+        return module.to_torch(value) if suffix == "weight" else module.deinterleave(value)
+
+    lead = () if layer is None else (index,)
+    names = [module.tensor_name(name, suffix) for name in module.names_of(layer)]
+    if not module.experts:
+        yield names[0], one(*lead)
+    elif module.stacked_in_file:
+        yield names[0], np.stack([one(*lead, expert) for expert in range(module.experts)])
+    else:
+        for expert, name in enumerate(names):
+            yield name, one(*lead, expert)
 
 
 def unties_head(params: Mapping[str, Any], modules: list[Module]) -> bool:
@@ -49,5 +64,5 @@ def merge(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @jax.jit
-def _layer_of(leaf: Any, index: int) -> Any:
+def _part_of(leaf: Any, index: tuple[int, ...]) -> Any:
     return dense(jax.tree.map(lambda stacked: stacked[index], leaf))

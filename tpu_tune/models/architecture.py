@@ -30,6 +30,7 @@ class LayerNames:
         sum as it is.
       attention_out_norm, mlp_out_norm: applied to the output of attention and MLP, before it is added.
       cross_norm, cross_q, cross_k, cross_v, cross_o: modules of the attention to an encoder.
+      sinks: one more logit of each head in attention's softmax, which no value belongs to.
       router: gives each token a score for every expert.
       choice_bias: vector that is added to the scores for the choice of experts alone.
       expert_gate, expert_up, expert_gate_up, expert_down: the MLPs of the experts, without an expert's index.
@@ -57,6 +58,7 @@ class LayerNames:
     cross_k: str = ""
     cross_v: str = ""
     cross_o: str = ""
+    sinks: str = ""
     router: str = ""
     choice_bias: str = ""
     expert_gate: str = ""
@@ -110,6 +112,10 @@ class Experts:
       scale: factor on the weights.
       groups, top_groups: number of groups of consecutive experts, and how many of them a token may choose from.
       shared_width: width of the MLP beside them that all tokens go through; 0 where there is none.
+      bias: whether router and experts have biases.
+      alternating: whether the file's fused gate and up alternate column by column, and its matrices are (in, out).
+      clamp: gate is at most this, up at most this and at least its negative; None for no limit.
+      gain: a in gate * sigmoid(a * gate) * (up + 1), which then stands for the activation; None: activation(gate) * up.
     """
 
     count: int
@@ -122,6 +128,10 @@ class Experts:
     groups: int = 1
     top_groups: int = 1
     shared_width: int = 0
+    bias: bool = False
+    alternating: bool = False
+    clamp: float | None = None
+    gain: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,6 +372,8 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     whole = arch.qk_norm == "projection"
     norm(names.q_norm, q_width if whole else arch.head_dim)
     norm(names.k_norm, kv_width if whole else arch.head_dim)
+    if names.sinks:
+        modules.append(Module(names.sinks, "norm", (arch.num_heads,), (None,), is_parameter=True))
     linear(names.o, (q_width, width), ("heads", "embed"), arch.o_bias)
     norm(names.attention_out_norm)
     norm(names.cross_norm)
@@ -381,13 +393,16 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
 def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> list[Module]:
     """List the modules of a sparse MLP: the router, the experts, and what stands beside them."""
     width, inner, shared = arch.hidden_size, experts.width, experts.shared_width
-    modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), is_router=True)]
+    modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), experts.bias, is_router=True)]
     if names.choice_bias:
-        modules.append(Module(names.choice_bias, "norm", (experts.count,), (None,), is_parameter=True))
+        modules.append(Module(names.choice_bias, "norm", (experts.count,), (None,), is_parameter=True, decay=False))
     of_experts = {
         "experts": experts.count,
         "experts_per_token": experts.per_token,
         "experts_path": experts.path,
+        "bias": experts.bias,
+        "is_parameter": experts.alternating,
+        "fan_in_fan_out": experts.alternating,
         "no_adapter": "adapters on experts are not implemented yet",
     }
 
@@ -396,7 +411,8 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
             modules.append(Module(name, "linear", shape, axes, **facts))
 
     def mlp(gate: str, up: str, gate_up: str, down: str, inner: int, **facts: Any) -> None:
-        linear(gate_up, (width, 2 * inner), ("embed", "mlp"), segments=(inner, inner), unit=gate_unit(inner), **facts)
+        both = {"segments": (inner, inner), "unit": gate_unit(inner), **facts}
+        linear(gate_up, (width, 2 * inner), ("embed", "mlp"), alternating=bool(facts) and experts.alternating, **both)
         linear(gate, (width, inner), ("embed", "mlp"), **facts)
         linear(up, (width, inner), ("embed", "mlp"), **facts)
         linear(down, (inner, width), ("mlp", "embed"), **facts)

@@ -13,6 +13,7 @@ from tpu_tune.kernels.attention import attention
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import LayerKind
 from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.tensors import dense
 
 if TYPE_CHECKING:
     from tpu_tune.models.layers import Layer
@@ -28,6 +29,7 @@ def self_attention(
     """Attend from the normed x to itself and to what came before, without the output projection."""
     arch, context = layer.arch, layer.context
     qkv = layer.each_token(_qkv, x, *_QKV)
+    sinks = dense(Branch(layer.leaves).at(layer.names.sinks).leaf("weight")) if layer.names.sinks else None
 
     def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
         if kind.rope is not None:
@@ -52,6 +54,7 @@ def self_attention(
             scale=arch.attention_scale,
             cap=arch.attention_soft_cap,
             bias=context.bias,
+            sinks=sinks,
             implementation=context.implementation,
             mesh=context.mesh,
         )

@@ -66,7 +66,10 @@ class QuantizedTensor:
         format: str,
         group_size: int,
     ) -> QuantizedTensor:
-        """Pack codes, one a byte as `Format.encode` gives them, and float32 scales (mxfp4: exponents) into a tensor."""
+        """Pack codes, one a byte as `Format.encode` gives them, and float32 scales (mxfp4: exponents) into a tensor.
+
+        numpy's arrays stay numpy's.
+        """
         shape = tuple(codes.shape[-2:])
         block = pack_block(shape[0], format)
         return cls(_pack(codes, block) if block > 1 else codes, scales, None, format, shape, group_size, block)
@@ -215,7 +218,7 @@ def _pad_rows(values: Array, count: int) -> Array:
 
 def _pack(codes: Array, block: int) -> Array:
     blocks = _grouped(codes, block)
-    low, high = jnp.split(blocks, 2, axis=-2)
+    low, high = blocks[..., : block // 2, :], blocks[..., block // 2 :, :]
     packed = low | (high << 4)
     return packed.reshape(*codes.shape[:-2], codes.shape[-2] // 2, codes.shape[-1])
 

@@ -39,7 +39,7 @@ KINDS = {
     **dict.fromkeys(("decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size"), _WIDTH),
     "mlp_only_layers": listing(whole(0, MOST_LAYERS)) | NOTHING,
     **dict.fromkeys(("router_aux_loss_coef", "routed_scaling_factor"), number(0)),
-    "clip_qkv": _POSITIVE | NOTHING,
+    **dict.fromkeys(("clip_qkv", "swiglu_limit", "swiglu_alpha"), _POSITIVE | NOTHING),
     "position_embedding_type": TEXT | NOTHING,
     **dict.fromkeys(
         (

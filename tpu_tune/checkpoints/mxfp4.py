@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from tpu_tune.errors import UserError
@@ -35,9 +36,7 @@ def stored_paths(config: Mapping[str, Any], modules: Iterable[Module]) -> frozen
     return frozenset(module.weight for module in modules if module.experts) if is_stored(config) else frozenset()
 
 
-def as_quantized(
-    path: str, shapes: dict[str, tuple[int, ...]], read: Read
-) -> tuple[dict[str, tuple[int, ...]], Read]:
+def as_quantized(path: str, shapes: dict[str, tuple[int, ...]], read: Read) -> tuple[dict[str, tuple[int, ...]], Read]:
     """Turn stored names into logical ones: one (experts, in, out) shape for blocks and scales.
 
     Args:
@@ -60,7 +59,9 @@ def as_quantized(
         if scales is None:
             raise UserError(f"{path}: {name}{_SCALES} is missing, so {blocks} cannot be decoded")
         if len(shape) != 4 or shape[3] != _GROUP // 2 or scales != shape[:3]:
-            raise UserError(f"{path}: {blocks} has shape {shape} and its scales {scales}: not (experts, out, in/32, 16)")
+            raise UserError(
+                f"{path}: {blocks} has shape {shape} and its scales {scales}: not (experts, out, in/32, 16)"
+            )
         del logical[blocks]
         packed[name] = logical[name] = (shape[0], shape[2] * _GROUP, shape[1])
     return logical, functools.partial(_read, path, packed, read)
@@ -89,10 +90,27 @@ def _decode(blocks: np.ndarray, scales: np.ndarray) -> QuantizedTensor:
     return QuantizedTensor.from_codes(codes.reshape(len(blocks), -1).T, scales.T, "mxfp4", _GROUP)
 
 
-def file_tensors(name: str, weight: QuantizedTensor) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield blocks and scales of a weight (experts, in, out) whose columns are in the file's order."""
-    codes = np.swapaxes(np.asarray(weight.unpacked()), 1, 2)
-    experts, outputs, inputs = codes.shape
-    blocks = codes[..., ::2] | (codes[..., 1::2] << 4)
-    yield name + _BLOCKS, blocks.reshape(experts, outputs, inputs // _GROUP, _GROUP // 2)
-    yield name + _SCALES, np.swapaxes(np.asarray(weight.scales), 1, 2)
+def untouched(
+    config: Mapping[str, Any], params: Mapping[str, Any], modules: list[Module]
+) -> dict[str, QuantizedTensor]:
+    """Return the leaves of a tree that may be written as the files had them: all that these have in mxfp4, or none.
+
+    Readers expect all experts in one format. None may where an adapter is on one, or a leaf is an array here.
+    """
+    leaves = {path: params.get(path) for path in stored_paths(config, modules)}
+    kept = all(isinstance(leaf, QuantizedTensor) and leaf.format == "mxfp4" for leaf in leaves.values())
+    return leaves if kept else {}
+
+
+def file_tensors(leaves: Mapping[str, QuantizedTensor], modules: list[Module]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield blocks and scales of leaves (layers, experts, in, out), a layer at a time."""
+    for module in modules:
+        if module.weight not in leaves:
+            continue
+        for index, name in enumerate(module.names()):
+            weight = jax.tree.map(lambda part, index=index: np.asarray(part[index]), leaves[module.weight])
+            weight = jax.tree.map(module.deinterleave, weight)
+            codes = np.swapaxes(np.asarray(weight.unpacked()), 1, 2)
+            blocks = codes[..., ::2] | (codes[..., 1::2] << 4)
+            yield name + _BLOCKS, blocks.reshape(*codes.shape[:2], -1, _GROUP // 2)
+            yield name + _SCALES, np.swapaxes(weight.scales, 1, 2)

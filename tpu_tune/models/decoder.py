@@ -185,7 +185,9 @@ class Decoder(nnx.Module):
             hidden = None if encoder_output is None else encoder_output.hidden
             context = dataclasses.replace(context, encoder=(hidden, layout))
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
-        x, past, load = run_layers(arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past)
+        x, past, load = run_layers(
+            arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past
+        )
         x = norm(arch, self.outside, names.final_norm, x)
         if names.project_out:
             x = linear(self.outside.at(names.project_out), x)

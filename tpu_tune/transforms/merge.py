@@ -22,8 +22,6 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
       modules: the model's modules.
     """
     for module in modules:
-        if module.weight not in params:
-            continue
         for index, layer in enumerate(module.layers or (None,)):
             for suffix in ("weight", "bias"):
                 leaf = params.get(f"{module.path}.{suffix}")

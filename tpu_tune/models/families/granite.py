@@ -48,9 +48,7 @@ def granite_moe(config: Mapping[str, Any]) -> Architecture:
     shared = config["shared_intermediate_size"] if config["model_type"] == "granitemoeshared" else 0
     names = _SPARSE
     if shared:
-        names = dataclasses.replace(
-            names, shared_gate_up=_SHARED_MLP.gate_up, shared_down=_SHARED_MLP.down
-        )
+        names = dataclasses.replace(names, shared_gate_up=_SHARED_MLP.gate_up, shared_down=_SHARED_MLP.down)
     experts = Experts(
         count=config["num_local_experts"],
         per_token=config["num_experts_per_tok"],

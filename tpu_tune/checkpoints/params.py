@@ -88,8 +88,8 @@ def tensors_of(module: Module, path: str) -> list[tuple[tuple[int, ...], str]]:
 
     Args:
       module: a module with weights of its own.
-      path: path of its weight or its bias. The index has an entry for the layer, and one for the expert where each has a
-        tensor of its own.
+      path: path of its weight or its bias. The index has an entry for the layer, and one for the expert where each
+        has a tensor of its own.
     """
     suffix, tensors = path.rsplit(".", 1)[1], []
     for number, layer in enumerate(module.layers or (None,)):
@@ -100,7 +100,7 @@ def tensors_of(module: Module, path: str) -> list[tuple[tuple[int, ...], str]]:
 
 
 def _in_tree(module: Module, path: str, index: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Yield (index in the leaf, value in the tree's order) for what one tensor holds: several experts, if it has them."""
+    """Yield (index in the leaf, value in the tree's order) for what one tensor holds: several experts, or one thing."""
     turned = module.from_torch if path == module.weight else module.interleave
     if not module.stacked_in_file:
         yield index, turned(value)
@@ -227,15 +227,27 @@ def sorted_names(source: WeightSource, architecture: Architecture) -> tuple[dict
         for name, there in canonical.items()
         if tower and there in expected and there.startswith(f"{tower}.")
     }
+    unused = unused_tensors(architecture)
     extra, aside = [], []
     for name, there in canonical.items():
         if there in expected or there in tied or (tied and there == "lm_head.weight"):
             continue
         if name.startswith("mtp.") or (begins and not name.startswith(tuple(begins))):
             aside.append(name)
-        elif not there.endswith(_IGNORED):
+        elif not there.endswith(_IGNORED) and there not in unused:
             extra.append(name)
     return held, extra, aside
+
+
+def unused_tensors(architecture: Architecture) -> frozenset[str]:
+    """Return the Hugging Face names of keys' and values' tensors in layers that use another layer's, not these."""
+    unused, kinds = set(), architecture.layer_kinds
+    for layer, kind in enumerate(kinds):
+        names = kinds[kind.keys_from].names if kind.keys_from is not None else None
+        parts = {names.k, names.v, names.k_norm} - {""} if names else ()
+        at = f"{architecture.names.layers}.{layer}"
+        unused |= {f"{at}.{part}.{suffix}" for part in parts for suffix in ("weight", "bias")}
+    return frozenset(unused)
 
 
 def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

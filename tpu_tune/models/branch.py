@@ -61,10 +61,7 @@ def norm(arch: Architecture, weights: Branch, name: str, x: Array) -> Array:
     """
     if not name:
         return x
-    wide = x.astype(jnp.float32)
-    if arch.norm == "layer":
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + arch.norm_eps)
+    normed = unweighted_norm(arch, x)
     if not arch.norm_weights:
         return normed.astype(x.dtype)
     module = weights.at(name)
@@ -73,3 +70,11 @@ def norm(arch: Architecture, weights: Branch, name: str, x: Array) -> Array:
         return weight.astype(x.dtype) * normed.astype(x.dtype)
     scaled = (weight + arch.norm_offset) * normed
     return (scaled if bias is None else scaled + dense(bias)).astype(x.dtype)
+
+
+def unweighted_norm(arch: Architecture, x: Array) -> Array:
+    """Return x, float32, over its root mean square; in a LayerNorm, less its mean first."""
+    wide = x.astype(jnp.float32)
+    if arch.norm == "layer":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + arch.norm_eps)

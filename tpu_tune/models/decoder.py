@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,7 +149,7 @@ class Decoder(nnx.Module):
         encoder_output: EncoderOutput | None = None,
         on_embeddings: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "2 E"] | None]:
-        """Return what `hidden` does, and the load of the experts over all layers (`experts.load`); None without experts.
+        """Return what `hidden` does, and the experts' load over all layers (`experts.load`); None without experts.
 
         Args:
           input_ids: token ids.
@@ -185,9 +186,9 @@ class Decoder(nnx.Module):
             hidden = None if encoder_output is None else encoder_output.hidden
             context = dataclasses.replace(context, encoder=(hidden, layout))
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
-        x, past, load = run_layers(
-            arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past
-        )
+        inputs = self._layer_inputs(input_ids, x) if arch.layer_input_size else None
+        past = None if cache is None else cache.past
+        x, past, load = run_layers(arch, run, self.layers.get_value(), x, context, past, inputs)
         x = norm(arch, self.outside, names.final_norm, x)
         if names.project_out:
             x = linear(self.outside.at(names.project_out), x)
@@ -210,6 +211,20 @@ class Decoder(nnx.Module):
         if names.positions:
             x = x + embed(positions + arch.position_offset, self.outside.at(names.positions).leaf("weight"), dtype)
         return x
+
+    def _layer_inputs(self, input_ids: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, "L B T P"]:
+        """Return what each layer gets beside the hidden states: the mean of two, times the root of two."""
+        arch, names, run = self.architecture, self.architecture.names, self.execution
+        size = arch.layer_input_size
+
+        def by_layer(flat: Array) -> Array:
+            return jnp.moveaxis(run.constrain(flat).reshape(*x.shape[:2], arch.num_layers, size), 2, 0)
+
+        rows = embed(input_ids, self.outside.at(names.inputs_embed).leaf("weight"), run.dtype)
+        rows = rows * jnp.asarray(math.sqrt(size), run.dtype)
+        projected = linear(self.outside.at(names.inputs_projection), x) * jnp.asarray(arch.hidden_size**-0.5, run.dtype)
+        projected = norm(arch, self.outside, names.inputs_norm, by_layer(projected))
+        return (projected + by_layer(rows)) * jnp.asarray(math.sqrt(0.5), run.dtype)
 
     def head_leaves(self) -> dict[str, Any]:
         """Return the leaves that turn hidden states into logits, for `apply_head`."""

@@ -19,11 +19,13 @@ from tpu_tune.kernels.attention import attention
 from tpu_tune.kernels.chunks import over_tokens
 from tpu_tune.kernels.layout import Bias, TokenLayout
 from tpu_tune.models import rope as rotary
+from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames
 from tpu_tune.models.branch import Branch, linear, norm
 from tpu_tune.models.experts import load
 from tpu_tune.models.mlp import SPARSE, mlp, sparse_mlp
 from tpu_tune.models.self_attention import KeysValues, self_attention
+from tpu_tune.tensors import dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,7 @@ class LayerContext:
         cross-attention; None without an encoder.
       start: index in the cache at which new keys and values are written, None without a cache.
       chunk: number of tokens of each row that all but attention works on at one time; 0: all.
+      kept: keys and values of earlier layers, by the layer's index, that later ones use (`LayerKind.keys_from`).
     """
 
     layout: TokenLayout
@@ -50,6 +53,7 @@ class LayerContext:
     encoder: tuple[Array | None, TokenLayout] | None = None
     start: Array | None = None
     chunk: int = 0
+    kept: Mapping[int, KeysValues] = dataclasses.field(default_factory=dict)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["own", "cross", "load"], meta_fields=[])
@@ -70,13 +74,16 @@ class Past:
 
 def empty_past(arch: Architecture, kind: LayerKind, batch: int, length: int, dtype: Any) -> Past:
     """Return what a layer of this kind keeps before the first token, with room for `length` of them."""
-    shape = (batch, length, arch.num_kv_heads, arch.head_dim)
+    if kind.keys_from is not None:
+        return Past()
+    shape = (batch, length, *arch.heads(kind))
     return Past((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
 
 # The modules that the parts of a layer read, by their role in `LayerNames`.
 _ATTENTION_OUT = ("o", "attention_norm", "attention_out_norm")
 _MLP = ("mlp_norm", "gate_up", "gate", "up", "down", "mlp_out_norm")
+_END = ("input_gate", "input_projection", "input_norm", "scalar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Layer:
       kind: index of this layer's kind among them.
       leaves: this layer's leaves by path relative to the layer.
       context: what all layers share.
+      input: what this layer gets of each token beside the hidden states, (B, T, P); None: nothing.
+      keep: whether `past` is to have the keys and values without a cache too, for other layers.
     """
 
     arch: Architecture
@@ -99,6 +108,8 @@ class Layer:
     kind: Array | int
     leaves: Mapping[str, Any]
     context: LayerContext
+    input: Array | None = None
+    keep: bool = False
 
     def __call__(self, x: Float[Array, "B T D"], past: Past) -> tuple[Float[Array, "B T D"], Past]:
         """Run the layer."""
@@ -119,7 +130,8 @@ class Layer:
             real = self.context.layout.query_segments > 0
             x, logits = self.each_token(_add_sparse_mlp, (x, real.astype(jnp.float32)), *_MLP, *SPARSE)
             return x, Past(own, load=load(self.kinds[0].experts, logits, real))
-        return self.each_token(_add_attention_then_mlp, (x, attended), *_ATTENTION_OUT, *_MLP), Past(own)
+        tokens = (x, attended) if self.input is None else (x, attended, self.input)
+        return self.each_token(_add_attention_then_mlp, tokens, *_ATTENTION_OUT, *_MLP, *_END), Past(own)
 
     def _parallel(self, x: Array, past: Past) -> tuple[Array, Past]:
         """x = x + attention(norm(x)) + mlp(norm(x))."""
@@ -151,7 +163,7 @@ class Layer:
         if encoded is None:
             k, v = past
         else:
-            weights, shape = Branch(self.leaves), (*encoded.shape[:2], arch.num_kv_heads, arch.head_dim)
+            weights, shape = Branch(self.leaves), (*encoded.shape[:2], *arch.heads(self.kinds[0]))
             k, v = (linear(weights.at(name), encoded).reshape(shape) for name in (names.cross_k, names.cross_v))
         attended = attention(q, k, v, layout, scale=arch.attention_scale, implementation=self.context.implementation)
         return attended.reshape(*x.shape[:2], -1), (k, v)
@@ -199,8 +211,22 @@ def _update(arch: Architecture, update: Array) -> Array:
     return update if arch.residual_scale == 1.0 else update * jnp.asarray(arch.residual_scale, update.dtype)
 
 
-def _add_attention_then_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:
-    return _add_mlp(layer, weights, _add_attention(layer, weights, tokens))
+def _add_attention_then_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, ...]) -> Array:
+    x, attended, *own_input = tokens
+    x = _add_mlp(layer, weights, _add_attention(layer, weights, (x, attended)))
+    for part in own_input:
+        x = _add_input(layer, weights, x, part)
+    if layer.names.scalar:  # transformers keeps it as a buffer
+        x = x * jax.lax.stop_gradient(dense(weights.at(layer.names.scalar).leaf("weight"))).astype(x.dtype)
+    return x
+
+
+def _add_input(layer: Layer, weights: Branch, x: Array, own_input: Array) -> Array:
+    """Return x plus the layer's own input, as much of it as x lets through."""
+    arch, names = layer.arch, layer.names
+    gate = ACTIVATIONS[arch.activation](linear(weights.at(names.input_gate), x))
+    update = linear(weights.at(names.input_projection), gate * own_input)
+    return x + norm(arch, weights, names.input_norm, update)
 
 
 def _add_attention_and_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> Array:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from tpu_tune.kernels.attention import attention
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import LayerKind
-from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.models.branch import Branch, linear, norm, unweighted_norm
 from tpu_tune.tensors import dense
 
 if TYPE_CHECKING:
@@ -26,19 +26,24 @@ _QKV = ("attention_norm", "qkv", "q", "k", "v", "q_norm", "k_norm")
 def self_attention(
     layer: Layer, x: Float[Array, "B T D"], past: KeysValues | None
 ) -> tuple[Float[Array, "B T HD"], KeysValues | None]:
-    """Attend from the normed x to itself and to what came before, without the output projection."""
+    """Attend from the normed x to itself and to what came before, without the output projection.
+
+    Returns:
+      What was attended to, and all keys and values where there is a cache or another layer uses them.
+    """
     arch, context = layer.arch, layer.context
     qkv = layer.each_token(_qkv, x, *_QKV)
     sinks = dense(Branch(layer.leaves).at(layer.names.sinks).leaf("weight")) if layer.names.sinks else None
 
-    def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
+    def attend(kind: LayerKind, q: Array, *own: Array) -> tuple[Array, KeysValues | None]:
+        k, v = own or context.kept[kind.keys_from]
         if kind.rope is not None:
             angles = context.angles[kind.rope]
-            q, k = (rotary.rotate(part, kind.rope, angles) for part in (q, k))
-            q = rotary.scale_queries(q, angles)
+            q = rotary.scale_queries(rotary.rotate(q, kind.rope, angles), angles)
+            k = rotary.rotate(k, kind.rope, angles) if own else k
         if arch.qk_norm_last:
             q, k = _normed_queries_keys(layer, Branch(layer.leaves), q, k)
-        entry = None
+        entry = (k, v) if layer.keep else None
         if past is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.start, axis=1)
@@ -67,10 +72,13 @@ def self_attention(
     return attended.reshape(*attended.shape[:2], -1), entry
 
 
-def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array]:
-    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions."""
+def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, ...]:
+    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions.
+
+    A layer that attends to another one's keys and values has queries alone.
+    """
     arch, names = layer.arch, layer.names
-    heads, groups, size = arch.num_heads, arch.num_kv_heads, arch.head_dim
+    heads, (groups, size) = arch.num_heads, arch.heads(layer.kinds[0])
     batch, length, _ = x.shape
     if arch.norm_first:
         x = norm(arch, weights, names.attention_norm, x)
@@ -79,8 +87,12 @@ def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, Array, Array]:
         q, k, v = fused[:, :, :, :-2].reshape(batch, length, heads, size), fused[:, :, :, -2], fused[:, :, :, -1]
     else:
         q = linear(weights.at(names.q), x).reshape(batch, length, heads, size)
+        if not names.k:
+            return (norm(arch, weights, names.q_norm, q),)
         k = linear(weights.at(names.k), x).reshape(batch, length, groups, size)
-        v = linear(weights.at(names.v), x).reshape(batch, length, groups, size)
+        v = linear(weights.at(names.v), x).reshape(batch, length, groups, size) if names.v else k
+    if arch.value_norm:
+        v = unweighted_norm(arch, v).astype(v.dtype)
     if not arch.qk_norm_last:
         q, k = _normed_queries_keys(layer, weights, q, k)
     if arch.qkv_clip is not None:

@@ -64,7 +64,9 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
     repeated = {"full": layers + executed, "offload": layers + executed, "dots": executed}.get(config.model.remat, 0.0)
     hardware = model - 3 * needed + 3 * executed + repeated
     formula = (
-        f"{6 if full else 4} x parameters of matrices x tokens"
+        f"{6 if full else 4} x parameters of matrices"
+        + (f" ({arch.experts.per_token} of {arch.experts.count} experts)" if arch.experts else "")
+        + " x tokens"
         + ("" if full else " + 6 x parameters of adapters x tokens")
         + " + 12 x attention width x layers x tokens x keys per token"
     )
@@ -73,13 +75,13 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
 
 def _attention(arch: Architecture, rows: int, queries: int, keys: int) -> tuple[float, float]:
     """Return forward operations of both products of self-attention: with unmasked keys alone, and with all keys."""
-    per_key = 4.0 * arch.num_heads * arch.head_dim * rows * queries
-    unmasked = 0.0
+    unmasked = all_keys = 0.0
     for kind in arch.layer_kinds:
+        per_key = 4.0 * arch.num_heads * arch.heads(kind)[1] * rows * queries
         window = min(kind.window or keys, keys)
         # Query t attends to min(t, window) keys; this is the mean over a row.
         unmasked += per_key * ((keys + 1) / 2 if window == keys else window * (1 - (window - 1) / (2 * keys)))
-    all_keys = per_key * keys * len(arch.layer_kinds)
+        all_keys += per_key * keys
     return (unmasked, all_keys) if arch.causal else (all_keys, all_keys)
 
 

@@ -19,6 +19,7 @@ from tpu_tune.training import offload, plateau
 from tpu_tune.training.execution import execution, loss_chunk
 from tpu_tune.training.objectives import OBJECTIVES, Objective, Sums
 from tpu_tune.training.optimizers import make_optimizer
+from tpu_tune.training.preference import LogProbs
 from tpu_tune.training.prepare_model import PreparedModel, abstract_leaf, put
 from tpu_tune.training.schedules import configured_schedule
 from tpu_tune.training.step import ModelLoss, TrainState, init_state, make_eval_step, make_train_step
@@ -69,6 +70,7 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
     schedule = configured_schedule(config.train, total_steps) if is_pure else None
     optimizer = make_optimizer(config.train, schedule, specs)
     model_loss = _model_loss(config, model, config.train.per_device_train_batch_size)
+    model_loss = dataclasses.replace(model_loss, router_aux_loss_coef=_router_aux_loss_coef(config, model))
     random = model.method.is_random or config.train.neftune_noise_alpha > 0
     key = jax.random.fold_in(jax.random.key(config.seed), 1) if random else None
     start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
@@ -101,11 +103,35 @@ def prepare_evaluation(config: ConfigDict, model: PreparedModel) -> Evaluation:
     return Evaluation(jax.jit(make_eval_step(model_loss)), model_loss.objective, put_batch)
 
 
+def prepare_scoring(config: ConfigDict, model: PreparedModel) -> Callable[[Mapping[str, np.ndarray]], jax.Array]:
+    """Build a function from a NumPy batch of evaluation's size to each document's log-probability, (rows, slots).
+
+    Every process gets all of them.
+    """
+    model_loss = _model_loss(config, model, config.train.per_device_eval_batch_size)
+    model_loss = dataclasses.replace(model_loss, objective=LogProbs(model_loss.objective.chunk))
+    replicated = NamedSharding(model.mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def score(trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+        return model_loss(trainable, frozen, batch, None)
+
+    return lambda batch: score(model.trainable, model.frozen, _put_batch(model.mesh, batch, 0))
+
+
 def _model_loss(config: ConfigDict, model: PreparedModel, rows: int) -> ModelLoss:
     run = execution(config, model.architecture, model.mesh, model.shardings, rows)
     chunk = loss_chunk(config, model.architecture.vocab_size, rows)
     objective = OBJECTIVES[config.objective.name](config, chunk)
     return ModelLoss(model.architecture, run, model.method, objective, config.train.neftune_noise_alpha)
+
+
+def _router_aux_loss_coef(config: ConfigDict, model: PreparedModel) -> float:
+    """Return the weight of the load-balancing loss in training: as set, else the model's own; none under adapters."""
+    experts, asked = model.architecture.experts, config.objective.router_aux_loss_coef
+    if experts is None or asked >= 0:
+        return max(asked, 0.0)
+    return experts.balance if config.method == "full" else 0.0
 
 
 def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:
@@ -124,5 +150,7 @@ def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:
 
 
 def _put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], leading: int) -> dict[str, jax.Array]:
-    batch_sharding = NamedSharding(mesh, sharding.batch_spec(leading))
-    return {name: put(array, batch_sharding) for name, array in batch.items()}
+    tokens = NamedSharding(mesh, sharding.batch_spec(leading))
+    documents = NamedSharding(mesh, sharding.document_spec(leading))
+    homes = {name: documents if name.startswith("document_") else tokens for name in batch}
+    return {name: put(array, homes[name]) for name, array in batch.items()}

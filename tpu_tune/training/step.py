@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.models import Architecture, Decoder, Execution, apply_head, encode
+from tpu_tune.models.experts import load_balancing_loss
 from tpu_tune.training import loss_scale as scaling
 from tpu_tune.training import neftune
 from tpu_tune.training.objectives import Batch, Head, Objective, Sums, mean
@@ -67,6 +68,8 @@ class ModelLoss:
       method: what the model is made of while it is trained.
       objective: what is minimized.
       neftune_alpha: strength of the noise on the embeddings; 0 for none.
+      router_aux_loss_coef: weight of the experts' load-balancing loss, for each micro-batch by itself as transformers
+        has it. It is the metric `router_aux_loss` whatever its weight, and not in the loss of evaluations.
     """
 
     architecture: Architecture
@@ -74,6 +77,7 @@ class ModelLoss:
     method: Method
     objective: Objective
     neftune_alpha: float = 0.0
+    router_aux_loss_coef: float = 0.0
 
     def __call__(
         self, trainable: Mapping[str, Array], frozen: Mapping[str, Any], batch: Batch, key: Array | None
@@ -90,11 +94,19 @@ class ModelLoss:
             encoded = encode(arch, params, run, ids, segments, self._noise(key, 1, segments))
         model = Decoder(arch, params, run)
         noise = self._noise(key, 2, batch["segment_ids"])
-        hidden, _ = model.hidden(
+        hidden, _, load = model.hidden_and_load(
             batch["input_ids"], batch["positions"], batch["segment_ids"], encoder_output=encoded, on_embeddings=noise
         )
         head = Head(functools.partial(apply_head, arch), model.head_leaves())
-        return self.objective(head, hidden, batch)
+        loss, sums = self.objective(head, hidden, batch)
+        if load is None or not arch.experts.has_balance:
+            return loss, sums
+        weight = jnp.ravel(self.objective.weight(batch))[0].astype(jnp.float32)  # of several parts, the first's
+        balance = load_balancing_loss(load, arch.experts.per_token) * weight
+        if self.router_aux_loss_coef:
+            first = jnp.ravel(loss).at[0].add(self.router_aux_loss_coef * balance)
+            loss = first.reshape(jnp.shape(loss))
+        return loss, {**sums, "router_aux_loss": (balance, weight)}
 
     def _noise(self, key: Array | None, number: int, segment_ids: Array) -> Callable[[Array], Array] | None:
         if key is None or not self.neftune_alpha:
@@ -124,14 +136,14 @@ def make_train_step(
     where the optimizer's state waits in host memory (`offload.update_each`).
 
     The batch's arrays are (accumulation, rows, tokens). The metrics are float32 scalars: the objective's own, and
-    `STEP_METRICS`: `loss` (of the window), `weight` (what it was divided by), `grad_norm` (before clipping),
-    `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where the update was applied),
-    `failures` (steps in a row without one).
+    `STEP_METRICS`: `loss` (of the window), `weight` (what it was divided by; the first part of several), `grad_norm`
+    (before clipping), `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where the update
+    was applied), `failures` (steps in a row without one).
     """
     objective = model_loss.objective
 
     def step(state: TrainState, frozen: Mapping[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        weight = jnp.sum(jax.vmap(objective.weight)(batch))
+        weight = jnp.sum(jax.vmap(objective.weight)(batch), axis=0)
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
         factor = scale / jnp.where(weight == 0, 1, weight).astype(jnp.float32)
         key = None if random_key is None else jax.random.fold_in(random_key, state.step)
@@ -141,9 +153,10 @@ def make_train_step(
         ) -> tuple[Array, tuple[Array, Sums]]:
             micro_key = None if key is None else jax.random.fold_in(key, number)
             loss, sums = model_loss(trainable, frozen, micro, micro_key)
-            return loss * factor, (loss, sums)
+            return jnp.sum(loss * factor), (loss, sums)
 
-        grads, loss, sums = _accumulate(jax.grad(scaled_loss, has_aux=True), state.trainable, batch)
+        grad = jax.grad(scaled_loss, has_aux=True)
+        grads, loss, sums = _accumulate(grad, state.trainable, batch, jnp.zeros_like(factor))
         if state.loss_scale is not None:
             grads = jax.tree.map(lambda leaf: leaf / scale, grads)
         grads, norm = clip_by_global_norm(grads, max_grad_norm)
@@ -153,7 +166,7 @@ def make_train_step(
         rate = optax.tree.get(state.opt_state, "learning_rate") if schedule is None else schedule(state.updates)
         metrics = {
             "loss": loss,
-            "weight": weight,
+            "weight": weight.reshape(-1)[0],
             "grad_norm": norm,
             "learning_rate": rate,
             "num_tokens": sum(jnp.sum(batch[name] > 0) for name in SEGMENTS if name in batch),
@@ -167,13 +180,16 @@ def make_train_step(
     return step
 
 
-def _accumulate(grad: Callable[..., tuple[Any, Any]], trainable: Mapping[str, Array], batch: Batch) -> tuple:
+def _accumulate(
+    grad: Callable[..., tuple[Any, Any]], trainable: Mapping[str, Array], batch: Batch, no_loss: Array
+) -> tuple:
     """Return the sums over a window's micro-batches: gradients, loss, and the objective's metrics.
 
     Args:
       grad: (trainable, micro-batch, its number) -> (gradients, (loss, metrics)).
       trainable: the trained leaves.
       batch: arrays of (accumulation, rows, tokens).
+      no_loss: zero, of the shape of the loss.
     """
     count = len(batch["input_ids"])
     if count == 1:
@@ -184,7 +200,7 @@ def _accumulate(grad: Callable[..., tuple[Any, Any]], trainable: Mapping[str, Ar
         grads, (loss, sums) = grad(trainable, *numbered)
         return jax.tree.map(jnp.add, totals, (grads, loss)), sums
 
-    zeros = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0))
+    zeros = (jax.tree.map(jnp.zeros_like, trainable), no_loss)
     (grads, loss), sums = jax.lax.scan(add, zeros, (batch, jnp.arange(count)))
     return grads, loss, jax.tree.map(lambda each: jnp.sum(each, 0), sums)
 

@@ -14,6 +14,8 @@ from tpu_tune.tensors import Module, dense
 def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (Hugging Face tensor name, float32 array in torch layout), one layer of one leaf at a time.
 
+    Experts come last, and layer by layer, so that what a file holds in one tensor comes together.
+
     A tied head is left out unless an adapter or a trained embedding sets it apart from the embedding; then its own
     weight is yielded and the caller must untie the model.
 
@@ -21,22 +23,21 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
       params: a combined tree (see `methods.combine`).
       modules: the model's modules.
     """
-    for module in modules:
-        for index, layer in enumerate(module.layers or (None,)):
-            for suffix in ("weight", "bias"):
-                leaf = params.get(f"{module.path}.{suffix}")
-                if leaf is not None:
-                    yield from _layer_tensors(module, leaf, suffix, index, layer)
+    places = [(module, layer) for module in modules for layer in module.layers or (None,)]
+    places.sort(key=lambda place: (place[0].experts > 0, place[1] if place[0].experts else 0))
+    for module, layer in places:
+        for suffix in ("weight", "bias"):
+            leaf = params.get(f"{module.path}.{suffix}")
+            if leaf is not None:
+                yield from _layer_tensors(module, leaf, suffix, layer)
 
 
-def _layer_tensors(
-    module: Module, leaf: Any, suffix: str, index: int, layer: int | None
-) -> Iterator[tuple[str, np.ndarray]]:
+def _layer_tensors(module: Module, leaf: Any, suffix: str, layer: int | None) -> Iterator[tuple[str, np.ndarray]]:
     def one(*at: int) -> np.ndarray:
         value = np.asarray(_part_of(leaf, at) if at else dense(leaf))
         return module.to_torch(value) if suffix == "weight" else module.deinterleave(value)
 
-    lead = () if layer is None else (index,)
+    lead = () if layer is None else (module.layers.index(layer),)
     names = [module.tensor_name(name, suffix) for name in module.names_of(layer)]
     if not module.experts:
         yield names[0], one(*lead)

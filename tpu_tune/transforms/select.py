@@ -38,8 +38,8 @@ def choose(modules: Iterable[Module], meant: Callable[[Module, str], bool]) -> d
         count = sum(meant(module, name) for name in names)
         if 0 < count < len(names):
             raise UserError(
-                f"only {count} of the {len(names)} experts of '{module.name(layer)}' are named; they stand in one array "
-                "and are taken together: leave out the expert's index"
+                f"only {count} of the {len(names)} experts of '{module.name(layer)}' are named; they stand in one "
+                "array and are taken together: leave out the expert's index"
             )
         return count > 0
 

@@ -54,7 +54,7 @@ def _architecture(config: Mapping[str, Any], names: LayerNames) -> Architecture:
 
 
 def glm4_moe(config: Mapping[str, Any]) -> Architecture:
-    """GLM-4.5: Llama with rotary positions on half of each head and, behind a few dense layers, DeepSeek-V3's experts."""
+    """GLM-4.5: Llama with rotary positions on half of each head; behind a few dense layers, DeepSeek-V3's experts."""
     config = {**_MOE, **config}
     experts = Experts(
         count=config.get("num_local_experts") or config["n_routed_experts"],

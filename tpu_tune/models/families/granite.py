@@ -9,6 +9,7 @@ from typing import Any
 from tpu_tune.errors import UserError
 from tpu_tune.models.architecture import Architecture, Experts, LayerKind
 from tpu_tune.models.families.llama import LAYER_NAMES, like_llama, same_layers
+from tpu_tune.models.families.qwen_moe import balance_of
 
 _SHARED_MLP = dataclasses.replace(
     LAYER_NAMES, gate="", up="", gate_up="shared_mlp.input_linear", down="shared_mlp.output_linear"
@@ -54,6 +55,7 @@ def granite_moe(config: Mapping[str, Any]) -> Architecture:
         per_token=config["num_experts_per_tok"],
         width=config["intermediate_size"],
         rule="softmax_of_chosen",
+        balance=balance_of(config),
         shared_width=shared,
     )
     kinds = [dataclasses.replace(kind, experts=experts) for kind in same_layers(config, names=names)]

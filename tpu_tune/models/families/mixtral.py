@@ -8,6 +8,7 @@ from typing import Any
 
 from tpu_tune.models.architecture import Architecture, Experts
 from tpu_tune.models.families.llama import LAYER_NAMES, like_llama, same_layers
+from tpu_tune.models.families.qwen_moe import balance_of
 
 _NAMES = dataclasses.replace(
     LAYER_NAMES,
@@ -36,6 +37,7 @@ def mixtral(config: Mapping[str, Any]) -> Architecture:
         width=config["intermediate_size"],
         path="block_sparse_moe.experts",
         renormalize=True,
+        balance=balance_of(config),
     )
     kinds = same_layers(config, config.get("sliding_window"), _NAMES)
     kinds = [dataclasses.replace(kind, experts=experts) for kind in kinds]

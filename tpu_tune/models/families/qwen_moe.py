@@ -60,7 +60,7 @@ def qwen3_moe(config: Mapping[str, Any]) -> Architecture:
 
 
 def experts_of(config: Mapping[str, Any], **facts: Any) -> Experts:
-    """Return what a Qwen config says of experts: softmax over all, the largest taken, divided by their sum if it says."""
+    """Return what a Qwen config says of experts: softmax over all, the largest taken, perhaps renormalized."""
     return Experts(
         # transformers 5 writes the second name for some of these families
         **{
@@ -69,9 +69,15 @@ def experts_of(config: Mapping[str, Any], **facts: Any) -> Experts:
             "width": config.get("moe_intermediate_size", 0),
             "path": "mlp.experts",
             "renormalize": bool(config["norm_topk_prob"]),
+            "balance": balance_of(config),
             **facts,
         }
     )
+
+
+def balance_of(config: Mapping[str, Any]) -> float:
+    """Return the weight of the load-balancing loss: transformers adds it where the router's logits are asked for."""
+    return float(config["router_aux_loss_coef"]) if config.get("output_router_logits") else 0.0
 
 
 def sparse_layers(

@@ -131,6 +131,7 @@ def test_lora_over_blocks_has_the_gradients_of_torch_and_peft(loaded, plain, mod
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(trainable)
     write_adapter(str(tmp_path / "adapter"), trainable, targets, arch, str(plain))
     base = tiny_models.torch_model(str(plain))
+    base.set_experts_implementation("eager")  # the default's product takes no float64
     adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True).double()
     logits = adapted(input_ids=torch.tensor(IDS), use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(labels).flatten())
@@ -165,8 +166,9 @@ def test_an_export_keeps_the_blocks_that_nothing_touches(loaded, packed, tmp_pat
             np.testing.assert_array_equal(written[name], value, err_msg=name)
     assert tiny_models.difference(written["model.layers.0.self_attn.q_proj.weight"].astype(np.float32),
                                   original["model.layers.0.self_attn.q_proj.weight"]) > 1e-2  # fmt: skip
+    back = load_params(open_huggingface(tmp_path / "merged"), arch)
     found = tiny_models.torch_logits(tiny_models.torch_model(str(tmp_path / "merged")), IDS)
-    assert tiny_models.difference(found, tiny_models.logits(arch, tree, IDS)) < 2e-2  # bfloat16's rounding
+    assert tiny_models.difference(found, tiny_models.logits(arch, back, IDS)) < 1e-4
 
 
 def test_an_export_by_dtype_or_with_a_touched_expert_is_plain(loaded, plain, tmp_path):

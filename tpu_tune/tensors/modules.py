@@ -109,9 +109,8 @@ class Module:
     def leaves(self) -> dict[str, LeafSpec]:
         """Return path -> facts of its leaves: the weight, and the bias where there is one."""
         common = {"stacked": bool(self.layers), "unit": self.unit, "experts": bool(self.experts)}
-        decay = self.decay and (
-            self.kind != "norm" or self.is_parameter
-        )  # Hugging Face's Trainer spares norms' modules
+        # Hugging Face's Trainer spares modules that are norms, not parameters of others.
+        decay = self.decay and (self.kind != "norm" or self.is_parameter)
         specs = {self.weight: LeafSpec(self.axes, decay=decay, **common)}
         if self.bias:
             specs[f"{self.path}.bias"] = LeafSpec((None,), decay=False, **common)

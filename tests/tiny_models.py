@@ -476,7 +476,8 @@ FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
     "gemma", "gemma2", "gemma3", "gemma4", "gemma4_unified", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite",
     "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "mixtral",
-    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "t5",
+    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "gpt_oss",
+    "t5",
 ]  # fmt: skip
 
 

@@ -419,7 +419,8 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     norm(names.q_norm, q_width if whole else head_dim)
     norm(names.k_norm, kv_width if whole else head_dim)
     if names.sinks:
-        modules.append(Module(names.sinks, "norm", (arch.num_heads,), (None,), is_parameter=True))
+        parameter = {"is_parameter": True, "no_adapter": "it is a parameter of the attention, and no module"}
+        modules.append(Module(names.sinks, "norm", (arch.num_heads,), (None,), **parameter))
     linear(names.o, (q_width, width), ("heads", "embed"), arch.o_bias)
     norm(names.attention_out_norm)
     norm(names.cross_norm)

@@ -9,6 +9,7 @@ from typing import Any
 from tpu_tune.models import rope
 from tpu_tune.models.architecture import Architecture, Experts, LayerKind
 from tpu_tune.models.families.llama import LAYER_NAMES, head_dim_of, like_llama
+from tpu_tune.models.families.qwen_moe import balance_of
 
 _NAMES = dataclasses.replace(
     LAYER_NAMES,
@@ -47,6 +48,7 @@ def gpt_oss(config: Mapping[str, Any]) -> Architecture:
         per_token=config["num_experts_per_tok"],
         width=config["intermediate_size"],
         rule="softmax_of_chosen",
+        balance=balance_of(config),
         bias=True,
         alternating=True,
         clamp=config["swiglu_limit"],

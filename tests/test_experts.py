@@ -9,6 +9,7 @@ import helpers_training as helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_models
 from safetensors.numpy import load_file, save_file
@@ -20,8 +21,12 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.inspection import inspect_model
 from tpu_tune.models import Execution, architecture
 from tpu_tune.models.experts import over_experts, route
+from tpu_tune.planning.flops import step_work
+from tpu_tune.planning.presets import PRESETS
 from tpu_tune.tensors import QuantizedTensor, grouped_matmul
 from tpu_tune.training.objectives import CrossEntropy
+from tpu_tune.training.optimizers import per_matrix
+from tpu_tune.training.prepare_steps import router_aux_loss_coef
 from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import FULL, LoraConfig, QuantizeConfig, find_targets, quantized_paths, without_adapter
 
@@ -190,6 +195,35 @@ def test_experts_are_quantized_one_by_one_and_the_router_is_not():
     assert tree["model.layers.mlp.experts.down_proj.weight"].codes.shape[:2] == (2, 5)
 
 
+def test_statistics_of_experts_are_each_matrix_own():
+    """Adafactor factors (in, out) of each expert of each layer by itself."""
+    leading = {"experts": 2, "layers": 1}
+    optimizer = per_matrix(optax.scale_by_factored_rms(min_dim_size_to_factor=1), leading.__getitem__)
+    weights = {"experts": jnp.zeros((2, 3, 4, 5)), "layers": jnp.zeros((2, 4, 5))}
+    grads = {name: jax.random.normal(jax.random.key(1), value.shape) for name, value in weights.items()}
+    updates, state = optimizer.update(grads, optimizer.init(weights), weights)
+    alone = {name: 0 for name in leading}
+    one = per_matrix(optax.scale_by_factored_rms(min_dim_size_to_factor=1), alone.__getitem__)
+    for name, index in (("experts", (1, 2)), ("layers", (1,))):
+        part = {name: grads[name][index]}
+        expected, _ = one.update(part, one.init(part), {name: weights[name][index]})
+        np.testing.assert_allclose(updates[name][index], expected[name], rtol=1e-6)
+    assert state["experts"].v_row.shape == (2, 3, 4) and state["experts"].v_col.shape == (2, 3, 5)
+    arch = architecture(tiny_models.CONFIGS["mixtral"])
+    specs = arch.leaves()
+    down = specs["model.layers.block_sparse_moe.experts.w2.weight"]
+    assert (down.leading, down.decay) == (2, True) and specs["model.layers.block_sparse_moe.gate.weight"].leading == 1
+
+
+def test_a_steps_work_counts_the_experts_at_work_only():
+    arch = architecture(PRESETS["qwen3-30b-a3b"])
+    tokens = 2048
+    work = step_work(arch, helpers.make_config(method="full"), 1, tokens, 0, 0)
+    active = work.model / 6 / tokens / 1e9
+    assert 3.0 < active < 3.4  # "A3B", and attention's products
+    assert "8 of 128 experts" in work.formula
+
+
 SIZES = {
     "model_type": "qwen3_moe", "hidden_size": 64, "num_experts": 6, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16,
@@ -259,9 +293,7 @@ def test_the_load_balancing_loss_is_in_full_tunings_loss_and_not_in_adapters(tra
         assert all(row["router_aux_loss"] >= 1.0 for row in rows)
         model = trained("one device", method)[0]
         assert model.architecture.experts.balance == 0.01
-        from tpu_tune.training.prepare_steps import _router_aux_loss_coef
-
         config = helpers.make_config(method="full" if is_in else "lora")
-        assert _router_aux_loss_coef(config, model) == (0.01 if is_in else 0.0)
+        assert router_aux_loss_coef(config, model) == (0.01 if is_in else 0.0)
         config.objective.router_aux_loss_coef = 0.3
-        assert _router_aux_loss_coef(config, model) == 0.3
+        assert router_aux_loss_coef(config, model) == 0.3

@@ -26,10 +26,7 @@ from tpu_tune.training.objectives import CrossEntropy
 from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import LoraConfig, find_targets
 
-SELDOM = ("qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe")  # what the other sparse families show
-CASES = tiny_models.mostly_slow(
-    tiny_models.FAMILY_CASES, [case for case in tiny_models.FAMILY_CASES if case not in SELDOM]
-)
+CASES = tiny_models.seldom_slow(tiny_models.FAMILY_CASES)
 # PEFT 0.21's default targets (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
 DEFAULTS = {
     **dict.fromkeys(

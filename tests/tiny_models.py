@@ -481,6 +481,18 @@ FAMILY_CASES = [
 ]  # fmt: skip
 
 
+# Sparse families and variants whose tests of gradients, packing and generation show what the others' show.
+SELDOM = (
+    "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "mixtral_window", "qwen2_moe_renormalized",
+    "qwen3_moe_mixed", "olmoe_renormalized", "granitemoe_tied", "granitemoeshared_none", "glm4_moe_plain",
+)  # fmt: skip
+
+
+def seldom_slow(cases):
+    """Return pytest parameters: those in `SELDOM` run with `-m slow`."""
+    return mostly_slow(cases, [case for case in cases if case not in SELDOM])
+
+
 def mostly_slow(cases, often):
     """Return pytest parameters: `often` run always, the other cases with `-m slow`."""
     import pytest

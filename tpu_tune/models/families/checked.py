@@ -10,6 +10,7 @@ from tpu_tune.models.architecture import Architecture
 from tpu_tune.models.values import FLAG, NOTHING, OBJECT, TEXT, check, listing, mapping, number, one_of, whole
 
 MOST_LAYERS = 10_000
+MOST_EXPERTS = 2**14
 MOST_WIDE = 2**24  # of one dimension of a matrix
 MOST_TOKENS = 2**28
 MOST_POSITIONS = 2**40
@@ -33,8 +34,8 @@ KINDS = {
         ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"),
         _POSITIVE,
     ),
-    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), whole(0, MOST_WIDE) | NOTHING),
-    **dict.fromkeys(("num_experts", "n_routed_experts", "n_group", "topk_group"), whole(1, MOST_WIDE)),
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), whole(0, MOST_EXPERTS) | NOTHING),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "n_group", "topk_group"), whole(1, MOST_EXPERTS)),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "shared_intermediate_size"), whole(0, MOST_WIDE)),
     **dict.fromkeys(("decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size"), _WIDTH),
     "mlp_only_layers": listing(whole(0, MOST_LAYERS)) | NOTHING,
@@ -136,7 +137,7 @@ def check_architecture(architecture: Architecture) -> None:
     check(sizes, dict.fromkeys(sizes, whole(1, MOST_TOKENS)), where)
     check({"max_positions": architecture.max_positions}, {"max_positions": whole(0, MOST_POSITIONS)}, where)
     experts = architecture.experts
-    if experts and experts.per_token > experts.count:
+    if experts and not 1 <= experts.per_token <= experts.count:
         raise UserError(f"{where}: it sends each token to {experts.per_token} of {experts.count} experts")
     if experts and (experts.count % experts.groups or experts.top_groups > experts.groups):
         raise UserError(

@@ -260,7 +260,7 @@ CONFIGS = {
     }
     | {"model_type": "gemma4_unified_text"},
     # All layers have the same leaves, and those whose keys and values are shared are not the last of their scan.
-    "gemma4_even": _gemma4(
+    "gemma4_alike": _gemma4(
         "sfffsf", global_head_dim=8, num_kv_shared_layers=2, attention_bias=True, hidden_size_per_layer_input=4
     ),
     "smollm3": _like_llama("smollm3", num_hidden_layers=4, rope_theta=5000.0, tie_word_embeddings=True),

@@ -92,7 +92,10 @@ _ROPE_KINDS = {
     **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
 }
 
-_GEMMA4 = {"use_bidirectional_attention": one_of("all", "vision") | NOTHING}
+_GEMMA4 = {
+    "use_bidirectional_attention": one_of("all", "vision") | NOTHING,
+    **dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size"), _WIDTH | NOTHING),  # null: dense
+}
 _OWN_KINDS = {
     "exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING},  # such as LLLG
     "qwen2_moe": {"sliding_window": whole(0, MOST_POSITIONS) | NOTHING},  # what transformers 5 writes where it is off

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import helpers_training as helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +39,10 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 IDS = tiny_models.input_ids("gpt_oss")
 
 
-def stored_tensors():
+def stored_tensors(config=CONFIG):
     """Return the tensors of a file as OpenAI's are: the experts' matrices in random blocks, under scales near 1."""
     found = {}
-    for name, value in tiny_models.weights(CONFIG).items():
+    for name, value in tiny_models.weights(config).items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             found[name] = value
             continue
@@ -226,3 +227,44 @@ def test_the_config_alone_means_what_openai_trained():
     rotary, experts = arch.layer_kinds[0].rope, arch.experts
     assert (rotary.theta, rotary.factor, rotary.original_length, rotary.truncate) == (150000.0, 32.0, 4096, False)
     assert (experts.count, experts.per_token, experts.clamp, experts.gain) == (128, 4, 7.0, 1.702)
+
+
+@pytest.mark.slow
+def test_qlora_over_blocks_on_eight_devices_has_the_losses_of_one(tmp_path):
+    """Attention in nf4, experts in their blocks, each device with its share of the codes; both attend with sinks."""
+    directory = helpers.write_tiny_llama(tmp_path / "base")  # for its tokenizer
+    config = {**helpers.TINY, **PACKED, "vocab_size": helpers.TINY["vocab_size"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(stored_tensors(config), directory / "model.safetensors", metadata={"format": "pt"})
+    losses = {}
+    for sizes in ((1, 1, 1), (2, 2, 2), (8, 1, 1)):
+        fsdp, tensor, sequence = sizes
+        settings = helpers.make_config(
+            model__path=str(directory),
+            model__dtype="float32",
+            method="lora",
+            quantize__format="nf4",
+            quantize__group_size=16,
+            lora__rank=4,
+            train__learning_rate=1e-3,
+            train__lr_scheduler_type="constant",
+            train__per_device_train_batch_size=8 // fsdp,
+            mesh__data=1,
+            mesh__fsdp=fsdp,
+            mesh__tensor=tensor,
+            mesh__sequence=sequence,
+        )
+        model, steps = helpers.prepare(settings, 2, int(np.prod(sizes)))
+        batches = []
+        for seed in range(2):
+            first, second = (helpers.documents(24, 3, 8, 8, seed + part) for part in (0, 50))
+            batches.append(helpers.window(helpers.rows_of(list(zip(first, second, strict=True)), 16), 1))
+        losses[sizes] = [row["loss"] for row in helpers.run_steps(model, steps, batches)[1]]
+        for name in ("gate_up_proj", "down_proj"):
+            leaf = model.frozen[f"model.layers.mlp.experts.{name}.weight"]
+            assert leaf.format == "mxfp4"
+            for part in (leaf.codes, leaf.scales):
+                assert {shard.data.size for shard in part.addressable_shards} == {part.size // np.prod(sizes)}
+    assert losses[1, 1, 1][0] != losses[1, 1, 1][1]
+    for sizes, found in losses.items():
+        np.testing.assert_allclose(found, losses[1, 1, 1], rtol=1e-4, err_msg=str(sizes))

@@ -7,10 +7,9 @@ a chat. The two answers of a pair stand in one row, so both are kept whole or no
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ class Answer:
       role: as in `Rated`.
       spans: characters of the whole that are marked; None: all behind the prompt.
       is_chat: the template has written it, special tokens and all.
+      bare: a chat's prompt without the thought that its end opens (or opens and closes); "" where there is none.
     """
 
     prompt: str
@@ -42,6 +42,7 @@ class Answer:
     role: int
     spans: tuple[tuple[int, int], ...] | None = None
     is_chat: bool = False
+    bare: str = ""
 
 
 def prepare(sample: Rated, tokenizer: Any, marks: Marks, options: TokenizeOptions) -> tuple[Answer, ...]:
@@ -59,17 +60,7 @@ def prepare(sample: Rated, tokenizer: Any, marks: Marks, options: TokenizeOption
             bos = marks.bos if options.always_bos and not one.source.startswith(marks.bos) else ""
             end = marks.eos * missing_ends(one.target, marks, options)
             answers.append(Answer(bos + one.source, bos + one.source + one.target + end, role))
-    for number, answer in enumerate(answers):
-        if answer.is_chat:
-            others = [answer] if options.learns_from == SINGLE else answers
-            answers[number] = replace(answer, prompt=_common(answer.prompt, [one.whole for one in others]))
     return tuple(answers)
-
-
-def _common(prompt: str, wholes: Sequence[str]) -> str:
-    """A chat's prompt up to where an answer parts from a thought that its end opens (or opens and closes)."""
-    least = len(chats.THOUGHT.sub("", prompt))
-    return prompt[: max(least, min(len(os.path.commonprefix([prompt, whole])) for whole in wholes))]
 
 
 def _rendered(sample: Chat, role: int, tokenizer: Any, template: str) -> Answer:
@@ -79,12 +70,13 @@ def _rendered(sample: Chat, role: int, tokenizer: Any, template: str) -> Answer:
     spans = None
     if len(sample.messages) - sample.first_target > 1:
         spans = tuple(chats.assistant_spans(tokenizer, template, sample)[1])
-    return Answer(prompt, whole, role, spans, is_chat=True)
+    bare = chats.THOUGHT.sub("", prompt)
+    return Answer(prompt, whole, role, spans, is_chat=True, bare=bare if bare != prompt else "")
 
 
 def texts(answers: Sequence[Answer]) -> list[str]:
-    """The texts to be tokenized: of each answer its prompt, and the whole."""
-    return [text for answer in answers for text in (answer.prompt, answer.whole)]
+    """The texts to be tokenized: of each answer its prompt, the whole, and the prompt without its thought, if any."""
+    return [text for one in answers for text in (one.prompt, one.whole, *([one.bare] if one.bare else []))]
 
 
 def examples(
@@ -104,10 +96,10 @@ def examples(
     Raises:
       RowError: a prompt is no beginning of prompt and answer, or two answers are equal.
     """
-    complete = [_encode(*each, marks) for each in zip(answers, pieces[::2], pieces[1::2], strict=True)]
+    single = options.learns_from == SINGLE or len(answers) == 1
+    complete = _encoded(answers, pieces, marks, single)
     if len(complete) == 2 and np.array_equal(complete[0][0], complete[1][0]):
         raise RowError(EQUAL)
-    single = options.learns_from == SINGLE or len(answers) == 1
     if single and options.drop_long:
         long = [len(ids) > options.max_length for ids, _ in complete]
         dropped.update({LONG: sum(long)} if any(long) else {})
@@ -134,21 +126,43 @@ def examples(
     return [] if reason else made
 
 
-def _encode(
-    answer: Answer, prompt: tuple[np.ndarray, Any], whole: tuple[np.ndarray, Any], marks: Marks
-) -> tuple[np.ndarray, np.ndarray]:
-    before, ids = prompt[0], whole[0]
-    if not answer.is_chat:
-        before, ids = with_bos(before, marks), with_bos(ids, marks)
-    if not np.array_equal(ids[: len(before)], before):
-        end, joined = answer.prompt[-20:], answer.whole.startswith(answer.prompt)
-        how = f"is {'tokenized' if joined else 'rendered'} otherwise once an answer follows"
-        way_out = "; begin the answer, not end the prompt, with the blank" if answer.prompt.endswith(" ") else ""
-        raise RowError(f"the prompt is no beginning of prompt and answer: its end {end!r} {how}{way_out}")
-    mask = np.arange(len(ids)) >= max(1, len(before))  # nothing comes before the first token to predict it from
-    if answer.spans is not None:
-        mask &= chats.mask_from_spans(whole[1], answer.spans)
-    return ids, mask
+def _begin(answer: Answer, prompt: np.ndarray, whole: np.ndarray, bare: np.ndarray | None) -> int:
+    """Where the answer's tokens begin: behind the prompt's, or within a thought that the prompt opens.
+
+    Raises:
+      RowError: the prompt's tokens, `bare` of which are those without a thought, are not the first of the whole.
+    """
+    length = min(len(prompt), len(whole))
+    differs = prompt[:length] != whole[:length]
+    same = int(np.argmax(differs)) if differs.any() else length
+    if same == len(prompt) or (bare is not None and np.array_equal(whole[: len(bare)], bare)):
+        return same
+    end, joined = answer.prompt[-20:], answer.whole.startswith(answer.prompt)
+    how = f"is {'tokenized' if joined else 'rendered'} otherwise once an answer follows"
+    way_out = "; begin the answer, not end the prompt, with the blank" if answer.prompt.endswith(" ") else ""
+    raise RowError(f"the prompt is no beginning of prompt and answer: its end {end!r} {how}{way_out}")
+
+
+def _encoded(
+    answers: Sequence[Answer], pieces: Sequence[tuple[np.ndarray, Any]], marks: Marks, single: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and mask of each answer with its prompt, uncut. As in TRL the answers of a pair begin at one token."""
+    found, left = [], iter(pieces)
+    for answer in answers:
+        (prompt, _), (whole, offsets) = next(left), next(left)
+        bare = next(left)[0] if answer.bare else None
+        if not answer.is_chat:
+            prompt, whole = with_bos(prompt, marks), with_bos(whole, marks)
+        found.append((_begin(answer, prompt, whole, bare), whole, offsets))
+    first = min(begin for begin, *_ in found)
+    made = []
+    for answer, (begin, ids, offsets) in zip(answers, found, strict=True):
+        # Nothing comes before the first token of all to predict it from.
+        mask = np.arange(len(ids)) >= max(1, begin if single else first)
+        if answer.spans is not None:
+            mask &= chats.mask_from_spans(offsets, answer.spans)
+        made.append((ids, mask))
+    return made
 
 
 def _cut(

@@ -2,8 +2,9 @@
 
 How many rows of each source an epoch has is the same in every epoch: all of them, a `count`, or what the weights and
 the stopping rule say (`datasets.interleave_datasets` has the same rules, and draws where this takes the exact shares).
-Which ones they are is a pure function of (seed, epoch, position): a source goes through a permutation of its rows, and
-goes on with it in the next epoch, so that none is shown twice before all have been shown.
+Which ones they are is a pure function of (seed, epoch, position): where an epoch does not show all rows of a source, or
+all once more, it goes through them in a random order, and the next epoch goes on where it was, so that none is shown
+twice before all have been shown.
 """
 
 from __future__ import annotations
@@ -159,18 +160,36 @@ class Draw:
     def _of_source(self, number: int, epoch: int) -> np.ndarray:
         examples, count = self.examples[number], self.counts[number]
         _, starts, sizes = np.unique(self.source_rows[examples], return_index=True, return_counts=True)
-        place = epoch * count + np.arange(count)
-        turns, within = np.divmod(place, len(starts))
-        rows = np.empty(count, np.int64)
-        for turn in np.unique(turns):
-            there = turns == turn
-            rows[there] = _permutation(self.seed, number, int(turn), len(starts))[within[there]]
+        whole, some = divmod(count, len(starts))
+        rows = np.concatenate([np.arange(len(starts))] * whole + [_some(len(starts), some, epoch, (self.seed, number))])
         first, size = np.repeat(starts[rows], sizes[rows]), sizes[rows]
         return examples[first + np.arange(len(first)) - np.repeat(np.cumsum(size) - size, size)]
 
 
-def _permutation(seed: int, source: int, turn: int, count: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, source, turn]))).permutation(count)
+def _some(size: int, count: int, epoch: int, seed: tuple[int, int]) -> np.ndarray:
+    """The `count` of a source's rows, fewer than it has, that an epoch shows: none of them twice."""
+    if not count:
+        return np.zeros(0, np.int64)
+    turn, first = divmod(epoch * count, size)
+    order = _order(size, count, turn, seed)
+    if first + count <= size:
+        return order[first : first + count]
+    return np.concatenate([order[first:], _order(size, count, turn + 1, seed)[: first + count - size]])
+
+
+def _order(size: int, count: int, turn: int, seed: tuple[int, int]) -> np.ndarray:
+    """The order in which a source's rows are shown for the (turn + 1)-th time."""
+    # Where an epoch shows the last rows of one turn and the first of the next, those last ones come late in the next.
+    begun = turn
+    while begun * size % count:
+        begun -= 1
+    order = np.zeros(0, np.int64)
+    for number in range(begun, turn + 1):
+        last = order[size - number * size % count :] if number * size % count else order[:0]
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, number]))).permutation(size)
+        is_late = np.isin(order, last)
+        order = np.concatenate([order[~is_late], order[is_late]])
+    return order
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,11 @@ def check_architecture(architecture: Architecture) -> None:
         raise UserError(
             f"{where}: {architecture.num_heads} heads cannot share {architecture.num_kv_heads} key and value heads"
         )
+    if architecture.tied and architecture.head_bias:
+        raise UserError(
+            f"{where}: tie_word_embeddings=true, and a head tied to the embedding cannot have a bias here, as this "
+            "family's has; save the model untied"
+        )
     for kind in architecture.layer_kinds:
         if kind.rope is not None and (kind.rope.dim % 2 or not 2 <= kind.rope.dim <= architecture.head_dim):
             raise UserError(

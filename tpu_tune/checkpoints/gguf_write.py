@@ -18,7 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import prompts, storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
@@ -92,7 +92,8 @@ def write_gguf(
                 "general.file_type": int(FORMATS[kind][1]),
                 "general.quantization_version": gguf.GGML_QUANT_VERSION,
             }
-            for key, value in (general | metadata | tokenizer).items():
+            taught = {f"{prompts.RECORD}.{prompts.KEY}": form} if (form := prompts.recorded(config)) else {}
+            for key, value in (general | metadata | tokenizer | taught).items():
                 _add(writer, key, value)
             writer.write_header_to_file(path=aside)
             writer.write_kv_data_to_file()

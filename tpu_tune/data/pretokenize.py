@@ -29,7 +29,7 @@ from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.data.tokenizing import past_template, tokenize_rows
 from tpu_tune.data.workers import Batch, num_processes, tokenize_batch, tokenize_batches
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +104,7 @@ def tokenize_file(
         check_renamed(path, options.columns, counts["renamed"], sum(formats.values()))
         if not counts["examples"]:
             reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
-            raise UserError(
-                f"{path}: none of the {counts['rows']} rows has anything to learn ({reasons or 'bad rows'})"
-            )
+            raise UserError(f"{path}: nothing to learn in {counted(counts['rows'], 'row')} ({reasons or 'bad rows'})")
     note = past_template({**counts, "formats": formats}, options, "--format")
     return _figures(counts, skipped) | {
         "dropped": dict(sorted(dropped.items())),

@@ -162,6 +162,17 @@ def _ministral3(width: int, inner: int, layers: int, **changes: Any) -> Config:
     return _llama(width, inner, layers, 32, 8, model_type="ministral3", **sizes, **changes)
 
 
+def _glm(family: str, **changes: Any) -> Config:
+    """GLM-4 9B, of 2024 and of 2025."""
+    sizes = {"vocab_size": 151552, "head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": True}
+    return _llama(4096, 13696, 40, 32, 2, model_type=family, **sizes, **changes)
+
+
+def _cohere(width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
+    sizes = {"vocab_size": 256000, "layer_norm_eps": 1e-5, "tie_word_embeddings": True}
+    return _llama(width, inner, layers, heads, kv_heads, **sizes, **changes)
+
+
 def _t5(width: int, inner: int, layers: int, heads: int, head_dim: int, gated: bool) -> Config:
     return {
         "model_type": "t5",
@@ -318,20 +329,33 @@ PRESETS: dict[str, Config] = {
     ),
     "ministral-3-3b": _ministral3(3072, 9216, 26, tie_word_embeddings=True),
     "ministral-3-8b": _ministral3(4096, 14336, 34),
-    "command-r7b": _llama(
+    "glm-4-9b": _glm("glm", max_position_embeddings=131072, rms_norm_eps=1.5625e-07),
+    "glm-4-9b-0414": _glm("glm4", max_position_embeddings=32768, rms_norm_eps=1e-5),
+    "command-r-35b": _cohere(
+        8192,
+        22528,
+        40,
+        64,
+        64,
+        model_type="cohere",
+        max_position_embeddings=131072,
+        rope_theta=8000000.0,
+        logit_scale=0.0625,
+    ),
+    "aya-expanse-8b": _cohere(
+        4096, 14336, 32, 32, 8, model_type="cohere", max_position_embeddings=8192, logit_scale=0.125
+    ),
+    "command-r7b": _cohere(
         4096,
         14336,
         32,
         32,
         8,
         model_type="cohere2",
-        vocab_size=256000,
         max_position_embeddings=132096,
         rope_theta=50000.0,
-        layer_norm_eps=1e-5,
         logit_scale=0.25,
         sliding_window=4096,
-        tie_word_embeddings=True,
     ),
     "seed-oss-36b": _llama(
         5120,

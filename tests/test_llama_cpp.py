@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import subprocess
 
+import gguf
 import numpy as np
 import pytest
 import tiny_models
@@ -22,7 +23,8 @@ from helpers_training import write_tiny_llama
 from test_gguf_write import EXPRESSIBLE, expressible
 
 import tpu_tune
-from tpu_tune.checkpoints.gguf_write import FORMATS, write_gguf
+from tpu_tune.checkpoints.gguf_mixtures import FORMATS, MIXTURES, PLAIN
+from tpu_tune.checkpoints.gguf_write import write_gguf
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.inference import model as inference
 from tpu_tune.transforms import merged_tensors
@@ -101,7 +103,8 @@ def test_logits_of_a_written_file_are_llama_cpps(driver, tokenizer, tmp_path, mo
     arch = tpu_tune.models.architecture(config)
     params = tiny_models.load_params(source, arch)
     file = tmp_path / "m.gguf"
-    monkeypatch.setitem(FORMATS, "f32", (GGMLQuantizationType.F32, LlamaFileType.ALL_F32))
+    for table in (FORMATS, PLAIN):
+        monkeypatch.setitem(table, "f32", (GGMLQuantizationType.F32, LlamaFileType.ALL_F32))
     write_gguf(str(file), merged_tensors(params, arch.modules()), source, "f32")
     ids = tiny_models.input_ids("llama.cpp").astype(np.int32)
     encoder = tiny_models.input_ids("llama.cpp/encoder").astype(np.int32) if arch.encoder else None
@@ -160,3 +163,19 @@ def test_a_real_model_written_here_is_llama_cpps(driver, smollm2_gguf, tmp_path,
     print(f"SmolLM2-135M-Instruct, {kind}: {difference:.1e}")
     assert difference < (5e-3 if kind == "f16" else 5e-2)  # q8_0 rounds activations to eight bits too
     assert (found.argmax(-1) == ours.argmax(-1)).mean() >= 0.8
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_quantized_file_is_llama_quantizes_to_the_byte(driver, smollm2_gguf, tmp_path, kind):
+    """SmolLM2, whose rows of 576 make most formats fall back, from the same f16 file on both sides."""
+    f16, ours, theirs = (tmp_path / name for name in ("f16.gguf", "ours.gguf", "theirs.gguf"))
+    for source, file, number in ((open_source(str(smollm2_gguf)), f16, "f16"), (None, ours, kind)):
+        source = source or open_source(str(f16))
+        tensors = ((name, np.asarray(source.read(name), np.float32)) for name in source.shapes)
+        write_gguf(str(file), tensors, source, number)
+    drive(driver, f16, [], "quantize", str(theirs), str(int(MIXTURES[kind][1])))
+    found, expected = ({tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors} for file in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].tensor_type == tensor.tensor_type, name
+        assert np.array_equal(found[name].data, tensor.data), name

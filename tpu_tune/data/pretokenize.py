@@ -83,6 +83,7 @@ def tokenize_file(
     batches = make_batches(read_any(path, skipped) if rows is None else rows)
     usual = next(iter(sample["formats"])) if len(sample["formats"]) == 1 else ""
     about = {"max_length": options.max_length, "format": usual, "tokenizer": cache.tokenizer_hash(tokenizer)}
+    rated = sample["rated"] > 0
     if engine is None:
         sets = tokenize_batches(batches, tokenizer, options, processes)
     else:
@@ -91,7 +92,7 @@ def tokenize_file(
     with aside(output) as temporary:
         with (
             pa.OSFile(os.fspath(temporary), "wb") as file,
-            pa.ipc.new_file(file, arrow.schema(about)) as writer,
+            pa.ipc.new_file(file, arrow.schema(about, rated)) as writer,
             progress(None, "tokenize", total=expected) as bar,
         ):
             for one in sets:
@@ -99,12 +100,11 @@ def tokenize_file(
                 unused.update(one.summary["unused"])
                 formats.update(one.summary["formats"])
                 if len(one):
+                    _check_rated(path, one, rated)
                     arrow.write_batch(writer, one, usual)
                 bar.update(one.summary["rows"])
         check_renamed(path, options.columns, counts["renamed"], sum(formats.values()))
-        if not counts["examples"]:
-            reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
-            raise UserError(f"{path}: nothing to learn in {counted(counts['rows'], 'row')} ({reasons or 'bad rows'})")
+        _check_some(path, counts, dropped)
     note = past_template({**counts, "formats": formats}, options, "--format")
     return _figures(counts, skipped) | {
         "dropped": dict(sorted(dropped.items())),
@@ -117,6 +117,17 @@ def tokenize_file(
         "bytes": os.path.getsize(output),
         "output": output,
     }
+
+
+def _check_rated(path: str, one: TokenizedSet, rated: bool) -> None:
+    if rated != (one.roles is not None and bool(one.roles.all())):
+        raise UserError(f"{path}: holds rated answers and other rows, which no objective learns from together")
+
+
+def _check_some(path: str, counts: Counter, dropped: Counter) -> None:
+    if not counts["examples"]:
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
+        raise UserError(f"{path}: nothing to learn in {counted(counts['rows'], 'row')} ({reasons or 'bad rows'})")
 
 
 def _figures(counts: Counter, skipped: Skipped) -> dict[str, Any]:
@@ -199,7 +210,7 @@ def _predict(
         sample, factor = [row for _, row in rows[::step]], step
     data = tokenize_rows(sample, tokenizer, options)
     expected = round(len(sample) * factor)
-    numbers = 16 * data.summary["tokens"] + 8 * len(data)
+    numbers = 16 * data.summary["tokens"] + (8 if data.roles is None else 9) * len(data)
     characters = sum(count_characters(row) for row in sample) * factor
     batches = max(1, expected / _BATCH_ROWS, characters / _BATCH_CHARACTERS)
     return round(numbers * factor + batches * _BATCH_BYTES) + _FILE_BYTES, expected, data.summary

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpu_tune.data import chat
+from tpu_tune.data import chat, preferences
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class TokenizeOptions:
       drop_long: leave out pairs and chats that are too long, instead of cutting them.
       num_eos: end-of-text tokens after an answer or a text; those that it ends in already are counted.
       always_bos: BOS before every pair's prompt, as QLoRA has it; else where the tokenizer adds it.
+      objective: what the rows are for (`objective.name`), which decides what they may be; "": any rows.
     """
 
     format: str
@@ -46,10 +47,18 @@ class TokenizeOptions:
     drop_long: bool = False
     num_eos: int = 1
     always_bos: bool = False
+    objective: str = "sft"
+
+    @property
+    def learns_from(self) -> str:
+        """What rows the objective learns from; see `preferences.learns_from`."""
+        return preferences.learns_from(self.objective)
 
 
-def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False) -> TokenizeOptions:
-    """Return the options that `config.data` gives."""
+def options_from_config(
+    data: Any, tokenizer: Any, encoder_decoder: bool = False, objective: str = "sft"
+) -> TokenizeOptions:
+    """Return the options that `config.data` and `config.objective.name` give."""
     return TokenizeOptions(
         format=data.format,
         max_length=data.max_length,
@@ -64,4 +73,5 @@ def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False
         skip_bad_rows=data.skip_bad_rows,
         encoder_decoder=encoder_decoder,
         always_bos=data.add_bos_token == "always",
+        objective=objective,
     )

@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 
+# What an example is to an objective: nothing but itself, the better answer of two (or a desirable one), or the worse.
+PLAIN, CHOSEN, REJECTED = 0, 1, 2
+MISMATCHED = 3  # not in files: a prompt with another row's answer, see `preference_rows`
+
 
 @dataclass
 class TokenizedSet:
@@ -26,6 +30,8 @@ class TokenizedSet:
       summary: counts of rows (also by format), examples, tokens, target tokens, and of what was cut, dropped, bad or
         unused, by reason.
       targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
+      roles: (examples,) int8, `PLAIN`, `CHOSEN` or `REJECTED`; None where all are plain. Two answers to one prompt are
+        consecutive examples of one row, the chosen one first, each with the whole prompt before it.
     """
 
     tokens: np.ndarray
@@ -34,6 +40,7 @@ class TokenizedSet:
     source_rows: np.ndarray
     summary: dict[str, Any]
     targets: np.ndarray | None = None
+    roles: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -42,6 +49,12 @@ class TokenizedSet:
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (examples,) int64."""
         return np.diff(self.offsets)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens before the first to be predicted of each example, (examples,) int64; every example has one."""
+        marked = np.flatnonzero(self.loss_mask[:])
+        return marked[np.searchsorted(marked, self.offsets[:-1])] - self.offsets[:-1]
 
     def count_targets(self) -> np.ndarray:
         """Tokens to be predicted of each example, (examples,) int64."""
@@ -67,10 +80,14 @@ def merge(sets: Sequence[TokenizedSet]) -> TokenizedSet:
             summary[key] = [text for value in values for text in value][:5]
         else:
             summary[key] = max(values) if key == "max_token_id" else sum(values)
+    roles = None
+    if any(one.roles is not None for one in sets):
+        roles = np.concatenate([np.zeros(len(one), np.int8) if one.roles is None else one.roles for one in sets])
     return TokenizedSet(
         np.concatenate([one.tokens for one in sets]),
         np.concatenate([one.loss_mask for one in sets]),
         np.concatenate([*offsets, starts[-1:]]).astype(np.int64),
         np.concatenate([one.source_rows for one in sets]),
         summary,
+        roles=roles,
     )

@@ -15,6 +15,8 @@ from tpu_tune.data.formats import check_renamed, detect, in_words
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
+from tpu_tune.data.preference_rows import preference_rows
+from tpu_tune.data.preferences import PAIRED, ROWS, SINGLE, learns_from
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
@@ -45,7 +47,7 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     """Read, tokenize, split and pack the data of a configuration.
 
     Args:
-      config: the whole configuration; only `config.data` is read.
+      config: the whole configuration; `config.data` is read, and of answers to judge `config.objective`.
       tokenizer: a Hugging Face tokenizer. It needs no pad token: padding is token 0 in segment 0.
       vocab_size: rows of the model's embedding, to hold the token ids against.
       start_token: of an encoder-decoder: the id before its answers. Its rows are `PairRows`, padded and not packed.
@@ -59,18 +61,25 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
         raise UserError(
             "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
         )
+    objective = config.objective.name
+    if learns_from(objective) != ROWS and data.train_on_source:
+        raise UserError(f"data.train_on_source: objective.name={objective} rates answers only; set it to False")
+    if learns_from(objective) != ROWS and pairs:
+        raise UserError(f"objective.name={objective}: an encoder-decoder has sft alone; set objective.name=sft")
     train_sources, eval_sources = resolve(data.train)
     if data.eval:
         named, named_eval = resolve(data.eval)
         eval_sources = named_eval or named
-    train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, pairs)
+    options = options_from_config(data, tokenizer, pairs, objective)
+    tokenized = functools.partial(_tokenized, data=data, tokenizer=tokenizer, vocab_size=vocab_size, options=options)
+    train = tokenized(train_sources, data.train)
     _warn(data.train, train.summary)
-    if note := past_template(train.summary, options_from_config(data, tokenizer, pairs), "data.format"):
+    if note := past_template(train.summary, options, "data.format"):
         logger.warning("%s: %s", data.train, note)
     train_examples = np.arange(len(train))
     held_out = None
     if eval_sources and not (data.eval_dataset_size and not data.eval):
-        held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, pairs)
+        held_out = tokenized(eval_sources, data.eval or data.train)
         _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
         eval_examples = np.arange(len(held_out))
     elif data.eval_ratio > 0 or data.eval_dataset_size:
@@ -86,12 +95,12 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     train_examples = _first(train, train_examples, data.max_train_samples)
     if held_out is not None:
         eval_examples = _first(held_out, eval_examples, data.max_eval_samples)
-    rows = functools.partial(_rows, config=data, start_token=start_token)
+    rows = functools.partial(_rows, config=config, start_token=start_token)
     train_rows = rows(train, train_examples)
     eval_rows = None if held_out is None else rows(held_out, eval_examples)
-    summary = {"train": _summarise(train, train_rows)}
+    summary = {"train": _summarise(train_rows)}
     if eval_rows is not None:
-        summary["eval"] = _summarise(held_out, eval_rows)
+        summary["eval"] = _summarise(eval_rows)
     for name, counts in summary.items():
         _report(name, counts)
     return Datasets(train_rows, eval_rows, summary)
@@ -132,18 +141,17 @@ def split_rows(source_rows: np.ndarray, share: float, seed: int) -> tuple[np.nda
 
 
 def _tokenized(
-    sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, pairs: bool
+    sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, options: TokenizeOptions
 ) -> TokenizedSet:
     """Tokenize sources, or find them in the cache, and check that there is something to learn."""
     tokenized = [source for source in sources if arrow.is_tokenized(source)]
     if tokenized:
-        _check_tokenized(sources, tokenized, name, tokenizer, pairs)
+        _check_tokenized(sources, tokenized, name, tokenizer, options.encoder_decoder)
         if data.train_on_source or data.response_markers:
             logger.warning("%s is tokenized, and its own labels say what is trained on", name)
-        result = arrow.load(sources, data.max_length)
+        result = arrow.load(sources, data.max_length, options.objective)
         _check(result, name, vocab_size)
         return result
-    options = options_from_config(data, tokenizer, pairs)
     read = {source: read_rows(source, skip_bad_rows=data.skip_bad_rows) for source in sources if is_hub(source)}
     root = cache.directory(data.cache_dir)
     key = cache.fingerprint(sources, [row for rows, _ in read.values() for row in rows], tokenizer, options)
@@ -216,22 +224,30 @@ def _check(data: TokenizedSet, name: str, vocab_size: int | None) -> None:
 
 
 def _rows(data: TokenizedSet, examples: np.ndarray, config: Any, start_token: int | None) -> PackedRows | PairRows:
+    width, packing = config.data.max_length, config.data.packing
     if start_token is not None:
-        return pair_rows(data, examples, config.max_length, start_token)
+        return pair_rows(data, examples, width, start_token)
+    if (kind := learns_from(config.objective.name)) != ROWS:
+        return preference_rows(data, examples, width, packing, None if kind == PAIRED else mismatch_group(config))
     lengths = data.lengths
-    if config.packing:
-        packing = pack(lengths[examples], config.max_length)
+    if packing:
+        packed = pack(lengths[examples], width)
     else:
         # One width for training and evaluation: that of the longest of all.
-        width = one_per_row(lengths, config.max_length).width
-        packing = one_per_row(lengths[examples], width)
-        packing = dataclasses.replace(packing, width=width)
-    return PackedRows(data, dataclasses.replace(packing, documents=examples[packing.documents]))
+        width = one_per_row(lengths, width).width
+        packed = dataclasses.replace(one_per_row(lengths[examples], width), width=width)
+    return PackedRows(data, dataclasses.replace(packed, documents=examples[packed.documents]))
 
 
-def _summarise(data: TokenizedSet, rows: PackedRows | PairRows) -> dict[str, Any]:
+def mismatch_group(config: Any) -> int:
+    """Return among how many consecutive answers KTO exchanges answers, as TRL in each micro-batch; 0: among none."""
+    exchanges = learns_from(config.objective.name) == SINGLE and "apo_zero_unpaired" not in config.objective.loss_type
+    return config.train.per_device_train_batch_size if exchanges else 0
+
+
+def _summarise(rows: PackedRows | PairRows) -> dict[str, Any]:
     """The set's counts, and under `packed_*` those of the rows made of this part of it."""
-    documents = rows.documents
+    data, documents = rows.data, rows.documents
     tokens = int(data.lengths[documents].sum())
     targets = int(data.count_targets()[documents].sum())
     return {

@@ -3,7 +3,9 @@
 The step asks an objective two things: what the loss of a whole window is divided by (`weight`, from the batch alone,
 before anything is differentiated), and the summed loss of one micro-batch. Sum and division are apart so that gradient
 accumulation and several devices give exactly the loss and the gradient of the whole window, whatever is counted:
-tokens, documents or pairs. A new objective is a class like `CrossEntropy` and a row in `OBJECTIVES`.
+tokens, documents or pairs. Sum and weight may be vectors: a loss of several parts, each divided by a weight of its own
+(pairs, and tokens of the chosen answers) before they are added. A new objective is a class like `CrossEntropy` and a
+row in `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy
+from tpu_tune.training import preference, preference_settings
 
 Batch = Mapping[str, Int[Array, "..."]]
-Sums = dict[str, tuple[Num[Array, ""], Num[Array, ""]]]  # metric -> (sum, weight); their ratio is reported
+Sums = dict[str, tuple[Num[Array, "*parts"], Num[Array, "*parts"]]]  # metric -> (sum, weight); their `mean` is reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +50,19 @@ class Objective(Protocol):
     """A loss. Every batch that it sees is one micro-batch of (rows, tokens) int32 arrays, as `data` makes them.
 
     Attributes:
-      unit: what the weight counts, in the plural: tokens, pairs. Evaluation rows say `eval_num_{unit}`.
+      unit: what the weight counts (its first part, where it is a vector), in the plural: tokens, pairs. Evaluation rows
+        say `eval_num_{unit}`.
       is_likelihood: the loss is a negative log-likelihood in nats, so that exp(mean loss) is a perplexity.
     """
 
     unit: str
     is_likelihood: bool
 
-    def weight(self, batch: Batch) -> Num[Array, ""]:
+    def weight(self, batch: Batch) -> Num[Array, "*parts"]:
         """Return what the micro-batch counts; the window's loss is the sum of losses / the sum of weights."""
 
-    def __call__(self, head: Head, hidden: Float[Array, "B T D"], batch: Batch) -> tuple[Float[Array, ""], Sums]:
-        """Return the micro-batch's summed loss (float32), and further metrics.
+    def __call__(self, head: Head, hidden: Float[Array, "B T D"], batch: Batch) -> tuple[Float[Array, "*parts"], Sums]:
+        """Return the micro-batch's summed loss (float32, of the weight's shape), and further metrics.
 
         Each metric is a (sum, weight) of its own. Both are added up over micro-batches and devices, and logged as sum /
         weight under the metric's name, in evaluations with `eval_` before it.
@@ -88,21 +94,27 @@ class CrossEntropy:
 # name -> function of (the whole configuration, tokens of each row whose logits may exist at one time)
 OBJECTIVES: dict[str, Callable[[ConfigDict, int], Objective]] = {
     "sft": lambda config, chunk: CrossEntropy(chunk),
+    **preference.OBJECTIVES,
 }
 
 
-def check_objective(name: str) -> None:
-    """Check `objective.name`.
+def check_objective(config: ConfigDict) -> None:
+    """Check `config.objective`.
 
     Raises:
-      UserError: no such objective; the nearest is given.
+      UserError: no such objective (the nearest is given), or settings that it does not have.
     """
+    name = config.objective.name
     if name not in OBJECTIVES:
         near = difflib.get_close_matches(name, OBJECTIVES, 1, 0.4)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise UserError(f"unknown objective.name '{name}'; {hint}choose among {', '.join(OBJECTIVES)}")
+    preference_settings.check(config)
 
 
-def mean(total: Num[Array, ""] | float, weight: Num[Array, ""] | float) -> Any:
-    """Return total / weight, 0 where nothing was counted; of arrays or of numbers."""
-    return total / (jnp.where(weight == 0, 1, weight) if hasattr(weight, "dtype") else weight or 1)
+def mean(total: Any, weight: Any) -> Any:
+    """Return total / weight, 0 where nothing was counted; of arrays or numbers. Of vectors, the sum of quotients."""
+    if not hasattr(weight, "dtype"):
+        return total / (weight or 1)
+    where = jnp.where if isinstance(weight, jax.Array) else np.where  # which keeps float64
+    return (total / where(weight == 0, 1, weight)).sum()

@@ -205,4 +205,4 @@ def test_complaints(tiny, tmp_path, capsys):
 def test_a_format_may_be_named(capsys, tmp_path, tiny):
     file = write(tmp_path / "rows.jsonl", [{"text": "Plain.", "input": "Ask ", "output": "Say"}])
     assert "[[Say</s>]]" in out(capsys, file, "-t", tiny, "--format", "input-output", "--no-color")
-    assert "[[Plain.</s>]]" in out(capsys, file, "-t", tiny, "--format", "text", "--no-color")
+    assert "P[[lain.</s>]]" in out(capsys, file, "-t", tiny, "--format", "text", "--no-color")

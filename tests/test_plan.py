@@ -128,6 +128,15 @@ def bytes_are_counted_here(monkeypatch):
     monkeypatch.setattr(module, "run_job", run_job)
 
 
+def test_bytes_are_counted_without_a_process(monkeypatch):
+    expected = counted(settings("smollm2-135m"), "v5e-8")
+    monkeypatch.setattr(importlib.import_module("tpu_tune.planning.figures"), "run_job", compile_process.run_job)
+    monkeypatch.setattr(compile_process.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    assert counted(settings("smollm2-135m"), "v5e-8") == expected
+    with pytest.raises(pytest.fail.Exception):  # more devices than there are here
+        counted(settings("smollm2-135m"), "v5e-64")
+
+
 # The catalogue and the presets
 
 

@@ -97,6 +97,7 @@ EXPRESSIBLE = [
     "phi3_longrope_short", "phi3_longrope_long", "llama_yarn", "smollm3", "olmo2", "olmo3", "granite", "granite_biases",
     "glm", "glm4", "glm4_tied", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4_no_window", "t5", "t5_gated",
     "neox_parallel_tied_here",
+    "gemma4", "gemma4_wide", "gemma4_unified",
 ]  # fmt: skip
 
 
@@ -453,6 +454,11 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
         ({**tiny_models.CONFIGS["smollm3"], "attention_bias": True}, "cannot express attention_bias=True of a smollm3"),
         ({**tiny_models.CONFIGS["smollm3"], "mlp_bias": True}, "cannot express mlp_bias=True of a smollm3 model"),
         ({**tiny_models.CONFIGS["qwen3"], "attention_bias": True}, "cannot express attention_bias=True of a qwen3"),
+        (tiny_models.CONFIGS["gemma4_alike"], "cannot express biases or another activation in a Gemma 4"),
+        (
+            {**tiny_models.CONFIGS["gemma4"], "layer_types": ["full_attention"] * 6},
+            "cannot express a Gemma 4 without windows",
+        ),
         (tiny_models.CONFIGS["qwen2_upper_windows"], "cannot express use_sliding_window=True"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 100}, "query_pre_attn_scalar=100 of a gemma2 model"),

@@ -32,6 +32,8 @@ class WeightSource:
       fingerprint: changes when the weights do; run checkpoints record it.
       base_of: the adapter directory whose base the weights are (`adapter_base.base_of_adapter`), "" for no one's.
       added_tokens: token -> id of what `vocabulary.with_added_tokens` was asked to add.
+      parts: name of a tensor in the files -> its shape there, and the names above of the tensors whose rows it holds
+        one after the other (`stacked_experts`).
       chat_template: what `chat_template.with_template` put in place of the tokenizer's own, or "".
     """
 
@@ -44,3 +46,4 @@ class WeightSource:
     base_of: str = ""
     added_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     chat_template: str | Mapping[str, str] = ""
+    parts: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = dataclasses.field(default_factory=dict)

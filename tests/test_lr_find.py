@@ -144,11 +144,11 @@ def test_short_runs_shrink_with_the_range_test():
     assert [finding.FinderOptions(steps=steps).short_runs[0] for steps in (10, 16, 30, 60, 200)] == [4, 4, 7, 15, 15]
 
 
-def test_a_bad_length_is_refused_before_anything_is_loaded(monkeypatch, capsys):
+def test_a_bad_length_is_refused_before_anything_is_loaded(config_file, monkeypatch, capsys):
     from tpu_tune.cli import lr_find
 
     monkeypatch.setattr(lr_find, "join_hosts", lambda: pytest.fail("it went on to JAX"))
-    assert main(["lr-find", "--config.model.path=nowhere", "--config.data.train=rows.jsonl", "--steps", "3"]) == 1
+    assert main(["lr-find", "--config", str(config_file), "--steps", "3"]) == 1
     assert "a range test needs 10 steps at least" in capsys.readouterr().err
 
 

@@ -297,8 +297,8 @@ def test_a_broken_line_is_named_and_can_be_skipped(refused, place, capsys, caplo
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             "no chat template; set data.chat_template",
         ),
-        ({"prompt": "x" * 100, "completion": "y"}, "none of the 1 rows has anything to learn"),
-        ({"prompt": "a", "completion": ""}, "none of the 1 rows has anything to learn"),
+        ({"prompt": "x" * 100, "completion": "y"}, "nothing to learn in 1 row"),
+        ({"prompt": "a", "completion": ""}, "nothing to learn in 1 row"),
     ],
 )
 def test_rows_that_cannot_be_learned_from(refused, place, row, says):

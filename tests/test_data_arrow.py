@@ -151,7 +151,7 @@ def test_chats_and_train_on_source(tiny, tokenizer, tmp_path, capsys):
     assert rows == [{"input_ids": ids, "labels": [-100] * 7 + ids[7:]}]
     _, rows = tokenize(capsys, tiny, source, "--chat-template", template, "--train_on_source")
     assert rows[0]["labels"] == [-100, *ids[1:]]
-    assert "has anything to learn (longer than max_length: 1)" in refusal(
+    assert "nothing to learn in 1 row (longer than max_length: 1)" in refusal(
         capsys, tiny, source, "--chat-template", template, "--max-length", 8
     )
 
@@ -196,7 +196,7 @@ def test_bad_rows(tiny, tmp_path, capsys):
         f"{source}:2: 'text' must be a string, not null; fix it, or give --s"
     )
     write(source, [{"text": ""}])
-    assert "none of the 1 rows has anything to learn (empty text: 1)" in refusal(capsys, tiny, source)
+    assert "nothing to learn in 1 row (empty text: 1)" in refusal(capsys, tiny, source)
     write(source, [])
     assert f"{source}: no rows" in refusal(capsys, tiny, source)
     write(source, PAIRS)
@@ -391,7 +391,7 @@ def test_rows_longer_than_max_length_are_cut_and_counted(tiny, tokenizer, tmp_pa
     assert ours.summary["train"]["eos_lost"] == theirs.summary["train"]["eos_lost"] > 0
     assert any("rows cut to length" in line for line in caplog.messages)
     keys["data__max_length"] = 10
-    with pytest.raises(UserError, match=r"none of the 40 rows has anything to learn \(no room for the answer"):
+    with pytest.raises(UserError, match=r"nothing to learn in 40 rows \(no room for the answer"):
         load_data(config_for(tmp_path / "rows.jsonl.arrow", tmp_path, **keys), tokenizer, VOCABULARY)
 
 
@@ -412,8 +412,8 @@ def arrow_file(path, ids, labels, kind=None):
         ([[1, 2], [3, 4]], [[1, 2, 2], [3, 4]], r"a\.arrow, row 1: input_ids and labels are not of the same length"),
         ([[1, None]], [[1, 2]], r"a\.arrow: input_ids and labels have to be lists of whole numbers \(some are missing"),
         ([[1, 2], None], [[1, 2], None], r"lists of whole numbers \(some are missing"),
-        ([[1, 2], [3]], [[-100, -100], [3]], r"none of the 2 rows has anything to learn \(nothing to predict: 2\)"),
-        ([], [], r"none of the 0 rows has anything to learn"),
+        ([[1, 2], [3]], [[-100, -100], [3]], r"nothing to learn in 2 rows \(nothing to predict: 2\)"),
+        ([], [], r"nothing to learn in 0 rows"),
     ],
 )
 def test_files_that_cannot_be_trained_on(tokenizer, tmp_path, ids, labels, message):

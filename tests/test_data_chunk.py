@@ -54,7 +54,7 @@ def test_by_default_2048_tokens_with_begin_and_end(tiny, tmp_path, capsys):
     assert (
         main(["data", "chunk", str(tmp_path / "in.txt"), "--output", str(tmp_path / "o.jsonl"), "-t", str(tiny)]) == 0
     )
-    assert "o.jsonl: 4 rows of at most 2048 tokens, of 1 texts" in capsys.readouterr().out
+    assert "o.jsonl: 4 rows of at most 2,048 tokens, of 1 text" in capsys.readouterr().out
     pieces = [row["text"] for row in lines(tmp_path / "o.jsonl")]
     assert "".join(pieces) == text and [len(piece) for piece in pieces] == [2047, 2047, 2047, 8000 - 3 * 2047]
     # Tokenized, each is one block: there is room for the end of text.

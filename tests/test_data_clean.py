@@ -507,3 +507,29 @@ def test_help_has_an_example_that_parses(capsys):
         main(["data", "clean", "--help"])
     example = capsys.readouterr().out.rstrip().rsplit("\n", 1)[-1].split()
     assert make_parser().parse_args(example[1:]).near_duplicates == 0.8
+
+
+@pytest.mark.parametrize(
+    ("row", "stays"),
+    [
+        ({"input": "Q", "output": ""}, False),
+        ({"input": "Q", "output": " \n\t"}, False),
+        ({"text": ""}, False),
+        ({"messages": [user("Q"), assistant("")]}, False),
+        ({"messages": [user("Q"), assistant(""), user("And?"), assistant("Yes")]}, True),
+        ({"messages": [user("Q"), assistant(None, tool_calls=[{"function": {"name": "f", "arguments": {}}}])]}, True),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}, False),
+        ({"input": "", "output": "A"}, True),
+    ],
+)
+def test_rows_whose_answers_are_empty_are_dropped_if_asked(row, stays):
+    assert cleaned(row)[0] is row
+    kept, hits = cleaned(row, drop_empty=True)
+    assert (kept is row) == stays and [(hit.rule, hit.effect) for hit in hits] == [("empty answer", "dropped")][stays:]
+
+
+def test_drop_empty_on_the_command_line(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [{"input": "a", "output": "b"}, {"input": "q", "output": ""}])
+    assert main(["data", "clean", str(source), "--output", str(tmp_path / "out.jsonl"), "--drop-empty"]) == 0
+    assert read(tmp_path / "out.jsonl") == [{"input": "a", "output": "b"}]
+    assert "empty answer" in capsys.readouterr().out

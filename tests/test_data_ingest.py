@@ -562,10 +562,10 @@ def test_the_command(tmp_path, capsys):
     ]
     assert main(words) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "t.csv:3: 1 cells where the header names 2 columns" in error
+    assert error.count("\n") == 1 and "t.csv:3: 1 cell where the header names 2 columns" in error
     assert not (tmp_path / "t.jsonl").exists()
     assert main([*words, "--skip-bad"]) == 0
-    assert "1 bad ones skipped" in capsys.readouterr().out
+    assert "1 bad one skipped" in capsys.readouterr().out
     assert json.loads((tmp_path / "t.jsonl").read_text()) == {
         "input": "1",
         "output": "2",

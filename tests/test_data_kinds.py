@@ -205,7 +205,7 @@ def test_chunk_copies_rows_of_other_kinds(tmp_path, tiny, capsys):
     assert main([*words, "--tokens", "12"]) == 0
     pieces = read(output)
     assert pieces[-2:] == rows[1:] and "".join(piece["text"] for piece in pieces[:-2]) == rows[0]["text"]
-    assert "of 1 texts; 2 rows of other formats copied as they are" in capsys.readouterr().out
+    assert "of 1 text; 2 rows of other formats copied unchanged" in capsys.readouterr().out
     write(tmp_path / "in.jsonl", rows[1:])
     assert main([*words, "--tokens", "12"]) == 1 and "no text to cut" in capsys.readouterr().err
 
@@ -291,7 +291,7 @@ def test_stats_says_what_is_unused_and_unknown(tmp_path, tiny, capsys):
         assert found["unused"] == {"history": 2, "system": 2} and found["formats"]["unknown"] == 1
         said = "\n".join(found["warnings"])
         assert "'history' of 2 rows is not used: it is not in the text that is trained on" in said
-        assert f"1 rows are of no known format, the first {file}:4, with the keys title, system: training stops" in said
+        assert f"1 row is of no known format, the first {file}:4, with the keys title, system: training stops" in said
     # what a template does not read, as training says it
     chat = [*TURNS[:1], {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}]
     write(file, [{"messages": chat, "tools": [{"name": "f"}]}])
@@ -471,7 +471,7 @@ def test_a_row_that_cannot_be_a_chat_is_not_lost_unsaid(tmp_path, capsys):
     words = ["data", "ingest", str(source), "--output", str(tmp_path / "out.jsonl"), "--as", "messages"]
     assert main(words) == 1 and "in.jsonl:2: 'prompt' message 1 is not an object" in capsys.readouterr().err
     assert main([*words, "--skip-bad"]) == 0
-    assert "1 bad ones skipped" in capsys.readouterr().out and len(read(tmp_path / "out.jsonl")) == 1
+    assert "1 bad one skipped" in capsys.readouterr().out and len(read(tmp_path / "out.jsonl")) == 1
 
 
 @pytest.mark.parametrize(

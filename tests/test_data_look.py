@@ -200,3 +200,9 @@ def test_complaints(tiny, tmp_path, capsys):
     assert "rows.jsonl:2: 'text' must be a string, not null" in refusal(file, "-t", tiny)
     assert "-n and --row must be at least 1" in refusal(file, "-t", tiny, "-n", 0)
     assert "nowhere.jsonl: cannot be read" in refusal("nowhere.jsonl", "-t", tiny)
+
+
+def test_a_format_may_be_named(capsys, tmp_path, tiny):
+    file = write(tmp_path / "rows.jsonl", [{"text": "Plain.", "input": "Ask ", "output": "Say"}])
+    assert "[[Say</s>]]" in out(capsys, file, "-t", tiny, "--format", "input-output", "--no-color")
+    assert "P[[lain.</s>]]" in out(capsys, file, "-t", tiny, "--format", "text", "--no-color")

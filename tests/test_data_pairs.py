@@ -162,7 +162,7 @@ def test_alpaca_rows_and_other_complaints(load, tokenizer):
     assert tokenizer.decode(row["encoder_ids"][0][row["encoder_segment_ids"][0] > 0]).endswith("</s>")
     with pytest.raises(UserError, match=r"^data\.train_on_source: an encoder-decoder has no loss on what its encoder"):
         load(train_on_source=True)
-    with pytest.raises(UserError, match=r"none of the 1 rows has anything to learn \(empty answer: 1\)"):
+    with pytest.raises(UserError, match=r"nothing to learn in 1 row \(empty answer: 1\)"):
         load([{"input": "a", "output": ""}])
 
 

@@ -352,7 +352,7 @@ def test_bad_rows_are_counted(load, tmp_path):
 def test_complaints(load):
     with pytest.raises(UserError, match=r"rows\.jsonl: the format of the data is not known from its keys: foo"):
         load([{"foo": 1}])
-    with pytest.raises(UserError, match=r"none of the 1 rows has anything to learn \(empty answer: 1\)"):
+    with pytest.raises(UserError, match=r"nothing to learn in 1 row \(empty answer: 1\)"):
         load([{"input": "w1", "output": ""}])
     with pytest.raises(UserError, match="token id 42 is outside the model's vocabulary of 42; the tokenizer does not"):
         load(ROWS, vocab_size=42)
@@ -363,5 +363,5 @@ def test_complaints(load):
 
 def test_what_is_left_out_is_said(load, caplog):
     load([*ROWS, {"input": "w1", "output": ""}, {"input": "w1", "output": "w2 " * 30}])
-    assert "1 rows left out: empty answer" in caplog.text
-    assert "1 rows cut to length, 1 of them lost the end of an answer" in caplog.text
+    assert "1 row left out: empty answer" in caplog.text
+    assert "1 row cut to length, 1 of them lost the end of an answer" in caplog.text

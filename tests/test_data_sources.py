@@ -65,7 +65,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         ("a.json", '[{"text": "a"}, 3]', r"a\.json, row 2: not a JSON object but a number"),
         ("a.json", "[]", r"a\.json: no rows"),
         ("a.csv", "text,more\na,b\nc\n", r"a\.csv:3: 1 fields where the header has 2"),
-        ("a.csv", b"text\na\n\xff\n", r"a\.csv:3: not valid UTF-8; save the file as UTF-8"),
+        (
+            "a.csv",
+            b"text\na\n\xff\n",
+            r"a\.csv:3: not valid UTF-8; save the file as UTF-8 \(perhaps it is cp1252: tpu-tune data ingest",
+        ),
         ("a.parquet", "no", r"a\.parquet: cannot be read as Parquet"),
     ],
 )
@@ -266,3 +270,16 @@ def test_format_complaints():
 def test_rows_that_cannot_be_used(row, format, message):
     with pytest.raises(RowError, match=message):
         convert(row, format)
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("caf\u00e9 \u2013 \u201cna\u00efve\u201d".encode("cp1252"), "cp1252"),
+        (b"caf\xe9 \x8d", "latin-1"),  # 8D is no character of Windows's
+        ("Stra\u00dfe, gr\u00fc\u00dfen".encode("utf-16-le"), "utf-16-le"),
+        ("Stra\u00dfe, gr\u00fc\u00dfen".encode("utf-16-be"), "utf-16-be"),
+    ],
+)
+def test_an_encoding_is_suggested_that_reads_the_text(content, encoding):
+    assert sources.likely_encoding(content) == encoding

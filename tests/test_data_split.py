@@ -93,7 +93,7 @@ def test_auto_follows_the_rule_of_thumb(rows, tmp_path, capsys):
     few.write_text('{"text": "a"}\n{"text": "b"}')
     assert [len(part) for part in split(capsys, tmp_path, few)[1:]] == [1, 1]
     few.write_text('{"text": "a"}\n')
-    assert "few.jsonl: only 1 row(s): there is none to hold out" in refusal(capsys, tmp_path, few)
+    assert "few.jsonl: only 1 row: there is none to hold out" in refusal(capsys, tmp_path, few)
 
 
 def test_exact_count(rows, tmp_path, capsys):

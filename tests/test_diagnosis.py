@@ -241,6 +241,14 @@ def test_a_run_that_goes_on_is_not_blamed_for_falling():
     assert early.advice == ("let the run go on",) and "nearly flat after 12 training losses" in early.line()
 
 
+def test_eight_losses_have_not_converged():
+    steady = noisy(np.array([3.0, 2.4, 2.1] + [2.0] * 17), 0.002)
+    few = diagnose(rows(steady[:8], [2.3, 2.1, 2.1, 2.1]))
+    assert (few.verdict, few.reason) == ("not enough points", "training") and "8 training losses" in few.evidence[0]
+    assert "converged at" in " ".join(diagnose(rows(steady)).evidence)
+    assert "1 evaluation cannot tell" in " ".join(diagnose(rows(steady, [2.1])).evidence)
+
+
 def test_the_result_is_ready_for_json():
     for kind in curve_shapes.VERDICTS:
         case = curve_shapes.make(kind, np.random.default_rng([7, len(kind)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import helpers_training as helpers
+import jax
 import numpy as np
 import pytest
 from test_data_tokens import examples, make_tokenizer
@@ -22,6 +23,7 @@ from tpu_tune.checkpoints.gguf_write import write_gguf
 from tpu_tune.checkpoints.huggingface import open_huggingface
 from tpu_tune.checkpoints.huggingface_write import tensors_with_head, write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
+from tpu_tune.checkpoints.peft import write_adapter
 from tpu_tune.checkpoints.tokenizers import encode_text
 from tpu_tune.checkpoints.vocabulary import with_added_tokens
 from tpu_tune.cli import main
@@ -34,6 +36,7 @@ from tpu_tune.inference import Sampling, generate_ids
 from tpu_tune.inference.generation import encode_prompt, end_tokens
 from tpu_tune.inference.run_model import load_any
 from tpu_tune.training.tasks import exact_match
+from tpu_tune.transforms import LoraConfig, find_targets
 
 # --- EOS
 
@@ -270,6 +273,21 @@ def test_a_written_model_ends_where_its_template_closes_an_answer(tiny_dir, tmp_
     assert set(tpu_tune.load(str(path)).ends) == {*ends, 256}
     again = written(open_huggingface(str(path)), tmp_path / "again")
     assert (again / "generation_config.json").read_bytes() == (path / "generation_config.json").read_bytes()
+
+
+def test_an_adapter_ends_where_its_template_closes_an_answer(tiny_dir, tmp_path):
+    def written_adapter(source, name):
+        arch = open_architecture(source)
+        targets = find_targets(arch.modules(), LoraConfig(rank=2, target_modules=["q_proj"]), arch.default_targets)
+        trained = targets.init(load_params(source, arch), jax.random.key(0))
+        write_adapter(str(tmp_path / name), trained, targets, arch, "base", source=source)
+        return tmp_path / name
+
+    path = written_adapter(closed(write_ends(tiny_dir, tmp_path, {"eos_token_id": 5, "top_k": 7})), "adapter")
+    theirs = GenerationConfig.from_pretrained(path)
+    assert theirs.eos_token_id == [5, 258] and theirs.top_k == 7
+    own = written_adapter(closed(tiny_dir, CLOSED.replace("<|stop|>", "</s>")), "own")
+    assert not (own / "generation_config.json").exists()
 
 
 def test_a_written_model_without_such_a_token_keeps_its_files(tiny_dir, tmp_path):

@@ -329,9 +329,11 @@ def test_gsm8ks_rows_are_read(questions):
 # --- perplexity, and evaluation alone -------------------------------------------------------------------------------
 
 
-def test_a_run_is_evaluated_as_training_evaluates(run, capsys):
+def test_a_run_is_evaluated_as_training_evaluates(run, capsys, caplog):
     config = json.loads((run / "config.json").read_text())
     found = evaluated(capsys, "--model", run, "--base")
+    lines = [record.getMessage() for record in caplog.records if "of them targets" in record.getMessage()]
+    assert lines and len(set(lines)) == len(lines)  # the rows are the same for both models, and told once
     config["output_dir"] = str(run / "none")  # else the result there would be evaluated
     config["model"]["adapter"] = str(run / "adapter")
     expected = evaluate_only(config)

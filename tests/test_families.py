@@ -24,7 +24,7 @@ from tpu_tune.models.architecture import RelativePositions
 from tpu_tune.models.relative import buckets_of
 from tpu_tune.training.objectives import CrossEntropy
 from tpu_tune.training.step import ModelLoss
-from tpu_tune.transforms import LoraConfig, find_targets
+from tpu_tune.transforms import LoraConfig, QuantizeConfig, find_targets, quantized_paths
 
 CASES = tiny_models.seldom_slow(tiny_models.FAMILY_CASES)
 # PEFT 0.21's default targets (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
@@ -77,6 +77,26 @@ def test_default_targets_are_pefts(case):
     constants = pytest.importorskip("peft.utils.constants")
     theirs = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     assert arch.family not in theirs or list(arch.default_targets) == theirs[arch.family]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_all_linear_is_torchs_and_they_alone_are_quantized(case):
+    """LoRA's all-linear, and what four bits store by default: every linear layer but the head; nothing else."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    arch = architecture(tiny_models.CONFIGS[case])
+    kind = transformers.AutoModelForSeq2SeqLM if arch.encoder else transformers.AutoModelForCausalLM
+    config = {key: value for key, value in tiny_models.CONFIGS[case].items() if key != "model_type"}
+    with torch.device("meta"):
+        model = kind.from_config(transformers.CONFIG_MAPPING[tiny_models.CONFIGS[case]["model_type"]](**config))
+    kinds, head = (torch.nn.Linear, transformers.pytorch_utils.Conv1D), model.get_output_embeddings()
+    theirs = {name for name, part in model.named_modules() if isinstance(part, kinds) and part is not head}
+    modules = arch.modules()
+    adapted_ones = find_targets(modules, LoraConfig(target_modules="all-linear"), arch.default_targets).adapted
+    stored = quantized_paths(modules, QuantizeConfig("nf4"))
+    assert {name for target in adapted_ones for name in target.module.names()} == theirs
+    assert {name for module in modules if module.weight in stored for name in module.names()} == theirs
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -80,6 +80,15 @@ def head_of(source):
     return {names[0]: source.shapes[names[1]]} if names else {}
 
 
+def zeros_of(source):
+    """The biases without which llama.cpp opens no GPT-NeoX: zero where the model has none."""
+    if source.config.get("attention_bias", True) or source.config["model_type"] != "gpt_neox":
+        return {}
+    at = "gpt_neox.layers.{}.attention.{}.bias".format
+    sizes = {"query_key_value": 96, "dense": 32}
+    return {at(layer, name): (size,) for layer in range(2) for name, size in sizes.items()}
+
+
 # What GGUF cannot say is refused (see the test of that below).
 EXPRESSIBLE = [
     "llama1", "llama2", "llama3", "llama3_parameters", "llama_linear", "llama_linear_parameters", "llama_tied",
@@ -87,6 +96,7 @@ EXPRESSIBLE = [
     "neox_full_rotary", "neox_parameters", "gpt2", "gemma", "gemma2", "gemma3", "phi", "phi3",
     "phi3_longrope_short", "phi3_longrope_long", "llama_yarn", "smollm3", "olmo2", "olmo3", "granite", "granite_biases",
     "glm", "glm4", "glm4_tied", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4_no_window", "t5", "t5_gated",
+    "neox_parallel_tied_here",
     "gemma4", "gemma4_wide", "gemma4_unified",
 ]  # fmt: skip
 
@@ -96,22 +106,30 @@ BUILT_IN = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3": {"sliding_window_pattern": 6, "num_hidden_layers": 7},
     "llama_yarn": {"rope_parameters": tiny_models._YARN},
+    "glm": {"head_dim": 8},
     "olmo3": {"rope_scaling": {**tiny_models._YARN, "rope_theta": 500000.0}},
     "t5": {"relative_attention_max_distance": 128},
     "t5_gated": {"relative_attention_max_distance": 128, "num_decoder_layers": 1},
 }
 
 
+def expressible(name):
+    tied = {"tie_word_embeddings": True} if name.endswith("_tied_here") else {}
+    return {**tiny_models.CONFIGS[name.removesuffix("_tied_here")], **BUILT_IN.get(name, {}), **tied}
+
+
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_the_file_holds_the_same_model(tmp_path, tokenizer, name):
     """From the tree, as an export goes: exactly the same logits where f16 holds the weights exactly."""
-    config = {**tiny_models.CONFIGS[name], **BUILT_IN.get(name, {})}
+    config = expressible(name)
     source = in_memory(config, half(tiny_models.weights(config)), tokenizer)
     arch = architecture(config)
     params = load_params(source, arch)
     write_gguf(str(tmp_path / "m.gguf"), merged_tensors(params, arch.modules()), source)
     back = open_gguf(tmp_path / "m.gguf")
-    assert back.shapes == source.shapes | head_of(source)
+    assert back.shapes == source.shapes | head_of(source) | zeros_of(source)
+    for bias in zeros_of(source):
+        assert not back.read(bias).any()
     # llama.cpp keeps Gemma's norms with the one added, which rounds what is below it.
     exact = not config["model_type"].startswith("gemma")
     for key in source.shapes:
@@ -347,6 +365,16 @@ def test_a_gguf_sources_tokenizer_is_copied(tmp_path, tokenizer):
         np.testing.assert_array_equal(second[key], value if key != "general.name" else "b", err_msg=key)
 
 
+def test_a_tokenizer_without_merges_says_so(tmp_path, tokenizer):
+    """llama.cpp opens none whose list of merges is missing; an empty one will do (tests/test_llama_cpp.py)."""
+    config = tiny_models.CONFIGS["llama2"]
+    write(tmp_path / "m.gguf", in_memory(config, tiny_models.weights(config), tokenizer))
+    field = gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.merges"]
+    assert field.types == [gguf.GGUFValueType.ARRAY] and not len(field.data)
+    assert open_gguf_file(tmp_path / "m.gguf").metadata["tokenizer.ggml.merges"] == []
+    assert open_gguf(tmp_path / "m.gguf").load_tokenizer()("AB").input_ids == tokenizer("AB").input_ids
+
+
 def test_smollm2s_own_tokenizer_is_copied(smollm2_gguf, tmp_path):
     source = open_gguf(smollm2_gguf)
     small = {
@@ -423,6 +451,12 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
         (tiny_models.CONFIGS["cohere2_untied"], "cannot express attention_bias=True of a cohere2 model"),
         (tiny_models.CONFIGS["seed_oss_biases"], "cannot express mlp_bias=True"),
         (tiny_models.CONFIGS["exaone4"], "cannot express sliding_window=5 of a exaone4 model"),
+        (tiny_models.CONFIGS["glm"], r"cannot express head_dim=16 of a glm model \(llama.cpp has None or 8 built in\)"),
+        ({**tiny_models.CONFIGS["exaone4_no_window"], "head_dim": 16}, "cannot express head_dim=16 of a exaone4"),
+        ({**tiny_models.CONFIGS["seed_oss"], "attention_out_bias": True}, "cannot express attention_out_bias=True"),
+        ({**tiny_models.CONFIGS["smollm3"], "attention_bias": True}, "cannot express attention_bias=True of a smollm3"),
+        ({**tiny_models.CONFIGS["smollm3"], "mlp_bias": True}, "cannot express mlp_bias=True of a smollm3 model"),
+        ({**tiny_models.CONFIGS["qwen3"], "attention_bias": True}, "cannot express attention_bias=True of a qwen3"),
         (tiny_models.CONFIGS["gemma4_alike"], "cannot express biases or another activation in a Gemma 4"),
         (
             {**tiny_models.CONFIGS["gemma4"], "layer_types": ["full_attention"] * 6},

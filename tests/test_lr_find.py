@@ -140,6 +140,18 @@ def test_losses_that_speak_for_no_rate(losses, said):
         suggest(range_test(iter(losses), ramp(1e-5, 1, 60), np.full(60, 2.0)))
 
 
+def test_short_runs_shrink_with_the_range_test():
+    assert [finding.FinderOptions(steps=steps).short_runs[0] for steps in (10, 16, 30, 60, 200)] == [4, 4, 7, 15, 15]
+
+
+def test_a_bad_length_is_refused_before_anything_is_loaded(config_file, monkeypatch, capsys):
+    from tpu_tune.cli import lr_find
+
+    monkeypatch.setattr(lr_find, "join_hosts", lambda: pytest.fail("it went on to JAX"))
+    assert main(["lr-find", "--config", str(config_file), "--steps", "3"]) == 1
+    assert "a range test needs 10 steps at least" in capsys.readouterr().err
+
+
 # --- the bracket ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("best", [1e-5, 3e-4, 1e-3, 7e-3, 0.3])
 def test_the_bracket_keeps_the_best(best):
@@ -249,15 +261,17 @@ def test_a_tiny_models_suggestion_against_a_sweep_and_its_hints(trials, found):
 
 
 def test_it_says_beforehand_what_it_does_and_how_long_that_takes(found, said):
-    assert said[0].startswith("a range test of 30 updates, then 3 runs of 15 updates (more where the best")
-    assert re.match(r"this takes about \d\w* \(estimated from 4 forward passes", said[1])
+    assert said[0].startswith("a range test of 30 updates, then 3 runs of 7 updates (up to 3 more where the best")
+    assert re.match(
+        r"this takes about \d\w*, at most \d\w* with 3 more runs \(estimated from 4 forward passes", said[1]
+    )
     assert [line.partition(":")[0] for line in said[2:4]] == ["range test", "range test"]
 
 
 def test_the_reason_derives_the_rate(found):
     reason, rates = found.suggestion.reason, sorted(run.learning_rate for run in found.runs)
     tested = suggest(found.test).rate
-    assert f"{tested:.1e}, which the range test takes. Around it, of {len(rates)} runs of 15 updates" in reason
+    assert f"{tested:.1e}, which the range test takes. Around it, of {len(rates)} runs of 7 updates" in reason
     assert re.search(rf"the one at {found.suggestion.rate:.1e} ends with(in 1% of)? the lowest eval loss", reason)
     assert all(f"{run.learning_rate:.1e}: {run.score:.4g}" in reason for run in found.runs)
     assert rates[0] <= tested <= rates[-1]

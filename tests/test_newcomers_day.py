@@ -211,7 +211,7 @@ def from_folder_to_rows(run: Callable[..., str], folder: pathlib.Path, there: in
     raw = rows_of(folder / "raw.jsonl")
     assert number(r"raw.jsonl: ([\d,]+) rows", said) == len(raw) == there
     assert [row["where"] for row in rows_of(folder / "bad.jsonl")] == ["forum/more.jsonl:1"]
-    assert "1 bad ones skipped, the first: forum/more.jsonl:1" in said and "1 excluded" in said
+    assert "1 bad one skipped, the first: forum/more.jsonl:1" in said and "1 excluded" in said
     kinds = [next(kind for kind in ("messages", "input", "text") if kind in row) for row in raw]
     assert (kinds.count("messages"), kinds.count("text")) == (SHARED + REFUSALS + SPOKEN, len(PAGES) + POSTS)
     whole = json.dumps(raw, ensure_ascii=False)

@@ -28,11 +28,9 @@ def load(tensors, config=CONFIG):
 
 def test_missing_extra_and_misshapen_tensors_are_named():
     tensors = tiny_models.weights(CONFIG)
-    with pytest.raises(UserError, match=f"tiny: 1 tensors are missing: {NAME}"):
+    with pytest.raises(UserError, match=f"tiny: 1 tensor is missing: {NAME}"):
         load({name: value for name, value in tensors.items() if name != NAME})
-    with pytest.raises(
-        UserError, match="1 tensors are not part of a llama model: model.layers.0.self_attn.q_proj.bias"
-    ):
+    with pytest.raises(UserError, match="1 tensor is not part of a llama model: model.layers.0.self_attn.q_proj.bias"):
         load(tensors | {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)})
     with pytest.raises(UserError, match=rf"'{NAME}' has shape \(48, 31\), the config asks for \(48, 32\)"):
         load(tensors | {NAME: tensors[NAME][:, :31]})

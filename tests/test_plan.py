@@ -87,10 +87,15 @@ PUBLISHED = {
     "granite-4.0-micro": 3_402_836_480,
     "ministral-3-3b": 3_429_006_336,
     "ministral-3-8b": 8_489_553_920,
+    "glm-4-9b": 9_399_951_360,
+    "glm-4-9b-0414": 9_400_279_040,
+    "command-r-35b": 34_980_831_232,
+    "aya-expanse-8b": 8_028_033_024,
     "command-r7b": 8_028_033_024,
     "seed-oss-36b": 36_151_104_512,
     "exaone-4-32b": 32_003_216_384,
     "nanochat-d20": 560_988_160,
+    "gpt-oss-20b": 20_914_757_184,
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
     "olmoe-1b-7b": 6_919_161_856,
@@ -129,6 +134,15 @@ def bytes_are_counted_here(monkeypatch):
         return compile_process.run_job(job, kind, timeout) if job["compile"] else compile_step.measure(job)
 
     monkeypatch.setattr(module, "run_job", run_job)
+
+
+def test_bytes_are_counted_without_a_process(monkeypatch):
+    expected = counted(settings("smollm2-135m"), "v5e-8")
+    monkeypatch.setattr(importlib.import_module("tpu_tune.planning.figures"), "run_job", compile_process.run_job)
+    monkeypatch.setattr(compile_process.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    assert counted(settings("smollm2-135m"), "v5e-8") == expected
+    with pytest.raises(pytest.fail.Exception):  # more devices than there are here
+        counted(settings("smollm2-135m"), "v5e-64")
 
 
 # The catalogue and the presets

@@ -337,6 +337,16 @@ def test_a_base_and_data_of_the_hub(run, tmp_path):
     assert f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" in found.text
 
 
+def test_a_local_base_whose_config_names_its_origin(run, tmp_path):
+    config = configuration.from_dict(json.loads((run / "config.json").read_text()))
+    config.model.path = str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "acme/tiny"}))
+    base = public_names.base_of(config, str(run))
+    assert (base.name, base.hub_id, base.kind) == (tmp_path.name, "acme/tiny", "directory")
+    found = ModelCard(card.model_card(card.CardFacts("me/x", "adapter", config, str(run), base, [])))
+    assert found.data.base_model == "acme/tiny" and "whose config.json says that it is acme/tiny" in found.text
+
+
 def test_many_evaluations_are_thinned_and_the_best_is_the_one_that_was_kept(run):
     config = configuration.from_dict(json.loads((run / "config.json").read_text()))
     config.train.load_best_model_at_end = True

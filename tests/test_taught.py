@@ -113,6 +113,22 @@ def test_which_models_know_how_they_were_taught(run, tiny, tmp_path):
     assert load_any(str(tiny), adapter=str(tmp_path / "adapter")).taught == ""
 
 
+def test_a_merged_model_and_a_gguf_file_know_how_they_were_taught(run, tmp_path):
+    from tpu_tune.inference.export import export_gguf, export_merged
+
+    teach(run, formats={"alpaca": 5}, chats=0, pairs=5)
+    export_merged(str(run), str(tmp_path / "merged"))
+    export_gguf(str(run), str(tmp_path / "m.gguf"))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tpu_tune"] == {"taught_as": "alpaca"}
+    assert [load_any(str(tmp_path / name)).taught for name in ("merged", "m.gguf")] == ["alpaca", "alpaca"]
+    # What is trained further on is not asked as its base was, unless its own rows asked so.
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    assert load_any(str(tmp_path / "merged"), adapter=str(tmp_path / "adapter")).taught == ""
+    teach(run)
+    export_merged(str(run), str(tmp_path / "unknown"))
+    assert "tpu_tune" not in json.loads((tmp_path / "unknown" / "config.json").read_text())
+
+
 def test_the_card_asks_as_the_rows_did(tiny):
     from tpu_tune import config as configuration
     from tpu_tune.inference.card import CardFacts, _torch_use, _use

@@ -282,7 +282,7 @@ def test_a_tensor_of_the_text_model_that_has_no_place_is_refused(saved, tmp_path
     tensors = load_file(saved("gemma3") / "model.safetensors")
     tensors["language_model.model.layers.0.self_attn.sinks"] = np.ones(2, np.float32)
     save_file(tensors, tmp_path / "more/model.safetensors")
-    with pytest.raises(UserError, match="1 tensors are not part of a gemma3_text model: language_model.*sinks"):
+    with pytest.raises(UserError, match="1 tensor is not part of a gemma3_text model: language_model.*sinks"):
         opened(tmp_path / "more")
 
 

@@ -1,4 +1,6 @@
-"""The one exception for a mistake that the user can mend."""
+"""The one exception for a mistake that the user can mend, and the words for a number in what users are told."""
+
+from __future__ import annotations
 
 
 class UserError(Exception):
@@ -12,3 +14,8 @@ class UserError(Exception):
 
     def __init__(self, message: object = ""):
         super().__init__(" ".join(str(message).splitlines()))
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, "1 row" and "2,000 rows"; `plural` is the noun's where an s does not make it."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

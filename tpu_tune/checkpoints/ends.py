@@ -50,18 +50,18 @@ def closing_ids(tokenizer: Any) -> set[int]:
 
 
 def write_closing_end(directory: str, source: WeightSource) -> None:
-    """Add the template's closing token to a written model's `generation_config.json`, where no file names it as an end.
+    """Name the template's closing token as an end in a written `generation_config.json`, where the base's files do not.
 
     The ids that were there stay, and stay first.
 
     Args:
-      directory: a local directory with a model's config.json and its tokenizer's files.
+      directory: a local directory with a model or an adapter.
       source: what it was written from.
     """
     with contextlib.suppress(UserError):  # a model may come without a tokenizer
         missing = closing_ids(source.load_tokenizer()) - end_ids(source)
         if missing:
-            content = dict(_generation_config(directory))
+            content = {**_generation_config(source.path), **_generation_config(directory)}
             nested = source.config.get("text_config") or {}
             kept = content.get("eos_token_id", source.config.get("eos_token_id", nested.get("eos_token_id")))
             kept = [] if kept is None else list(kept) if isinstance(kept, list | tuple) else [kept]

@@ -10,8 +10,9 @@ import numpy as np
 from tpu_tune.checkpoints.gguf_families import FAMILIES, GgufFamily, split_layer
 from tpu_tune.checkpoints.gguf_file import GgufFile, open_gguf_file, read_gguf_tensor
 from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer
+from tpu_tune.checkpoints.prompts import KEY, RECORD, with_record
 from tpu_tune.checkpoints.weight_source import WeightSource
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 from tpu_tune.models.values import one_line
 
 
@@ -32,7 +33,7 @@ def open_gguf(path: str) -> WeightSource:
     family = FAMILIES[architecture]
     stored = _stored_names(file, family)
     with one_line(f"{path}: its metadata or a tensor's shape cannot be used"):
-        config = family.config(file)
+        config = with_record(family.config(file), str(file.metadata.get(f"{RECORD}.{KEY}") or ""))
         shapes = {name: family.shape(name, file.tensors[original].shape) for name, original in stored.items()}
     return WeightSource(
         path=file.path,
@@ -62,5 +63,8 @@ def _stored_names(file: GgufFile, family: GgufFamily) -> dict[str, str]:
             stored[family.tensor_name(names[key].format(layer), kind)] = original
     if unknown:
         listed = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise UserError(f"{file.path}: {len(unknown)} tensors have no place in this architecture: {listed}")
+        raise UserError(
+            f"{file.path}: {counted(len(unknown), 'tensor has', 'tensors have')} no place in this architecture: "
+            f"{listed}"
+        )
     return stored

@@ -56,6 +56,11 @@ def _expect(config: dict[str, Any], key: str, *values: Any) -> None:
         )
 
 
+def _expect_heads_as_wide_as_the_model(config: dict[str, Any]) -> None:
+    """For families whose attention's output matrix llama.cpp takes for square."""
+    _expect(config, "head_dim", None, config["hidden_size"] // config["num_attention_heads"])
+
+
 def _decoder(config: dict[str, Any], rope: dict[str, Any]) -> Metadata:
     """What every decoder with rotary positions has."""
     heads = config["num_attention_heads"]
@@ -133,13 +138,18 @@ def _llama(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
 
 def _qwen(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "hidden_act", "silu")
+    _expect(config, "attention_bias", False, None)  # Qwen3's, of which llama.cpp reads none behind the attention
     _expect(config, "use_sliding_window", False, None)
+    if config["model_type"] == "qwen2":
+        _expect_heads_as_wide_as_the_model(config)
     return _llama_like(config)
 
 
 def _smollm3(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "hidden_act", "silu")
     _expect(config, "use_sliding_window", False, None)
+    for key in ("attention_bias", "mlp_bias"):
+        _expect(config, key, False)
     every_fourth = [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
     _expect(config, "no_rope_layers", every_fourth)
     return _llama_like(config)
@@ -151,7 +161,7 @@ def _olmo2(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "hidden_act", "silu")
     for key in ("attention_bias", "tie_word_embeddings"):
         _expect(config, key, False)
-    _expect(config, "head_dim", None, config["hidden_size"] // config["num_attention_heads"])
+    _expect_heads_as_wide_as_the_model(config)
     metadata, tensors = _llama_like(config, full)
     if config["model_type"] == "olmo2":
         return metadata, tensors
@@ -167,7 +177,7 @@ def _windows(config: dict[str, Any]) -> Metadata:
 
 def _granite(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "hidden_act", "silu")
-    _expect(config, "head_dim", None, config["hidden_size"] // config["num_attention_heads"])
+    _expect_heads_as_wide_as_the_model(config)
     metadata, tensors = _llama_like(config)
     return metadata | {
         "attention.scale": float(config["attention_multiplier"]),
@@ -187,6 +197,8 @@ def _granite_hybrid(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
 
 def _glm(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "hidden_act", "silu")
+    if config["model_type"] == "glm":
+        _expect_heads_as_wide_as_the_model(config)
     rope = config["rope_parameters"]
     _expect({**rope, "model_type": config["model_type"]}, "rope_type", "default")
     metadata, tensors = _llama_like(config, rope)
@@ -210,6 +222,7 @@ def _cohere(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     rope = config["rope_parameters"]
     _expect(config, "hidden_act", "silu")
     _expect(config, "use_qk_norm", False, None)
+    _expect_heads_as_wide_as_the_model(config)
     _expect(config, "attention_bias", False)
     _expect(config, "tie_word_embeddings", True)
     _expect({**rope, "model_type": config["model_type"]}, "rope_type", "default")
@@ -229,13 +242,15 @@ def _cohere(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
 
 def _seed_oss(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "hidden_act", "silu")
-    _expect(config, "mlp_bias", False)
+    for key in ("mlp_bias", "attention_out_bias"):
+        _expect(config, key, False)
     return _llama_like(config)
 
 
 def _exaone4(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     """Windows are llama.cpp's for models of 64 layers alone."""
     _expect(config, "hidden_act", "silu")
+    _expect_heads_as_wide_as_the_model(config)
     metadata, tensors = _llama_like(config)
     if config["num_hidden_layers"] == 64 and config["sliding_window"]:
         return metadata | _windows(config), tensors
@@ -247,12 +262,16 @@ def _gpt_neox(config: dict[str, Any]) -> tuple[Metadata, Tensors]:
     _expect(config, "hidden_act", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
     rope = config["rope_parameters"]
     _expect({**rope, "model_type": "gpt_neox"}, "rope_type", "default")
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    hidden, layers = config["hidden_size"], range(config["num_hidden_layers"])
+    head_dim = hidden // config["num_attention_heads"]
+    # llama.cpp opens no GPT-NeoX without these biases.
+    sizes = {} if config["attention_bias"] else {"attn_qkv": 3 * hidden, "attn_output": hidden}
+    zeros = {f"blk.{at}.{name}.bias": np.zeros(size, np.float32) for at in layers for name, size in sizes.items()}
     return _decoder(config, rope) | {
         "rope.dimension_count": int(rope.get("partial_rotary_factor", 1.0) * head_dim),
         "use_parallel_residual": bool(config["use_parallel_residual"]),
         "attention.layer_norm_epsilon": config["layer_norm_eps"],
-    }, {}
+    }, zeros
 
 
 def _gpt2(config: dict[str, Any]) -> tuple[Metadata, Tensors]:

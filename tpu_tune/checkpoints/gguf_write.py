@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tpu_tune.checkpoints import gguf_k_quants, storage
+from tpu_tune.checkpoints import gguf_k_quants, prompts, storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
@@ -70,7 +71,7 @@ def write_gguf(
     """
     config = untied_config(source.config) if untied else source.config
     architecture, metadata, extra = gguf_metadata(config)
-    writer = gguf.GGUFWriter(None, architecture)
+    writer = _Writer(None, architecture)
     try:
         with storage.whole_file(path) as aside, tempfile.TemporaryFile(dir=os.path.dirname(aside) or ".") as data:
             shapes = {}
@@ -88,7 +89,8 @@ def write_gguf(
                 "general.file_type": int(FORMATS[kind][1]),
                 "general.quantization_version": gguf.GGML_QUANT_VERSION,
             }
-            for key, value in (general | metadata | tokenizer).items():
+            taught = {f"{prompts.RECORD}.{prompts.KEY}": form} if (form := prompts.recorded(config)) else {}
+            for key, value in (general | metadata | tokenizer | taught).items():
                 _add(writer, key, value)
             writer.write_header_to_file(path=aside)
             writer.write_kv_data_to_file()
@@ -226,11 +228,23 @@ def _tokenizer(source: WeightSource, rows: int, architecture: str) -> dict[str, 
     return tokenizer_metadata(source.load_tokenizer(), rows, architecture)
 
 
+class _Writer(gguf.GGUFWriter):
+    """gguf's, which writes no empty list: llama.cpp opens no byte-level tokenizer without a list of its merges."""
+
+    def _pack_val(self, val: Any, vtype: gguf.GGUFValueType, add_vtype: bool, *rest: Any, **more: Any) -> bytes:
+        if vtype != gguf.GGUFValueType.ARRAY or len(val):
+            return super()._pack_val(val, vtype, add_vtype, *rest, **more)
+        kind = struct.pack("<I", vtype) if add_vtype else b""
+        return kind + struct.pack("<IQ", gguf.GGUFValueType.STRING, 0)
+
+
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Add one metadata value under the GGUF type that llama.cpp expects of such a value."""
     if isinstance(value, np.ndarray):
         value = value.tobytes() if value.dtype.itemsize == 1 else value.tolist()
-    if isinstance(value, (list, bytes)):
+    if isinstance(value, (list, bytes)) and not value:
+        writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY)
+    elif isinstance(value, (list, bytes)):
         writer.add_array(key, value)
     elif isinstance(value, bool):
         writer.add_bool(key, value)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpu_tune.checkpoints.weight_source import WeightSource
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 from tpu_tune.models import Architecture, architecture, with_keys
 from tpu_tune.models.wrappers import spellings
 from tpu_tune.tensors import Module, QuantizedTensor
@@ -196,10 +196,13 @@ def check_names(source: WeightSource, architecture: Architecture) -> dict[str, s
     if missing:
         near = difflib.get_close_matches(missing[0], extra, 1)
         hint = f" (the file has '{near[0]}')" if near else ""
-        raise UserError(f"{source.path}: {len(missing)} tensors are missing: {_some(missing)}{hint}")
+        raise UserError(
+            f"{source.path}: {counted(len(missing), 'tensor is', 'tensors are')} missing: {_some(missing)}{hint}"
+        )
     if extra:
         raise UserError(
-            f"{source.path}: {len(extra)} tensors are not part of a {architecture.family} model: {_some(extra)}"
+            f"{source.path}: {counted(len(extra), 'tensor is', 'tensors are')} not part of a {architecture.family} "
+            f"model: {_some(extra)}"
         )
     for name, shape in expected.items():
         if tuple(source.shapes[held[name]]) != shape:

@@ -20,10 +20,11 @@ import numpy as np
 from safetensors.numpy import load, load_file, save_file
 
 from tpu_tune.checkpoints import expert_adapters, json_text, storage, tower_adapters
+from tpu_tune.checkpoints.ends import write_closing_end
 from tpu_tune.checkpoints.peft_values import check_adapter_config
 from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.checkpoints.weight_source import WeightSource
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraConfig, Target, Targets, find_targets
@@ -93,6 +94,7 @@ def write_adapter(
             json.dump(config, stream, indent=2, sort_keys=True)
         if source is not None:
             write_record(aside, source)
+            write_closing_end(aside, source)
 
 
 def _without(targets: Targets, experts: Sequence[Target]) -> Targets:
@@ -282,7 +284,10 @@ def read_adapter(
     copies = (".base_layer.", ".modules_to_save.")  # the latter twice, as the embedding and as the module saved
     left = [key for key in tensors if key not in used and not any(part in key for part in copies)]
     if left:
-        raise UserError(f"{file}: {len(left)} tensors do not belong to a LoRA of this model, e.g. '{left[0]}'")
+        raise UserError(
+            f"{file}: {counted(len(left), 'tensor does', 'tensors do')} not belong to a LoRA of this model, e.g. "
+            f"'{left[0]}'"
+        )
     return spec, trainable
 
 

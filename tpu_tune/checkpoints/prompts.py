@@ -10,6 +10,9 @@ from typing import Any
 
 CHAT, PLAIN, ALPACA = "chat", "plain", "alpaca"
 
+# Where a written model keeps it: in config.json an object with this key, in a GGUF file `tpu_tune.taught_as`.
+RECORD, KEY = "tpu_tune", "taught_as"
+
 # Stanford Alpaca's own prompt. The variants that go about differ in what follows the last colon: nothing here, one
 # space in qlora, a line break in axolotl and LLaMA-Factory.
 ALPACA_WITH_INPUT = (
@@ -43,6 +46,19 @@ def taught_as(counts: Mapping[str, Any] | None) -> str:
     if chats or pairs:
         return CHAT if chats >= pairs else ALPACA if 2 * formats.get("alpaca", 0) > pairs else PLAIN
     return PLAIN if formats else ""
+
+
+def recorded(config: Mapping[str, Any]) -> str:
+    """Return how the rows asked that a model was trained on, as its config says it; "" where it says nothing."""
+    record = config.get(RECORD)
+    form = record.get(KEY) if isinstance(record, Mapping) else None
+    return form if form in (CHAT, PLAIN, ALPACA) else ""
+
+
+def with_record(config: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """Return a config that says how the rows asked, in place of what it said before; nothing where `form` is ""."""
+    kept = {key: value for key, value in config.items() if key != RECORD}
+    return kept | ({RECORD: {KEY: form}} if form else {})
 
 
 def _is_chat(format: str) -> bool:

@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.cli import numbers
@@ -121,21 +123,44 @@ def run(options: argparse.Namespace) -> int:
         _check_rows(settings)  # before any weight is read
 
     model = load_any(options.model, options.dtype, options.quantize, options.adapter, step=options.step)
-    outcomes = [run_task(model, settings, config)]
+    said: set[str] = set()
+    with _said_once(said):
+        outcomes = [run_task(model, settings, config)]
     names = [options.model + (f" + {options.adapter}" if options.adapter else "")]
     names[0] += f", step {options.step}" if isinstance(options.step, int) else f", {options.step}" * bool(options.step)
     del model  # one model at a time
     if options.base or options.against:
         names.append("before training" if options.base else options.against)
         path = options.model if options.base else options.against
-        outcomes.append(
-            run_task(load_any(path, options.dtype, options.quantize, before=options.base), settings, config)
-        )
+        other = load_any(path, options.dtype, options.quantize, before=options.base)
+        with _said_once(said):  # of the same rows the same would be said again
+            outcomes.append(run_task(other, settings, config))
     report = _report(settings, names, outcomes)
     if options.output:
         _write(options.output, report, outcomes)
     print(json.dumps(report) if options.json else _table(report))
     return 0
+
+
+@contextlib.contextmanager
+def _said_once(said: set[str]) -> Iterator[None]:
+    """Leave out the log's lines that are in `said`, and put the others there at the end."""
+
+    lines: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        lines.add(record.getMessage())
+        return record.getMessage() not in said
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
+        said |= lines
 
 
 def _without_model(options: argparse.Namespace) -> int:

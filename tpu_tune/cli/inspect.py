@@ -6,6 +6,7 @@ import argparse
 import json
 
 from tpu_tune.cli.common import Commands, read_config
+from tpu_tune.errors import counted
 
 
 def add(commands: Commands) -> None:
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if facts["left_aside"]:
         print("left aside, and passed on unchanged by a merged export:")
     for part, size in facts["left_aside"].items():
-        print(f"  {part}: {size['tensors']:,} tensors, {size['parameters']:,} parameters")
+        print(f"  {part}: {counted(size['tensors'], 'tensor')}, {counted(size['parameters'], 'parameter')}")
     lora = facts["lora"]
     print("this LoRA configuration would train:")
     for target in lora["targets"]:

@@ -32,7 +32,8 @@ def add(commands: Commands) -> None:
         type=numbers.whole(),
         default=60,
         metavar="N",
-        help="length of the range test, and of the longest runs of --bracket (default 60)",
+        help="length of the range test, and of the longest runs of --bracket; the short runs after the test have a "
+        "quarter of it, 15 at most (default 60)",
     )
     parser.add_argument(
         "--bracket",
@@ -47,17 +48,20 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    from tpu_tune.curves.learning_rate.finder_options import FinderOptions
+
     config, bracket = read_config(options), _rates(options.bracket)
     _check_output(options.output)
+    finder = FinderOptions(options.min, options.max, options.steps, bracket, narrow=options.bracket == "")
+    finder.check()
     join_hosts()
     import jax
 
-    from tpu_tune.curves.learning_rate.find import FinderOptions, figures, find
+    from tpu_tune.curves.learning_rate.find import figures, find
     from tpu_tune.curves.learning_rate.plot import draw
     from tpu_tune.training import distributed
 
     is_main = jax.process_index() == 0
-    finder = FinderOptions(options.min, options.max, options.steps, bracket, narrow=options.bracket == "")
     with distributed.leaving_alone():
         result = find(config, finder, say if is_main else lambda line: None)
     if not is_main:

@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune import planning
 
     config, devices = read_config(options), _devices(options)
+    if options.no_compile:
+        planning.count_here(max(device.count for device in devices))
     if options.suggest:
         return _suggest(config, devices, options)
     plans = []

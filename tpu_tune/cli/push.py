@@ -9,6 +9,7 @@ from typing import Any
 
 from tpu_tune.cli.common import Commands, add_step
 from tpu_tune.cli.export import add_forms, check_forms
+from tpu_tune.errors import counted
 
 _CARD_LINES = 24
 
@@ -96,7 +97,7 @@ def _tell(options: argparse.Namespace, request: Any, files: list[Any], figures: 
         facts = {"repo": request.repo, "dry_run": options.dry_run, "files": listed, **figures}
         print(json.dumps({**facts, "card": card} if options.dry_run else {**facts, "commit": address}))
         return
-    print(f"{request.repo}: {'would get' if options.dry_run else 'got'} {len(files)} files")
+    print(f"{request.repo}: {'would get' if options.dry_run else 'got'} {counted(len(files), 'file')}")
     for file in files:
         print(f"  {_bytes(file.size):>10}  {file.name}")
     if figures:

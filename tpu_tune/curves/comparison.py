@@ -22,6 +22,7 @@ from tpu_tune.curves.diagnosis import Diagnosis
 from tpu_tune.curves.losses import tail
 from tpu_tune.curves.runs import CurveRun
 from tpu_tune.curves.series import series
+from tpu_tune.errors import counted
 
 CLEAR = 2.0  # times the noise: a smaller difference may be chance
 _SEEDS = ("seed", "data.data_seed")
@@ -173,7 +174,7 @@ def _answer(
         before, after = (_last_step(runs[i]) if key == "steps" else flat[i].get(key) for i in (number, other))
         if not all(isinstance(value, int | float) for value in (before, after)) or (after - before) * direction <= 0:
             continue
-        what = f"{after:,} steps" if key == "steps" else f"{key}={_value(after)}"
+        what = counted(after, "step") if key == "steps" else f"{key}={_value(after)}"
         apart = theirs.loss - mine.loss
         if abs(apart) <= CLEAR * math.hypot(mine.noise, theirs.noise):
             return f" ({runs[other].name} has {what}, and its loss is the same within the noise)"

@@ -36,7 +36,9 @@ from tpu_tune.curves.losses import MIN_TRAIN, Curve, Finding, Losses, level_at, 
 from tpu_tune.curves.preferences import diagnose_rewards
 from tpu_tune.curves.series import has_rewards
 from tpu_tune.curves.statistics import block_medians, mann_kendall, running
+from tpu_tune.errors import counted
 
+MIN_CONVERGED = 12  # training losses, below which no curve is called converged
 MIN_EVAL = 3  # with fewer evaluations there is no verdict on them
 FLAT = 0.03  # share of the start: a training loss that fell less has not learned
 STILL = 0.05  # share of the whole fall that another third would bring, above which a loss still falls
@@ -126,14 +128,16 @@ def _too_few(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> 
     return Finding(
         "not enough points",
         "training",
-        [f"{len(losses.train)} training losses; a verdict needs at least {MIN_TRAIN}"],
+        [f"{counted(len(losses.train), 'training loss', 'training losses')}; a verdict needs at least {MIN_TRAIN}"],
         ["train longer, or lower train.logging_steps"],
     )
 
 
 def _too_early(losses: Losses) -> Finding:
     """In place of "flat" early in a run: many are flat at first, and nothing is wrong with those."""
-    evidence = [f"nearly flat after {len(losses.train)} training losses, as many a run is at first"]
+    evidence = [
+        f"nearly flat after {counted(len(losses.train), 'training loss', 'training losses')}, as many a run is at first"
+    ]
     return Finding("not enough points", "training", evidence, ["let the run go on"])
 
 
@@ -152,7 +156,8 @@ def _flat(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> Fin
     if by_start or by_trend or by_eval or end < LOW:
         return None
     evidence = [
-        f"train loss went from {losses.start:.4g} to {end:.4g} in {losses.last_step} steps, a change within its noise "
+        f"train loss went from {losses.start:.4g} to {end:.4g} in {counted(losses.last_step, 'step')}, a change within "
+        "its noise "
         f"({losses.noise:.2g}) or {FLAT:.0%}"
     ]
     if vocab_size:
@@ -233,6 +238,10 @@ def _falling(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> 
 def _well_fit(losses: Losses, saved_steps: list[int], vocab_size: int | None) -> Finding:
     train, held_out = losses.train, losses.eval
     end = train.end()
+    if len(train) < MIN_CONVERGED:
+        evidence = [f"train loss {end:.4g}; {len(train)} training losses are too few to say that it has converged"]
+        advice = ["train longer (more rows, a smaller batch, more epochs), or lower train.logging_steps"]
+        return Finding("not enough points", "training", evidence, advice)
     if vocab_size and end > GUESSING * math.log(vocab_size):
         evidence = [
             f"train loss converged at {end:.4g}, {end / math.log(vocab_size):.0%} of the loss of guessing among "
@@ -241,7 +250,8 @@ def _well_fit(losses: Losses, saved_steps: list[int], vocab_size: int | None) ->
         return Finding("underfit", "flat and high", evidence, [_MORE_CAPACITY, _OTHER_RATES, _CHECK_DATA])
     if len(held_out) < MIN_EVAL:
         evidence = [
-            f"train loss converged at {end:.4g}, but {len(held_out)} evaluations cannot tell well-fit from overfit; "
+            f"train loss converged at {end:.4g}, but {counted(len(held_out), 'evaluation')} cannot tell well-fit from "
+            "overfit; "
             f"a verdict needs at least {MIN_EVAL}"
         ]
         advice = ["set data.eval or data.eval_ratio, and lower train.eval_steps"]

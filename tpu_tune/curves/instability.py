@@ -11,6 +11,7 @@ import numpy as np
 
 from tpu_tune.curves.losses import MIN_TRAIN, Finding, Losses
 from tpu_tune.curves.statistics import running
+from tpu_tune.errors import counted
 
 SPIKE_NOISE, SPIKE_LEVEL = 8.0, 0.5  # a spike exceeds the running median by 8 noise levels and by half of the median
 _LOWER_RATE = "lower train.learning_rate to a third or a tenth (tpu-tune lr-find looks for a good one)"
@@ -36,11 +37,21 @@ def _not_finite(losses: Losses) -> Finding | None:
     if bad:
         losses.numbers["not_finite_rows"] = len(bad)
     if bad_eval or len(bad) >= max(2, 0.01 * count) or (bad and bad[-1] >= losses.last_step):
-        which = f"{len(bad)} of {count} training losses" if bad else f"{len(bad_eval)} evaluation losses"
-        evidence = [f"{which} are not finite numbers, first at step {(bad or bad_eval)[0]}"]
+        which = (
+            f"{len(bad)} of {count} training losses"
+            if bad
+            else counted(len(bad_eval), "evaluation loss", "evaluation losses")
+        )
+        evidence = [
+            f"{which} {'is' if bad and len(bad) == 1 else 'are'} not finite numbers, first at step "
+            f"{(bad or bad_eval)[0]}"
+        ]
         return Finding("unstable", "not finite", evidence, [_LOWER_RATE, _STABILIZE, _FLOAT32])
     if losses.skipped:
-        losses.remarks.append(f"{losses.skipped} updates were left out because their gradients were not finite")
+        losses.remarks.append(
+            f"{counted(losses.skipped, 'update was', 'updates were')} left out because of gradients that were not "
+            "finite"
+        )
     if bad:
         losses.remarks.append(f"the training loss was no finite number at step {bad[0]}, and finite again after it")
     return None
@@ -114,7 +125,8 @@ def _spikes(losses: Losses, saved_steps: list[int]) -> Finding | None:
         worst = int(np.argmax(np.where(high, above, -np.inf)))
         listed = ", ".join(steps[:6]) + (", ..." if len(steps) > 6 else "")
         evidence = [
-            f"train loss jumped {len(starts)} times (steps {listed}); the highest jump reached "
+            f"train loss jumped {counted(len(starts), 'time')} ({'step' if len(starts) == 1 else 'steps'} {listed}); "
+            "the highest jump reached "
             f"{train.values[worst]:.4g}, from a usual {usual[worst]:.4g}"
         ]
         rows = "look at the rows of those steps: broken or very long ones cause such jumps too"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data.formats import own_format
+from tpu_tune.data.sources import likely_encoding
 from tpu_tune.data.streams import Skipped, progress, read_any, writing
 from tpu_tune.errors import UserError
 
@@ -89,7 +90,11 @@ def _read(path: str) -> Iterator[str]:
                 position += len(block)
                 yield block
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8, after some {position:,} characters; save it as UTF-8") from error
+        likely = likely_encoding(bytes(error.object))
+        raise UserError(
+            f"{path}: not valid UTF-8, after some {position:,} characters; save it as UTF-8 (perhaps it is {likely}: "
+            f"tpu-tune data ingest --encoding {likely} reads such files)"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 

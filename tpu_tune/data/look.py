@@ -25,7 +25,7 @@ from tpu_tune.data.streams import Skipped, progress, read_any
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import CHOSEN, PLAIN, REJECTED, TokenizedSet
 from tpu_tune.data.tokenizing import past_template, tokenize_rows
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 _UNCUT = 2**40  # a max_length that cuts nothing
 _LONGEST_CHARACTER = 8  # tokens that one character may be in pieces of
@@ -206,7 +206,8 @@ def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
 def show(view: View, color: bool) -> str:
     """The example as text for a terminal, or with `[[` and `]]` around what is trained on."""
     trained = int(view.trained.sum())
-    head = f"{view.where}: {len(view.texts)} tokens, {trained} trained on, {len(view.texts) - trained} only read"
+    head = f"{view.where}: {counted(len(view.texts), 'token')}, "
+    head += f"{trained} trained on, {len(view.texts) - trained} only read"
     if view.cut:
         head += f", {view.cut} cut off"
     parts = [f"{_BOLD}{head}{_RESET}" if color else f"== {head}", *(f"   ({note})" for note in view.notes)]

@@ -29,7 +29,7 @@ from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.data.tokenizing import past_template, tokenize_rows
 from tpu_tune.data.workers import Batch, num_processes, tokenize_batch, tokenize_batches
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def _check_rated(path: str, one: TokenizedSet, rated: bool) -> None:
 def _check_some(path: str, counts: Counter, dropped: Counter) -> None:
     if not counts["examples"]:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
-        raise UserError(f"{path}: none of the {counts['rows']} rows has anything to learn ({reasons or 'bad rows'})")
+        raise UserError(f"{path}: nothing to learn in {counted(counts['rows'], 'row')} ({reasons or 'bad rows'})")
 
 
 def _figures(counts: Counter, skipped: Skipped) -> dict[str, Any]:

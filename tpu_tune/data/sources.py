@@ -23,7 +23,7 @@ from tpu_tune.data import columnar, saved_sets
 from tpu_tune.data.formats import ANOTHER_READS
 from tpu_tune.data.messages import without_nulls
 from tpu_tune.data.saved_sets import EVAL_NAMES, TRAIN_NAMES
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _HUB = "hub:"  # a hub source is written hub:<dataset id>:<split>
@@ -202,7 +202,7 @@ def read_rows(path: str, *, skip_bad_rows: bool = False) -> tuple[list[dict[str,
     if bad and not skip_bad_rows:
         raise UserError(f"{bad[0]}; {_SKIP_ADVICE}")
     if not rows:
-        which = f" that can be read ({len(bad)} bad ones, first {bad[0]})" if bad else ""
+        which = f" that can be read ({counted(len(bad), 'bad one')}, first {bad[0]})" if bad else ""
         raise UserError(f"{path}: no rows{which}")
     if is_hub(path) or Path(path).suffix.lower() in (".parquet", ".arrow"):  # in whose structs absent keys are null
         rows = [{key: without_nulls(value) for key, value in row.items()} for row in rows]
@@ -232,12 +232,27 @@ def _read_json_lines(path: str, content: bytes) -> tuple[list[dict], list[BadRow
     return rows, bad
 
 
+def likely_encoding(content: bytes) -> str:
+    """Return the encoding that a text which is not UTF-8 most likely has: UTF-16 by its zeros, else a one-byte one.
+
+    Western European texts are meant; which one-byte encoding it is cannot be told from the bytes.
+    """
+    for name, first in (("utf-16-le", 1), ("utf-16-be", 0)):
+        if 2 * content[first::2].count(0) > len(content) // 2 > 0:
+            return name
+    try:
+        content.decode("cp1252")
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "cp1252"
+
+
 def parse_row(line: bytes) -> tuple[dict[str, Any] | None, str]:
     """Return (the object in a line of JSON Lines, None), or (None, why it is no row)."""
     try:
         value = json_text.loads(line)
     except UnicodeDecodeError as error:
-        return None, f"not valid UTF-8 (byte {error.start + 1} of the line)"
+        return None, f"not valid UTF-8 (byte {error.start + 1} of the line; perhaps {likely_encoding(line)})"
     except json.JSONDecodeError as error:
         return None, f"not valid JSON ({error.msg})"
     if not isinstance(value, dict):
@@ -322,7 +337,15 @@ def _decode(path: str, content: bytes) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not valid UTF-8; save the file as UTF-8") from error
+        raise UserError(f"{path}:{line}: {_other_encoding(content)}") from error
+
+
+def _other_encoding(content: bytes) -> str:
+    likely = likely_encoding(content)
+    return (
+        f"not valid UTF-8; save the file as UTF-8 (perhaps it is {likely}: "
+        f"tpu-tune data ingest --encoding {likely} reads such files)"
+    )
 
 
 def _kind(value: Any) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from tpu_tune.checkpoints import json_text
 from tpu_tune.data.streams import MAX_ROW_BYTES, Skipped, aside, progress, read_lines
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 MANY_ROWS = 1_000_000  # from here on a set is large: 0.01% of it is for validation, 0.1% below
 TRAIN, VALIDATION = "train.jsonl", "val.jsonl"
@@ -73,7 +73,7 @@ def rule(rows: int) -> int:
       UserError: there are fewer than two rows.
     """
     if rows < 2:
-        raise UserError(f"only {rows} row(s): there is none to hold out for validation")
+        raise UserError(f"only {counted(rows, 'row')}: there is none to hold out for validation")
     return max(1, round(rows * (0.0001 if rows >= MANY_ROWS else 0.001)))
 
 
@@ -213,7 +213,8 @@ def _whole_groups(path: str, sizes: Counter, count: int, options: SplitOptions) 
         rows += sizes[value]
     if len(chosen) == len(sizes):
         raise UserError(
-            f"{path}: {count} validation rows take all {len(sizes)} values of '{options.group_key}'; ask for fewer"
+            f"{path}: {counted(count, 'validation row takes', 'validation rows take')} all {len(sizes)} values of "
+            f"'{options.group_key}'; ask for fewer"
         )
     return chosen.__contains__
 

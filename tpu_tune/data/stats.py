@@ -44,7 +44,7 @@ from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import CHOSEN, REJECTED, TokenizedSet
 from tpu_tune.data.tokenizing import past_template
 from tpu_tune.data.workers import tokenize_batches
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -317,29 +317,36 @@ def _warnings(figures: dict[str, Any], method: str, max_length: int) -> list[str
         )
     if figures["duplicates"]:
         warnings.append(
-            f"{figures['duplicates']:,} rows have the text of another row; tpu-tune data clean removes them"
+            f"{counted(figures['duplicates'], 'row has', 'rows have')} the text of another row; tpu-tune data clean "
+            "removes them"
         )
     if figures["empty_answers"]:
-        warnings.append(f"{figures['empty_answers']:,} rows have an empty answer or text; nothing is learnt from them")
+        warnings.append(
+            f"{counted(figures['empty_answers'], 'row has', 'rows have')} an empty answer or text; nothing is learnt "
+            "from them (tpu-tune data clean --drop-empty)"
+        )
     over = figures["lengths"].get("over_max_length", 0)
     if over:
         formats = {bare(name) for name in figures["formats"]}
         what = "cut into blocks" if formats == {"text"} else "cut, or left out by data tokenize"
         what = "left out, since both answers have to fit together" if formats == {"preference"} else what
         warnings.append(
-            f"{over:,} rows ({over / figures['rows']:.1%}) are longer than {max_length} tokens: they are {what}"
+            f"{counted(over, 'row')} ({over / figures['rows']:.1%}) {'is' if over == 1 else 'are'} longer "
+            f"than {max_length} tokens: {what}"
         )
     if figures.get("tokens", {}).get("unknown_tokens"):
         warnings.append(
-            f"{figures['tokens']['unknown_tokens']:,} tokens are unknown to the tokenizer: their text is lost"
+            f"{counted(figures['tokens']['unknown_tokens'], 'token is', 'tokens are')} unknown to the tokenizer: their "
+            "text is lost"
         )
     if UNKNOWN in figures["formats"]:
         warnings.append(
-            f"{figures['formats'][UNKNOWN]:,} rows are of no known format, the first {figures['first_unknown']}: "
+            f"{counted(figures['formats'][UNKNOWN], 'row is', 'rows are')} of no known format, the first "
+            f"{figures['first_unknown']}: "
             "training stops there (data.columns can rename keys)"
         )
     warnings += [
-        f"'{key}' of {count:,} rows is not used: it is not in the text that is trained on"
+        f"'{key}' of {counted(count, 'row')} is not used: it is not in the text that is trained on"
         for key, count in figures["unused"].items()
     ]
     return warnings
@@ -349,10 +356,10 @@ def table(figures: dict[str, Any]) -> str:
     """The figures of `describe` as text."""
     lines = [
         f"rows          {figures['rows']:,} ({figures['format']})"
-        + f", {figures['bad_rows']:,} bad ones" * bool(figures["bad_rows"]),
+        + f", {counted(figures['bad_rows'], 'bad one')}" * bool(figures["bad_rows"]),
         f"keys          {', '.join(f'{key} ({count:,})' for key, count in figures['keys'].items())}",
-        f"text          {figures['characters']:,} characters, {_bytes(figures['bytes'])}",
-        f"duplicates    {figures['duplicates']:,} rows; empty answers {figures['empty_answers']:,}",
+        f"text          {counted(figures['characters'], 'character')}, {_bytes(figures['bytes'])}",
+        f"duplicates    {counted(figures['duplicates'], 'row')}; empty answers {figures['empty_answers']:,}",
     ]
     tokens = figures.get("tokens")
     if tokens:
@@ -366,7 +373,7 @@ def table(figures: dict[str, Any]) -> str:
             for name, rated in tokens["rated"].items()
         ]
         lines += [f"answers       {', '.join(answers)}"] * bool(answers)
-        lines += [f"left out      {count:,} rows: {reason}" for reason, count in tokens["dropped"].items()]
+        lines += [f"left out      {counted(count, 'row')}: {reason}" for reason, count in tokens["dropped"].items()]
     lengths = figures["lengths"]
     shares = ", ".join(f"{p}% up to {lengths[f'p{p}']:,}" for p in _PERCENTILES if f"p{p}" in lengths)
     lines.append(f"length        in {lengths['unit']}: mean {lengths['mean']:,}; {shares}; longest {lengths['max']:,}")
@@ -383,7 +390,9 @@ def table(figures: dict[str, Any]) -> str:
                 lines.append(f"{kind} with the most tokens a character:")
             for broken in tokens[f"broken_{kind}"]:
                 pieces = broken["tokens"]
-                lines.append(f"  {broken['count']:>9,} x {broken['text']}: {len(pieces)} tokens, {' '.join(pieces)}")
+                lines.append(
+                    f"  {broken['count']:>9,} x {broken['text']}: {counted(len(pieces), 'token')}, {' '.join(pieces)}"
+                )
     return "\n".join([*lines, *(f"warning: {warning}" for warning in figures["warnings"])])
 
 

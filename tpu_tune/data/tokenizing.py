@@ -45,7 +45,7 @@ from tpu_tune.data.messages import RowError, is_context_only
 from tpu_tune.data.sources import BadRow, with_advice
 from tpu_tune.data.tokenize_options import TokenizeOptions
 from tpu_tune.data.tokenized_set import PLAIN, TokenizedSet
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 _BATCH = 1024  # rows whose texts go to the tokenizer together; its own threads share them
 
@@ -174,7 +174,7 @@ def past_template(summary: Mapping[str, Any], options: TokenizeOptions, option: 
     if not pairs or not options.chat_template or options.encoder_decoder:
         return ""
     formats = [name for name in (*PAIRS, *RATED) if name in summary["formats"]]
-    rows = f"{pairs:,} rows ({', '.join(formats)}) are" if pairs > 1 else f"1 row ({formats[0]}) is"
+    rows = f"{counted(pairs, 'row')} ({', '.join(formats)}) {'is' if pairs == 1 else 'are'}"
     return (
         f"{rows} trained on without the tokenizer's chat template, through which a chat model is usually asked: "
         f"{option}=auto{AS_CHAT} makes prompt and answer its turns"

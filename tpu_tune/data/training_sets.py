@@ -24,7 +24,7 @@ from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
 from tpu_tune.data.tokenizing import past_template
 from tpu_tune.data.workers import tokenize_parallel
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,10 @@ def split_rows(source_rows: np.ndarray, share: float, seed: int) -> tuple[np.nda
     """
     rows = np.unique(source_rows)
     if share >= max(1, len(rows)):
-        raise UserError(f"has {len(rows)} rows, and {share:g} are to be held out; some must be left to train on")
+        raise UserError(
+            f"has {counted(len(rows), 'row')}, and {share:g} {'is' if share == 1 else 'are'} to be held out; some must "
+            "be left to train on"
+        )
     if len(rows) < 2:
         return np.arange(len(source_rows)), np.zeros(0, np.int64)
     count = int(np.clip(share if share >= 1 else round(len(rows) * share), 1, len(rows) - 1))
@@ -284,7 +287,7 @@ def _check(data: TokenizedSet, name: str, vocab_size: int | None) -> None:
         reasons = [f"{reason}: {count}" for reason, count in summary["dropped"].items()]
         if summary["bad_rows"]:
             reasons.append(f"bad: {summary['bad_rows']}, first {summary['bad_examples'][0]}")
-        raise UserError(f"{name}: none of the {summary['rows']} rows has anything to learn ({'; '.join(reasons)})")
+        raise UserError(f"{name}: nothing to learn in {counted(summary['rows'], 'row')} ({'; '.join(reasons)})")
     if vocab_size is not None and summary["max_token_id"] >= vocab_size:
         raise UserError(
             f"{name}: token id {summary['max_token_id']} is outside the model's vocabulary of {vocab_size}; "
@@ -332,13 +335,13 @@ def _summarise(rows: PackedRows | PairRows) -> dict[str, Any]:
 
 def _report(name: str, summary: dict[str, Any]) -> None:
     logger.info(
-        "%s: %d examples (%s), %d tokens, %d of them targets, in %d rows of %d (%.0f%% full)",
+        "%s: %s (%s), %s, %d of them targets, in %s of %d (%.0f%% full)",
         name,
-        summary["used_examples"],
+        counted(summary["used_examples"], "example"),
         summary["format"],
-        summary["used_tokens"],
+        counted(summary["used_tokens"], "token"),
         summary["used_target_tokens"],
-        summary["packed_rows"],
+        counted(summary["packed_rows"], "row"),
         summary["width"],
         100 * summary["fill"],
     )
@@ -347,14 +350,16 @@ def _report(name: str, summary: dict[str, Any]) -> None:
 def _warn(name: str, summary: dict[str, Any]) -> None:
     """Say aloud what of a set is not trained on as it was written."""
     for reason, count in summary["dropped"].items():
-        logger.warning("%s: %d rows left out: %s", name, count, reason)
+        logger.warning("%s: %s left out: %s", name, counted(count, "row"), reason)
     for key, count in summary.get("unused", {}).items():
-        logger.warning("%s: '%s' of %d rows is not used: it is not in the text that is trained on", name, key, count)
+        rows = counted(count, "row")
+        logger.warning("%s: '%s' of %s is not used: it is not in the text that is trained on", name, key, rows)
     if summary["bad_rows"]:
-        logger.warning("%s: %d bad rows skipped, first %s", name, summary["bad_rows"], summary["bad_examples"][0])
+        bad = counted(summary["bad_rows"], "bad row")
+        logger.warning("%s: %s skipped, first %s", name, bad, summary["bad_examples"][0])
     if summary["truncated"]:
-        text = "%s: %d rows cut to length, %d of them lost the end of an answer"
-        logger.warning(text, name, summary["truncated"], summary["eos_lost"])
+        text = "%s: %s cut to length, %d of them lost the end of an answer"
+        logger.warning(text, name, counted(summary["truncated"], "row"), summary["eos_lost"])
     if summary["open_ended"]:
-        text = "%s: the chat template ends %d chats without an end token, so the model will not learn to stop"
-        logger.warning(text, name, summary["open_ended"])
+        text = "%s: the chat template ends %s without an end token, so the model will not learn to stop"
+        logger.warning(text, name, counted(summary["open_ended"], "chat"))

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints.prompts import CHAT, in_words, taught_as
 from tpu_tune.config import source_paths
+from tpu_tune.errors import counted
 from tpu_tune.inference.public_names import Base, base_name, hub_id, private_directories, scrubbed
 from tpu_tune.transforms import group_size
 
@@ -229,11 +230,11 @@ def _training(facts: CardFacts) -> str:
         lines.append(f"These are the weights of the checkpoint of step {facts.step:,}{of}.")
         rows = [row for row in rows if row["step"] <= facts.step]
     if rows:
-        took = [f"{rows[-1]['step']:,} steps"]
+        took = [counted(rows[-1]["step"], "step")]
         if _finite(rows[-1].get("epoch")):
             took.append(f"{rows[-1]['epoch']:.2f} epochs")
         if isinstance(rows[-1].get("num_tokens"), int):
-            took.append(f"{rows[-1]['num_tokens']:,} tokens seen")
+            took.append(counted(rows[-1]["num_tokens"], "token") + " seen")
         if _finite(rows[-1]["loss"]):
             took.append(f"last training loss {rows[-1]['loss']:.4f}")
         lines.append(", ".join(took) + ".")

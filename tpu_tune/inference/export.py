@@ -25,7 +25,7 @@ from tpu_tune.checkpoints.towers import as_text_model, text_names
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
-from tpu_tune.inference.run_result import Step, open_base, result_of, write_result
+from tpu_tune.inference.run_result import Step, open_base, result_of, says_how_taught, write_result
 from tpu_tune.models import Architecture
 from tpu_tune.transforms import QuantizeConfig, find_targets, unties_head
 
@@ -74,6 +74,7 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
         write_result(directory, config, step, output)
         return {"max_logit_difference": 0.0, "relative_logit_difference": 0.0, "same_first_guesses": 1.0}
     source, arch, load_tree = _trained(directory, config, step)
+    source = says_how_taught(source, directory)
     return _written_and_measured(
         output, arch, load_tree, base, lambda params: write_model(output, params, source, arch, dtype)
     )
@@ -98,7 +99,9 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
         raise UserError(f"--output is {output}; a GGUF file's name ends with .gguf")
     _check_output(output)
     source, arch, load_tree = _trained(directory, config, step)
-    text = as_text_model(source)  # llama.cpp has the other parts of a multimodal model in a file of their own
+    text = says_how_taught(
+        as_text_model(source), directory
+    )  # llama.cpp has the other parts of a multimodal model in a file of their own
     check_family(text.config)
 
     def write(params: dict[str, Any]) -> None:

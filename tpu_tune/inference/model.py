@@ -16,7 +16,7 @@ from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.adapter_base import base_of_adapter
 from tpu_tune.checkpoints.chat_template import with_template_of
 from tpu_tune.checkpoints.params import load_params, open_architecture
-from tpu_tune.checkpoints.prompts import CHAT, in_words
+from tpu_tune.checkpoints.prompts import CHAT, in_words, recorded
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.tokenizers import encode_text, with_bos
 from tpu_tune.checkpoints.vocabulary import with_tokens_of
@@ -152,7 +152,8 @@ def load_source(source: WeightSource, dtype: str, quantization: QuantizeConfig, 
     if spec is not None:
         targets = find_targets(arch.modules(), spec, arch.default_targets)
         params = targets.combine(*targets.split(params, trained))
-    return Model(arch, params, jnp.dtype(dtype), source, targets)
+    taught = "" if adapter else recorded(source.config)  # an adapter may have been taught in another form than its base
+    return Model(arch, params, jnp.dtype(dtype), source, targets, taught=taught)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -7,6 +7,7 @@ checkpoint, written to a temporary directory as training would have written it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from tpu_tune.checkpoints import huggingface_write, peft, storage
 from tpu_tune.checkpoints.chat_template import read_text, template_of
 from tpu_tune.checkpoints.methods import METHODS
 from tpu_tune.checkpoints.params import load_params, open_architecture
+from tpu_tune.checkpoints.prompts import taught_as, with_record
 from tpu_tune.checkpoints.run_checkpoints import base_fingerprint, read_trainable
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.vocabulary import open_configured
@@ -141,6 +143,7 @@ def write_result(run: RunDirectory, config: ConfigDict, step: Step, directory: s
                 "run began with"
             )
         frozen = _frozen(method, trained, source, arch, config)
+    source = says_how_taught(source, run)
     # A leaf that is a NumPy array would be taken for one that wraps another: both have a `base`.
     write_trained(directory, config, method, jax.tree.map(jnp.asarray, trained), frozen, source, arch)
 
@@ -172,6 +175,12 @@ def write_trained(
         peft.write_adapter(directory, trainable, method, arch, config.model.path, frozen, source)
     else:
         huggingface_write.write_model(directory, method.combine(trainable, frozen), source, arch)
+
+
+def says_how_taught(source: WeightSource, run: RunDirectory) -> WeightSource:
+    """Return a run's model with a config that says how the run's rows asked; it is written so, and asked so later."""
+    form = taught_as((run.summary().get("data") or {}).get("train"))
+    return dataclasses.replace(source, config=with_record(source.config, form))
 
 
 def open_base(run: RunDirectory, config: ConfigDict) -> WeightSource:

@@ -6,7 +6,7 @@ training step from shapes (`compile_step`); it turns the result into figures, an
 """
 
 from tpu_tune.planning.cards import GENERATIONS, by_memory
-from tpu_tune.planning.compile_process import what_a_plan_does
+from tpu_tune.planning.compile_process import count_here, what_a_plan_does
 from tpu_tune.planning.devices import NAMES, Device, device_of, find_device, split_names
 from tpu_tune.planning.figures import plan
 from tpu_tune.planning.local_devices import local_device, local_device_within
@@ -21,6 +21,7 @@ __all__ = [
     "best_of",
     "by_memory",
     "comparison",
+    "count_here",
     "device_of",
     "find_device",
     "local_device",

@@ -1,7 +1,8 @@
-"""Run `compile_step` in a separate process, with environment variables that only the compiler should see."""
+"""Run `compile_step`: its compiler in a process of its own, with variables that only the compiler should see."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,8 +11,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from tpu_tune.errors import UserError
-from tpu_tune.planning.compile_step import missing_compiler
+from tpu_tune.planning.compile_step import measure, missing_compiler
 from tpu_tune.planning.devices import Device
 
 TIMEOUT = 1800.0  # seconds
@@ -59,8 +62,21 @@ def what_a_plan_does(device: Device, compile: bool = True) -> str:
     return f"compiling the training step for {device.name}, which need not be here: {_USUAL[device.kind]}"
 
 
+def count_here(devices: int) -> None:
+    """Have `run_job` count bytes in this process, unless JAX has begun: it then has these CPU devices and no others."""
+    with contextlib.suppress(RuntimeError):  # it has begun
+        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _counts_here(devices: int) -> bool:
+    return jax.config.jax_platforms == "cpu" and len(jax.devices()) >= devices
+
+
 def run_job(job: Mapping[str, Any], kind: str, timeout: float = TIMEOUT) -> dict[str, Any]:
     """Return the result of `compile_step.measure`; if the compiler fails or takes too long, only counted bytes.
+
+    Bytes are counted in this process where it has enough CPU devices and none of another kind.
 
     Args:
       job: argument of `compile_step.measure`.
@@ -71,6 +87,8 @@ def run_job(job: Mapping[str, Any], kind: str, timeout: float = TIMEOUT) -> dict
       UserError: settings that do not fit the model or the devices.
       RuntimeError: not even the bytes can be counted.
     """
+    if not job["compile"] and _counts_here(job["count"]):
+        return measure(job)
     command = [sys.executable, "-m", "tpu_tune.planning.compile_step"]
     try:
         done = subprocess.run(

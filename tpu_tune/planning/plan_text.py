@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpu_tune.errors import counted
+
 _MOST_NAMES = 6  # devices that a line lists
 _LABELS = {
     "frozen": "frozen weights",
@@ -169,7 +171,7 @@ def override_flags(overrides: Mapping[str, Any]) -> str:
 
 def _batch(figures: Mapping[str, Any]) -> str:
     rows = figures["step"]["micro_batch_rows"]
-    return f"{rows:,} rows at a time on {figures['num_devices']} device{'s' if figures['num_devices'] > 1 else ''}"
+    return f"{counted(rows, 'row')} at a time on {counted(figures['num_devices'], 'device')}"
 
 
 def verdict(figures: Mapping[str, Any]) -> str:
@@ -186,7 +188,7 @@ def verdict(figures: Mapping[str, Any]) -> str:
 
 def _work(step: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"a step: {step['rows']:,} rows, {step['tokens']:,} tokens, {step['flops']:.3g} FLOPs "
+        f"a step: {counted(step['rows'], 'row')}, {counted(step['tokens'], 'token')}, {step['flops']:.3g} FLOPs "
         f"({step['hardware_flops']:.3g} with recomputed layers and masked scores)",
         f"  FLOPs = {step['flops_formula']}",
         f"  roofline {_time(step['roofline_seconds'])} (bound by {step['bound_by']}); "
@@ -195,7 +197,7 @@ def _work(step: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     if run["rows"] is not None:
         lines.append(f"the run: {run['arithmetic']} (rows: {run['rows_are']})")
     elif run["total_steps"] is not None:
-        lines.append(f"the run: {run['total_steps']:,} steps (train.max_steps)")
+        lines.append(f"the run: {counted(run['total_steps'], 'step')} (train.max_steps)")
     else:
         lines.append("the run: the number of rows is not known; give --rows N for the run's steps and hours")
     if run["hours_estimate"] is not None:

@@ -194,6 +194,17 @@ def _ministral3(width: int, inner: int, layers: int, **changes: Any) -> Config:
     return _llama(width, inner, layers, 32, 8, model_type="ministral3", **sizes, **changes)
 
 
+def _glm(family: str, **changes: Any) -> Config:
+    """GLM-4 9B, of 2024 and of 2025."""
+    sizes = {"vocab_size": 151552, "head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": True}
+    return _llama(4096, 13696, 40, 32, 2, model_type=family, **sizes, **changes)
+
+
+def _cohere(width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
+    sizes = {"vocab_size": 256000, "layer_norm_eps": 1e-5, "tie_word_embeddings": True}
+    return _llama(width, inner, layers, heads, kv_heads, **sizes, **changes)
+
+
 def _t5(width: int, inner: int, layers: int, heads: int, head_dim: int, gated: bool) -> Config:
     return {
         "model_type": "t5",
@@ -366,20 +377,33 @@ PRESETS: dict[str, Config] = {
     ),
     "ministral-3-3b": _ministral3(3072, 9216, 26, tie_word_embeddings=True),
     "ministral-3-8b": _ministral3(4096, 14336, 34),
-    "command-r7b": _llama(
+    "glm-4-9b": _glm("glm", max_position_embeddings=131072, rms_norm_eps=1.5625e-07),
+    "glm-4-9b-0414": _glm("glm4", max_position_embeddings=32768, rms_norm_eps=1e-5),
+    "command-r-35b": _cohere(
+        8192,
+        22528,
+        40,
+        64,
+        64,
+        model_type="cohere",
+        max_position_embeddings=131072,
+        rope_theta=8000000.0,
+        logit_scale=0.0625,
+    ),
+    "aya-expanse-8b": _cohere(
+        4096, 14336, 32, 32, 8, model_type="cohere", max_position_embeddings=8192, logit_scale=0.125
+    ),
+    "command-r7b": _cohere(
         4096,
         14336,
         32,
         32,
         8,
         model_type="cohere2",
-        vocab_size=256000,
         max_position_embeddings=132096,
         rope_theta=50000.0,
-        layer_norm_eps=1e-5,
         logit_scale=0.25,
         sliding_window=4096,
-        tie_word_embeddings=True,
     ),
     "seed-oss-36b": _llama(
         5120,
@@ -411,6 +435,32 @@ PRESETS: dict[str, Config] = {
     ),
     "nanochat-d20": _llama(1280, 5120, 20, 10, model_type="nanochat", vocab_size=65536, hidden_act="relu2"),
     # Sparse models: Mixtral (arXiv:2401.04088), Qwen3-MoE (arXiv:2505.09388), OLMoE (arXiv:2409.02060)
+    "gpt-oss-20b": _llama(
+        2880,
+        2880,
+        24,
+        64,
+        8,
+        model_type="gpt_oss",
+        vocab_size=201088,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=150000.0,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        sliding_window=128,
+        layer_types=["sliding_attention", "full_attention"] * 12,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        attention_bias=True,
+    ),
     "mixtral-8x7b": _llama(
         4096,
         14336,

@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 from tpu_tune.data.loading import steps_per_epoch
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 MAX_STEPS = 2**31 - 1
 AT_THE_END = 10**9  # train.eval_steps of a run that is to be evaluated at its end only
@@ -85,8 +85,8 @@ def interval(steps: float, total_steps: int) -> int:
 
 def words(length: RunLength, packed: bool = False) -> str:
     """Return the arithmetic in one line; `packed`: several examples are packed into a row."""
-    each = f"{length.per_device:,} row" + ("s" if length.per_device > 1 else "")
-    devices = f"{length.devices:,} device" + ("s" if length.devices > 1 else "")
+    each = counted(length.per_device, "row")
+    devices = counted(length.devices, "device")
     few = (
         f", and there {'is' if length.rows == 1 else 'are'} only {_rows(length.rows)}"
         if length.batch > length.rows
@@ -94,13 +94,13 @@ def words(length: RunLength, packed: bool = False) -> str:
     )
     return (
         f"{_rows(length.rows, 'packed ' if packed else '')}, batch {length.batch:,} ({each} x {devices} x "
-        f"{length.accumulation:,} accumulation{few}): {length.steps_per_epoch:,} steps an epoch, "
-        f"{length.total_steps:,} steps in {_epochs(length.epochs)}; {length.kind} gradient descent"
+        f"{length.accumulation:,} accumulation{few}): {counted(length.steps_per_epoch, 'step')} an epoch, "
+        f"{counted(length.total_steps, 'step')} in {_epochs(length.epochs)}; {length.kind} gradient descent"
     )
 
 
 def _rows(count: int, kind: str = "") -> str:
-    return f"{count:,} {kind}row{'' if count == 1 else 's'}"
+    return counted(count, f"{kind}row")
 
 
 def trainable_words(trained: int, total: int) -> str:

@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints.run_directory import RunDirectory
+from tpu_tune.errors import counted
 from tpu_tune.inference.run_result import Step, find_step, result_of
 from tpu_tune.training import evaluation, run_start
 from tpu_tune.training.loop import PRINT
@@ -42,7 +43,7 @@ def evaluate_only(
     session = open_session(config, lambda new: _find_result(new, step, found), say, evaluate_only=True)
     config, rows = session.config, session.data.eval
     evaluated = found[0] if found else config.model.path
-    say(f"evaluating {evaluated}: {len(rows)} rows of {rows.width} tokens; nothing is trained")
+    say(f"evaluating {evaluated}: {counted(len(rows), 'row')} of {counted(rows.width, 'token')}; nothing is trained")
     steps = prepare_evaluation(config, session.model)
     metrics, unit = evaluation.evaluate(steps, session.model.trainable, session), steps.objective.unit
     say(f"{evaluation.describe(metrics)} over {metrics[f'eval_num_{unit}']:,} {unit}")

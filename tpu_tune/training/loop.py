@@ -25,7 +25,7 @@ from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.towers import parts_left_aside
 from tpu_tune.data import Datasets, PackedRows, PairRows, prefetch
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 from tpu_tune.training import arithmetic, distributed, evaluation, loggers, plateau, run_start, summary, too_little
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.meter import LoopState, Meter
@@ -122,7 +122,7 @@ def _train(
         if is_main:
             run.truncate_metrics(first)
         if is_done:
-            say(f"this run is done: {first} of {total} steps; its result is in {result}")
+            say(f"this run is done: {first} of {counted(total, 'step')}; its result is in {result}")
             return Run(run.path, config, run.metrics(), first, total, result, "already finished")
         if is_main:
             run.update_summary(summary.describe(session))
@@ -164,7 +164,7 @@ def _train(
     rows = run.metrics()
     if on_eval:
         on_eval(rows)
-    say(f"{status} after {taken} steps; the result is in {result}")
+    say(f"{status} after {counted(taken, 'step')}; the result is in {result}")
     return Run(run.path, config, rows, taken, total, result, status)
 
 

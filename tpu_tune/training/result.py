@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
-from tpu_tune.inference.run_result import write_trained
+from tpu_tune.inference.run_result import says_how_taught, write_trained
 from tpu_tune.training import distributed
 from tpu_tune.training.prepare_model import PreparedModel
 from tpu_tune.training.step import TrainState
@@ -31,7 +32,8 @@ def write_result(config: ConfigDict, model: PreparedModel, state: TrainState, di
     frozen = _frozen_parts(model)
     if jax.process_index() != 0:
         return
-    write_trained(directory, config, model.method, trainable, frozen, model.source, model.architecture)
+    source = says_how_taught(model.source, RunDirectory(config.output_dir))
+    write_trained(directory, config, model.method, trainable, frozen, source, model.architecture)
 
 
 @jax.jit

@@ -10,6 +10,7 @@ from collections.abc import Container
 
 from ml_collections import ConfigDict
 
+from tpu_tune.errors import counted
 from tpu_tune.models import Architecture
 from tpu_tune.training.arithmetic import AT_THE_END, RunLength, interval
 from tpu_tune.training.schedules import warmup_length
@@ -30,7 +31,7 @@ def of_length(config: ConfigDict, length: RunLength, evaluates: bool, examples: 
     train, total = config.train, length.total_steps
     lines = _rows(config, length, examples)
     if total < FEW_UPDATES:
-        lines.append(f"only {total} update{'s' if total > 1 else ''}, from which little is learned; {_more(train)}")
+        lines.append(f"only {counted(total, 'update')}, from which little is learned; {_more(train)}")
     steps = {"logging": f"the only metrics are the {'first and the ' if train.logging_first_step else ''}last update's"}
     if evaluates and train.eval_strategy == "steps" and train.eval_steps < AT_THE_END:
         steps["eval"] = "the only evaluation is at the end"
@@ -38,8 +39,8 @@ def of_length(config: ConfigDict, length: RunLength, evaluates: bool, examples: 
         every = interval(train[f"{name}_steps"], total)
         if every > total:
             lines.append(
-                f"train.{name}_steps={every} is beyond the run's {total} updates, so {so}; train.{name}_steps=0.1 is "
-                "every tenth of the run"
+                f"train.{name}_steps={every} is beyond the run's {counted(total, 'update')}, so {so}; "
+                f"train.{name}_steps=0.1 is every tenth of the run"
             )
     return lines + of_warmup(config, total)
 
@@ -56,8 +57,8 @@ def of_warmup(config: ConfigDict, total: int) -> list[str]:
     if warmup < total:
         return []
     return [
-        f"{setting} is a warm-up as long as the run's {total} updates, so train.learning_rate is never reached; "
-        "train.warmup_steps=0 with train.warmup_ratio=0.05 takes a twentieth of the run"
+        f"{setting} is a warm-up as long as the run's {counted(total, 'update')}, so train.learning_rate is "
+        "never reached; train.warmup_steps=0 with train.warmup_ratio=0.05 takes a twentieth of the run"
     ]
 
 
@@ -86,10 +87,10 @@ def _rows(config: ConfigDict, length: RunLength, examples: int | None) -> list[s
         )
         if value > 1
     ]
-    rows = f"{length.rows:,} row{'s' if length.rows > 1 else ''}"
+    rows = counted(length.rows, "row")
     packed = config.data.packing and examples is not None and examples > length.rows
     what = (
-        f"packing makes {rows} of {examples:,} examples"
+        f"packing makes {rows} of {counted(examples, 'example')}"
         if packed
         else f"there {'is' if length.rows == 1 else 'are'} {rows}"
     )

@@ -8,6 +8,7 @@ import json
 from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, spellings
 from tpu_tune.cli.data.tokenize import add_tokenizer
+from tpu_tune.errors import counted
 
 
 def add(commands: Commands) -> None:
@@ -48,10 +49,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report))
     else:
-        whole = f"; {report['whole']:,} rows of other formats copied as they are" if report["whole"] else ""
-        bad = f"; {report['bad_rows']:,} bad rows left out" if report["bad_rows"] else ""
+        whole = f"; {counted(report['whole'], 'row')} of other formats copied unchanged" if report["whole"] else ""
+        bad = f"; {counted(report['bad_rows'], 'bad row')} left out" if report["bad_rows"] else ""
         print(
-            f"{report['output']}: {report['pieces']:,} rows of at most {report['tokens']} tokens, "
-            f"of {report['rows']:,} texts{whole}{bad}"
+            f"{report['output']}: {counted(report['pieces'], 'row')} of at most {counted(report['tokens'], 'token')}, "
+            f"of {counted(report['rows'], 'text')}{whole}{bad}"
         )
     return 0

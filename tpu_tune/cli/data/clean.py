@@ -120,6 +120,9 @@ def _add_duplicates(parser: argparse.ArgumentParser) -> None:
 def _add_bounds(parser: argparse.ArgumentParser) -> None:
     bounds = parser.add_argument_group("bounds", "On the whole text of a row, prompt and answer together.")
     bounds.add_argument(
+        "--drop-empty", action="store_true", help="drop rows whose answers are all empty; nothing is learnt from them"
+    )
+    bounds.add_argument(
         "--min-chars", type=numbers.whole(), default=0, metavar="N", help="drop rows with fewer characters"
     )
     bounds.add_argument("--max-chars", type=numbers.whole(), metavar="N", help="drop rows with more characters")

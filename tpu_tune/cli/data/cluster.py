@@ -9,7 +9,7 @@ import sys
 from tpu_tune.cli import numbers
 from tpu_tune.cli.common import DTYPES, Commands
 from tpu_tune.cli.data.arguments import same_names
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 _SHOWN = 20  # clusters in the printed table
 
@@ -91,10 +91,15 @@ def run(options: argparse.Namespace) -> int:
     for hint in report["hints"]:
         print(f"note: {hint}", file=sys.stderr)
     if report["bad_rows"]:
-        print(f"{report['bad_rows']:,} bad rows left out, the first {report['bad_examples'][0]}", file=sys.stderr)
-    steps = f"{report['iterations']} {'mini-batches' if report['mini_batch'] else 'passes'}"
+        print(
+            f"{counted(report['bad_rows'], 'bad row')} left out, the first {report['bad_examples'][0]}", file=sys.stderr
+        )
+    steps = counted(
+        report["iterations"], *(("mini-batch", "mini-batches") if report["mini_batch"] else ("pass", "passes"))
+    )
     print(
-        f"{report['rows']:,} rows in {report['k']} clusters (inertia {report['inertia']:.6g} after {steps}, "
+        f"{counted(report['rows'], 'row')} in {counted(report['k'], 'cluster')} (inertia {report['inertia']:.6g} after "
+        f"{steps}, "
         f"{report['dimensions']} dimensions)"
     )
     if report["tried"]:
@@ -105,5 +110,5 @@ def run(options: argparse.Namespace) -> int:
         print(f"{row['cluster']:>7} {row['rows']:>7,} {row['kept']:>7,} {row['outliers']:>9,}  {words}")
     if report["k"] > _SHOWN:
         print(f"    and {report['k'] - _SHOWN} smaller ones")
-    print(f"{report['kept']:,} rows kept in {options.output}; {report['outliers']:,} outliers")
+    print(f"{counted(report['kept'], 'row')} kept in {options.output}; {counted(report['outliers'], 'outlier')}")
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands
 from tpu_tune.cli.data.arguments import add_as, same_names
+from tpu_tune.errors import counted
 
 _FORMATS = (
     "html", "text", "markdown", "csv", "tsv", "jsonl", "json", "discord", "parquet", "arrow", "sql", "sqlite", "epub",
@@ -205,7 +206,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"output": options.output, **report}, indent=2, ensure_ascii=False))
         return 0
     formats = ", ".join(f"{count:,} {name}" for name, count in report["formats"].items())
-    print(f"{options.output}: {report['rows']:,} rows ({formats}) from {report['sources']:,} sources")
+    print(f"{options.output}: {counted(report['rows'], 'row')} ({formats}) from {counted(report['sources'], 'source')}")
     if report["rewritten"]:
         print(
             f"  written as {options.as_format}: "
@@ -213,7 +214,7 @@ def run(options: argparse.Namespace) -> int:
             + "; a text is the words of an assistant whom nobody asks" * ("text" in report["rewritten"])
         )
     if report["bad"]:
-        print(f"  {report['bad']:,} bad ones skipped, the first: {report['bad_examples'][0]}")
+        print(f"  {counted(report['bad'], 'bad one')} skipped, the first: {report['bad_examples'][0]}")
     if report["empty"]:
         print(f"  {report['empty']:,} without text left out")
     if report["excluded"]:

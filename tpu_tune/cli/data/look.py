@@ -27,6 +27,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="the run's config file; --config.KEY=VALUE overrides a key, with or without it"
     )
+    parser.add_argument(
+        "--format", default="", metavar="FORMAT", help="of the rows, as data.format (default: told from their keys)"
+    )
     parser.add_argument("-n", "--count", type=numbers.whole(), default=3, metavar="N", help="rows to draw (default 3)")
     parser.add_argument("--seed", type=numbers.seed, default=0, metavar="N", help="decides which (default 0)")
     parser.add_argument("--row", type=numbers.whole(), metavar="N", help="the file's Nth row instead")
@@ -44,6 +47,7 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
     config = read_config(options)
+    config.data.format = options.format or config.data.format
     path, model = options.input or config.data.train, options.tokenizer_path or config.model.path
     if not path or not model:
         raise UserError("give INPUT and --tokenizer, or a --config that sets data.train and model.path")

@@ -8,6 +8,7 @@ import sys
 
 from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, spellings
+from tpu_tune.errors import counted
 
 
 def add(commands: Commands) -> None:
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(report))
         return 0
     for side in ("train", "val"):
-        print(f"{report[side]}: {report[f'{side}_rows']} of {report['rows']} rows")
+        print(f"{report[side]}: {report[f'{side}_rows']:,} of {counted(report['rows'], 'row')}")
     if report["bad_rows"]:
-        print(f"{report['bad_rows']} bad rows left out", file=sys.stderr)
+        print(f"{counted(report['bad_rows'], 'bad row')} left out", file=sys.stderr)
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 from tpu_tune.checkpoints import json_text
 from tpu_tune.cli import numbers
 from tpu_tune.cli.common import Commands, spellings
+from tpu_tune.errors import counted
 
 
 def add(commands: Commands) -> None:
@@ -159,17 +160,19 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(report))
         return 0
     print(
-        f"{report['output']}: {report['examples']:,} examples ({report['format']}) of {report['rows']:,} rows, "
-        f"{report['tokens']:,} tokens, {report['target_tokens']:,} of them targets; {report['bytes'] / 1e6:,.2f} MB"
+        f"{report['output']}: {counted(report['examples'], 'example')} ({report['format']}) of "
+        f"{counted(report['rows'], 'row')}, "
+        f"{counted(report['tokens'], 'token')}, {report['target_tokens']:,} of them targets; "
+        f"{report['bytes'] / 1e6:,.2f} MB"
     )
     if report["split"]:
-        print(f"{report['split']:,} texts cut into blocks of {report['max_length']} tokens")
+        print(f"{counted(report['split'], 'text')} cut into blocks of {report['max_length']} tokens")
     for reason, count in report["dropped"].items():
-        print(f"{count:,} rows left out: {reason}")
+        print(f"{counted(count, 'row')} left out: {reason}")
     for key, count in report["unused"].items():
-        print(f"'{key}' of {count:,} rows is not used: it is not in the text that is trained on")
+        print(f"'{key}' of {counted(count, 'row')} is not used: it is not in the text that is trained on")
     for note in report["notes"]:
         print(f"note: {note}")
     if report["bad_rows"]:
-        print(f"{report['bad_rows']:,} bad rows left out, first {report['bad_examples'][0]}")
+        print(f"{counted(report['bad_rows'], 'bad row')} left out, first {report['bad_examples'][0]}")
     return 0

@@ -18,8 +18,8 @@ from tpu_tune.curves.learning_rate.range_test import check_range
 from tpu_tune.errors import UserError
 
 TIE = 0.01  # share of a score: within it the lowest rate counts as best, because short runs favour high rates a little
-_MAX_EXTENSIONS = 3  # rates by which the first round may be extended
-_MIN_STEPS = 4  # of a run
+MAX_EXTENSIONS = 3  # rates by which the first round may be extended
+MIN_STEPS = 4  # of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def bracket(
 
     factor = (high / low) ** (1 / (sizes[0] - 1))
     latest = [train_at(float(rate), 1) for rate in np.geomspace(low, high, sizes[0])]
-    for _ in range(_MAX_EXTENSIONS):
+    for _ in range(MAX_EXTENSIONS):
         best = best_of(latest)
         if best is latest[0]:
             latest.insert(0, train_at(best.learning_rate / factor, 1))
@@ -110,10 +110,10 @@ def check_bracket(low: float, high: float, steps: int, sizes: tuple[int, ...]) -
     """
     check_range(low, high, "--bracket LOW", "HIGH")
     lengths = [steps >> rounds for rounds in reversed(range(len(sizes)))]
-    if lengths[0] < _MIN_STEPS:
+    if lengths[0] < MIN_STEPS:
         raise UserError(
             f"--steps {steps}: each of {len(sizes)} rounds has half the steps of the next, so the first would have "
-            f"{lengths[0]}; give at least {_MIN_STEPS << len(sizes) - 1}"
+            f"{lengths[0]}; give at least {MIN_STEPS << len(sizes) - 1}"
         )
     return lengths
 

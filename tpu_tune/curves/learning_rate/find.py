@@ -16,49 +16,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tpu_tune.curves.learning_rate import trials as tr
-from tpu_tune.curves.learning_rate.bracket import TIE, Score, best_of, bracket, check_bracket
+from tpu_tune.curves.learning_rate.bracket import MAX_EXTENSIONS, TIE, Score, best_of, bracket
+from tpu_tune.curves.learning_rate.finder_options import FinderOptions
 from tpu_tune.curves.learning_rate.range_test import BETA, RangeTest, Suggestion, divergence, ramp, range_test, suggest
 from tpu_tune.training.progress import duration
 
-PROBE_STEPS = 15
 APART = 3.0  # factor between the rates of the short runs after a range test
 WORSE = 1.02  # a run whose score is this many times the best of its round does not look good
-_ROUNDS = (5, 3, 2)  # rates of a bracket's rounds
 _TIMED = 4  # forward passes from which the time of the whole is estimated
 
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class FinderOptions:
-    """How to look for a learning rate.
-
-    Attributes:
-      low: lowest rate of the range test.
-      high: highest rate of the range test.
-      steps: length of the range test, and of the bracket's longest runs.
-      bracket: rates (lowest, highest) to search with a bracket, without a range test.
-      narrow: after the range test, search around its suggestion with a bracket instead of three short runs.
-    """
-
-    low: float = 1e-7
-    high: float = 1.0
-    steps: int = 60
-    bracket: tuple[float, float] | None = None
-    narrow: bool = False
-
-    @property
-    def short_runs(self) -> tuple[int, tuple[int, ...]]:
-        """Updates of the longest of the short runs, and the number of runs in each round."""
-        if self.bracket or self.narrow:
-            return self.steps, _ROUNDS
-        return min(PROBE_STEPS, self.steps), (3,)
-
-    def check(self) -> None:
-        """Raise a UserError for ranges or lengths that make no sense, before anything is loaded."""
-        ramp(self.low, self.high, self.steps)
-        if self.bracket or self.narrow:
-            check_bracket(*(self.bracket or (self.low, self.high)), self.steps, _ROUNDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +100,7 @@ def _outline(options: FinderOptions) -> str:
     """Return what will be done, in words."""
     rounds = " and ".join(f"{runs} runs of {updates} updates" for runs, updates in _rounds_of(options))
     test = "" if options.bracket else f"a range test of {options.steps} updates, then "
-    more = "more where the best rate is at an edge"
+    more = f"up to {MAX_EXTENSIONS} more where the best rate is at an edge"
     return f"{test}{rounds} ({more}), each run from the same start on the same data"
 
 
@@ -141,11 +108,13 @@ def _estimate(trials: tr.Trials, options: FinderOptions, say: Say) -> Callable[[
     """Return a function to call after each untrained batch; early on it says how long the whole will take."""
     rounds, times, config = _rounds_of(options), [time.monotonic()], trials.session.config
     updates = (0 if options.bracket else options.steps) + sum(runs * each for runs, each in rounds)
+    further = MAX_EXTENSIONS * rounds[0][1]  # updates of the runs beyond the first round's edges
     held_out = trials.session.data.eval
     rows = 0 if held_out is None else min(tr.EVAL_BATCHES * trials.session.eval_batch_rows, len(held_out))
     # Forward and backward pass cost three forward ones, less where frozen weights need no gradient, more with remat.
     passes = 3 + (config.model.remat != "none") - (config.method == "lora")
-    evaluations = rows / trials.session.length.batch * sum(runs for runs, _ in rounds)
+    evaluation = rows / trials.session.length.batch
+    evaluations = evaluation * sum(runs for runs, _ in rounds)
 
     def done(count: int) -> None:
         times.append(time.monotonic())
@@ -153,7 +122,11 @@ def _estimate(trials: tr.Trials, options: FinderOptions, say: Say) -> Callable[[
             return
         each = (times[-1] - times[1]) / (count - 1)  # the first one compiles
         seconds = each * (options.steps - count + passes * updates + evaluations)
-        say(f"this takes about {duration(seconds)} (estimated from {count} forward passes; compiling comes on top)")
+        most = seconds + each * (passes * further + MAX_EXTENSIONS * evaluation)
+        say(
+            f"this takes about {duration(seconds)}, at most {duration(most)} with {MAX_EXTENSIONS} more runs "
+            f"(estimated from {count} forward passes; compiling comes on top)"
+        )
 
     return done
 

@@ -34,6 +34,8 @@ class CleanOptions:
       shingle: what a shingle is made of, `chars` or `words`.
       shingle_size: how many of them in a row.
       seed: of the hashes that find near duplicates.
+      drop_empty: drop rows whose answers are all empty (white space, and no call of a tool): nothing is learnt from
+        them.
       min_chars, max_chars, min_words, max_words: bounds on the row's text (prompt and answer together); 0 and None are
         no bound. Words are what white space separates.
       languages: ISO 639 codes; a row in another language is dropped, one whose language is uncertain is kept.
@@ -58,6 +60,7 @@ class CleanOptions:
     shingle: str = "chars"
     shingle_size: int = 5
     seed: int = key(0, "", at_least=0, at_most=2**32 - 1)
+    drop_empty: bool = False
     min_chars: int = 0
     max_chars: int | None = None
     min_words: int = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from tpu_tune.data.clean.rules import Hit
 from tpu_tune.data.streams import Skipped
+from tpu_tune.errors import counted
 
 EXAMPLES = 3  # of each rule
 BAD_ROW = "bad row"
@@ -69,7 +70,9 @@ def _example(where: str, effect: str, snippet: str) -> dict[str, str]:
 
 def table(figures: dict[str, Any]) -> str:
     """The report as lines for a terminal."""
-    lines = [f"{figures['rows_in']:,} rows in = {figures['rows_out']:,} out + {figures['rows_dropped']:,} dropped"]
+    lines = [
+        f"{counted(figures['rows_in'], 'row')} in = {figures['rows_out']:,} out + {figures['rows_dropped']:,} dropped"
+    ]
     changes = [
         f"{figures[key]:,} {what}"
         for key, what in (

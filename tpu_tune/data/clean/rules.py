@@ -4,7 +4,8 @@
 so that any engine may run it in any process; finding duplicates (`duplicates`) is a pass of its own behind it.
 
 The rules are applied in this order: text repeated on a site's pages, unicode repair, masks (so that no report shows
-what they hide), phrases, patterns, bounds, language. A row that one of them drops is not looked at by the others.
+what they hide), phrases, patterns, empty answers, bounds, language. A row that one of them drops is not looked at by
+the others.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from tpu_tune.data.clean import language, repair
 from tpu_tune.data.clean.clean_options import CleanOptions, check
 from tpu_tune.data.clean.phrases import Phrase, compile_lists
 from tpu_tune.data.clean.repeated import Repeated, site_of
-from tpu_tune.data.clean.texts import Part, cut, parts, replace, visible
+from tpu_tune.data.clean.texts import Part, cut, parts, replace, says_nothing, visible
 from tpu_tune.data.formats import RowError, format_of
 from tpu_tune.errors import UserError
 
+EMPTY = "empty answer"
 REPEATED = "text repeated on a site's pages"
 PATTERN_SECONDS = 5.0  # for one pattern in one text, then it is taken for one that would never end
 
@@ -137,6 +139,9 @@ def clean_row(rules: Rules, row: Mapping[str, Any]) -> tuple[Mapping[str, Any] |
         if shorter is None:
             return None, hits
         row, found = shorter, parts(shorter, format, options.columns)
+    if options.drop_empty and says_nothing(row, found):
+        hits.append(Hit(EMPTY, "dropped", snippet(visible(row, found))))
+        return None, hits
     if reason := _out_of_bounds(row, found, options):
         hits.append(Hit(reason, "dropped", snippet(visible(row, found))))
         return None, hits

@@ -173,6 +173,14 @@ def visible(row: Mapping[str, Any], found: list[Part]) -> str:
     return "\n".join(lines)
 
 
+def says_nothing(row: Mapping[str, Any], found: list[Part]) -> bool:
+    """Whether every answer of a row is white space, and none calls a tool: only to say nothing could be learnt."""
+    if any(part.text.strip() for part in found if part.answer):
+        return False
+    chats = [_opened(row[name]) for name in dict.fromkeys(part.path[0] for part in found if len(part.path) > 1)]
+    return not any(message.get("tool_calls") for chat in chats for message in chat)
+
+
 def _opened(value: Any) -> Any:
     """Lists inside CSV are written as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("["):

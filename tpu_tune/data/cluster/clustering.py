@@ -20,7 +20,7 @@ from tpu_tune.data.cluster.kmeans import MINI_BATCH_FROM, Clusters, KMeansOption
 from tpu_tune.data.cluster.map_page import page
 from tpu_tune.data.cluster.row_texts import Survey, check_unchanged, read_texts, survey, windows
 from tpu_tune.data.streams import Skipped, aside, progress, writing
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 SMALL = 1000  # rows; the guide says to leave clustering out where the set is small
 _EXAMPLES = 3
@@ -72,7 +72,7 @@ def cluster(input: str, output: str, options: ClusterOptions | None = None) -> d
     check(input, output, options)
     surveyed = survey(input, options.text_key, options.skip_bad, TFIDF_SAMPLE if not options.model else 0, options.seed)
     if options.k != "auto" and options.k > surveyed.rows:
-        raise UserError(f"{input} has {surveyed.rows} rows, too few for {options.k} clusters; lower --k")
+        raise UserError(f"{input} has {counted(surveyed.rows, 'row')}, too few for {options.k} clusters; lower --k")
     with _scratch(output) as file:
         features = _features(input, surveyed, file, options)
         k, tried = (options.k, {}) if options.k != "auto" else choose_k(features, options.seed)
@@ -218,10 +218,15 @@ def _described(clustered: _Clustered, texts: dict[int, str]) -> list[dict[str, A
 def _hints(clusters: Clusters, options: ClusterOptions) -> list[str]:
     hints, rows = [], len(clusters.labels)
     if rows < SMALL:
-        hints.append(f"{rows} rows are few: a small set needs no clustering, and can go on as it is")
+        hints.append(
+            f"{counted(rows, 'row is', 'rows are')} few: a small set needs no clustering, and can go on as it is"
+        )
     empty = clusters.k - len(np.unique(clusters.labels))
     if empty:
-        hints.append(f"{empty} of the {clusters.k} clusters have no rows: too few different rows; lower --k")
+        hints.append(
+            f"{empty} of the {clusters.k} clusters {'has' if empty == 1 else 'have'} no rows: too few different rows; "
+            "lower --k"
+        )
     if not clusters.converged:
         hints.append(f"k-means stopped at --max-iterations {options.max_iterations}, before it converged")
     return hints
@@ -234,7 +239,7 @@ def _draw(
     points, centers, share = cluster_map.project(np.asarray(clustered.features[shown]), clusters.centers)
     by = f"the hidden states of {options.model}" if options.model else "their words"
     drawn = cluster_map.Map(
-        title=f"{Path(input).name}: {report['rows']:,} rows in {report['k']} clusters",
+        title=f"{Path(input).name}: {counted(report['rows'], 'row')} in {counted(report['k'], 'cluster')}",
         points=points,
         labels=clusters.labels[shown],
         outliers=np.isin(shown, list(clustered.outliers)),
@@ -244,7 +249,7 @@ def _draw(
             {**described, "center": center.tolist()}
             for described, center in zip(report["clusters"], centers, strict=True)
         ],
-        summary=f"Told apart by {by}; {report['kept']:,} rows kept, {report['outliers']:,} outliers.",
+        summary=f"Told apart by {by}; {counted(report['kept'], 'row')} kept, {counted(report['outliers'], 'outlier')}.",
     )
     html, png = map_files(options.map)
     cluster_map.draw_png(drawn, png)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from tpu_tune.data.cluster.kmeans import Clusters
+from tpu_tune.errors import counted
 
 SELECTIONS = ("balanced", "farthest", "random")
 _DEVIATIONS = 5.0
@@ -36,7 +37,7 @@ def outliers(labels: Int[np.ndarray, "n"], distances: Float[np.ndarray, "n"], k:
     tiny = _TINY * len(labels) / max(1, len(np.unique(labels)))
     for cluster, rows in enumerate(members(labels, k)):
         if len(rows) < tiny:
-            reasons |= dict.fromkeys(rows.tolist(), f"cluster {cluster} has only {len(rows)} rows")
+            reasons |= dict.fromkeys(rows.tolist(), f"cluster {cluster} has only {counted(len(rows), 'row')}")
         elif len(rows) >= _JUDGED_FROM:
             own = distances[rows].astype(np.float64)
             median = float(np.median(own))

@@ -10,6 +10,7 @@ from typing import IO
 
 from tpu_tune.data import streams
 from tpu_tune.data.ingest.blobs import BadSource, Blob
+from tpu_tune.data.sources import likely_encoding
 
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of a byte that does not fit
 # Python's codecs of text that are no encodings of a file: of names in the DNS, of source code.
@@ -78,7 +79,9 @@ def does_not_fit(content: bytes, error: UnicodeDecodeError, name: str) -> str:
     line = content.count(b"\n", 0, error.start) + 1
     byte = error.start - content.rfind(b"\n", 0, error.start)
     shown = {"utf-8": "UTF-8"}.get(name, name)
-    return f"not valid {shown} (line {line}, byte {byte}; --encoding names another)"
+    likely = likely_encoding(content)
+    other = f", perhaps {likely}" if likely != name else ""
+    return f"not valid {shown} (line {line}, byte {byte}; --encoding names another{other})"
 
 
 class TextLines:

@@ -15,7 +15,7 @@ from typing import IO
 from tpu_tune.checkpoints import json_text
 from tpu_tune.data.sources import BadRow
 from tpu_tune.data.streams import aside
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 SHOWN = 50  # sources whose first problem is printed
 
@@ -92,10 +92,11 @@ class Problems:
             more = self.sources[source] - 1
             logger.warning("%s%s", line, f" (and {more:,} more in this source)" if more else "")
         if len(self.sources) > SHOWN:
-            logger.warning("and %d more sources", len(self.sources) - SHOWN)
+            logger.warning("and %s", counted(len(self.sources) - SHOWN, "more source"))
         where = f"all are in {listed}" if listed else "--bad FILE writes all of them"
         raise UserError(
-            f"{count:,} problems in {len(self.sources):,} of {total:,} sources: {'; '.join(ways)}; {where}. "
+            f"{counted(count, 'problem')} in {len(self.sources):,} of {counted(total, 'source')}: {'; '.join(ways)}; "
+            f"{where}. "
             f"The first: {first}"
         )
 

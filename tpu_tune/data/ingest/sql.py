@@ -20,7 +20,7 @@ from tpu_tune.data.ingest.picking import Pick, note_columns, picker
 from tpu_tune.data.ingest.sql_tokens import END, SIGN, WORD, Tokens, copied
 from tpu_tune.data.ingest.sql_values import read_name, read_row
 from tpu_tune.data.ingest.sqlite import choose
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 
 # What begins a constraint and no column; the second set are names of columns too, where no name or bracket follows.
 _RESERVED = frozenset("CONSTRAINT PRIMARY UNIQUE CHECK FOREIGN LIKE".split())
@@ -203,7 +203,7 @@ class _Dump:
             columns = [f"column{number}" for number in range(1, len(values) + 1)]
             self._pick = self._pick or self._picker(columns)
         if reason or len(values) != len(columns):
-            reason = reason or f"{len(values)} values for {len(columns)} columns"
+            reason = reason or f"{counted(len(values), 'value')} for {counted(len(columns), 'column')}"
         elif any(isinstance(value, str) and misfit(value) for value in values):
             reason = "holds text that is not valid in its encoding (UTF-8, unless --encoding names another)"
         else:

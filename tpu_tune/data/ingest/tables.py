@@ -18,6 +18,7 @@ from tpu_tune.data.ingest.encodings import TextLines, misfit, too_long
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
 from tpu_tune.data.messages import without_nulls
+from tpu_tune.errors import counted
 
 _DELIMITERS = (",", ";", "\t", "|")
 
@@ -105,7 +106,9 @@ def _cells(
         if len(lines.row) > 1 and _is_open(lines.row):
             tally.skipped.add(where, "a quote is opened here that nothing closes")
         elif len(row) != len(header):
-            tally.skipped.add(where, f"{len(row)} cells where the header names {len(header)} columns")
+            tally.skipped.add(
+                where, f"{counted(len(row), 'cell')} where the header names {counted(len(header), 'column')}"
+            )
         elif any(misfit(cell) for cell in row):
             tally.skipped.add(where, "not valid in its encoding (UTF-8, unless --encoding names another)")
         else:

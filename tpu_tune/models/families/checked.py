@@ -145,6 +145,11 @@ def check_architecture(architecture: Architecture) -> None:
     }
     check(sizes, dict.fromkeys(sizes, whole(1, MOST_TOKENS)), where)
     check({"max_positions": architecture.max_positions}, {"max_positions": whole(0, MOST_POSITIONS)}, where)
+    if architecture.tied and architecture.head_bias:
+        raise UserError(
+            f"{where}: tie_word_embeddings=true, and a head tied to the embedding cannot have a bias here, as this "
+            "family's has; save the model untied"
+        )
     experts = architecture.experts
     if experts and not 1 <= experts.per_token <= experts.count:
         raise UserError(f"{where}: it sends each token to {experts.per_token} of {experts.count} experts")

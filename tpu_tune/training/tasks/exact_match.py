@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tpu_tune.data.formats import RowError, convert, own_format
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 from tpu_tune.inference.generation import Sampling, generate_ids
 from tpu_tune.inference.model import Model
 from tpu_tune.training.tasks.intervals import Measure, Outcome
@@ -96,7 +96,10 @@ def score_answers(
         raise UserError("solved examples go with neither the chat template nor --as-taught; leave one of them out")
     pool = list(asked if examples is None else examples)
     if shots and len(pool) < shots + (examples is None):
-        raise UserError(f"{shots} solved examples are asked for, and there are {len(pool)} rows to take them from")
+        raise UserError(
+            f"{counted(shots, 'solved example is', 'solved examples are')} asked for, and only "
+            f"{counted(len(pool), 'row is', 'rows are')} there to take them from"
+        )
     solved = [(_stem(question), answer) for question, answer, _ in pool[:shots]]
     asked = list(asked) if examples is not None else list(asked)[shots:]
     if bare:
@@ -107,12 +110,12 @@ def score_answers(
         encoded = [model.encode_prompt(prompt) for prompt in prompts]
     answers = [until(text, STOPS) for text in answer_all(model, encoded, Sampling(max_new_tokens))]
     numeric = all(_NUMBER.fullmatch(right.strip()) for _, right, _ in asked)
-    counted: dict[str, Callable[[str, str], bool]] = (
+    rules: dict[str, Callable[[str, str], bool]] = (
         {"strict-match": strict, "flexible-extract": flexible} if numeric else {"exact_match": same_text}
     )
     measures = tuple(
         Measure.share(name, [is_right(answer, right) for answer, (_, right, _) in zip(answers, asked, strict=True)])
-        for name, is_right in counted.items()
+        for name, is_right in rules.items()
     )
     predictions = [
         {

@@ -47,6 +47,19 @@ class TokenLayout:
         return visible if window is None else visible & (distance < window)
 
 
+def documents(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Number a row's documents from 0 in their order; padding belongs to the document that it follows, or precedes.
+
+    Args:
+      segments: document of each token, 0 for padding.
+    """
+    real = segments != 0
+    latest = jax.lax.cummax(jnp.where(real, jnp.arange(segments.shape[1]), -1), axis=1)
+    own = jnp.where(latest < 0, jnp.argmax(real, axis=1)[:, None], latest)
+    filled = jnp.take_along_axis(segments, own, axis=1)
+    return jnp.cumsum(jnp.diff(filled, axis=1, prepend=filled[:, :1]) != 0, axis=1)
+
+
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
     """Return cap * tanh(x / cap), which keeps x between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)

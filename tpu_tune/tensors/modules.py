@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Kind = Literal["linear", "embedding", "norm"]
+Kind = Literal["linear", "embedding", "norm", "elementwise"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,10 @@ class Module:
     Attributes:
       path: the module's path in the tree, without `.weight`. Where layers have modules of one name that differ in
         shape, each stack after the first has the index of its first layer in brackets: `model.layers[3].mlp.up_proj`.
-      kind: linear, embedding or norm; `linear` and `embedding` modules can carry adapters.
-      shape: shape of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim) or (dim,).
+      kind: linear, embedding, norm, or elementwise, which acts on each channel by itself: a factor, a shift, or the
+        taps of a convolution along the tokens. `linear` and `embedding` modules can carry adapters.
+      shape: shape of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim), (dim,) or, for a
+        convolution, (taps, dim).
       axes: logical names of those axes, as in `LeafSpec`.
       bias: whether it has a bias beside the weight.
       layers: indices of the layers that are stacked, ascending; () for a module that is there once.
@@ -66,6 +68,7 @@ class Module:
       alternating: whether the file has them column by column in turn instead: the first of each, the second of each.
       unit: columns of `out` that belong together; a mesh cuts between units only.
       decay: False where weight decay does not apply to its weight though it is no norm.
+      is_delicate: whether quantization takes it only by name: a small matrix whose error the model magnifies.
       experts: number of experts whose matrices are stacked after the layers' axis, `shape` being one's; 0 for none.
       experts_per_token: to how many of them each token goes.
       experts_path: the part of its name inside the layer after which an expert's index follows in Hugging Face's names;
@@ -89,6 +92,7 @@ class Module:
     alternating: bool = False
     unit: int = 1
     decay: bool = True
+    is_delicate: bool = False
     experts: int = 0
     experts_per_token: int = 0
     experts_path: str = ""
@@ -100,6 +104,11 @@ class Module:
     def weight(self) -> str:
         """Path of the weight's leaf."""
         return f"{self.path}.weight"
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its weight is a matrix, which adapters and quantization are made for."""
+        return self.kind in ("linear", "embedding")
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -152,6 +161,8 @@ class Module:
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """Shape of one layer's weight in torch layout; of one expert's, where each has a tensor of its own."""
+        if self._is_convolution:
+            return (self.shape[1], 1, self.shape[0])
         return self.stacked_in_file + (self.shape[::-1] if self._is_transposed else self.shape)
 
     def from_torch(self, weight: Any) -> Any:
@@ -159,12 +170,16 @@ class Module:
 
         A `QuantizedTensor` is (in, out) already; its columns are ordered all the same.
         """
+        if self._is_convolution:
+            weight = weight[:, 0].T
         transposed = weight.T if self._is_transposed and hasattr(weight, "T") else weight
         return jax.tree.map(self.interleave, transposed)
 
     def to_torch(self, weight: Any) -> Any:
         """Turn one layer's weight back to torch layout."""
         weight = self.deinterleave(weight)
+        if self._is_convolution:
+            return weight.T[:, None]
         return weight.T if self._is_transposed else weight
 
     def interleave(self, columns: Any) -> Any:
@@ -195,6 +210,10 @@ class Module:
         if self.alternating:
             return _concatenate([part[..., None] for part in parts]).reshape(columns.shape)
         return _concatenate(parts)
+
+    @property
+    def _is_convolution(self) -> bool:
+        return self.kind == "elementwise" and len(self.shape) == 2
 
     @property
     def _is_transposed(self) -> bool:

@@ -27,7 +27,7 @@ from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
 from tpu_tune.tensors import LeafSpec
-from tpu_tune.training.execution import compute_dtype
+from tpu_tune.training.execution import check_mesh, compute_dtype
 from tpu_tune.transforms import Method, QuantizeConfig, quantize_weight, quantized_paths, sharding
 
 
@@ -93,6 +93,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     """
     source = open_configured(config.model, read_text(config.data.chat_template))
     arch = open_architecture(source)
+    check_mesh(arch, mesh)
     method, adapters, quantization = _method(config, arch, source.added_tokens.values())
     specs = arch.leaves()
     shardings: dict[str, Any] = {}
@@ -118,6 +119,7 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
       mesh: real devices, or those that a topology describes.
     """
     arch = architecture(model_config)
+    check_mesh(arch, mesh)
     # Which tokens are new changes no shape; the last ones stand for them.
     added = range(arch.vocab_size - len(config.model.add_special_tokens), arch.vocab_size)
     method, adapters, quantization = _method(config, arch, added)

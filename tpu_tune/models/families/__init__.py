@@ -28,6 +28,7 @@ from tpu_tune.models.families.nanochat import nanochat
 from tpu_tune.models.families.olmo import olmo2, olmo3, olmoe
 from tpu_tune.models.families.opt import opt
 from tpu_tune.models.families.phi import phi, phi3
+from tpu_tune.models.families.qwen3_5 import qwen3_5, qwen3_5_moe, qwen3_next
 from tpu_tune.models.families.qwen_moe import qwen2_moe, qwen3_moe
 from tpu_tune.models.families.seed_oss import seed_oss
 from tpu_tune.models.families.smollm3 import smollm3
@@ -64,6 +65,9 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "seed_oss": seed_oss,
     "exaone4": exaone4,
     "nanochat": nanochat,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_text": qwen3_5,
+    "qwen3_5_moe_text": qwen3_5_moe,
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,

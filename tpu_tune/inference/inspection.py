@@ -19,6 +19,7 @@ ROLES = {
     "v": "attention: values",
     "qkv": "attention: queries, keys and values in one",
     "o": "attention: output",
+    "sinks": "attention: a logit of each head that no value belongs to",
     "gate": "MLP: gate",
     "up": "MLP: up",
     "gate_up": "MLP: gate and up in one",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames
 from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.models.delta_net import TapsState, delta_net, empty_taps_state
 from tpu_tune.models.experts import load
 from tpu_tune.models.mlp import SPARSE, mlp, sparse_mlp
 from tpu_tune.models.self_attention import KeysValues, self_attention
@@ -62,18 +63,20 @@ class Past:
     """What one layer, or a stack of layers on a leading axis, keeps of the tokens so far, for generation.
 
     Attributes:
-      own: keys and values of the tokens so far.
+      own: keys and values of the tokens so far; of a DeltaNet its taps and its state.
       cross: keys and values of an encoder's output.
       load: how busy these tokens kept each expert (`experts.load`); for the load-balancing loss, not kept.
     """
 
-    own: KeysValues | None = None
+    own: KeysValues | TapsState | None = None
     cross: KeysValues | None = None
     load: Float[Array, "2 E"] | None = None
 
 
 def empty_past(arch: Architecture, kind: LayerKind, batch: int, length: int, dtype: Any) -> Past:
     """Return what a layer of this kind keeps before the first token, with room for `length` of them."""
+    if kind.delta is not None:
+        return Past(empty_taps_state(kind.delta, batch, dtype))
     if kind.keys_from is not None:
         return Past()
     shape = (batch, length, *arch.heads(kind))
@@ -124,13 +127,15 @@ class Layer:
 
     def _sequential(self, x: Array, past: Past) -> tuple[Array, Past]:
         """x = x + attention(norm(x)); x = x + mlp(norm(x)), or x = norm(x + ...) where norms follow."""
-        attended, own = self_attention(self, x, past.own)
+        attended, own = (delta_net if self.kinds[0].delta else self_attention)(self, x, past.own)
+        ends = () if self.input is None else (self.input,)
         if self.kinds[0].experts:
             x = self.each_token(_add_attention, (x, attended), *_ATTENTION_OUT)
             real = self.context.layout.query_segments > 0
-            x, logits = self.each_token(_add_sparse_mlp, (x, real.astype(jnp.float32)), *_MLP, *SPARSE)
+            tokens = (x, real.astype(jnp.float32), *ends)
+            x, logits = self.each_token(_add_sparse_mlp, tokens, *_MLP, *SPARSE, *_END)
             return x, Past(own, load=load(self.kinds[0].experts, logits, real))
-        tokens = (x, attended) if self.input is None else (x, attended, self.input)
+        tokens = (x, attended, *ends)
         return self.each_token(_add_attention_then_mlp, tokens, *_ATTENTION_OUT, *_MLP, *_END), Past(own)
 
     def _parallel(self, x: Array, past: Past) -> tuple[Array, Past]:
@@ -199,11 +204,17 @@ def _add_mlp(layer: Layer, weights: Branch, x: Array) -> Array:
     return x + _update(arch, norm(arch, weights, names.mlp_out_norm, update))
 
 
-def _add_sparse_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> tuple[Array, Array]:
+def _add_sparse_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
     """Return x plus its sparse MLP, and the router's logits."""
-    arch, names, (x, real) = layer.arch, layer.names, tokens
-    update, logits = sparse_mlp(layer, weights, norm(arch, weights, names.mlp_norm, x), real)
-    return x + _update(arch, norm(arch, weights, names.mlp_out_norm, update)), logits
+    arch, names, (x, real, *own_input) = layer.arch, layer.names, tokens
+    normed = norm(arch, weights, names.mlp_norm, x)
+    read = norm(arch, weights, names.experts_norm, x) if names.experts_norm else normed
+    update, logits = sparse_mlp(layer, weights, read, x if names.router_scale else normed, real)
+    if names.down:
+        update = norm(arch, weights, names.experts_out_norm, update)
+        update = update + norm(arch, weights, names.dense_out_norm, mlp(layer, weights, normed))
+    x = x + _update(arch, norm(arch, weights, names.mlp_out_norm, update))
+    return _end(layer, weights, x, own_input), logits
 
 
 def _update(arch: Architecture, update: Array) -> Array:
@@ -213,7 +224,11 @@ def _update(arch: Architecture, update: Array) -> Array:
 
 def _add_attention_then_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, ...]) -> Array:
     x, attended, *own_input = tokens
-    x = _add_mlp(layer, weights, _add_attention(layer, weights, (x, attended)))
+    return _end(layer, weights, _add_mlp(layer, weights, _add_attention(layer, weights, (x, attended))), own_input)
+
+
+def _end(layer: Layer, weights: Branch, x: Array, own_input: Sequence[Array]) -> Array:
+    """Return what leaves the layer: with its own input, if it has one, and its scalar."""
     for part in own_input:
         x = _add_input(layer, weights, x, part)
     if layer.names.scalar:  # transformers keeps it as a buffer

@@ -48,8 +48,8 @@ ENDS = {
 def adapted(case, targets, **settings):
     """Return (arch, params, targets, trainable, frozen) with a random adapter."""
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
-    # T5's scores are not scaled: a large change of q would make its softmax a step, and float32 too coarse for it; as is
-    # the gate of Gemma 4's inputs by layer.
+    # T5's scores are not scaled: a large change of q would make its softmax a step, and float32 too coarse for it. So
+    # is the gate of Gemma 4's inputs by layer.
     is_sharp = arch.encoder or arch.layer_input_size
     spec = LoraConfig(rank=4, alpha=4.0 if is_sharp else 12.0, target_modules=targets, **settings)
     found = find_targets(arch.modules(), spec, arch.default_targets)

@@ -48,8 +48,10 @@ ENDS = {
 def adapted(case, targets, **settings):
     """Return (arch, params, targets, trainable, frozen) with a random adapter."""
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
-    # T5's scores are not scaled: a large change of q would make its softmax a step, and float32 too coarse for it.
-    spec = LoraConfig(rank=4, alpha=4.0 if arch.encoder else 12.0, target_modules=targets, **settings)
+    # T5's scores are not scaled: a large change of q would make its softmax a step, and float32 too coarse for it. So
+    # is the gate of Gemma 4's inputs by layer.
+    is_sharp = arch.encoder or arch.layer_input_size
+    spec = LoraConfig(rank=4, alpha=4.0 if is_sharp else 12.0, target_modules=targets, **settings)
     found = find_targets(arch.modules(), spec, arch.default_targets)
     trainable, frozen = found.split(params, found.init(params, jax.random.key(0)))
     return arch, params, found, randomized(trainable, arch), frozen

@@ -580,6 +580,9 @@ def weights(config):
             scale, shift = (1.5 / np.sqrt(shape[-1]) if len(shape) >= 2 else 0.2), 0.0
         if name.endswith("Attention.q.weight"):  # T5 leaves its scores unscaled and q small instead
             scale /= np.sqrt(config["d_kv"])
+        sharp = config["model_type"].startswith("gemma4") and not config.get("enable_moe_block")
+        if sharp and name.endswith("q_norm.weight"):  # and so does Gemma 4
+            scale, shift = scale / 4, shift / 4
         tensors[name] = (random * scale + shift).astype(np.float32)
     return tensors
 

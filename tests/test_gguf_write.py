@@ -291,12 +291,13 @@ def hub_tokenizer(npm_tokenizer, text_dir):
         ("llama3", "gpt2", "llama-bpe"),
         ("qwen3", "gpt2", "qwen2"),
         ("gemma3", "llama", "default"),
+        pytest.param("gemma3", "gemma4", "default", marks=pytest.mark.slow),
         ("neox", "gpt2", "mpt"),
     ],
 )
 def test_tokenizers_are_the_same_after_the_round_trip(hub_tokenizer, name, kind, pre):
     original, backend, rows = hub_tokenizer(name)
-    metadata = tokenizer_metadata(original, rows, "llama")
+    metadata = tokenizer_metadata(original, rows, "gemma4" if kind == "gemma4" else "llama")
     assert (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]) == (kind, pre)
     assert len(metadata["tokenizer.ggml.tokens"]) == len(metadata["tokenizer.ggml.token_type"]) == rows
     rebuilt = build_tokenizer("a.gguf", metadata)
@@ -405,6 +406,7 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
         ({"model_type": "llama", "hidden_act": "gelu"}, "cannot express hidden_act='gelu' of a llama model"),
         (tiny_models.CONFIGS["llama_dynamic"], "rope_type 'dynamic' is not written"),
         (tiny_models.CONFIGS["nanochat"], "no GGUF is written of a 'nanochat' model"),
+        (tiny_models.CONFIGS["qwen3_5"], "no GGUF is written of a 'qwen3_5_text' model"),
         (tiny_models.CONFIGS["qwen3_yarn"], r"yarn's attention factor 1\.4 \(llama.cpp has 1\.13863 built in\)"),
         (tiny_models.CONFIGS["llama_yarn"], "yarn's attention factor"),
         (tiny_models.CONFIGS["olmo3"], "yarn with truncate=false"),

@@ -109,6 +109,9 @@ JOBS = (
         None,
         {**_QLORA, **_OFFLOAD, "data.max_length": 78848},
     ),
+    Job("30b-a3b-v5e-8", "Qwen3-30B-A3B QLoRA", "qwen3-30b-a3b", "v5e-8", None),
+    Job("8x7b-v5e-8", "Mixtral-8x7B QLoRA", "mixtral-8x7b", "v5e-8", None),
+    Job("8x7b-a100", "Mixtral-8x7B QLoRA", "mixtral-8x7b", "a100-80g", None, _CHUNKED),
 )
 
 _HEAD = """# Memory of the promised jobs

@@ -98,7 +98,7 @@ def adapter_config(targets: Targets, base_name: str, architecture: Architecture)
         names = sorted({target.module.path.rsplit(".")[-1] for target in targets.adapted})
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if architecture.encoder else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if architecture.num_labels else "SEQ_2_SEQ_LM" if architecture.encoder else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": spec.rank,
@@ -318,7 +318,7 @@ def saved_embeddings(
     """
     named = {}
     for module in architecture.modules():
-        if module.path == architecture.names.embed or module.is_head:
+        if module.path == architecture.names.embed or (module.is_head and not architecture.num_labels):
             saved = is_saved(module, spec)
             for inner in (".original_module",) if saved else ("", ".base_layer", ".token_adapter.base_layer"):
                 named[f"{PREFIX}{module.path}{inner}.weight"] = module

@@ -32,6 +32,7 @@ class WeightSource:
       fingerprint: changes when the weights do; run checkpoints record it.
       base_of: the adapter directory whose base the weights are (`adapter_base.base_of_adapter`), "" for no one's.
       added_tokens: token -> id of what `vocabulary.with_added_tokens` was asked to add.
+      new_head: whether its classification or reward head is in no file (`heads.with_head`).
       chat_template: what `chat_template.with_template` put in place of the tokenizer's own, or "".
     """
 
@@ -44,3 +45,4 @@ class WeightSource:
     base_of: str = ""
     added_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     chat_template: str | Mapping[str, str] = ""
+    new_head: bool = False

@@ -90,7 +90,7 @@ def load(root: Path, key: str) -> TokenizedSet | None:
     try:
         summary = json_text.loads((folder / "summary.json").read_bytes())
         arrays = {}
-        for name in _ARRAYS:
+        for name in (*_ARRAYS, *(["labels"] if (folder / "labels.npy").exists() else [])):
             file = folder / f"{name}.npy"
             # An empty array cannot be mapped.
             arrays[name] = np.load(file, mmap_mode="r" if summary["examples"] else None)
@@ -113,6 +113,8 @@ def save(root: Path, key: str, data: TokenizedSet) -> None:
         os.mkdir(aside)  # not by tempfile, whose directories nobody else who shares the cache could read
         for name in _ARRAYS:
             np.save(os.path.join(aside, f"{name}.npy"), getattr(data, name))
+        if data.labels is not None:
+            np.save(os.path.join(aside, "labels.npy"), data.labels)
         Path(aside, "summary.json").write_text(json.dumps(data.summary, indent=1), encoding="utf-8")
         os.rename(aside, parent / key)
     except OSError as error:

@@ -25,6 +25,8 @@ class TokenizedSet:
       source_rows: (examples,) int64, the row that each example was made from (a long text makes several).
       summary: counts of rows (also by format), examples, tokens, target tokens, and of what was cut, dropped, bad or
         unused, by reason.
+      labels: what a classification is to say of each example: (examples, 1) int32, its class, or (examples, labels)
+        float32 (see `labels.Labels`); None where there is none.
       targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
     """
 
@@ -34,6 +36,7 @@ class TokenizedSet:
     source_rows: np.ndarray
     summary: dict[str, Any]
     targets: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -73,4 +76,5 @@ def merge(sets: Sequence[TokenizedSet]) -> TokenizedSet:
         np.concatenate([*offsets, starts[-1:]]).astype(np.int64),
         np.concatenate([one.source_rows for one in sets]),
         summary,
+        labels=None if sets[0].labels is None else np.concatenate([one.labels for one in sets]),
     )

@@ -23,7 +23,20 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data import chat as chats
-from tpu_tune.data.formats import AS_CHAT, PAIRS, Chat, Pair, Sample, Text, columns_of, convert, format_of, unused_keys
+from tpu_tune.data.formats import (
+    AS_CHAT,
+    PAIRS,
+    Chat,
+    Pair,
+    Sample,
+    Text,
+    columns_of,
+    convert,
+    format_of,
+    rename,
+    unused_keys,
+)
+from tpu_tune.data.labels import labelled
 from tpu_tune.data.messages import RowError, is_context_only
 from tpu_tune.data.sources import BadRow, with_advice
 from tpu_tune.data.tokenize_options import TokenizeOptions
@@ -82,7 +95,7 @@ def tokenize_rows(
 
     marks = _read_marks(tokenizer)
     counts, formats, dropped, unused, bad = Counter(), Counter(), Counter(), Counter(), []
-    format = ""
+    format, labels = "", {}
     ids_list, mask_list, row_list = [], [], []
     for start in range(0, len(rows), _BATCH):
         samples = []
@@ -90,6 +103,8 @@ def tokenize_rows(
             try:
                 format = format_of(row, options.format, options.columns, format)
                 sample = convert(row, format, options.columns)
+                if options.labels:
+                    labels[index] = options.labels.read(rename(row, options.columns))
                 if options.encoder_decoder and not isinstance(sample, Pair):
                     raise UserError(_no_pair(sample, where_is(index)))
                 sample, unread = _for_template(sample, tokenizer, options)
@@ -130,7 +145,8 @@ def tokenize_rows(
         "max_token_id": int(tokens.max(initial=-1)),
     }
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in ids_list], dtype=np.int64)]).astype(np.int64)
-    return TokenizedSet(tokens, loss_mask, offsets, np.asarray(row_list, np.int64), summary)
+    made = TokenizedSet(tokens, loss_mask, offsets, np.asarray(row_list, np.int64), summary)
+    return labelled(made, labels, options.pad_token) if options.labels else made
 
 
 def _check_fast(tokenizer: Any) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 
 from tpu_tune.data import arrow, cache
 from tpu_tune.data.formats import check_renamed, detect, in_words
+from tpu_tune.data.labels import Labels
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
 from tpu_tune.data.sources import is_hub, read_rows, resolve
-from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
+from tpu_tune.data.tokenize_options import TokenizeOptions, for_labels, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
 from tpu_tune.data.tokenizing import past_template
 from tpu_tune.data.workers import tokenize_parallel
@@ -41,14 +42,21 @@ class Datasets:
     summary: dict[str, Any]
 
 
-def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_token: int | None = None) -> Datasets:
+def load_data(
+    config: Any,
+    tokenizer: Any,
+    vocab_size: int | None = None,
+    start_token: int | None = None,
+    pad_token: int | None = None,
+) -> Datasets:
     """Read, tokenize, split and pack the data of a configuration.
 
     Args:
-      config: the whole configuration; only `config.data` is read.
+      config: the whole configuration; `config.data` and `config.head` are read.
       tokenizer: a Hugging Face tokenizer. It needs no pad token: padding is token 0 in segment 0.
       vocab_size: rows of the model's embedding, to hold the token ids against.
       start_token: of an encoder-decoder: the id before its answers. Its rows are `PairRows`, padded and not packed.
+      pad_token: of a classifier: the id that is padding to it (`heads.pad_token`).
 
     Raises:
       UserError: data that cannot be read or understood, tokens that the model does not have, or nothing to train on.
@@ -63,14 +71,17 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     if data.eval:
         named, named_eval = resolve(data.eval)
         eval_sources = named_eval or named
-    train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, pairs)
+    options = options_from_config(data, tokenizer, pairs)
+    if config.head.name == "classification":
+        options = for_labels(options, Labels(config.head.problem_type, tuple(config.head.labels)), pad_token)
+    train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, options)
     _warn(data.train, train.summary)
-    if note := past_template(train.summary, options_from_config(data, tokenizer, pairs), "data.format"):
+    if note := past_template(train.summary, options, "data.format"):
         logger.warning("%s: %s", data.train, note)
     train_examples = np.arange(len(train))
     held_out = None
     if eval_sources and not (data.eval_dataset_size and not data.eval):
-        held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, pairs)
+        held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, options)
         _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
         eval_examples = np.arange(len(held_out))
     elif data.eval_ratio > 0 or data.eval_dataset_size:
@@ -129,18 +140,17 @@ def split_rows(source_rows: np.ndarray, share: float, seed: int) -> tuple[np.nda
 
 
 def _tokenized(
-    sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, pairs: bool
+    sources: list[str], name: str, data: Any, tokenizer: Any, vocab_size: int | None, options: TokenizeOptions
 ) -> TokenizedSet:
     """Tokenize sources, or find them in the cache, and check that there is something to learn."""
     tokenized = [source for source in sources if arrow.is_tokenized(source)]
     if tokenized:
-        _check_tokenized(sources, tokenized, name, tokenizer, pairs)
+        _check_tokenized(sources, tokenized, name, tokenizer, options)
         if data.train_on_source or data.response_markers:
             logger.warning("%s is tokenized, and its own labels say what is trained on", name)
         result = arrow.load(sources, data.max_length)
         _check(result, name, vocab_size)
         return result
-    options = options_from_config(data, tokenizer, pairs)
     read = {source: read_rows(source, skip_bad_rows=data.skip_bad_rows) for source in sources if is_hub(source)}
     root = cache.directory(data.cache_dir)
     key = cache.fingerprint(sources, [row for rows, _ in read.values() for row in rows], tokenizer, options)
@@ -154,9 +164,15 @@ def _tokenized(
     return result
 
 
-def _check_tokenized(sources: list[str], tokenized: list[str], name: str, tokenizer: Any, pairs: bool) -> None:
+def _check_tokenized(
+    sources: list[str], tokenized: list[str], name: str, tokenizer: Any, options: TokenizeOptions
+) -> None:
     """Refuse or warn before a tokenized file is trained on that was made for something else."""
-    if pairs:
+    if options.labels:
+        raise UserError(
+            f"{name}: a classification reads texts or chats with a label, not tokenized rows ({tokenized[0]})"
+        )
+    if options.encoder_decoder:
         raise UserError(f"{name}: an encoder-decoder reads rows with an input and an output, not tokenized ones")
     others = [source for source in sources if source not in tokenized]
     if others:

@@ -25,7 +25,7 @@ def evaluate(steps: Steps | Evaluation, trainable: Mapping[str, Any], session: S
     start, objective = time.monotonic(), steps.objective
     sums = sum_batches(steps, trainable, session.model.frozen, session.eval_batches())
     count = sums["loss"][1]
-    means = {f"eval_{name}": mean(*pair) for name, pair in sums.items()}
+    means = {f"eval_{name}": float(mean(*pair)) for name, pair in sums.items()}
     loss = means.pop("eval_loss")
     perplexity = {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf} if objective.is_likelihood else {}
     return {
@@ -48,14 +48,21 @@ def sum_batches(
     for batch in batches:
         for name, (total, weight) in steps.evaluate(trainable, frozen, steps.put_batch(batch, 0)).items():
             before = totals.get(name, (0.0, 0.0))
-            totals[name] = (before[0] + float(total), before[1] + float(weight))
+            totals[name] = tuple(old + _number(new) for old, new in zip(before, (total, weight), strict=True))
     return totals
+
+
+def _number(value: Any) -> Any:
+    """Return a scalar as a float, a vector (of a metric with an entry for each label) as a float64 array."""
+    return np.asarray(value, np.float64) if value.ndim else float(value)
 
 
 _WORDS = {
     "eval_loss": "eval_loss {:.4f}",
     "eval_perplexity": "perplexity {:.2f}",
     "eval_token_accuracy": "accuracy {:.1%}",
+    "eval_accuracy": "accuracy {:.1%}",
+    "eval_f1": "F1 {:.4f}",
 }
 
 

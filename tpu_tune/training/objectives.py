@@ -13,15 +13,17 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy
+from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
 
 Batch = Mapping[str, Int[Array, "..."]]
-Sums = dict[str, tuple[Num[Array, ""], Num[Array, ""]]]  # metric -> (sum, weight); their ratio is reported
+# Metric -> (sum, weight); their ratio is reported. With an entry for each label, its mean, and of evaluations only.
+Sums = dict[str, tuple[Num[Array, "*labels"], Num[Array, "*labels"]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +87,55 @@ class CrossEntropy:
         return loss, {"token_accuracy": (right, self.weight(batch))}
 
 
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """A label for each document, as transformers' `ForSequenceClassificationLoss` has it for each `problem_type`.
+
+    The head is applied to every token, which costs nothing beside a layer; what it says counts at the tokens that
+    `targets` marks, one a document. A document's loss is the mean over its labels.
+    """
+
+    problem_type: str
+    unit: ClassVar[str] = "documents"
+    is_likelihood: ClassVar[bool] = False
+
+    def weight(self, batch: Batch) -> Int[Array, ""]:
+        """Return the number of documents."""
+        return jnp.sum(batch["targets"] != IGNORED)
+
+    def __call__(self, head: Head, hidden: Float[Array, "B T D"], batch: Batch) -> tuple[Float[Array, ""], Sums]:
+        """Return the summed loss, and accuracy and F1 (macro), or the mean squared error."""
+        logits, weight = head(hidden).astype(jnp.float32), self.weight(batch)
+        counted = (batch["targets"] != IGNORED)[..., None]
+        if self.problem_type in ("auto", "single_label_classification"):
+            losses, right = token_losses(logits, batch["targets"])
+            guessed, true = (jax.nn.one_hot(x, logits.shape[-1]) for x in (logits.argmax(-1), batch["targets"]))
+            scores = {"accuracy": (jnp.sum(right), weight), "f1": _f1(guessed * counted, true)}
+            return jnp.sum(losses), scores
+        labels = batch["labels"]
+        if self.problem_type == "regression":
+            loss = jnp.sum(jnp.mean((logits - labels) ** 2, -1, keepdims=True) * counted)
+            return loss, {"mse": (loss, weight)}
+        each = jnp.maximum(logits, 0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+        guessed, true = (logits > 0) * counted, (labels > 0.5) * counted
+        right = jnp.sum(jnp.all(guessed == true, -1, keepdims=True) * counted)
+        scores = {"accuracy": (right, weight), "f1": _f1(guessed, true)}
+        return jnp.sum(jnp.mean(each, -1, keepdims=True) * counted), scores
+
+
+def _f1(guessed: Array, true: Array) -> tuple[Array, Array]:
+    """Return the parts of each label's F1, 2 hits / (guessed + true)."""
+    hits, all_guessed, all_true = (jnp.sum(x, (0, 1), jnp.float32) for x in (guessed * true, guessed, true))
+    return 2 * hits, all_guessed + all_true
+
+
 # name -> function of (the whole configuration, tokens of each row whose logits may exist at one time)
 OBJECTIVES: dict[str, Callable[[ConfigDict, int], Objective]] = {
     "sft": lambda config, chunk: CrossEntropy(chunk),
+}
+# What a head of another name than lm is trained by.
+HEADS: dict[str, Callable[[ConfigDict, int], Objective]] = {
+    "classification": lambda config, chunk: Classification(config.head.problem_type),
 }
 
 
@@ -103,6 +151,16 @@ def check_objective(name: str) -> None:
         raise UserError(f"unknown objective.name '{name}'; {hint}choose among {', '.join(OBJECTIVES)}")
 
 
-def mean(total: Num[Array, ""] | float, weight: Num[Array, ""] | float) -> Any:
+def mean(total: Num[Array, "*labels"] | float, weight: Num[Array, "*labels"] | float) -> Any:
+    """Return total / weight, 0 where nothing was counted; of a metric with an entry for each label, the mean of these.
+
+    Labels that nothing was counted of are left out, as in scikit-learn's macro averages.
+    """
+    if getattr(total, "ndim", 0):
+        return mean(jnp.sum(jnp.where(weight > 0, mean_of_each(total, weight), 0.0)), jnp.sum(weight > 0))
+    return mean_of_each(total, weight)
+
+
+def mean_of_each(total: Any, weight: Any) -> Any:
     """Return total / weight, 0 where nothing was counted; of arrays or of numbers."""
     return total / (jnp.where(weight == 0, 1, weight) if hasattr(weight, "dtype") else weight or 1)

@@ -153,6 +153,11 @@ def generate_ids(
     Raises:
       UserError: an empty prompt, or more tokens than the model has positions for.
     """
+    if arch.num_labels:
+        raise UserError(
+            "this model has a classification or reward head and writes nothing: tpu-tune eval measures it, and "
+            "tpu_tune.load(...).classify(texts) gives its labels"
+        )
     if not prompts:
         return []
     if not all(prompts):

@@ -25,11 +25,17 @@ RowFormat = Literal[
     "alpaca",
     "sharegpt",
     "messages",
+    "preference",
+    "prompt-completion-label",
+    "kto-tag",
     "auto-as-chat",
     "input-output-as-chat",
     "prompt-generation-as-chat",
     "prompt-completion-as-chat",
     "alpaca-as-chat",
+    "preference-as-chat",
+    "prompt-completion-label-as-chat",
+    "kto-tag-as-chat",
 ]
 Strategy = Literal["no", "steps", "epoch"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]

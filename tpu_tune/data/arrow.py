@@ -4,7 +4,8 @@ A file is an Arrow IPC *file* of record batches with the columns `input_ids` and
 marks what is not predicted: what PygmalionAI's training code maps into memory and `datasets` loads. Read are also its
 files for plain text (one batch of plain integers a block), columns of other integer types, and the IPC *stream* format
 that `datasets` saves. Of further columns, `completion_mask` and `assistant_masks` say what is predicted and
-`attention_mask` what is padding; others are named in a warning.
+`attention_mask` what is padding; others are named in a warning. Preference rows have a column `role` besides: 1 for a
+chosen answer, 2 for a rejected one.
 
 Reading converts nothing: `Values` cuts an example's tokens out of the mapped file when a batch is made of it. What is
 held for a file is some 60 bytes an example. The file is gone through once, in pieces, to check it and to count.
@@ -27,11 +28,13 @@ from tpu_tune.checkpoints import json_text
 from tpu_tune.data import columnar
 from tpu_tune.data.formats import in_words
 from tpu_tune.data.loading import IGNORE
-from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.preferences import LONG_PAIR, PAIRED, ROWS, SINGLE, learns_from
+from tpu_tune.data.tokenized_set import CHOSEN, PLAIN, REJECTED, TokenizedSet
 from tpu_tune.errors import UserError
 
 # Of each token 0 or 1: what is no padding, and what is to be predicted. TRL and transformers know them by these names.
 _PADDING_MASK, _LOSS_MASKS = "attention_mask", ("completion_mask", "assistant_masks")
+_ROLE = "role"  # `TokenizedSet.roles`
 METADATA = b"tpu_tune"  # key of the schema's metadata, and of a batch's
 # Columns that say nothing which is not known without them: pandas' index, and what collators add.
 _IDLE = {"__index_level_0__", "length", "token_type_ids", "special_tokens_mask"}
@@ -39,9 +42,14 @@ logger = logging.getLogger(__name__)
 _PIECE = 2**18  # values that are looked at together
 
 
-def schema(about: dict[str, Any]) -> pa.Schema:
-    """The schema of a file; `about` (max_length, tokenizer, format) is kept in it as JSON."""
+def schema(about: dict[str, Any], rated: bool = False) -> pa.Schema:
+    """The schema of a file; `about` (max_length, tokenizer, format) is kept in it as JSON.
+
+    Args:
+      rated: its examples are rated answers, and have a role.
+    """
     fields = [pa.field(name, pa.list_(pa.int64())) for name in ("input_ids", "labels")]
+    fields += [pa.field(_ROLE, pa.int8())] if rated else []
     return pa.schema(fields, {METADATA: json.dumps(about, sort_keys=True).encode()})
 
 
@@ -55,14 +63,17 @@ def write_batch(writer: pa.RecordBatchWriter, data: TokenizedSet, usual: str) ->
     offsets = pa.array(data.offsets.astype(np.int32))
     tokens = data.tokens.astype(np.int64)
     columns = [tokens, np.where(data.loss_mask, tokens, IGNORE)]
-    lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in columns]
+    arrays = {
+        name: pa.ListArray.from_arrays(offsets, pa.array(column))
+        for name, column in zip(("input_ids", "labels"), columns, strict=True)
+    }
+    if data.roles is not None:
+        arrays[_ROLE] = pa.array(data.roles, pa.int8())
     _, counts = np.unique(data.source_rows, return_counts=True)
     about: dict[str, Any] = {"examples_per_row": counts.tolist()} if (counts > 1).any() else {}
     if data.summary["formats"] != {usual: data.summary["formats"].get(usual)}:
         about["formats"] = data.summary["formats"]
-    writer.write_batch(
-        pa.record_batch(lists, names=["input_ids", "labels"]), {METADATA: json.dumps(about).encode()} if about else None
-    )
+    writer.write_batch(pa.record_batch(arrays), {METADATA: json.dumps(about).encode()} if about else None)
 
 
 def is_tokenized(source: str) -> bool:
@@ -142,6 +153,7 @@ class _Loaded:
     lengths: list[np.ndarray] = field(default_factory=list)
     targets: list[np.ndarray] = field(default_factory=list)
     source_rows: list[np.ndarray] = field(default_factory=list)
+    roles: list[np.ndarray] = field(default_factory=list)
     rows: int = 0
     sources: int = 0  # rows that the examples were made from
     truncated: int = 0
@@ -151,17 +163,19 @@ class _Loaded:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def load(sources: list[str], max_length: int) -> TokenizedSet:
+def load(sources: list[str], max_length: int, objective: str = "") -> TokenizedSet:
     """Open tokenized files as one set.
 
     Args:
+      objective: what they are for (`objective.name`); "": anything.
       max_length: longer examples are cut to it, those of plain text into blocks of it, as when text is tokenized.
 
     Returns:
       The set, whose `tokens` and `loss_mask` are `Values`.
 
     Raises:
-      UserError: a file that cannot be read, or holds something else than token ids and labels.
+      UserError: a file that cannot be read, or holds something else than token ids and labels, or rows that the
+        objective does not learn from.
     """
     loaded, formats = _Loaded(), Counter()
     for source in sources:
@@ -171,7 +185,7 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
             raise UserError(f"{source}: has no one column input_ids; tokenize it again")
         plain = pa.types.is_integer(schema.field("input_ids").type)
         usual = str(about.get("format", "text" if plain else ""))
-        used = {"input_ids", "labels", _PADDING_MASK, *_LOSS_MASKS, *_IDLE}
+        used = {"input_ids", "labels", _ROLE, _PADDING_MASK, *_LOSS_MASKS, *_IDLE}
         if others := [name for name in schema.names if name not in used]:
             logger.warning("%s: columns that training does not use: %s", source, ", ".join(others))
         first = loaded.rows
@@ -189,8 +203,11 @@ def load(sources: list[str], max_length: int) -> TokenizedSet:
             if not isinstance(kinds, dict) or not all(type(count) is int for count in kinds.values()):
                 raise UserError(f"{source}: its metadata does not fit its rows; tokenize it again")
             formats.update(kinds)
-            batch_rows = _Batch(source, loaded.rows - first, ids, labels, bounds)
-            _add(loaded, batch_rows, rows, max_length, list(kinds) == ["text"])
+            roles = _roles(source, batch)
+            _check_roles(source, roles, rows, objective)
+            batch_rows = _Batch(source, loaded.rows - first, ids, labels, bounds, roles)
+            paired = learns_from(objective) != SINGLE and bool(roles.any()) and _are_pairs(roles, rows)
+            _add(loaded, batch_rows, rows, max_length, (list(kinds) == ["text"], paired))
     return _finish(loaded, formats)
 
 
@@ -209,6 +226,7 @@ class _Batch:
       rows_before: how many rows of the file come before it.
       ids, labels: (values,) of all its rows.
       bounds: (rows + 1,) where each row begins in them, and the last one ends.
+      roles: (rows,) int8, as in `TokenizedSet`.
     """
 
     source: str
@@ -216,20 +234,58 @@ class _Batch:
     ids: np.ndarray
     labels: np.ndarray
     bounds: np.ndarray
+    roles: np.ndarray
 
 
-def _add(loaded: _Loaded, batch: _Batch, rows: np.ndarray, max_length: int, is_text: bool) -> None:
-    """Take in one record batch: cut what is too long, check values, count targets, and leave out what has none."""
+def _roles(source: str, batch: pa.RecordBatch) -> np.ndarray:
+    if _ROLE not in batch.schema.names:
+        return np.zeros(len(batch), np.int8)
+    column = batch.column(_ROLE)
+    if (
+        not pa.types.is_integer(column.type)
+        or column.null_count
+        or not np.isin(column, (PLAIN, CHOSEN, REJECTED)).all()
+    ):
+        raise UserError(f"{source}: its column {_ROLE} must hold {PLAIN}, {CHOSEN} (chosen) or {REJECTED} (rejected)")
+    return column.to_numpy().astype(np.int8)
+
+
+def _check_roles(source: str, roles: np.ndarray, rows: np.ndarray, objective: str) -> None:
+    """Refuse examples that an objective does not learn from; pairs have to be of one row, the chosen one first."""
+    wanted = learns_from(objective)
+    if wanted == ROWS and roles.any():
+        raise UserError(f"{source}: holds rated answers, which objective.name={objective} does not heed")
+    if wanted in (PAIRED, SINGLE) and not roles.all():
+        raise UserError(f"{source}: holds rows without a rating; objective.name={objective} learns from rated answers")
+    if wanted == PAIRED and not _are_pairs(roles, rows):
+        raise UserError(
+            f"{source}: holds single rated answers; objective.name={objective} learns from pairs, kto from single ones"
+        )
+
+
+def _are_pairs(roles: np.ndarray, rows: np.ndarray) -> bool:
+    ordered = np.array_equal(roles, np.tile(np.asarray([CHOSEN, REJECTED], np.int8), len(roles) // 2))
+    return ordered and np.array_equal(rows[::2], rows[1::2])
+
+
+def _add(loaded: _Loaded, batch: _Batch, rows: np.ndarray, max_length: int, kind: tuple[bool, bool]) -> None:
+    """Take in one record batch: cut what is too long, check values, count targets, and leave out what has none.
+
+    Args:
+      kind: whether its examples are texts, which are cut into blocks, and whether they are pairs, which are not cut.
+    """
+    is_text, paired = kind
     bounds = batch.bounds
     lengths = np.diff(bounds)
     pieces = np.maximum(1, -(-lengths // max_length)) if is_text else np.ones_like(lengths)
     example = np.repeat(np.arange(len(lengths)), pieces)
     piece = np.arange(len(example)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, ... within an example
     starts = bounds[:-1][example] + piece * max_length
-    kept = np.minimum(bounds[1:][example] - starts, max_length)
+    kept = bounds[1:][example] - starts
+    kept = kept if paired else np.minimum(kept, max_length)
     targets, largest = _count_targets(batch, starts, kept)
     loaded.largest = max(loaded.largest, largest)
-    cut = ~np.bool_(is_text) & (lengths > max_length)
+    cut = np.bool_(not is_text and not paired) & (lengths > max_length)
     loaded.truncated += int(cut.sum())
     loaded.eos_lost += int((batch.labels[bounds[1:][cut] - 1] != IGNORE).sum())
     loaded.split += int((pieces > 1).sum())
@@ -238,10 +294,21 @@ def _add(loaded: _Loaded, batch: _Batch, rows: np.ndarray, max_length: int, is_t
         if count:
             loaded.dropped[reason] = loaded.dropped.get(reason, 0) + count
     good = targets > 0
+    if paired:  # both or none
+        whole = kept.reshape(-1, 2).sum(1) <= max_length
+        good = np.repeat(good.reshape(-1, 2).all(1) & whole, 2)
+        if count := int((~whole).sum()):
+            loaded.dropped[LONG_PAIR] = loaded.dropped.get(LONG_PAIR, 0) + count
     loaded.column.append(np.full(good.sum(), len(loaded.ids), np.int32))
     loaded.ids.append(batch.ids)
     loaded.labels.append(batch.labels)
-    for name, array in (("starts", starts), ("lengths", kept), ("targets", targets), ("source_rows", rows[example])):
+    for name, array in (
+        ("starts", starts),
+        ("lengths", kept),
+        ("targets", targets),
+        ("source_rows", rows[example]),
+        ("roles", batch.roles[example]),
+    ):
         getattr(loaded, name).append(array[good])
     loaded.rows += len(lengths)
 
@@ -289,7 +356,7 @@ def _finish(loaded: _Loaded, formats: Mapping[str, int]) -> TokenizedSet:
 
     offsets = np.concatenate([[0], np.cumsum(join(loaded.lengths, np.int64))]).astype(np.int64)
     positions = (join(loaded.column, np.int32), join(loaded.starts, np.int64), offsets)
-    targets = join(loaded.targets, np.int64)
+    targets, roles = join(loaded.targets, np.int64), join(loaded.roles, np.int8)
     formats = {name: count for name, count in formats.items() if name}
     summary = {
         "rows": loaded.rows,
@@ -300,6 +367,7 @@ def _finish(loaded: _Loaded, formats: Mapping[str, int]) -> TokenizedSet:
         "eos_lost": loaded.eos_lost,
         "split": loaded.split,
         "open_ended": 0,
+        "rated": len(np.unique(join(loaded.source_rows, np.int64)[roles > 0])),
         "dropped": dict(sorted(loaded.dropped.items())),
         "bad_rows": 0,
         "bad_examples": [],
@@ -314,6 +382,7 @@ def _finish(loaded: _Loaded, formats: Mapping[str, int]) -> TokenizedSet:
         join(loaded.source_rows, np.int64),
         summary,
         targets,
+        roles if roles.any() else None,
     )
 
 

@@ -25,7 +25,7 @@ from tpu_tune.data.tokenized_set import TokenizedSet
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3  # raise it when the same input would give other tokens, or a summary other counts
+_VERSION = 4  # raise it when the same input would give other tokens, or a summary other counts
 _ARRAYS = ("tokens", "loss_mask", "offsets", "source_rows")
 
 
@@ -47,7 +47,9 @@ def fingerprint(sources: list[str], rows: list[dict] | None, tokenizer: Any, opt
         digest.update(len(part).to_bytes(8, "little") + part)
 
     add(str(_VERSION).encode())
-    add(json.dumps(dataclasses.asdict(options), sort_keys=True).encode())
+    # Not the objective itself, but the rows that it learns from: several learn from the same.
+    fields = {**dataclasses.asdict(options), "objective": options.learns_from}
+    add(json.dumps(fields, sort_keys=True).encode())
     add(_describe_tokenizer(tokenizer))
     for source in sources:
         if not is_hub(source):
@@ -82,6 +84,10 @@ def _describe_tokenizer(tokenizer: Any) -> bytes:
     return f"{json.dumps([special, trial], sort_keys=True)}{state}".encode()
 
 
+def _names(summary: dict[str, Any]) -> tuple[str, ...]:
+    return (*_ARRAYS, "roles") if summary["rated"] else _ARRAYS
+
+
 def load(root: Path, key: str) -> TokenizedSet | None:
     """Return the stored set, memory-mapped, or None where there is none (or a damaged one)."""
     folder = root / "tokenized" / key
@@ -90,7 +96,7 @@ def load(root: Path, key: str) -> TokenizedSet | None:
     try:
         summary = json_text.loads((folder / "summary.json").read_bytes())
         arrays = {}
-        for name in (*_ARRAYS, *(["labels"] if (folder / "labels.npy").exists() else [])):
+        for name in (*_names(summary), *(["labels"] if (folder / "labels.npy").exists() else [])):
             file = folder / f"{name}.npy"
             # An empty array cannot be mapped.
             arrays[name] = np.load(file, mmap_mode="r" if summary["examples"] else None)
@@ -111,7 +117,7 @@ def save(root: Path, key: str, data: TokenizedSet) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         aside = os.path.join(parent, f".{key}.{secrets.token_hex(4)}")
         os.mkdir(aside)  # not by tempfile, whose directories nobody else who shares the cache could read
-        for name in _ARRAYS:
+        for name in _names(data.summary):
             np.save(os.path.join(aside, f"{name}.npy"), getattr(data, name))
         if data.labels is not None:
             np.save(os.path.join(aside, "labels.npy"), data.labels)

@@ -39,10 +39,10 @@ from tpu_tune.errors import UserError
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers gives templates each under the others' names
 # A thought that a generation prompt opens, and closes again where thinking is off.
-_THOUGHT = re.compile(
+THOUGHT = re.compile(
     r"(?:<think>\s*(?:</think>)?|\[THINK\]\s*(?:\[/THINK\])?|<\|channel>thought\s*(?:<channel\|>)?)\s*\Z"
 )
-_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
+_EMPTYTHOUGHT = re.compile(r"\s*<think>\s*</think>")
 
 
 def read_template(tokenizer: Any, chat_template: str = "") -> str | dict[str, str]:
@@ -243,11 +243,11 @@ def assistant_spans(tokenizer: Any, template: str, chat: Chat) -> tuple[str, lis
 
 def _find_spans(tokenizer: Any, template: str, chat: Chat, indices: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
     whole = render(tokenizer, template, chat)
-    header = _constant_header(tokenizer, template, chat, whole)
+    header = constant_header(tokenizer, template, chat, whole)
     text = whole.removesuffix(header)
     spans = []
     for i in indices:
-        turn = render(tokenizer, template, _cut(chat, i + 1)).removesuffix(header)
+        turn = render(tokenizer, template, first_messages(chat, i + 1)).removesuffix(header)
         start, own_start = _start(tokenizer, template, chat, i, (text, turn))
         if text.startswith(turn):
             end = len(turn)
@@ -257,11 +257,13 @@ def _find_spans(tokenizer: Any, template: str, chat: Chat, indices: Sequence[int
     return text, spans
 
 
-def _cut(chat: Chat, count: int) -> Chat:
+def first_messages(chat: Chat, count: int) -> Chat:
+    """The chat cut behind so many messages."""
     return dataclasses.replace(chat, messages=chat.messages[:count])
 
 
-def _constant_header(tokenizer: Any, template: str, chat: Chat, whole: str) -> str:
+def constant_header(tokenizer: Any, template: str, chat: Chat, whole: str) -> str:
+    """What a template writes behind every chat, a generation prompt that nobody asked for; "" of most."""
     # Some templates (Llama 3's first) end every text with the assistant's header, asked for or not. It is no part of
     # the conversation. It shows as a flag without effect, and alone where there are no messages.
     if render(tokenizer, template, chat, add_generation_prompt=True) != whole:
@@ -285,12 +287,12 @@ def _start(tokenizer: Any, template: str, chat: Chat, i: int, texts: tuple[str, 
     """
     text, turn = texts
     if i == 0:  # no prompt to render: the texts of two different answers part where the answer begins
-        others = [render(tokenizer, template, _with_answer(_cut(chat, 1), 0, word)) for word in ("0", "1")]
+        others = [render(tokenizer, template, _with_answer(first_messages(chat, 1), 0, word)) for word in ("0", "1")]
         prompt = others[0][: len(os.path.commonprefix(others))]
     else:
-        prompt = render(tokenizer, template, _cut(chat, i), add_generation_prompt=True)
+        prompt = render(tokenizer, template, first_messages(chat, i), add_generation_prompt=True)
         # A thought that the prompt opens (or opens and closes) is not in every turn; where it is, it is trained on.
-        prompt = _THOUGHT.sub("", prompt)
+        prompt = THOUGHT.sub("", prompt)
     if text.startswith(prompt):
         return len(prompt), len(prompt)
     moved = _moved_start(tokenizer, template, chat, i, prompt)
@@ -345,7 +347,7 @@ def _length_in_history(tokenizer: Any, new: str, text: str, message: Mapping[str
     """
     names = [str(call.get("name", "")) for call in _calls(Chat((message,)))]
     ending = message["content"].strip()[-16:] or (names[-1] if names else "")
-    emptied = _EMPTY_THOUGHT.match(text)  # or they leave "<think></think>" of it
+    emptied = _EMPTYTHOUGHT.match(text)  # or they leave "<think></think>" of it
     for lead in (0, emptied.end()) if emptied else (0,):
         length = _length_without_thought(tokenizer, new, text[lead:], ending)
         if length:

@@ -10,25 +10,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tpu_tune.checkpoints.prompts import ALPACA_TURN, ALPACA_TURN_WITH_INPUT, ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
-from tpu_tune.data.messages import (
-    NULL_IS_A_VALUE,
-    TRAINING_MARKS,
-    RowError,
-    from_json,
-    holds_something,
-    is_context_only,
-    is_nan,
-    messages_of,
-    without_nulls,
-)
+from tpu_tune.data import preferences
+from tpu_tune.data.messages import RowError, holds_something, is_nan
+from tpu_tune.data.samples import Chat, Pair, Rated, Text, alpaca, alpaca_chat, chat, conversational_pair, string_of
 from tpu_tune.errors import UserError
 
 # Name -> keys that a row must have. The order is that of detection: a row of the Stanford set also carries `text`.
 FORMATS: dict[str, tuple[str, ...]] = {
+    **preferences.FORMATS,
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
@@ -39,13 +31,15 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 AS_CHAT = "-as-chat"  # behind a format's name: prompt and answer are turns of a chat, and go through its template
 PAIRS = ("alpaca", "prompt-completion", "prompt-generation", "input-output")
-NAMES = ("auto", *FORMATS, f"auto{AS_CHAT}", *(name + AS_CHAT for name in PAIRS))  # what `data.format` may be
-
-# In what is said of a row that is good, and read in another format: nobody is to be told to skip it.
-ANOTHER_READS = "another format reads it"
+RATED = tuple(preferences.FORMATS)
+_TURNS = (*PAIRS, *RATED)  # whose prompt and answer may become turns
+NAMES = ("auto", *FORMATS, f"auto{AS_CHAT}", *(name + AS_CHAT for name in _TURNS))  # what `data.format` may be
 
 STANFORD_ALPACA_WITH_INPUT = ALPACA_WITH_INPUT + ALPACA_TURN_WITH_INPUT
 STANFORD_ALPACA_WITHOUT_INPUT = ALPACA_WITHOUT_INPUT + ALPACA_TURN
+
+# In what is said of a row that is good, and read in another format: nobody is to be told to skip it.
+ANOTHER_READS = "another format reads it"
 
 # Keys of rows that other trainers put into the text, or a template does. Where they are not used, it is said aloud.
 _MEANINGFUL = (
@@ -55,61 +49,16 @@ _MEANINGFUL = (
 )  # fmt: skip
 # Of them, those that a format does use; what is said of chats holds for pairs that become one.
 _OF_CHATS = ("system", "tools", "documents", "chat_template_kwargs")
-USED = {"alpaca": ("input", "system", "history"), "messages": _OF_CHATS, "sharegpt": _OF_CHATS}
+USED = {
+    **preferences.USED,
+    "alpaca": ("input", "system", "history"),
+    "messages": _OF_CHATS,
+    "sharegpt": _OF_CHATS,
+}
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-
-@dataclass(frozen=True)
-class Text:
-    """A document to model as it is."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt and the answer to it, joined without a separator."""
-
-    source: str
-    target: str
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation: messages with `role` and `content`, for the chat template.
-
-    Attributes:
-      messages: with their keys that are not null, `TRAINING_MARKS` included.
-      tools: descriptions of functions.
-      first_target: assistant messages before it are context only (the prompt of a conversational prompt/completion
-        row).
-      template_kwargs: the row's own variables for the template (`enable_thinking`).
-      documents: what an answer is based on, for templates that read them.
-    """
-
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[Any, ...] = ()
-    first_target: int = 0
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    documents: tuple[Any, ...] = ()
-
-    def is_target(self, index: int) -> bool:
-        """Whether a message is trained on: an assistant's, in the completion, and not marked as context only."""
-        message = self.messages[index]
-        return message["role"] == "assistant" and index >= self.first_target and not is_context_only(message)
-
-    @property
-    def says_nothing(self) -> bool:
-        """Whether every answer to be trained on is empty, so that only its end could be learnt: to say nothing."""
-        answers = [message for index, message in enumerate(self.messages) if self.is_target(index)]
-        aside = ("role", "name", *TRAINING_MARKS)
-        return bool(answers) and not any(
-            holds_something(value) for message in answers for key, value in message.items() if key not in aside
-        )
-
-
-Sample = Text | Pair | Chat
+Sample = Text | Pair | Chat | Rated
 
 
 def own_format(row: Mapping[str, Any]) -> str:
@@ -186,7 +135,7 @@ def format_of(
         return format
     row = rename(row, columns or {})
     if found := own_format(row):
-        return found + AS_CHAT if format.endswith(AS_CHAT) and found in PAIRS else found
+        return found + AS_CHAT if format.endswith(AS_CHAT) and found in _TURNS else found
     names = [name for name in (bare(usual), *FORMATS) if name and any(key in row for key in FORMATS[name])]
     if names or usual:
         raise RowError(_lacks(row, (names or [bare(usual)])[0]) + "; data.columns can rename keys")
@@ -299,20 +248,22 @@ def _sample(row: Mapping[str, Any], format: str, columns: Mapping[str, str] | No
         row = {key: None if is_nan(value) else value for key, value in row.items()}
     as_chat, format = format.endswith(AS_CHAT), bare(format)
     check_keys(row, format)
+    if format in RATED:
+        return preferences.rated(row, format, as_chat)
     if format == "text":
-        return Text(_string(row, "text"))
+        return Text(string_of(row, "text"))
     if format == "alpaca":
-        return _alpaca_chat(row) if as_chat else _alpaca(row)
+        return alpaca_chat(row) if as_chat else alpaca(row)
     if format in ("messages", "sharegpt"):
-        return _chat(row, FORMATS[format][0], strict=format == "sharegpt")
+        return chat(row, FORMATS[format][0], strict=format == "sharegpt")
     source, target = FORMATS[format]
     if isinstance(row[source], Sequence) and not isinstance(row[source], str):
-        return _conversational_pair(row, source, target)
-    pair = Pair(_string(row, source), _string(row, target))
+        return conversational_pair(row, source, target)
+    pair = Pair(string_of(row, source), string_of(row, target))
     if not as_chat:
         return pair
     turn = [{"role": "user", "content": pair.source}]
-    return _conversational_pair({**row, source: turn, target: pair.target}, source, target)
+    return conversational_pair({**row, source: turn, target: pair.target}, source, target)
 
 
 def unused_keys(row: Mapping[str, Any], format: str, columns: Mapping[str, str] | None = None) -> list[str]:
@@ -324,103 +275,11 @@ def unused_keys(row: Mapping[str, Any], format: str, columns: Mapping[str, str] 
     row, as_chat, format = rename(row, columns or {}), format.endswith(AS_CHAT), bare(format)
     if format == "text":
         return []  # the text is complete; what it was made of may stand beside it
+    if format in RATED:
+        used = preferences.used_keys(row, format, as_chat)
+        return [key for key in _MEANINGFUL if key not in used and holds_something(row.get(key))]
     required = FORMATS[format]
     used = {*required, *USED.get(format, ())}
     if (as_chat and format != "alpaca") or isinstance(row[required[0]], list | tuple):
         used.update(_OF_CHATS)
     return [key for key in _MEANINGFUL if key not in used and holds_something(row.get(key))]
-
-
-def _alpaca(row: Mapping[str, Any]) -> Pair:
-    instruction, output, extra, system = _alpaca_texts(row)
-    with_input = bool(extra.strip())
-    # A system prompt stands in the place of Stanford's sentence, as in axolotl; earlier turns stand before the last.
-    start = system if system.strip() else ALPACA_WITH_INPUT if with_input else ALPACA_WITHOUT_INPUT
-    turns = [ALPACA_TURN.format(instruction=said) + answer for said, answer in _history(row.get("history"))]
-    last = (ALPACA_TURN_WITH_INPUT if with_input else ALPACA_TURN).format(instruction=instruction, input=extra)
-    return Pair("".join([start, *turns, last]), output)
-
-
-def _alpaca_texts(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    extra, system = (_string(row, key) if holds_something(row.get(key)) else "" for key in ("input", "system"))
-    return _string(row, "instruction"), _string(row, "output"), extra, system
-
-
-def _alpaca_chat(row: Mapping[str, Any]) -> Chat:
-    """The row as turns, its input in the line after the instruction, as LLaMA-Factory has it."""
-    instruction, output, extra, system = _alpaca_texts(row)
-    turns = [*_history(row.get("history")), (f"{instruction}\n{extra}" if extra.strip() else instruction, output)]
-    messages = [{"role": "system", "content": system}] if system.strip() else []
-    for said, answer in turns:
-        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-    return Chat(tuple(messages), first_target=len(messages) - 1)
-
-
-def _history(value: Any) -> list[tuple[str, str]]:
-    """Earlier turns as LLaMA-Factory writes them: [[instruction, answer], ...], inside CSV as JSON."""
-    if not holds_something(value):
-        return []
-    if isinstance(value, str):
-        value = from_json(value, "history")
-    is_pairs = isinstance(value, list | tuple) and all(
-        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-        for turn in value
-    )
-    if not is_pairs:
-        raise RowError("'history' must be a list of [instruction, answer] pairs")
-    return [(said, answer) for said, answer in value]
-
-
-def _chat(row: Mapping[str, Any], key: str, strict: bool) -> Chat:
-    return Chat(tuple(_with_system(messages_of(row[key], key, strict), row)), _tools(row), **_for_template(row))
-
-
-def _conversational_pair(row: Mapping[str, Any], source: str, target: str) -> Chat:
-    prompt = _with_system(messages_of(row[source], source, strict=False), row)
-    answer = row[target]
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
-    messages = (*prompt, *messages_of(answer, target, strict=False))
-    return Chat(messages, _tools(row), first_target=len(prompt), **_for_template(row))
-
-
-def _with_system(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
-    return messages
-
-
-def _for_template(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's variables and documents for the template, inside CSV as JSON."""
-    found: dict[str, Any] = {}
-    for key, name, kind in (("chat_template_kwargs", "template_kwargs", Mapping), ("documents", "documents", list)):
-        value = row.get(key)
-        if not holds_something(value):
-            continue
-        if isinstance(value, str):
-            value = from_json(value, key)
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, Mapping) for item in value)):
-            raise RowError(f"'{key}' must be {'an object' if kind is Mapping else 'a list of objects'}")
-        found[name] = dict(value) if kind is Mapping else tuple(value)
-    return found
-
-
-def _tools(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = from_json(tools, "tools")
-    if not isinstance(tools, list | tuple):
-        return ()
-    # A tool alone may be JSON text too: that is how a file of one schema holds tools of different shapes.
-    tools = [from_json(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
-    return tuple(without_nulls(tools, keep=NULL_IS_A_VALUE))
-
-
-def _string(row: Mapping[str, Any], key: str) -> str:
-    value = row[key]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise RowError(f"'{key}' must be a string, not {'null' if value is None else 'a ' + type(value).__name__}")
-    return value

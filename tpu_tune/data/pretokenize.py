@@ -82,6 +82,7 @@ def tokenize_file(
     processes = num_processes(expected, num_workers) if heavy or num_workers else 1
     batches = make_batches(read_any(path, skipped) if rows is None else rows)
     usual = next(iter(sample["formats"])) if len(sample["formats"]) == 1 else ""
+    rated = sample["rated"] > 0
     about = {"max_length": options.max_length, "format": usual, "tokenizer": cache.tokenizer_hash(tokenizer)}
     if engine is None:
         sets = tokenize_batches(batches, tokenizer, options, processes)
@@ -91,13 +92,17 @@ def tokenize_file(
     with aside(output) as temporary:
         with (
             pa.OSFile(os.fspath(temporary), "wb") as file,
-            pa.ipc.new_file(file, arrow.schema(about)) as writer,
+            pa.ipc.new_file(file, arrow.schema(about, rated)) as writer,
             progress(None, "tokenize", total=expected) as bar,
         ):
             for one in sets:
                 _count(one, counts, dropped, skipped)
                 unused.update(one.summary["unused"])
                 formats.update(one.summary["formats"])
+                if len(one) and rated != (one.roles is not None and bool(one.roles.all())):
+                    raise UserError(
+                        f"{path}: holds rated answers and other rows, which no objective learns from together"
+                    )
                 if len(one):
                     arrow.write_batch(writer, one, usual)
                 bar.update(one.summary["rows"])
@@ -201,7 +206,7 @@ def _predict(
         sample, factor = [row for _, row in rows[::step]], step
     data = tokenize_rows(sample, tokenizer, options)
     expected = round(len(sample) * factor)
-    numbers = 16 * data.summary["tokens"] + 8 * len(data)
+    numbers = 16 * data.summary["tokens"] + (8 if data.roles is None else 9) * len(data)
     characters = sum(count_characters(row) for row in sample) * factor
     batches = max(1, expected / _BATCH_ROWS, characters / _BATCH_CHARACTERS)
     return round(numbers * factor + batches * _BATCH_BYTES) + _FILE_BYTES, expected, data.summary

@@ -71,7 +71,7 @@ def describe(
     Raises:
       UserError: a file that cannot be read, a bad row, or no rows.
     """
-    options = options or TokenizeOptions(format="auto", max_length=2048)
+    options = options or TokenizeOptions(format="auto", max_length=2048, objective="")
     files, skipped = _files(os.fspath(path)), Skipped(skip_bad)
     _check_first(files, options)
     row_counts = _RowCounts(options, skipped)

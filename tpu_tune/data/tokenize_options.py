@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpu_tune.data import chat
+from tpu_tune.data import chat, preferences
 from tpu_tune.data.labels import Labels
 from tpu_tune.errors import UserError
 
@@ -33,6 +33,7 @@ class TokenizeOptions:
       labels: what a classification's rows are labelled with; their texts are then read whole, up to `max_length`.
       pad_token: id that counts as padding where such a text's last token is looked for.
       always_bos: BOS before every pair's prompt, as QLoRA has it; else where the tokenizer adds it.
+      objective: what the rows are for (`objective.name`), which decides what they may be; "": any rows.
     """
 
     format: str
@@ -52,6 +53,12 @@ class TokenizeOptions:
     always_bos: bool = False
     labels: Labels | None = None
     pad_token: int | None = None
+    objective: str = "sft"
+
+    @property
+    def learns_from(self) -> str:
+        """What rows the objective learns from; see `preferences.learns_from`."""
+        return preferences.learns_from(self.objective)
 
 
 def for_labels(options: TokenizeOptions, labels: Labels, pad_token: int | None) -> TokenizeOptions:
@@ -65,8 +72,10 @@ def for_labels(options: TokenizeOptions, labels: Labels, pad_token: int | None) 
     return replace(options, train_on_source=True, num_eos=0, labels=labels, pad_token=pad_token)
 
 
-def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False) -> TokenizeOptions:
-    """Return the options that `config.data` gives."""
+def options_from_config(
+    data: Any, tokenizer: Any, encoder_decoder: bool = False, objective: str = "sft"
+) -> TokenizeOptions:
+    """Return the options that `config.data` and `config.objective.name` give."""
     return TokenizeOptions(
         format=data.format,
         max_length=data.max_length,
@@ -81,4 +90,5 @@ def options_from_config(data: Any, tokenizer: Any, encoder_decoder: bool = False
         skip_bad_rows=data.skip_bad_rows,
         encoder_decoder=encoder_decoder,
         always_bos=data.add_bos_token == "always",
+        objective=objective,
     )

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+# What an example is to an objective: nothing but itself, the better answer of two (or a desirable one), or the worse.
+PLAIN, CHOSEN, REJECTED = 0, 1, 2
+
 
 @dataclass
 class TokenizedSet:
@@ -28,6 +31,8 @@ class TokenizedSet:
       labels: what a classification is to say of each example: (examples, 1) int32, its class, or (examples, labels)
         float32 (see `labels.Labels`); None where there is none.
       targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
+      roles: (examples,) int8, `PLAIN`, `CHOSEN` or `REJECTED`; None where all are plain. Two answers to one prompt are
+        consecutive examples of one row, the chosen one first, each with the whole prompt before it.
     """
 
     tokens: np.ndarray
@@ -37,6 +42,7 @@ class TokenizedSet:
     summary: dict[str, Any]
     targets: np.ndarray | None = None
     labels: np.ndarray | None = None
+    roles: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -70,6 +76,9 @@ def merge(sets: Sequence[TokenizedSet]) -> TokenizedSet:
             summary[key] = [text for value in values for text in value][:5]
         else:
             summary[key] = max(values) if key == "max_token_id" else sum(values)
+    roles = None
+    if any(one.roles is not None for one in sets):
+        roles = np.concatenate([np.zeros(len(one), np.int8) if one.roles is None else one.roles for one in sets])
     return TokenizedSet(
         np.concatenate([one.tokens for one in sets]),
         np.concatenate([one.loss_mask for one in sets]),
@@ -77,4 +86,5 @@ def merge(sets: Sequence[TokenizedSet]) -> TokenizedSet:
         np.concatenate([one.source_rows for one in sets]),
         summary,
         labels=None if sets[0].labels is None else np.concatenate([one.labels for one in sets]),
+        roles=roles,
     )

@@ -16,20 +16,24 @@ Hugging Face truncates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tpu_tune.data import chat as chats
+from tpu_tune.data import preferences, rated_answers
 from tpu_tune.data.formats import (
     AS_CHAT,
     PAIRS,
+    RATED,
     Chat,
     Pair,
+    Rated,
     Sample,
     Text,
+    bare,
     columns_of,
     convert,
     format_of,
@@ -37,34 +41,14 @@ from tpu_tune.data.formats import (
     unused_keys,
 )
 from tpu_tune.data.labels import labelled
+from tpu_tune.data.marks import Marks, missing_ends, read_marks, with_bos
 from tpu_tune.data.messages import RowError, is_context_only
 from tpu_tune.data.sources import BadRow, with_advice
 from tpu_tune.data.tokenize_options import TokenizeOptions
-from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.tokenized_set import PLAIN, TokenizedSet
 from tpu_tune.errors import UserError
 
 _BATCH = 1024  # rows whose texts go to the tokenizer together; its own threads share them
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """The tokenizer's special tokens, and whether it puts BOS before a text by itself."""
-
-    bos: str
-    bos_id: int | None
-    eos: str
-    eos_id: int | None
-    adds_bos: bool
-    closing_ids: frozenset[int]
-
-
-def _read_marks(tokenizer: Any) -> _Marks:
-    from tpu_tune.checkpoints.tokenizers import adds_bos  # which imports jax, for reading data alone
-
-    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    closing = frozenset(tokenizer.added_tokens_encoder.values()) | ({eos_id} - {None})
-    # A missing token is None, which would otherwise become the word "None" when strings are joined.
-    return _Marks(tokenizer.bos_token or "", bos_id, tokenizer.eos_token or "", eos_id, adds_bos(tokenizer), closing)
 
 
 def tokenize_rows(
@@ -93,15 +77,22 @@ def tokenize_rows(
     def where_is(index: int) -> str:
         return f"{where} {index + 1}" if isinstance(where, str) else where[index - first]
 
-    marks = _read_marks(tokenizer)
+    marks = read_marks(tokenizer)
     counts, formats, dropped, unused, bad = Counter(), Counter(), Counter(), Counter(), []
     format, labels = "", {}
-    ids_list, mask_list, row_list = [], [], []
+    ids_list, mask_list, row_list, roles = [], [], [], []
+
+    def refuse(index: int, error: RowError) -> None:
+        bad.append(BadRow(where_is(index), str(error)))
+        if not options.skip_bad_rows:
+            raise UserError(with_advice(bad[-1], "fix it or set data.skip_bad_rows=True")) from error
+
     for start in range(0, len(rows), _BATCH):
         samples = []
         for index, row in enumerate(rows[start : start + _BATCH], start=first + start):
             try:
                 format = format_of(row, options.format, options.columns, format)
+                _check_use(row, format, options, where_is(index))
                 sample = convert(row, format, options.columns)
                 if options.labels:
                     labels[index] = options.labels.read(rename(row, options.columns))
@@ -111,18 +102,18 @@ def tokenize_rows(
                 if isinstance(sample, Chat) and sample.says_nothing and not options.train_on_source:
                     dropped["empty answer"] += 1
                 else:
-                    samples.append((index, _prepare(sample, tokenizer, options)))
+                    samples.append((index, _prepare(sample, tokenizer, marks, options)))
                 formats[format] += 1
-                counts.update({type(sample).__name__: 1, "renamed": bool(columns_of(row, options.columns))})
+                counts.update({_kind(sample): 1, "renamed": bool(columns_of(row, options.columns))})
+                counts["rated"] += isinstance(sample, Rated)
                 unused.update([*unused_keys(row, format, options.columns), *unread])
             except RowError as error:
-                bad.append(BadRow(where_is(index), str(error)))
-                if not options.skip_bad_rows:
-                    raise UserError(with_advice(bad[-1], "fix it or set data.skip_bad_rows=True")) from error
-        for index, ids, mask in _encode(samples, tokenizer, marks, options, counts, dropped):
+                refuse(index, error)
+        for index, ids, mask, role in _encode(samples, tokenizer, marks, options, (counts, dropped), refuse):
             ids_list.append(ids)
             mask_list.append(mask)
             row_list.append(index)
+            roles.append(role)
     tokens = np.concatenate([np.zeros(0, np.int32), *ids_list]).astype(np.int32, copy=False)
     loss_mask = np.concatenate([np.zeros(0, bool), *mask_list])
     summary = {
@@ -130,6 +121,7 @@ def tokenize_rows(
         "formats": dict(sorted(formats.items())),
         "chats": counts["Chat"],
         "pairs": counts["Pair"],
+        "rated": counts["rated"],
         "renamed": counts["renamed"],
         "examples": len(ids_list),
         "tokens": len(tokens),
@@ -145,8 +137,21 @@ def tokenize_rows(
         "max_token_id": int(tokens.max(initial=-1)),
     }
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in ids_list], dtype=np.int64)]).astype(np.int64)
-    made = TokenizedSet(tokens, loss_mask, offsets, np.asarray(row_list, np.int64), summary)
+    roles = np.asarray(roles, np.int8) if counts["rated"] else None
+    made = TokenizedSet(tokens, loss_mask, offsets, np.asarray(row_list, np.int64), summary, roles=roles)
     return labelled(made, labels, options.pad_token) if options.labels else made
+
+
+def _check_use(row: Mapping[str, Any], format: str, options: TokenizeOptions, where: str) -> None:
+    try:
+        preferences.check_use(options.objective, bare(format), rename(row, options.columns))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _kind(sample: Sample) -> str:
+    """What of a row becomes tokens: a text, a pair or a chat; of rated answers, what each of them is."""
+    return type(sample.answers[0] if isinstance(sample, Rated) else sample).__name__
 
 
 def _check_fast(tokenizer: Any) -> None:
@@ -164,7 +169,7 @@ def past_template(summary: Mapping[str, Any], options: TokenizeOptions, option: 
     pairs = summary.get("pairs", 0)
     if not pairs or not options.chat_template or options.encoder_decoder:
         return ""
-    formats = [name for name in PAIRS if name in summary["formats"]]
+    formats = [name for name in (*PAIRS, *RATED) if name in summary["formats"]]
     rows = f"{pairs:,} rows ({', '.join(formats)}) are" if pairs > 1 else f"1 row ({formats[0]}) is"
     return (
         f"{rows} trained on without the tokenizer's chat template, through which a chat model is usually asked: "
@@ -188,6 +193,10 @@ class _Encoded:
 
 def _for_template(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> tuple[Sample, list[str]]:
     """Make a chat ready for its template; also name what it holds and the template does not read."""
+    if isinstance(sample, Rated):
+        made = [_for_template(answer, tokenizer, options) for answer in sample.answers]
+        unread = dict.fromkeys(name for _, names in made for name in names)
+        return replace(sample, answers=tuple(answer for answer, _ in made)), list(unread)
     if not isinstance(sample, Chat):
         return sample, []
     _check_fast(tokenizer)
@@ -204,7 +213,10 @@ def _for_template(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> t
     return chats.with_arguments(tokenizer, template, sample), unread
 
 
-def _prepare(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> Text | Pair | _Spans | _Encoded:
+def _prepare(sample: Sample, tokenizer: Any, marks: Marks, options: TokenizeOptions) -> Any:
+    """What `_encode` takes: a text, a pair, `_Spans`, `_Encoded`, or a tuple of rated answers."""
+    if isinstance(sample, Rated):
+        return rated_answers.prepare(sample, tokenizer, marks, options)
     if isinstance(sample, Chat):
         template = chats.template_of(options.chat_template, sample)
         if chats.has_generation_tag(template):
@@ -217,18 +229,28 @@ def _prepare(sample: Sample, tokenizer: Any, options: TokenizeOptions) -> Text |
 def _encode(
     samples: Sequence[tuple[int, Any]],
     tokenizer: Any,
-    marks: _Marks,
+    marks: Marks,
     options: TokenizeOptions,
-    counts: Counter,
-    dropped: Counter,
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    tallies: tuple[Counter, Counter],
+    refuse: Callable[[int, RowError], None],
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, int]]:
+    """Yield (row, ids, mask, role) of each example; `tallies` are what was cut, and what was left out and why."""
+    counts, dropped = tallies
     texts = [text for _, sample in samples for text in _texts(sample, marks, options)]
-    with_offsets = bool(options.response_markers) or any(isinstance(sample, _Spans) for _, sample in samples)
+    with_offsets = bool(options.response_markers) or any(_needs_offsets(sample) for _, sample in samples)
     encoded = _tokenize(tokenizer, texts, with_offsets)
     for index, sample in samples:
         pieces = [next(encoded) for _ in _texts(sample, marks, options)]
+        if isinstance(sample, tuple):
+            try:
+                rated = rated_answers.examples(sample, pieces, marks, options, counts, dropped)
+            except RowError as error:
+                refuse(index, error)
+            else:
+                yield from ((index, *example) for example in rated)
+            continue
         if isinstance(sample, Pair):
-            pieces[0] = (_with_bos(pieces[0][0], marks), None)
+            pieces[0] = (with_bos(pieces[0][0], marks), None)
         if options.drop_long and _length(sample, pieces) > options.max_length:
             dropped["longer than max_length"] += 1
             continue
@@ -253,7 +275,7 @@ def _encode(
         for ids, mask in examples:
             if mask.any():
                 kept += 1
-                yield index, ids, mask
+                yield index, ids, mask, PLAIN
             elif len(examples) > 1:
                 dropped["part of a long text without a response"] += 1
         if not kept:
@@ -268,42 +290,35 @@ def _length(sample: Any, pieces: list) -> int:
 
 
 def _no_pair(sample: Sample, where: str) -> str:
-    kind = "plain text" if isinstance(sample, Text) else "a chat"
+    kind = {Text: "plain text", Rated: "a preference row"}.get(type(sample), "a chat")
     return (
         f"{where}: this is {kind}, and an encoder-decoder learns from rows with an input and an output; "
         "use input/output, prompt/completion or alpaca rows"
     )
 
 
-def _texts(sample: Any, marks: _Marks, options: TokenizeOptions) -> list[str]:
+def _needs_offsets(sample: Any) -> bool:
+    if isinstance(sample, tuple):
+        return any(answer.spans is not None for answer in sample)
+    return isinstance(sample, _Spans)
+
+
+def _texts(sample: Any, marks: Marks, options: TokenizeOptions) -> list[str]:
+    if isinstance(sample, tuple):
+        return rated_answers.texts(sample)
     if options.encoder_decoder:  # its pairs are read as Hugging Face's tokenizers read one text each
         return [sample.source, sample.target]
     if isinstance(sample, Pair):
         bos = marks.bos if options.always_bos and not sample.source.startswith(marks.bos) else ""
-        return [bos + sample.source, sample.target + marks.eos * _missing_ends(sample.target, marks, options)]
+        return [bos + sample.source, sample.target + marks.eos * missing_ends(sample.target, marks, options)]
     return [] if isinstance(sample, _Encoded) else [sample.text]
-
-
-def _missing_ends(target: str, marks: _Marks, options: TokenizeOptions) -> int:
-    """How many EOS an answer lacks; it may end in some already, as unsloth's notebooks write it."""
-    there = 0
-    while marks.eos and there < options.num_eos and target.endswith(marks.eos):
-        target, there = target.removesuffix(marks.eos), there + 1
-    return options.num_eos - there
-
-
-def _with_bos(ids: np.ndarray, marks: _Marks) -> np.ndarray:
-    """Put BOS before a text's ids where the tokenizer adds it; one that is there already is enough."""
-    if not marks.adds_bos or ids[:1].tolist() == [marks.bos_id]:
-        return ids
-    return np.concatenate([np.asarray([marks.bos_id], np.int32), ids])
 
 
 def _tokenize(tokenizer: Any, texts: list[str], with_offsets: bool) -> Iterator[tuple[np.ndarray, Any]]:
     if not texts:
         return
     if not with_offsets and _is_plain(tokenizer):
-        # Without offsets the core is quicker. What a call sets in it (no truncation) has been set by `_read_marks`.
+        # Without offsets the core is quicker. What a call sets in it (no truncation) has been set by `read_marks`.
         for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             yield np.asarray(encoding.ids, np.int32), None
         return
@@ -326,7 +341,7 @@ def _is_plain(tokenizer: Any) -> bool:
 
 
 def _text_examples(
-    sample: Text, ids: np.ndarray, offsets: Any, marks: _Marks, options: TokenizeOptions, counts: Counter
+    sample: Text, ids: np.ndarray, offsets: Any, marks: Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     if not len(ids):
         return []
@@ -336,7 +351,7 @@ def _text_examples(
         open_at_end = bool(spans) and spans[-1][1] == len(sample.text)
     else:
         mask, open_at_end = np.ones(len(ids), bool), True
-    begun = _with_bos(ids, marks)
+    begun = with_bos(ids, marks)
     there = len(ids) - int(np.flatnonzero(np.append(-1, ids) != marks.eos_id)[-1])  # EOS that it ends in already
     ends = [marks.eos_id] * max(0, options.num_eos - there) if marks.eos_id is not None else []
     mask = np.concatenate([np.zeros(len(begun) - len(ids), bool), mask, np.full(len(ends), open_at_end)])
@@ -347,7 +362,7 @@ def _text_examples(
 
 
 def _pair_examples(
-    source: np.ndarray, target: np.ndarray, marks: _Marks, options: TokenizeOptions, counts: Counter
+    source: np.ndarray, target: np.ndarray, marks: Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     uncut = len(source) + len(target)
     source = source[: options.source_max_len or None]
@@ -363,7 +378,7 @@ def _pair_examples(
 
 
 def _two_sides(
-    source: np.ndarray, target: np.ndarray, marks: _Marks, options: TokenizeOptions, counts: Counter
+    source: np.ndarray, target: np.ndarray, marks: Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     end = np.asarray([] if marks.eos_id is None else [marks.eos_id], np.int32)
 
@@ -382,7 +397,7 @@ def _two_sides(
 
 
 def _chat_examples(
-    sample: _Spans | _Encoded, pieces: list, marks: _Marks, options: TokenizeOptions, counts: Counter
+    sample: _Spans | _Encoded, pieces: list, marks: Marks, options: TokenizeOptions, counts: Counter
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     if isinstance(sample, _Encoded):
         ids, mask = sample.ids, sample.mask

@@ -16,6 +16,7 @@ from tpu_tune.data.labels import Labels
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
+from tpu_tune.data.preferences import ROWS, learns_from
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenize_options import TokenizeOptions, for_labels, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
@@ -67,21 +68,27 @@ def load_data(
         raise UserError(
             "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
         )
+    objective = config.objective.name if config.head.name == "lm" else config.head.name
+    if learns_from(objective) != ROWS and data.train_on_source:
+        raise UserError(f"data.train_on_source: objective.name={objective} rates answers only; set it to False")
+    if learns_from(objective) != ROWS and pairs:
+        raise UserError(f"objective.name={objective}: an encoder-decoder has sft alone; set objective.name=sft")
     train_sources, eval_sources = resolve(data.train)
     if data.eval:
         named, named_eval = resolve(data.eval)
         eval_sources = named_eval or named
-    options = options_from_config(data, tokenizer, pairs)
+    options = options_from_config(data, tokenizer, pairs, objective)
     if config.head.name == "classification":
         options = for_labels(options, Labels(config.head.problem_type, tuple(config.head.labels)), pad_token)
-    train = _tokenized(train_sources, data.train, data, tokenizer, vocab_size, options)
+    tokenized = functools.partial(_tokenized, data=data, tokenizer=tokenizer, vocab_size=vocab_size, options=options)
+    train = tokenized(train_sources, data.train)
     _warn(data.train, train.summary)
     if note := past_template(train.summary, options, "data.format"):
         logger.warning("%s: %s", data.train, note)
     train_examples = np.arange(len(train))
     held_out = None
     if eval_sources and not (data.eval_dataset_size and not data.eval):
-        held_out = _tokenized(eval_sources, data.eval or data.train, data, tokenizer, vocab_size, options)
+        held_out = tokenized(eval_sources, data.eval or data.train)
         _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
         eval_examples = np.arange(len(held_out))
     elif data.eval_ratio > 0 or data.eval_dataset_size:
@@ -148,7 +155,7 @@ def _tokenized(
         _check_tokenized(sources, tokenized, name, tokenizer, options)
         if data.train_on_source or data.response_markers:
             logger.warning("%s is tokenized, and its own labels say what is trained on", name)
-        result = arrow.load(sources, data.max_length)
+        result = arrow.load(sources, data.max_length, options.objective)
         _check(result, name, vocab_size)
         return result
     read = {source: read_rows(source, skip_bad_rows=data.skip_bad_rows) for source in sources if is_hub(source)}

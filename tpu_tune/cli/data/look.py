@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     add_tokens(tokenizer, list(config.model.add_special_tokens))
     if config.model.adapter and (template := template_of(config.model.adapter)):
         tokenizer.chat_template = template
-    tokenize_options = options_from_config(config.data, tokenizer, _is_encoder_decoder(model))
+    tokenize_options = options_from_config(config.data, tokenizer, _is_encoder_decoder(model), config.objective.name)
     views = look(os.path.expanduser(path), tokenizer, tokenize_options, options.count, options.seed, options.row)
     if options.json:
         shown = [

@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
         columns=columns(options),
         chat_template=chat.read_template(tokenizer, options.chat_template),
         chat_template_kwargs=template_variables(options),
+        objective="",
     )
     figures = stats.describe(options.input, tokenizer, tokenize_options, options.method, options.skip_bad)
     print(json.dumps(figures, ensure_ascii=False) if options.json else stats.table(figures))

@@ -150,6 +150,7 @@ def run(options: argparse.Namespace) -> int:
         chat_template_kwargs=template_variables(options),
         train_on_source=options.train_on_source,
         num_eos=options.num_eos,
+        objective="",
     )
     report = tokenize_file(
         options.input_file, options.output_file, tokenizer, tokenize_options, options.workers, options.skip_bad

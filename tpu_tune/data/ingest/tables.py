@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpu_tune.data import columnar, streams
-from tpu_tune.data.formats import without_nulls
 from tpu_tune.data.ingest.archives import inner_name, seekable
 from tpu_tune.data.ingest.blobs import BadSource, Blob, Tally, suffix_of
 from tpu_tune.data.ingest.encodings import TextLines, misfit, too_long
 from tpu_tune.data.ingest.ingest_options import IngestOptions
 from tpu_tune.data.ingest.picking import picked
+from tpu_tune.data.messages import without_nulls
 
 _DELIMITERS = (",", ";", "\t", "|")
 

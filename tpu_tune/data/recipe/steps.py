@@ -120,6 +120,7 @@ def _tokenize(recipe: ConfigDict, files: list[str], folder: Path) -> dict[str, A
         chat_template_kwargs=dict(step.chat_template_kwargs),
         train_on_source=step.train_on_source,
         num_eos=step.num_eos,
+        objective="",
     )
     reports, outputs = [], []
     with _engine(recipe, folder) as engine:

@@ -404,6 +404,9 @@ def read_spec(directory: str) -> LoraConfig:
     for key in _REFUSED:
         if config.get(key) and key not in _INITIAL_ONLY:
             raise UserError(f"{file}: '{key}' is set and not implemented here")
+    saved = config.get("modules_to_save") or ()
+    if config.get("task_type") == "SEQ_CLS":  # PEFT names the heads of all models, and passes over those not there
+        saved = [name for name in saved if name != "classifier"]
     layers = config.get("layers_to_transform")
     pattern = config.get("layers_pattern") or ""
     return LoraConfig(
@@ -413,7 +416,7 @@ def read_spec(directory: str) -> LoraConfig:
         target_modules=config.get("target_modules") or "",
         exclude_modules=config.get("exclude_modules") or (),
         bias=config.get("bias", "none"),
-        modules_to_save=config.get("modules_to_save") or (),
+        modules_to_save=saved,
         trainable_token_indices=config.get("trainable_token_indices") or (),
         layers_to_transform=([layers] if isinstance(layers, int) else layers) or (),
         layers_pattern=pattern if isinstance(pattern, str) else "|".join(pattern),

@@ -157,7 +157,11 @@ def abstract_batch(config: Any, model: PreparedModel, leading: tuple[int, ...]) 
         target = min(width, config.data.target_max_len or width)
         source, target = (-(-length // _ROUND) * _ROUND for length in (source + 1, target + 1))
         widths = dict.fromkeys(_DECODER, target) | dict.fromkeys(_ENCODER, source)
-    return {name: jax.ShapeDtypeStruct((*leading, size), jnp.int32, sharding=home) for name, size in widths.items()}
+    batch = {name: jax.ShapeDtypeStruct((*leading, size), jnp.int32, sharding=home) for name, size in widths.items()}
+    if config.head.problem_type in ("multi_label_classification", "regression"):
+        shape = (*leading, width, model.architecture.num_labels)
+        batch["labels"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=home)
+    return batch
 
 
 def device_bytes(tree: Any) -> int:

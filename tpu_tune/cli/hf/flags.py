@@ -62,7 +62,7 @@ ALIASES = {
     "validation_file": "eval_file", "model_max_length": "max_length", "max_seq_length": "max_length",
     "max_seq_len": "max_length", "block_size": "max_length", "dataset_name": "dataset", "no_cuda": "use_cpu",
     "apply_xformers": "use_xformers", "use_bnb_nested_quant": "double_quant", "bnb_4bit_quant_type": "quant_type",
-    "use_flash_attention_2": "use_xformers", "use_flash_attn": "use_xformers",
+    "lora_task_type": "task_type", "use_flash_attention_2": "use_xformers", "use_flash_attn": "use_xformers",
 }  # fmt: skip
 
 # Flags that only qlora.py has: if one is given, the script is qlora.py.
@@ -94,7 +94,7 @@ _USED = {
     "load_in_4bit": bool, "load_in_8bit": bool, "quant_type": str, "double_quant": bool, "lora_rank": int,
     "lora_alpha": float, "lora_dropout": float, "lora_target_modules": list, "max_memory_MB": float,
     "do_mmlu_eval": bool,
-    "resume_from_checkpoint": str, "tokenizer_name": str,
+    "resume_from_checkpoint": str, "tokenizer_name": str, "task_type": str,
 }  # fmt: skip
 
 _KEYS = {
@@ -126,6 +126,9 @@ _KEYS = {
     "use_rslora": (bool, "lora.use_rslora"),
     "use_dora": (bool, "lora.use_dora"),
     "chat_template_path": (str, "data.chat_template"),
+    "num_labels": (int, "head.num_labels"),
+    "problem_type": (str, "head.problem_type"),
+    "center_rewards_coefficient": (float, "head.center_rewards_coefficient"),
 }
 
 # Reason -> flags, each with its type after a colon unless it is str.
@@ -209,7 +212,6 @@ _IGNORED = {
     ),
     "the model's fast tokenizer is always used": "use_fast_tokenizer:bool use_fast:bool",
     "model.param_dtype decides the dtype of stored weights, --bf16 and --fp16 that of computation": "torch_dtype dtype",
-    "the task is always causal language modelling": "lora_task_type task_type",
     "jax has no such cache of device memory": "torch_empty_cache_steps:int",
 }
 

@@ -77,6 +77,7 @@ def translate(flags: ScriptFlags, platform: Callable[[], str], environ: Mapping[
     config = configuration.default()
     ignored = _assign_keys(flags, config)
     trains, evaluates = _mode(flags)
+    _head(flags, config)
     _method(flags, config)
     _precision(flags, config, platform)
     set_data(flags, config, evaluates)
@@ -148,6 +149,25 @@ def _strategy(flags: ScriptFlags, name: str, default: str) -> str:
     if value not in ("no", "steps", "epoch"):
         raise UserError(f"{flags.spelled(name)} is '{value}'; it must be no, steps or epoch")
     return value
+
+
+def _head(flags: ScriptFlags, config: ConfigDict) -> None:
+    """Set what the model is trained to say, by PEFT's task type or by flags of a classification or reward script."""
+    task = str(flags.get("task_type", "")).upper()
+    if task not in ("", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"):
+        raise UserError(
+            f"{flags.spelled('task_type')} is {task}; it must be CAUSAL_LM, SEQ_2_SEQ_LM (of a T5) or SEQ_CLS"
+        )
+    labelled = [name for name in ("num_labels", "problem_type") if flags.get(name) is not None]
+    if labelled and task not in ("", "SEQ_CLS"):
+        raise UserError(f"{flags.spelled(labelled[0])} needs --task_type SEQ_CLS, and it is {task}")
+    if flags.get("center_rewards_coefficient") is not None and not labelled:
+        config.head.name = "reward"  # only TRL's RewardTrainer has it
+    elif task == "SEQ_CLS" or labelled:
+        config.head.name = "classification"
+        flags.note(
+            "head.name=classification: rows of text or chats with a label; for chosen and rejected, head.name=reward"
+        )
 
 
 def _method(flags: ScriptFlags, config: ConfigDict) -> None:

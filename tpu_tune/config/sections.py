@@ -126,7 +126,18 @@ class Data:
 class Objective:
     """What is minimised."""
 
-    name: str = key("sft", "sft: cross-entropy of the marked tokens")
+    # Of answers to judge: pairs of a chosen and a rejected one (kto: single ones with a label).
+    name: str = key("sft", "sft: cross-entropy of the marked tokens; dpo, orpo, simpo, cpo, kto: of answers to judge")
+    loss_type: str | Sequence[str] = key("", "dpo, cpo, kto: TRL's names, for dpo also a list; empty: the usual one")
+    loss_weights: Sequence[float] = key([], "dpo: weights of a list of loss types; empty: 1 each")
+    beta: float = key(0.1, "how strongly answers are held apart, or near the reference; simpo wants 2 to 10", above=0)
+    label_smoothing: float = key(0.0, "share of pairs that may be the wrong way round", at_least=0, below=0.5)
+    sft_weight: float = key(0.0, "dpo: weight of the chosen answers' cross-entropy beside it (RPO)", at_least=0)
+    simpo_gamma: float = key(0.5, "simpo: margin that the chosen answer's reward should have", at_least=0)
+    cpo_alpha: float = key(1.0, "cpo: weight of the chosen answers' cross-entropy", at_least=0)
+    desirable_weight: float = key(1.0, "kto: weight of desirable answers", at_least=0)
+    undesirable_weight: float = key(1.0, "kto: weight of undesirable answers", at_least=0)
+    reference: str = key("", "dpo, kto: a model or adapter directory; empty: the model as training starts")
 
 
 @dataclass(frozen=True)

@@ -100,38 +100,50 @@ def find_labels(rows: Iterable[Mapping[str, Any]], problem_type: str = "auto") -
     return Labels(SINGLE, tuple(sorted({str(_plain(value)) for value in values})))
 
 
+def read_label(labels: Labels | None, row: Mapping[str, Any]) -> np.ndarray:
+    """Return a row's label (see `Labels.read`); of a pair of answers (None) its `margin`, TRL's, (1,) float32.
+
+    Raises:
+      RowError: there is none that can be read.
+    """
+    if labels is not None:
+        return labels.read(row)
+    margin = row.get("margin")
+    number = _number(margin) if holds_something(margin) else 0.0
+    if number is None or isinstance(margin, bool):
+        raise RowError(f"'margin' is {margin!r}; it must be a finite number")
+    return np.asarray([number], np.float32)
+
+
 def labelled(data: TokenizedSet, labels: Mapping[int, np.ndarray], pad_token: int | None) -> TokenizedSet:
-    """Return examples with their labels, one a row, marked where the head reads them: at the last token of the text.
+    """Return examples with their rows' labels, marked where the head reads them: at the last token of the text.
 
     Args:
-      data: examples whose tokens are all marked; of a row that was too long, only the first is kept.
+      data: examples. Of a row that was too long only the first part is kept; of a pair both answers are.
       labels: row number -> its label.
       pad_token: id that transformers takes for padding, also where a text ends in it; the last other token is meant.
     """
-    first = np.ones(len(data), bool)
-    first[1:] = data.source_rows[1:] != data.source_rows[:-1]
-    mask = np.zeros(len(data.tokens), bool)
-    kept = np.zeros(len(data.tokens), bool)
-    for example in np.flatnonzero(first):
+    whole = np.ones(len(data), bool)
+    if data.roles is None:
+        whole[1:] = data.source_rows[1:] != data.source_rows[:-1]
+    mask, kept = np.zeros((2, len(data.tokens)), bool)
+    for example in np.flatnonzero(whole):
         start, stop = data.offsets[example : example + 2]
         real = np.flatnonzero(data.tokens[start:stop] != pad_token)
         mask[start + (real[-1] if len(real) else 0)] = True
         kept[start:stop] = True
-    rows, lengths = data.source_rows[first], data.lengths[first]
-    summary = {
-        **data.summary,
-        "examples": len(rows),
-        "tokens": int(kept.sum()),
-        "target_tokens": len(rows),
-        "truncated": data.summary["truncated"] + data.summary["split"],
-        "eos_lost": 0, "split": 0, "open_ended": 0,
-    }  # fmt: skip
+    rows = data.source_rows[whole]
+    counts = {"examples": len(rows), "tokens": int(kept.sum()), "target_tokens": len(rows)}
+    if data.roles is None:
+        counts |= {"truncated": data.summary["truncated"] + data.summary["split"], "split": 0}
+        counts |= {"eos_lost": 0, "open_ended": 0}
     return TokenizedSet(
         data.tokens[kept],
         mask[kept],
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.concatenate([[0], np.cumsum(data.lengths[whole])]).astype(np.int64),
         rows,
-        summary,
+        {**data.summary, **counts},
+        roles=data.roles,
         labels=np.stack([labels[int(row)] for row in rows]) if len(rows) else np.zeros((0, 1), np.int32),
     )
 

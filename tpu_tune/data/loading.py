@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.data.packing import Packing
-from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.tokenized_set import MISMATCHED, TokenizedSet
 
 IGNORE = -100  # a target that counts for nothing, as in torch and Hugging Face
 
@@ -29,10 +29,14 @@ class PackedRows:
     Attributes:
       data: tokens, loss mask and offsets of all documents.
       packing: which documents share a row, and the rows' width T.
+      slots: of answers to judge, the room S for documents in a row; 0 for plain examples.
+      reference: (examples,) float32, the reference model's log-probability of each answer, where it is known.
     """
 
     data: TokenizedSet
     packing: Packing
+    slots: int = 0
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -44,8 +48,9 @@ class PackedRows:
 
     @property
     def documents(self) -> np.ndarray:
-        """Examples in all rows, in order."""
-        return self.packing.documents
+        """Examples in all rows, in order; not those that were made of others' parts (`MISMATCHED`)."""
+        documents, roles = self.packing.documents, self.data.roles
+        return documents if roles is None else documents[roles[documents] != MISMATCHED]
 
     @property
     def capacity(self) -> int:
@@ -62,7 +67,9 @@ class PackedRows:
           (n, T) int32 each: `input_ids` (0 where padding), `targets` (the next token's id where it is to be predicted,
           else -100; never that of the next document), `positions` (from 0 in each document), `segment_ids` (from 1 in
           each row, 0 where padding). Of labelled examples `targets` holds the class, or 0 where labels are numbers, at
-          the token that the head reads, and `labels` (n, T, labels) float32 these numbers there.
+          the token that the head reads, and `labels` (n, T, labels) float32 these numbers there. Where there are slots
+          also (n, S) arrays: `document_roles` int32 (of `TokenizedSet` and `preference_rows`, 0 where there is none)
+          and `document_reference` float32, where it is known.
         """
         shape = (len(indices), self.width)
         batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "positions", "segment_ids")}
@@ -71,11 +78,19 @@ class PackedRows:
         has_numbers = data.labels is not None and np.issubdtype(data.labels.dtype, np.floating)
         if has_numbers:
             batch["labels"] = np.zeros((*shape, data.labels.shape[1]), np.float32)
+        if self.slots:
+            batch["document_roles"] = np.zeros((len(indices), self.slots), np.int32)
+            if self.reference is not None:
+                batch["document_reference"] = np.zeros((len(indices), self.slots), np.float32)
         for i, row in enumerate(indices):
             if row < 0:
                 continue
             at = 0
             documents = packing.documents[packing.offsets[row] : packing.offsets[row + 1]]
+            if self.slots:
+                batch["document_roles"][i, : len(documents)] = data.roles[documents]
+                if self.reference is not None:
+                    batch["document_reference"][i, : len(documents)] = self.reference[documents]
             for segment, document in enumerate(documents, start=1):
                 first = data.offsets[document]
                 length = min(int(data.offsets[document + 1] - first), self.width)
@@ -106,6 +121,7 @@ class Batches:
       data_seed: with the epoch it decides the order of the rows.
       local_rows: (batch_rows,) bool, the rows of a micro-batch that this process reads; the others stay empty. None:
         all.
+      block: consecutive rows that stay together in every order; of a micro-batch there are whole ones.
     """
 
     rows: Any
@@ -113,6 +129,7 @@ class Batches:
     accumulation: int
     data_seed: int
     local_rows: np.ndarray | None = None
+    block: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -123,7 +140,10 @@ class Batches:
         """The rows of a step (0-based), (accumulation, batch_rows) int64, -1 where the epoch has run out of rows."""
         epoch, within = divmod(step, self.steps_per_epoch)
         size = self.accumulation * self.batch_rows
-        chosen = _permutation(self.data_seed, epoch, len(self.rows))[within * size : (within + 1) * size]
+        blocks = _permutation(self.data_seed, epoch, -(-len(self.rows) // self.block))
+        chosen = blocks[within * size // self.block : (within + 1) * size // self.block]
+        chosen = (chosen[:, None] * self.block + np.arange(self.block)).reshape(-1)
+        chosen = np.where(chosen < len(self.rows), chosen, -1)
         filled = np.full(size, -1, np.int64)
         filled[: len(chosen)] = chosen
         return filled.reshape(self.accumulation, self.batch_rows)

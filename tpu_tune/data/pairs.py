@@ -85,8 +85,7 @@ def pair_rows(data: TokenizedSet, documents: np.ndarray, max_length: int, start_
       max_length: most tokens of either side; a width is otherwise rounded up, as in `one_per_row`.
       start_token: id before the first token of an answer.
     """
-    starts = np.flatnonzero(data.loss_mask)
-    input_lengths = starts[np.searchsorted(starts, data.offsets[:-1])] - data.offsets[:-1]
+    input_lengths = data.prompt_lengths
     encoder_width, width = (
         one_per_row(lengths, max_length).width for lengths in (input_lengths, data.lengths - input_lengths)
     )

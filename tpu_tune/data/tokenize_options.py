@@ -31,7 +31,7 @@ class TokenizeOptions:
       drop_long: leave out pairs and chats that are too long, instead of cutting them.
       num_eos: end-of-text tokens after an answer or a text; those that it ends in already are counted.
       labels: what a classification's rows are labelled with; their texts are then read whole, up to `max_length`.
-      pad_token: id that counts as padding where such a text's last token is looked for.
+      pad_token: id that counts as padding where the last token of what is judged as a whole is looked for.
       always_bos: BOS before every pair's prompt, as QLoRA has it; else where the tokenizer adds it.
       objective: what the rows are for (`objective.name`), which decides what they may be; "": any rows.
     """
@@ -54,6 +54,11 @@ class TokenizeOptions:
     labels: Labels | None = None
     pad_token: int | None = None
     objective: str = "sft"
+
+    @property
+    def judges(self) -> bool:
+        """Whether texts are judged as a whole: nothing in them is predicted."""
+        return self.labels is not None or self.objective == "reward"
 
     @property
     def learns_from(self) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 # What an example is to an objective: nothing but itself, the better answer of two (or a desirable one), or the worse.
 PLAIN, CHOSEN, REJECTED = 0, 1, 2
+MISMATCHED = 3  # not in files: a prompt with another row's answer, see `preference_rows`
 
 
 @dataclass
@@ -51,6 +52,12 @@ class TokenizedSet:
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (examples,) int64."""
         return np.diff(self.offsets)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens before the first to be predicted of each example, (examples,) int64; every example has one."""
+        marked = np.flatnonzero(self.loss_mask[:])
+        return marked[np.searchsorted(marked, self.offsets[:-1])] - self.offsets[:-1]
 
     def count_targets(self) -> np.ndarray:
         """Tokens to be predicted of each example, (examples,) int64."""

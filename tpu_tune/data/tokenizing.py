@@ -40,7 +40,7 @@ from tpu_tune.data.formats import (
     rename,
     unused_keys,
 )
-from tpu_tune.data.labels import labelled
+from tpu_tune.data.labels import labelled, read_label
 from tpu_tune.data.marks import Marks, missing_ends, read_marks, with_bos
 from tpu_tune.data.messages import RowError, is_context_only
 from tpu_tune.data.sources import BadRow, with_advice
@@ -94,8 +94,8 @@ def tokenize_rows(
                 format = format_of(row, options.format, options.columns, format)
                 _check_use(row, format, options, where_is(index))
                 sample = convert(row, format, options.columns)
-                if options.labels:
-                    labels[index] = options.labels.read(rename(row, options.columns))
+                if options.judges:
+                    labels[index] = read_label(options.labels, rename(row, options.columns))
                 if options.encoder_decoder and not isinstance(sample, Pair):
                     raise UserError(_no_pair(sample, where_is(index)))
                 sample, unread = _for_template(sample, tokenizer, options)
@@ -139,7 +139,7 @@ def tokenize_rows(
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in ids_list], dtype=np.int64)]).astype(np.int64)
     roles = np.asarray(roles, np.int8) if counts["rated"] else None
     made = TokenizedSet(tokens, loss_mask, offsets, np.asarray(row_list, np.int64), summary, roles=roles)
-    return labelled(made, labels, options.pad_token) if options.labels else made
+    return labelled(made, labels, options.pad_token) if options.judges else made
 
 
 def _check_use(row: Mapping[str, Any], format: str, options: TokenizeOptions, where: str) -> None:

@@ -16,7 +16,8 @@ from tpu_tune.data.labels import Labels
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
-from tpu_tune.data.preferences import ROWS, learns_from
+from tpu_tune.data.preference_rows import preference_rows
+from tpu_tune.data.preferences import PAIRED, ROWS, SINGLE, learns_from
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenize_options import TokenizeOptions, for_labels, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
@@ -53,7 +54,8 @@ def load_data(
     """Read, tokenize, split and pack the data of a configuration.
 
     Args:
-      config: the whole configuration; `config.data` and `config.head` are read.
+      config: the whole configuration; `config.data` and `config.head` are read, and of answers to judge
+        `config.objective`.
       tokenizer: a Hugging Face tokenizer. It needs no pad token: padding is token 0 in segment 0.
       vocab_size: rows of the model's embedding, to hold the token ids against.
       start_token: of an encoder-decoder: the id before its answers. Its rows are `PairRows`, padded and not packed.
@@ -68,7 +70,7 @@ def load_data(
         raise UserError(
             "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
         )
-    objective = config.objective.name if config.head.name == "lm" else config.head.name
+    objective = _learner(config)
     if learns_from(objective) != ROWS and data.train_on_source:
         raise UserError(f"data.train_on_source: objective.name={objective} rates answers only; set it to False")
     if learns_from(objective) != ROWS and pairs:
@@ -80,6 +82,8 @@ def load_data(
     options = options_from_config(data, tokenizer, pairs, objective)
     if config.head.name == "classification":
         options = for_labels(options, Labels(config.head.problem_type, tuple(config.head.labels)), pad_token)
+    elif config.head.name == "reward":
+        options = dataclasses.replace(options, pad_token=pad_token)
     tokenized = functools.partial(_tokenized, data=data, tokenizer=tokenizer, vocab_size=vocab_size, options=options)
     train = tokenized(train_sources, data.train)
     _warn(data.train, train.summary)
@@ -104,15 +108,20 @@ def load_data(
     train_examples = _first(train, train_examples, data.max_train_samples)
     if held_out is not None:
         eval_examples = _first(held_out, eval_examples, data.max_eval_samples)
-    rows = functools.partial(_rows, config=data, start_token=start_token)
+    rows = functools.partial(_rows, config=config, start_token=start_token)
     train_rows = rows(train, train_examples)
     eval_rows = None if held_out is None else rows(held_out, eval_examples)
-    summary = {"train": _summarise(train, train_rows)}
+    summary = {"train": _summarise(train_rows)}
     if eval_rows is not None:
-        summary["eval"] = _summarise(held_out, eval_rows)
+        summary["eval"] = _summarise(eval_rows)
     for name, counts in summary.items():
         _report(name, counts)
     return Datasets(train_rows, eval_rows, summary)
+
+
+def _learner(config: Any) -> str:
+    """What learns from the rows: the objective, or the head where that has one of its own."""
+    return config.objective.name if config.head.name == "lm" else config.head.name
 
 
 def _first(data: TokenizedSet, examples: np.ndarray, count: int) -> np.ndarray:
@@ -175,7 +184,7 @@ def _check_tokenized(
     sources: list[str], tokenized: list[str], name: str, tokenizer: Any, options: TokenizeOptions
 ) -> None:
     """Refuse or warn before a tokenized file is trained on that was made for something else."""
-    if options.labels:
+    if options.judges:
         raise UserError(
             f"{name}: a classification reads texts or chats with a label, not tokenized rows ({tokenized[0]})"
         )
@@ -236,22 +245,30 @@ def _check(data: TokenizedSet, name: str, vocab_size: int | None) -> None:
 
 
 def _rows(data: TokenizedSet, examples: np.ndarray, config: Any, start_token: int | None) -> PackedRows | PairRows:
+    width, packing = config.data.max_length, config.data.packing
     if start_token is not None:
-        return pair_rows(data, examples, config.max_length, start_token)
+        return pair_rows(data, examples, width, start_token)
+    if (kind := learns_from(_learner(config))) != ROWS:
+        return preference_rows(data, examples, width, packing, None if kind == PAIRED else mismatch_group(config))
     lengths = data.lengths
-    if config.packing:
-        packing = pack(lengths[examples], config.max_length)
+    if packing:
+        packed = pack(lengths[examples], width)
     else:
         # One width for training and evaluation: that of the longest of all.
-        width = one_per_row(lengths, config.max_length).width
-        packing = one_per_row(lengths[examples], width)
-        packing = dataclasses.replace(packing, width=width)
-    return PackedRows(data, dataclasses.replace(packing, documents=examples[packing.documents]))
+        width = one_per_row(lengths, width).width
+        packed = dataclasses.replace(one_per_row(lengths[examples], width), width=width)
+    return PackedRows(data, dataclasses.replace(packed, documents=examples[packed.documents]))
 
 
-def _summarise(data: TokenizedSet, rows: PackedRows | PairRows) -> dict[str, Any]:
+def mismatch_group(config: Any) -> int:
+    """Return among how many consecutive answers KTO exchanges answers, as TRL in each micro-batch; 0: among none."""
+    exchanges = learns_from(config.objective.name) == SINGLE and "apo_zero_unpaired" not in config.objective.loss_type
+    return config.train.per_device_train_batch_size if exchanges else 0
+
+
+def _summarise(rows: PackedRows | PairRows) -> dict[str, Any]:
     """The set's counts, and under `packed_*` those of the rows made of this part of it."""
-    documents = rows.documents
+    data, documents = rows.data, rows.documents
     tokens = int(data.lengths[documents].sum())
     targets = int(data.count_targets()[documents].sum())
     return {

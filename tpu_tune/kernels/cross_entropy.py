@@ -46,6 +46,43 @@ def chunked_cross_entropy(
       targets: the next token's id, or `IGNORED`.
       chunk: tokens of each row whose logits exist at one time; rows stay apart, because they live on different devices.
     """
+    hidden, targets, _ = _in_chunks(hidden, targets, chunk)
+
+    def chunk_loss(weights: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
+        losses, right = token_losses(head(weights, hidden), targets)
+        return jnp.sum(losses), jnp.sum(right)
+
+    return _sum_of_chunks(chunk_loss, weights, hidden, targets)
+
+
+def token_log_probs(
+    head: Callable[[Any, Float[Array, "B t D"]], Float[Array, "B t V"]],
+    weights: Any,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    chunk: int,
+) -> Float[Array, "B T"]:
+    """Return each target's log-probability (float32, 0 if the target is `IGNORED`), to be differentiated.
+
+    Arguments as `chunked_cross_entropy`. What the loss will make of each token is not known yet when a chunk's logits
+    exist, so the backward pass makes them once more, again a chunk at a time.
+    """
+    chunks = _in_chunks(hidden, targets, chunk)
+
+    @jax.checkpoint
+    def log_probs(weights: Any, hidden: Array, targets: Array) -> Array:
+        def counted() -> Array:
+            return -token_losses(head(weights, hidden), targets)[0]
+
+        return jax.lax.cond(jnp.any(targets != IGNORED), counted, lambda: jnp.zeros(targets.shape, jnp.float32))
+
+    _, found = jax.lax.scan(lambda carry, one: (carry, log_probs(weights, *one)), None, chunks[:2])
+    found = jnp.moveaxis(found, 0, 1).reshape(targets.shape[0], -1)[:, : targets.shape[1]]
+    return jnp.take_along_axis(found, jnp.argsort(chunks[2], axis=1), axis=1)
+
+
+def _in_chunks(hidden: Array, targets: Array, chunk: int) -> tuple[Array, Array, Array]:
+    """Return (chunks, B, chunk, D) hidden states, (chunks, B, chunk) targets, and the (B, T) order they are in."""
     batch, length, _ = hidden.shape
     chunk = min(chunk, length)
     # Tokens that are trained on come first in each row: the chunks behind them cost nothing. Of chats that is most.
@@ -55,13 +92,7 @@ def chunked_cross_entropy(
     short = -length % chunk
     hidden = jnp.pad(hidden, [(0, 0), (0, short), (0, 0)]).reshape(batch, -1, chunk, hidden.shape[-1])
     targets = jnp.pad(targets, [(0, 0), (0, short)], constant_values=IGNORED).reshape(batch, -1, chunk)
-    hidden, targets = jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)
-
-    def chunk_loss(weights: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
-        losses, right = token_losses(head(weights, hidden), targets)
-        return jnp.sum(losses), jnp.sum(right)
-
-    return _sum_of_chunks(chunk_loss, weights, hidden, targets)
+    return jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0), order
 
 
 def _sum_of_chunks(chunk_loss: Callable, weights: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:

@@ -31,6 +31,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.planning.scratch import scratch_bytes
 from tpu_tune.training import offload
 from tpu_tune.training.opening import check_settings, micro_batch_rows
+from tpu_tune.training.preference_settings import KEYS, REFERENCED
 from tpu_tune.training.prepare_model import PreparedModel, abstract_model
 from tpu_tune.training.prepare_steps import prepare_steps
 from tpu_tune.transforms import sharding
@@ -38,6 +39,7 @@ from tpu_tune.transforms import sharding
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}  # packages, by platform
 _DECODER = ("input_ids", "targets", "positions", "segment_ids")
 _ENCODER = ("encoder_ids", "encoder_segment_ids")
+_DOCUMENT = 128  # tokens of an answer with its prompt, where packed rows are planned
 _ROUND = 64  # data/pairs.py rounds the widths of an encoder-decoder's rows up to multiples of this
 
 
@@ -158,9 +160,17 @@ def abstract_batch(config: Any, model: PreparedModel, leading: tuple[int, ...]) 
         source, target = (-(-length // _ROUND) * _ROUND for length in (source + 1, target + 1))
         widths = dict.fromkeys(_DECODER, target) | dict.fromkeys(_ENCODER, source)
     batch = {name: jax.ShapeDtypeStruct((*leading, size), jnp.int32, sharding=home) for name, size in widths.items()}
-    if config.head.problem_type in ("multi_label_classification", "regression"):
+    if config.head.name == "reward" or config.head.problem_type in ("multi_label_classification", "regression"):
         shape = (*leading, width, model.architecture.num_labels)
         batch["labels"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=home)
+    if (
+        config.objective.name in KEYS or config.head.name == "reward"
+    ):  # of preference objectives: documents, whose number hardly matters
+        home = NamedSharding(model.mesh, sharding.document_spec(len(leading) - 1))
+        slots = (*leading, max(2, width // _DOCUMENT // 2 * 2) if config.data.packing else 2)
+        batch["document_roles"] = jax.ShapeDtypeStruct(slots, jnp.int32, sharding=home)
+        if config.objective.name in REFERENCED:
+            batch["document_reference"] = jax.ShapeDtypeStruct(slots, jnp.float32, sharding=home)
     return batch
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from tpu_tune.training.objectives import mean
@@ -24,7 +25,7 @@ def evaluate(steps: Steps | Evaluation, trainable: Mapping[str, Any], session: S
     """
     start, objective = time.monotonic(), steps.objective
     sums = sum_batches(steps, trainable, session.model.frozen, session.eval_batches())
-    count = sums["loss"][1]
+    count = float(np.ravel(sums["loss"][1])[0])
     means = {f"eval_{name}": float(mean(*pair)) for name, pair in sums.items()}
     loss = means.pop("eval_loss")
     perplexity = {"eval_perplexity": math.exp(loss) if loss < 700 else math.inf} if objective.is_likelihood else {}
@@ -42,19 +43,15 @@ def sum_batches(
     trainable: Mapping[str, Any],
     frozen: Mapping[str, Any],
     batches: Iterable[Mapping[str, np.ndarray]],
-) -> dict[str, tuple[float, float]]:
-    """Return the (sum, weight) of `loss` and of each metric over batches of (rows, tokens)."""
-    totals: dict[str, tuple[float, float]] = {"loss": (0.0, 0.0)}
+) -> dict[str, tuple[Any, Any]]:
+    """Return the (sum, weight) of `loss` and of each metric over batches of (rows, tokens), in float64."""
+    totals: dict[str, tuple[Any, Any]] = {"loss": (0.0, 0.0)}
     for batch in batches:
-        for name, (total, weight) in steps.evaluate(trainable, frozen, steps.put_batch(batch, 0)).items():
+        for name, pair in jax.device_get(steps.evaluate(trainable, frozen, steps.put_batch(batch, 0))).items():
+            total, weight = (np.asarray(each, np.float64) for each in pair)
             before = totals.get(name, (0.0, 0.0))
-            totals[name] = tuple(old + _number(new) for old, new in zip(before, (total, weight), strict=True))
+            totals[name] = (before[0] + total, before[1] + weight)
     return totals
-
-
-def _number(value: Any) -> Any:
-    """Return a scalar as a float, a vector (of a metric with an entry for each label) as a float64 array."""
-    return np.asarray(value, np.float64) if value.ndim else float(value)
 
 
 _WORDS = {

@@ -26,6 +26,7 @@ from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
 from tpu_tune.data import Batches, Datasets, PairRows, eval_batches, load_data
 from tpu_tune.data.sources import resolve
+from tpu_tune.data.training_sets import mismatch_group
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, check_length
 from tpu_tune.training import arithmetic, distributed
@@ -34,6 +35,7 @@ from tpu_tune.training.loggers import reporters
 from tpu_tune.training.objectives import check_objective
 from tpu_tune.training.optimizers import canonical_name
 from tpu_tune.training.prepare_model import PreparedModel, prepare_model, storage_dtype
+from tpu_tune.training.reference import add_reference
 from tpu_tune.training.schedules import configured_schedule
 from tpu_tune.transforms import QuantizeConfig, quantized_paths, sharding
 
@@ -93,18 +95,20 @@ def open_session(
       UserError: anything the user can mend about settings, data and model.
     """
 
-    def settings() -> tuple[ConfigDict, Mesh, list[str]]:
+    def settings() -> tuple[ConfigDict, ConfigDict, Mesh, list[str]]:
         new = configuration.from_dict(config)
         if evaluate_only:
             new.data.train = new.data.train or new.data.eval
-        new, notes = resolve_run(resolve_head(check_settings(new)))
+        new = resolve_head(check_settings(new))
+        before = configuration.from_dict(configuration.to_dict(new))
+        new, notes = resolve_run(new)
         mesh = sharding.make_mesh(new.mesh)
         micro_batch_rows(new, mesh)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             _check_batch(new, name, mesh.shape["data"] * mesh.shape["fsdp"])
-        return new, mesh, notes
+        return new, before, mesh, notes
 
-    config, mesh, notes = distributed.together("settings", settings)
+    config, before, mesh, notes = distributed.together("settings", settings)
     # A seed of -1 was drawn by each process for itself; process 0's counts.
     config.seed, config.data.data_seed = distributed.from_main([config.seed, config.data.data_seed], "seeds")
     for note in notes:
@@ -117,12 +121,16 @@ def open_session(
     model = prepare_model(config, mesh)
     jax.block_until_ready((model.trainable, model.frozen))
     load_seconds = time.monotonic() - started
+    before.seed, before.data.data_seed = config.seed, config.data.data_seed
+    same = before.model.to_dict() == config.model.to_dict()  # else what was trained is evaluated
+    data = add_reference(data, before, eval_batch_rows, model if same else None, mesh, say)
     batches = Batches(
         data.train,
         batch_rows,
         config.train.gradient_accumulation_steps,
         config.data.data_seed,
         sharding.rows_here(mesh, batch_rows),
+        1 if config.data.packing else max(1, mismatch_group(config)),
     )
     return Session(config, data, model, batches, eval_batch_rows, load_seconds)
 
@@ -143,7 +151,7 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
     configured_schedule(config.train, max(config.train.max_steps, 1))
     reporters(config.train.report_to)
     check_method(config.method)
-    check_objective(config.objective.name)
+    check_objective(config)
     storage_dtype(config)
     if config.model.adapter and config.method != "lora":
         raise UserError(

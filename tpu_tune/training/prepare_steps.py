@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 
 from tpu_tune.training import offload, plateau
 from tpu_tune.training.execution import execution, loss_chunk
-from tpu_tune.training.objectives import HEADS, OBJECTIVES, Objective, Sums
+from tpu_tune.training.head_objectives import HEADS
+from tpu_tune.training.objectives import OBJECTIVES, Objective, Sums
 from tpu_tune.training.optimizers import make_optimizer
+from tpu_tune.training.preference import LogProbs
 from tpu_tune.training.prepare_model import PreparedModel, abstract_leaf, put
 from tpu_tune.training.schedules import configured_schedule
 from tpu_tune.training.step import ModelLoss, TrainState, init_state, make_eval_step, make_train_step
@@ -101,6 +103,22 @@ def prepare_evaluation(config: ConfigDict, model: PreparedModel) -> Evaluation:
     return Evaluation(jax.jit(make_eval_step(model_loss)), model_loss.objective, put_batch)
 
 
+def prepare_scoring(config: ConfigDict, model: PreparedModel) -> Callable[[Mapping[str, np.ndarray]], jax.Array]:
+    """Build a function from a NumPy batch of evaluation's size to each document's log-probability, (rows, slots).
+
+    Every process gets all of them.
+    """
+    model_loss = _model_loss(config, model, config.train.per_device_eval_batch_size)
+    model_loss = dataclasses.replace(model_loss, objective=LogProbs(model_loss.objective.chunk))
+    replicated = NamedSharding(model.mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def score(trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+        return model_loss(trainable, frozen, batch, None)
+
+    return lambda batch: score(model.trainable, model.frozen, _put_batch(model.mesh, batch, 0))
+
+
 def _model_loss(config: ConfigDict, model: PreparedModel, rows: int) -> ModelLoss:
     run = execution(config, model.architecture, model.mesh, model.shardings, rows)
     arch = model.architecture
@@ -126,5 +144,7 @@ def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:
 
 
 def _put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], leading: int) -> dict[str, jax.Array]:
-    batch_sharding = NamedSharding(mesh, sharding.batch_spec(leading))
-    return {name: put(array, batch_sharding) for name, array in batch.items()}
+    tokens = NamedSharding(mesh, sharding.batch_spec(leading))
+    documents = NamedSharding(mesh, sharding.document_spec(leading))
+    homes = {name: documents if name.startswith("document_") else tokens for name in batch}
+    return {name: put(array, homes[name]) for name, array in batch.items()}

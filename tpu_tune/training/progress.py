@@ -33,6 +33,7 @@ class Progress:
       show: False shows nothing (every process but the first).
       stream: where to write; stderr by default.
       clock: seconds; for tests.
+      name: what is counted; "train" counts steps.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class Progress:
         show: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        name: str = "train",
     ):
+        self._label = "step" if name == "train" else f"{name} row"
         self._stream = stream or sys.stderr
         self._total, self._every, self._show, self._clock = total, max(1, every), show, clock
         self._first: tuple[int, float] | None = None  # (step, time) of the first update of this start
@@ -53,7 +56,7 @@ class Progress:
         if show and self._stream.isatty():
             form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
             self._bar = tqdm(
-                total=total, initial=initial, file=self._stream, bar_format=form, desc="train", dynamic_ncols=True
+                total=total, initial=initial, file=self._stream, bar_format=form, desc=name, dynamic_ncols=True
             )
 
     def update(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
@@ -68,7 +71,7 @@ class Progress:
             self._bar.set_postfix_str(self._words(step, now), refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self._every == 0 or step == self._total or self._first[0] == step:
-            self._stream.write(f"step {step}/{self._total}  {self._words(step, now)}\n")
+            self._stream.write(f"{self._label} {step}/{self._total}  {self._words(step, now)}\n")
             self._stream.flush()
 
     def write(self, line: str) -> None:

@@ -124,14 +124,14 @@ def make_train_step(
     where the optimizer's state waits in host memory (`offload.update_each`).
 
     The batch's arrays are (accumulation, rows, tokens). The metrics are float32 scalars: the objective's own, and
-    `STEP_METRICS`: `loss` (of the window), `weight` (what it was divided by), `grad_norm` (before clipping),
-    `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where the update was applied),
-    `failures` (steps in a row without one).
+    `STEP_METRICS`: `loss` (of the window), `weight` (what it was divided by; the first part of several), `grad_norm`
+    (before clipping), `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where the
+    update was applied), `failures` (steps in a row without one).
     """
     objective = model_loss.objective
 
     def step(state: TrainState, frozen: Mapping[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        weight = jnp.sum(jax.vmap(objective.weight)(batch))
+        weight = jnp.sum(jax.vmap(objective.weight)(batch), axis=0)
         scale = jnp.float32(1) if state.loss_scale is None else state.loss_scale.scale
         factor = scale / jnp.where(weight == 0, 1, weight).astype(jnp.float32)
         key = None if random_key is None else jax.random.fold_in(random_key, state.step)
@@ -141,9 +141,10 @@ def make_train_step(
         ) -> tuple[Array, tuple[Array, Sums]]:
             micro_key = None if key is None else jax.random.fold_in(key, number)
             loss, sums = model_loss(trainable, frozen, micro, micro_key)
-            return loss * factor, (loss, sums)
+            return jnp.sum(loss * factor), (loss, sums)
 
-        grads, loss, sums = _accumulate(jax.grad(scaled_loss, has_aux=True), state.trainable, batch)
+        grad = jax.grad(scaled_loss, has_aux=True)
+        grads, loss, sums = _accumulate(grad, state.trainable, batch, jnp.zeros_like(factor))
         if state.loss_scale is not None:
             grads = jax.tree.map(lambda leaf: leaf / scale, grads)
         grads, norm = clip_by_global_norm(grads, max_grad_norm)
@@ -153,7 +154,7 @@ def make_train_step(
         rate = optax.tree.get(state.opt_state, "learning_rate") if schedule is None else schedule(state.updates)
         metrics = {
             "loss": loss,
-            "weight": weight,
+            "weight": weight.reshape(-1)[0],
             "grad_norm": norm,
             "learning_rate": rate,
             "num_tokens": sum(jnp.sum(batch[name] > 0) for name in SEGMENTS if name in batch),
@@ -162,18 +163,21 @@ def make_train_step(
         }
         if clash := metrics.keys() & sums.keys():
             raise ValueError(f"{type(objective).__name__} names a metric as the step does: {', '.join(sorted(clash))}")
-        return new_state, metrics | {name: mean(*pair) for name, pair in sums.items() if not pair[0].ndim}
+        return new_state, metrics | {name: mean(*pair) for name, pair in sums.items() if pair[0].ndim < 2}
 
     return step
 
 
-def _accumulate(grad: Callable[..., tuple[Any, Any]], trainable: Mapping[str, Array], batch: Batch) -> tuple:
+def _accumulate(
+    grad: Callable[..., tuple[Any, Any]], trainable: Mapping[str, Array], batch: Batch, no_loss: Array
+) -> tuple:
     """Return the sums over a window's micro-batches: gradients, loss, and the objective's metrics.
 
     Args:
       grad: (trainable, micro-batch, its number) -> (gradients, (loss, metrics)).
       trainable: the trained leaves.
       batch: arrays of (accumulation, rows, tokens).
+      no_loss: zero, of the shape of the loss.
     """
     count = len(batch["input_ids"])
     if count == 1:
@@ -184,7 +188,7 @@ def _accumulate(grad: Callable[..., tuple[Any, Any]], trainable: Mapping[str, Ar
         grads, (loss, sums) = grad(trainable, *numbered)
         return jax.tree.map(jnp.add, totals, (grads, loss)), sums
 
-    zeros = (jax.tree.map(jnp.zeros_like, trainable), jnp.float32(0))
+    zeros = (jax.tree.map(jnp.zeros_like, trainable), no_loss)
     (grads, loss), sums = jax.lax.scan(add, zeros, (batch, jnp.arange(count)))
     return grads, loss, jax.tree.map(lambda each: jnp.sum(each, 0), sums)
 

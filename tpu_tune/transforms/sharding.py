@@ -65,6 +65,11 @@ def batch_spec(leading: int = 0) -> PartitionSpec:
     return PartitionSpec(*[None] * leading, ("data", "fsdp"), "sequence")
 
 
+def document_spec(leading: int = 0) -> PartitionSpec:
+    """Return the sharding of (leading..., rows, documents) arrays, which are split over rows alone."""
+    return PartitionSpec(*[None] * leading, ("data", "fsdp"))
+
+
 def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
     """Return which of a batch's rows live on this process's devices, (rows,) bool."""
     local = np.zeros(rows, bool)

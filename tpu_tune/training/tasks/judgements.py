@@ -36,8 +36,8 @@ def score_judgements(model: Model, config: ConfigDict, limit: int = 0) -> Outcom
       limit: only the first so many documents; 0 for all.
 
     Returns:
-      `eval_loss`, `eval_accuracy` and `eval_f1` (macro), or `eval_mse`, as training logs them. The predictions hold a
-      row's number, its label and what the model says.
+      `eval_loss`, `eval_accuracy` (of a reward model, of pairs) and `eval_f1` (macro), or `eval_mse`, as training logs
+      them. The predictions hold a row's number, its label and what the model says.
 
     Raises:
       UserError: a language model, data that cannot be read, or nothing to score.
@@ -50,9 +50,12 @@ def score_judgements(model: Model, config: ConfigDict, limit: int = 0) -> Outcom
     if data.eval is None:
         raise UserError("there are no rows to evaluate on; set data.eval, or data.eval_ratio above 0")
     documents, logits = _logits(model, data.eval)
-    order = np.argsort(documents, kind="stable")[: limit or None]
+    is_reward = config.head.name == "reward"
+    order = np.argsort(documents, kind="stable")[: (limit * 2 if is_reward else limit) or None]
     documents, logits = documents[order], logits[order]
     rows, labels = data.eval.data.source_rows[documents], data.eval.data.labels[documents]
+    if is_reward:
+        return _preferred(rows[::2], labels[::2, 0], *logits.reshape(-1, 2).T.astype(np.float64))
     return _classified(model.labels, config.head.problem_type, rows, labels, logits)
 
 
@@ -83,6 +86,19 @@ def _logits(model: Model, rows: Any) -> tuple[np.ndarray, np.ndarray]:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(arch: Architecture, dtype: Any, params: dict[str, Any], *inputs: Array) -> Float[Array, "B T L"]:
     return Decoder(arch, params, Execution(dtype, packed=True))(*inputs)
+
+
+def _preferred(rows: np.ndarray, margins: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Outcome:
+    """Return the figures of the rewards of pairs, (pairs,) each."""
+    ones, losses = np.ones(len(rows)), np.logaddexp(0, rejected - chosen + margins)
+    measures = (Measure.ratio("eval_loss", losses, ones), Measure.share("eval_accuracy", chosen > rejected))
+    figures = {measure.name: measure.value for measure in measures}
+    figures |= {"eval_rewards/margins": float(np.mean(chosen - rejected)), "eval_num_pairs": len(rows)}
+    predictions = [
+        {"row": int(row) + 1, "chosen_reward": float(better), "rejected_reward": float(worse)}
+        for row, better, worse in zip(rows, chosen, rejected, strict=True)
+    ]
+    return Outcome(figures, measures, predictions)
 
 
 def _classified(

@@ -8,6 +8,7 @@ import json
 import helpers_training as helpers
 import jax
 import jax.numpy as jnp
+import make_reward_golden
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -27,8 +28,9 @@ from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.errors import UserError
 from tpu_tune.models import FAMILIES, Execution, architecture, classifier_config
 from tpu_tune.training.evaluate_only import evaluate_only
+from tpu_tune.training.head_objectives import Classification
 from tpu_tune.training.loop import train
-from tpu_tune.training.objectives import Classification, mean
+from tpu_tune.training.objectives import mean
 from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import FULL, find_targets, merged_tensors
 
@@ -375,3 +377,42 @@ def test_a_run_with_a_head_does_not_become_gguf_and_merges_into_a_classifier(run
     merged = tpu_tune.load(str(tmp_path / "merged"))
     assert merged.labels == ["bad", "good", "odd"]
     assert max((found := merged.classify(["it is great!!"])[0]), key=found.get) == "good"
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_reward_training_follows_trls_and_ends_in_a_model_that_transformers_loads(tmp_path, capsys):
+    golden = json.loads(make_reward_golden.GOLDEN.read_text())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in make_reward_golden.reward_rows()))
+    config = helpers.make_config(
+        model__path=make_reward_golden.write_reward_model(tmp_path), output_dir=str(tmp_path / "run"), method="full",
+        head__name="reward", head__center_rewards_coefficient=make_reward_golden.CENTERING, data__train=str(rows),
+        data__eval=str(rows), data__max_length=128, data__cache_dir=str(tmp_path / "cache"), model__dtype="float32",
+        train__max_steps=make_reward_golden.STEPS, train__learning_rate=make_reward_golden.RATE,
+        train__lr_scheduler_type="constant", train__logging_steps=1, train__per_device_eval_batch_size=4,
+        train__per_device_train_batch_size=4, mesh__fsdp=1,
+    )  # fmt: skip
+    said: list[str] = []
+    train(config, say=said.append)
+    assert "head: reward" in said  # and not that it is new
+    logged = [row for row in helpers.metric_rows(config.output_dir) if "loss" in row]
+    for name, key in (
+        ("loss", "loss"),
+        ("grad_norm", "grad_norm"),
+        ("accuracy", "accuracy"),
+        ("margin", "rewards/margins"),
+    ):
+        np.testing.assert_allclose([row[key] for row in logged], golden[name], rtol=2e-4, err_msg=name)
+
+    assert main(["eval", "--model", config.output_dir, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["eval_accuracy"] == 1 and figures["eval_num_pairs"] == 4
+    import torch
+
+    theirs, ours = torch_classifier(config.output_dir + "/model"), tpu_tune.load(config.output_dir + "/model")
+    ids = np.array([[5, 6, 7, 256], [9, 8, 256, 256]])
+    with torch.no_grad():
+        close(ours(ids), theirs(torch.tensor(ids)).logits)
+    assert theirs.config.num_labels == 1 and list(ours.classify(["A fine day."])[0]) == ["reward"]

@@ -257,6 +257,8 @@ def _results(job: Job, place: pathlib.Path) -> dict[str, bytes]:
     found = {}
     for pattern in job.results:
         for path in place.glob(pattern):
+            if any(part.startswith(".") for part in path.relative_to(place).parts):
+                continue  # written aside, and not there under its name yet
             content = path.read_bytes()
             if path.name == "metrics.jsonl":
                 with contextlib.suppress(ValueError):  # a row that a kill has cut short
@@ -356,9 +358,10 @@ def _unclean(number: int, ended: Ended) -> str:
 def _judged(campaign: Campaign, job: Job, place: pathlib.Path, ended: Ended) -> tuple[str, str]:
     if "Traceback" in ended.err:
         return "traceback", ended.err
-    if ended.status != 0:
-        return "lost", f"status {ended.status}: {ended.err}"
     different = campaign.difference(job, place)
+    # A command that does not replace what is there says so where the one before had ended but for its exit.
+    if ended.status != 0 and (different or "is there already" not in ended.err):
+        return "lost", f"status {ended.status}: {ended.err}"
     return ("difference", f"{different}: {ended.err}") if different else ("right", "")
 
 

@@ -21,7 +21,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.inspection import inspect_model
 from tpu_tune.models import Execution, architecture
 from tpu_tune.models.architecture import RelativePositions
-from tpu_tune.models.layers import buckets_of
+from tpu_tune.models.relative import buckets_of
 from tpu_tune.training.objectives import CrossEntropy
 from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import LoraConfig, find_targets

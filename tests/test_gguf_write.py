@@ -193,6 +193,21 @@ def test_rows_that_make_no_blocks_become_f16(tmp_path, tokenizer):
     assert formats["blk.0.ffn_down.weight"] == "F16" and formats["blk.0.ffn_up.weight"] == "Q8_0"
 
 
+def test_a_mixture_of_formats_is_written_and_read(tmp_path, tokenizer):
+    """Q4_K_M: the embedding is the tied head and has six bits; rows of 32 have no blocks of 256."""
+    config = tiny_models.CONFIGS["llama_tied"] | {"hidden_size": 256, "intermediate_size": 32}
+    source = in_memory(config, tiny_models.weights(config), tokenizer)
+    write(tmp_path / "m.gguf", source, "q4_k_m")
+    formats = {name: tensor.format.name for name, tensor in open_gguf_file(tmp_path / "m.gguf").tensors.items()}
+    assert (formats["token_embd.weight"], formats["blk.0.ffn_up.weight"]) == ("Q6_K", "Q4_K")
+    assert formats["blk.0.ffn_down.weight"] == "Q5_0" and formats["output_norm.weight"] == "F32"
+    back = open_gguf(tmp_path / "m.gguf")
+    for name in source.shapes:
+        value = source.read(name)
+        error = np.sqrt(np.mean((back.read(name).astype(np.float32) - value) ** 2))
+        assert error < 0.1 * np.sqrt(np.mean(value**2)) + 1e-12, name
+
+
 def test_an_untied_head_is_written_and_read(tmp_path, tokenizer):
     config = tiny_models.CONFIGS["llama_tied"]
     tensors = half(tiny_models.weights(config))

@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import subprocess
 
+import gguf
 import numpy as np
 import pytest
 import tiny_models
@@ -21,6 +22,7 @@ from helpers_training import write_tiny_llama
 from test_gguf_write import BUILT_IN, EXPRESSIBLE
 
 import tpu_tune
+from tpu_tune.checkpoints.gguf_mixtures import MIXTURES
 from tpu_tune.checkpoints.gguf_write import write_gguf
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.inference import model as inference
@@ -153,3 +155,19 @@ def test_a_real_model_written_here_is_llama_cpps(driver, smollm2_gguf, tmp_path,
     print(f"SmolLM2-135M-Instruct, {kind}: {difference:.1e}")
     assert difference < (5e-3 if kind == "f16" else 5e-2)  # q8_0 rounds activations to eight bits too
     assert (found.argmax(-1) == ours.argmax(-1)).mean() >= 0.8
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_quantized_file_is_llama_quantizes_to_the_byte(driver, smollm2_gguf, tmp_path, kind):
+    """SmolLM2, whose rows of 576 make most formats fall back, from the same f16 file on both sides."""
+    f16, ours, theirs = (tmp_path / name for name in ("f16.gguf", "ours.gguf", "theirs.gguf"))
+    for source, file, number in ((open_source(str(smollm2_gguf)), f16, "f16"), (None, ours, kind)):
+        source = source or open_source(str(f16))
+        tensors = ((name, np.asarray(source.read(name), np.float32)) for name in source.shapes)
+        write_gguf(str(file), tensors, source, number)
+    drive(driver, f16, [], "quantize", str(theirs), str(int(MIXTURES[kind][1])))
+    found, expected = ({tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors} for file in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].tensor_type == tensor.tensor_type, name
+        assert np.array_equal(found[name].data, tensor.data), name

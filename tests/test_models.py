@@ -78,6 +78,8 @@ def test_the_table_would_notice_what_it_is_for(ours):
     assert changed("gemma2", final_logit_softcapping=None) > 1e-2
     assert changed("gemma3", rope_scaling=None) > 1e-2
     assert changed("gemma3", rope_local_base_freq=100.0) > 1e-2
+    for key in ("num_kv_shared_layers", "final_logit_softcapping", "sliding_window", "rope_parameters"):
+        assert changed("gemma4_wide", **{key: {"num_kv_shared_layers": 2, "sliding_window": 20}.get(key)}) > 1e-2
     assert changed("phi3", sliding_window=None) > 1e-2
     assert changed("phi3_longrope_long", original_max_position_embeddings=32) > 1e-2
     assert changed("llama_yarn", rope_parameters=None) > 1e-2
@@ -134,6 +136,7 @@ _GPT_KEYS = ("vocab_size", "n_embd", "n_layer", "n_head")
 REQUIRED = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gpt_neox"), (*_LLAMA_KEYS, "num_key_value_heads")),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "phi"), (*_LLAMA_KEYS, "num_key_value_heads")),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), (*_LLAMA_KEYS, "num_key_value_heads", "head_dim")),
     **dict.fromkeys(
         (
             "phi3",
@@ -193,6 +196,10 @@ def test_what_is_not_known_is_named():
     for case, change, says in (
         ("cohere", {"use_qk_norm": True}, "'use_qk_norm' is set in the config of this cohere model"),
         ("granite4", {"num_local_experts": 4}, "num_local_experts is 4 .* experts are not implemented"),
+        ("gemma4", {"enable_moe_block": True}, "'enable_moe_block' is set .* gemma4_text model: its experts"),
+        ("gemma4", {"num_kv_shared_layers": 5}, "num_kv_shared_layers=5 of 6 layers leaves no layer to share with"),
+        ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' .* not implemented"),
+        ("gemma4", {"per_layer_config": {"0": {"window": 2}}}, "per_layer_config sets window of layer 0"),
         ("granite4", {"layer_types": None, "layers_block_type": ["mamba", "attention"]}, "layers of the type 'mamba'"),
     ):
         with pytest.raises(UserError, match=says):

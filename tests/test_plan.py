@@ -69,6 +69,10 @@ PUBLISHED = {
     "gemma-3-4b": 4_300_079_472 - 416_866_032 - (2560 + 1) * 1152,
     "gemma-3-12b": 12_187_325_040 - 416_866_032 - (3840 + 1) * 1152,
     "gemma-3-27b": 27_432_406_640 - 416_866_032 - (5376 + 1) * 1152,
+    # transformers counts so many in Gemma4ForCausalLM; E4B's file of 7,996,156,490 numbers has beside them vision,
+    # audio, and keys' and values' weights of the layers that use none.
+    "gemma-4-e4b": 7_463_013_376 + 42,
+    "gemma-4-31b": 30_697_345_280 + 60,
     "phi-2": 2_779_683_840,
     "phi-3-mini": 3_821_079_552,
     "phi-3-medium": 13_960_238_080,

@@ -96,6 +96,26 @@ def _gemma(family, **changes):
     }
 
 
+def _gemma4(types, **changes):
+    """`types`: a letter a layer, s for a window and f for full attention."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    return _gemma(
+        "gemma4_text",
+        num_hidden_layers=len(types),
+        layer_types=[names[kind] for kind in types],
+        **{
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 5,
+            "final_logit_softcapping": 20.0,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 96,
+            "rope_parameters": _GEMMA4_ROPE,
+            **changes,
+        },
+    )
+
+
 def _phi(family, **changes):
     sizes = {key: value for key, value in _SIZES.items() if key != "rms_norm_eps"}
     return {"model_type": family, **sizes, "pad_token_id": 0, **changes}
@@ -127,6 +147,10 @@ _FACTORS = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 4.0,
 }  # fmt: skip
 _GEMMA3_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 300.0},
+}
 _LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 
 CONFIGS = {
@@ -217,6 +241,27 @@ CONFIGS = {
     ),
     "llama_yarn": _llama(rope_parameters={**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3}),
     "qwen3_yarn": _qwen("qwen3", head_dim=16, rope_scaling={**_YARN, "type": "yarn", "attention_factor": 1.4}),
+    "gemma4": _gemma4("ssfssf", hidden_size_per_layer_input=8, num_kv_shared_layers=3),
+    "gemma4_wide": _gemma4(
+        "sfsfsfsf",
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=4,
+        use_double_wide_mlp=True,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+    ),
+    "gemma4_unified": {
+        key: value
+        for key, value in _gemma4(
+            "ssf", attention_k_eq_v=True, num_global_key_value_heads=1, tie_word_embeddings=False
+        ).items()
+        if "per_layer_input" not in key
+    }
+    | {"model_type": "gemma4_unified_text"},
+    # All layers have the same leaves, and those whose keys and values are shared are not the last of their scan.
+    "gemma4_even": _gemma4(
+        "sfffsf", global_head_dim=8, num_kv_shared_layers=2, attention_bias=True, hidden_size_per_layer_input=4
+    ),
     "smollm3": _like_llama("smollm3", num_hidden_layers=4, rope_theta=5000.0, tie_word_embeddings=True),
     "smollm3_windows": _like_llama(
         "smollm3",
@@ -338,8 +383,8 @@ CONFIGS = {
 }
 FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
-    "gemma", "gemma2", "gemma3", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite", "granite4", "glm", "glm4",
-    "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "t5",
+    "gemma", "gemma2", "gemma3", "gemma4", "gemma4_unified", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite",
+    "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "t5",
 ]  # fmt: skip
 
 
@@ -362,7 +407,7 @@ def weights(config):
         random = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
         if any(part in name for part in ("embed", "wte", "wpe", "shared")):
             scale, shift = 1.0, 0.0
-        elif ("norm" in name or ".ln_" in name) and name.endswith(".weight"):
+        elif (("norm" in name or ".ln_" in name) and name.endswith(".weight")) or name.endswith("layer_scalar"):
             scale, shift = 0.2, 1.0
         else:
             scale, shift = (1.5 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.2), 0.0

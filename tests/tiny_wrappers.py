@@ -97,6 +97,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"text_config": _LLAMA, "vision_config": SIGHT, "image_token_id": 90, "scale_factor": 1},
     ),
 }  # fmt: skip
+_GEMMA4_TEXT = {
+    **TEXT, "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 6, "sliding_window": 5,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 20.0,
+}  # fmt: skip
+_GEMMA4_IDS = {f"{name}_token_id": 90 + number for number, name in enumerate(("boi", "eoi", "image", "video", "boa"))}
+CASES["gemma4"] = (
+    "Gemma4",
+    {
+        "text_config": {
+            **_GEMMA4_TEXT, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+            "num_kv_shared_layers": 3,
+        },
+        "vision_config": {**SIGHT, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+        "audio_config": None, **_GEMMA4_IDS,
+    },
+)  # fmt: skip
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl": (
         "Qwen2VL",
@@ -105,6 +121,21 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**_QWEN_SIGHT, "embed_dim": 16, "hidden_size": 32},
         },
     ),
+    "gemma4_unified": (
+        "Gemma4Unified",
+        {
+            "text_config": {**_GEMMA4_TEXT, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+            "vision_config": {
+                "patch_size": 2,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 32,
+                "mm_posemb_size": 8,
+                "output_proj_dims": 32,
+            },
+            "audio_config": {"audio_embed_dim": 16},
+            **_GEMMA4_IDS,
+        },
+    ),  # fmt: skip
     "llava_next": (
         "LlavaNext",
         {"text_config": _mistral(sliding_window=6), "vision_config": _CLIP, "image_token_index": 90},

@@ -27,6 +27,7 @@ WIDE = {
     **dict.fromkeys(["hidden_size", "n_embd", "d_model"], WIDTH),
     **dict.fromkeys(["intermediate_size", "shared_intermediate_size", "n_inner", "ffn_dim", "d_ff"], INNER),
     **dict.fromkeys(["head_dim", "d_kv"], HEAD),
+    "global_head_dim": 2 * HEAD,
     **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], WIDTH // HEAD),
     "rotary_dim": HEAD // 2,
     "relative_attention_num_buckets": 32,
@@ -37,6 +38,8 @@ WIDE = {
 def wide(case, layers=LAYERS):
     """Return a tiny model's config with wide and many layers; ratios and facts stay."""
     tiny = CONFIGS[case]
+    if tiny.get("num_kv_shared_layers"):  # there must be layers to share with
+        layers = max(layers, tiny["num_hidden_layers"])
     found = {key: WIDE.get(key, value) for key, value in tiny.items()}
     for key in {"num_hidden_layers", "n_layer", "num_layers"} & set(tiny):
         found[key] = layers

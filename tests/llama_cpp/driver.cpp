@@ -2,6 +2,7 @@
 //   driver MODEL tokens          hexadecimal bytes of a text -> its token ids, special tokens read as such
 //   driver MODEL logits OUTPUT   token ids ("ENCODER | DECODER" for an encoder-decoder) -> float32 logits of every
 //                                position, one after the other, in OUTPUT
+//   driver MODEL quantize OUTPUT FTYPE   what llama-quantize writes, FTYPE a number of enum llama_ftype
 #include "llama.h"
 
 #include <cstdio>
@@ -73,6 +74,11 @@ static int logits(llama_model * model, const char * output) {
 
 int main(int argc, char ** argv) {
     const std::string job = argc > 2 ? argv[2] : "";
+    if (job == "quantize" && argc == 5) {
+        llama_model_quantize_params params = llama_model_quantize_default_params();
+        params.ftype = (llama_ftype) std::stoi(argv[4]);
+        return llama_model_quantize(argv[1], argv[3], &params) ? fail("quantizing") : 0;
+    }
     if (!(job == "tokens" && argc == 3) && !(job == "logits" && argc == 4)) return fail("reading the command line");
     llama_log_set([](ggml_log_level level, const char * text, void *) {
         if (level >= GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);

@@ -17,10 +17,11 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints import gguf_k_quants, storage
 from tpu_tune.checkpoints.gguf_families import FAMILIES
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_metadata import gguf_metadata
+from tpu_tune.checkpoints.gguf_mixtures import FORMATS, Format, fitting, formats_of
 from tpu_tune.checkpoints.gguf_tokenizer_write import (
     TEMPLATE,
     end_of_turn,
@@ -34,12 +35,6 @@ from tpu_tune.errors import UserError
 from tpu_tune.models import architecture as architecture_of
 from tpu_tune.models import is_classifier
 
-# name on the command line -> number format of the matrices, and GGUF's general.file_type
-FORMATS = {
-    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _LARGEST_F16 = float(np.finfo(np.float16).max)
 
@@ -71,8 +66,8 @@ def write_gguf(
       tensors: Hugging Face name and float32 array in Hugging Face's layout, one at a time; a tied head is left out
         (not a T5's, with the scaling that llama.cpp does not do, nor a GPT-NeoX's, which it does not tie).
       source: the model's origin; configuration and tokenizer are taken from it.
-      kind: number format of the matrices: f16, bf16 or q8_0 (matrices whose rows are no multiple of 32 become F16).
-        Vectors, norms and learned positions are float32, as in llama.cpp.
+      kind: number format of the matrices, one of `gguf_mixtures.FORMATS`; rows that its blocks do not divide have a
+        format of smaller blocks, or F16. Vectors, norms and learned positions are float32, as in llama.cpp.
       untied: the head has a weight of its own although the source's configuration ties it.
 
     Raises:
@@ -85,11 +80,13 @@ def write_gguf(
     try:
         with storage.whole_file(path) as aside, tempfile.TemporaryFile(dir=os.path.dirname(aside) or ".") as data:
             shapes = {}
+            formats = _formats(source, config, untied, kind)
             for name, array in extra.items():
-                _append(data, writer, name, array, kind)
+                _append(data, writer, name, array, formats[name])
             for name, array in as_llama_cpp_has_it(tensors, config):
                 shapes[name] = array.shape
-                _append(data, writer, *_to_gguf(architecture, config, source, name, array), kind)
+                stored, array = _to_gguf(architecture, config, source, name, array)
+                _append(data, writer, stored, array, formats[stored])
             tokenizer = _tokenizer(source, _vocabulary_rows(shapes), architecture)
             general = {
                 "general.type": "model",
@@ -171,25 +168,36 @@ def _kind(architecture: str) -> gguf.MODEL_ARCH:
     return next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
 
 
-def _append(stream: Any, writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str) -> None:
+def _formats(source: WeightSource, config: dict[str, Any], untied: bool, kind: str) -> dict[str, Format]:
+    """Return GGUF name -> number format of all tensors that will be written, before any is."""
+    architecture, metadata, extra = gguf_metadata(config)
+    nothing = np.empty((2, 0), np.float32)
+    there = [name for name, _ in as_llama_cpp_has_it(((name, nothing) for name in source.shapes), config)]
+    stored = {*extra, *(FAMILIES[architecture].gguf_name(name, source.shapes) for name in there)} - {None}
+    if untied:
+        stored.add("output.weight")
+    elif config.get("tie_word_embeddings") and config["model_type"] not in _HEADS:
+        stored.discard("output.weight")  # a copy in the source's file, which is not written
+    return formats_of(stored, metadata | {"general.architecture": architecture}, kind)
+
+
+def _append(stream: Any, writer: gguf.GGUFWriter, name: str, array: np.ndarray, number: Format) -> None:
     """Put a tensor's bytes, filled up to the alignment, at the end of a file and its description into the writer."""
-    number = _number_format(name, array, kind)
-    if number == gguf.GGMLQuantizationType.F16 and np.max(np.abs(array), initial=0.0) > _LARGEST_F16:
+    array = np.ascontiguousarray(array, np.float32)
+    number = Format.F32 if _is_plain(name, array) else fitting(number, array.shape[-1])
+    if number == Format.F16 and np.max(np.abs(array), initial=0.0) > _LARGEST_F16:
         raise UserError(f"{name} has values beyond {_LARGEST_F16:.0f}, the largest of f16; write bf16 instead")
-    content = gguf.quantize(np.ascontiguousarray(array, np.float32), number)
+    quantize = gguf_k_quants.quantize if number in gguf_k_quants.QUANTIZERS else gguf.quantize
+    content = quantize(array, number)
     writer.add_tensor_info(name, content.shape, content.dtype, content.nbytes, raw_dtype=number)
     stream.write(content.tobytes())
     stream.write(bytes(-content.nbytes % _ALIGNMENT))
 
 
-def _number_format(name: str, array: np.ndarray, kind: str) -> gguf.GGMLQuantizationType:
-    """As convert_hf_to_gguf.py, `prepare_tensors`, chooses it."""
-    plain = array.ndim <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight")
-    if plain or name == "position_embd.weight":
-        return gguf.GGMLQuantizationType.F32
-    number = FORMATS[kind][0]
-    block = gguf.GGML_QUANT_SIZES[number][0]
-    return number if array.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
+def _is_plain(name: str, array: np.ndarray) -> bool:
+    """Whether convert_hf_to_gguf.py, `prepare_tensors`, leaves a tensor in float32."""
+    vector = array.ndim <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight")
+    return vector or name == "position_embd.weight"
 
 
 def _vocabulary_rows(shapes: dict[str, tuple[int, ...]]) -> int:

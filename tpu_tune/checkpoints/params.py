@@ -202,15 +202,27 @@ def sorted_names(source: WeightSource, architecture: Architecture) -> tuple[dict
         for name, there in canonical.items()
         if tower and there in expected and there.startswith(f"{tower}.")
     }
+    unused = unused_tensors(architecture)
     extra, aside = [], []
     for name, there in canonical.items():
         if there in expected or there in tied or (tied and there == "lm_head.weight"):
             continue
         if name.startswith("mtp.") or (begins and not name.startswith(tuple(begins))):
             aside.append(name)
-        elif not there.endswith(_IGNORED):
+        elif not there.endswith(_IGNORED) and there not in unused:
             extra.append(name)
     return held, extra, aside
+
+
+def unused_tensors(architecture: Architecture) -> frozenset[str]:
+    """Return the Hugging Face names of keys' and values' tensors in layers that use another layer's, not these."""
+    unused, kinds = set(), architecture.layer_kinds
+    for layer, kind in enumerate(kinds):
+        names = kinds[kind.keys_from].names if kind.keys_from is not None else None
+        parts = {names.k, names.v, names.k_norm} - {""} if names else ()
+        at = f"{architecture.names.layers}.{layer}"
+        unused |= {f"{at}.{part}.{suffix}" for part in parts for suffix in ("weight", "bias")}
+    return frozenset(unused)
 
 
 def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -220,9 +232,9 @@ def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         if module.tied_to:
             continue
         for name in module.names():
-            shapes[f"{name}.weight"] = module.torch_shape
+            shapes[module.tensor_name(name, "weight")] = module.torch_shape
             if module.bias:
-                shapes[f"{name}.bias"] = module.shape[-1:]
+                shapes[module.tensor_name(name, "bias")] = module.shape[-1:]
     return shapes
 
 
@@ -235,7 +247,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _name(module: Module, path: str, layer: int | None) -> str:
-    return f"{module.name(layer)}.{path.rsplit('.', 1)[1]}"
+    return module.tensor_name(module.name(layer), path.rsplit(".", 1)[1])
 
 
 def _canonical(name: str, expected: Mapping[str, Any], tower: str = "") -> str:

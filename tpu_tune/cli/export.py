@@ -9,6 +9,9 @@ from typing import Any
 from tpu_tune.cli.common import DTYPES, Commands, add_step
 from tpu_tune.errors import UserError
 
+# As in checkpoints/gguf_mixtures.py, whose import would slow --help down.
+GGUF_TYPES = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_0")
+
 
 def add(commands: Commands) -> None:
     """Add the command to the parser."""
@@ -42,7 +45,9 @@ def add_forms(parser: argparse.ArgumentParser, base: bool = False) -> None:
     parser.add_argument("--merge-base", choices=("original", "dequantized"), help=merge_base)
     parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: the original's; float32 from a GGUF)")
     parser.add_argument(
-        "--gguf-type", choices=("f16", "bf16", "q8_0"), help="number format of a GGUF file's matrices (default f16)"
+        "--gguf-type",
+        choices=GGUF_TYPES,
+        help="number format of a GGUF file's matrices (default f16); q4_k_m and below as llama-quantize mixes them",
     )
 
 

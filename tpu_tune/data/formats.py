@@ -33,7 +33,8 @@ AS_CHAT = "-as-chat"  # behind a format's name: prompt and answer are turns of a
 PAIRS = ("alpaca", "prompt-completion", "prompt-generation", "input-output")
 RATED = tuple(preferences.FORMATS)
 _TURNS = (*PAIRS, *RATED)  # whose prompt and answer may become turns
-NAMES = ("auto", *FORMATS, f"auto{AS_CHAT}", *(name + AS_CHAT for name in _TURNS))  # what `data.format` may be
+_BARE = sorted(FORMATS, key=RATED.__contains__)  # plain formats first
+NAMES = ("auto", *_BARE, f"auto{AS_CHAT}", *(name + AS_CHAT for name in _TURNS))  # what `data.format` may be
 
 STANFORD_ALPACA_WITH_INPUT = ALPACA_WITH_INPUT + ALPACA_TURN_WITH_INPUT
 STANFORD_ALPACA_WITHOUT_INPUT = ALPACA_WITHOUT_INPUT + ALPACA_TURN
@@ -136,10 +137,12 @@ def format_of(
     row = rename(row, columns or {})
     if found := own_format(row):
         return found + AS_CHAT if format.endswith(AS_CHAT) and found in _TURNS else found
-    names = [name for name in (bare(usual), *FORMATS) if name and any(key in row for key in FORMATS[name])]
+    near = [name for name in _BARE if name not in RATED[1:]]  # a prompt or a label alone says little
+    near.sort(key=lambda name: name != "preference" or not any(key in row for key in FORMATS[name]))
+    names = [name for name in (bare(usual), *near) if name and any(key in row for key in FORMATS[name])]
     if names or usual:
         raise RowError(_lacks(row, (names or [bare(usual)])[0]) + "; data.columns can rename keys")
-    known = "; ".join(f"{name} ({', '.join(required)})" for name, required in FORMATS.items())
+    known = "; ".join(f"{name} ({', '.join(FORMATS[name])})" for name in _BARE)
     raise RowError(
         f"the format of the data is not known from its keys: {', '.join(map(str, row)) or 'none'}; "
         f"known formats: {known}; data.columns can rename keys"

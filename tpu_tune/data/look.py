@@ -19,16 +19,20 @@ import numpy as np
 
 from tpu_tune.data import arrow
 from tpu_tune.data.formats import check_renamed, columns_of, detect
+from tpu_tune.data.preferences import ANY
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
 from tpu_tune.data.tokenize_options import TokenizeOptions
-from tpu_tune.data.tokenized_set import TokenizedSet
+from tpu_tune.data.tokenized_set import CHOSEN, PLAIN, REJECTED, TokenizedSet
 from tpu_tune.data.tokenizing import past_template, tokenize_rows
 from tpu_tune.errors import UserError
 
 _UNCUT = 2**40  # a max_length that cuts nothing
 _LONGEST_CHARACTER = 8  # tokens that one character may be in pieces of
-_GREEN, _DIM, _BOLD, _REVERSE, _STRUCK, _RESET = (f"\x1b[{code}m" for code in ("32", "2", "1", "7", "31;9", "0"))
+_GREEN, _RED, _DIM, _BOLD, _REVERSE, _STRUCK, _RESET = (
+    f"\x1b[{code}m" for code in ("32", "31", "2", "1", "7", "31;9", "0")
+)
+ROLES = {CHOSEN: "chosen", REJECTED: "rejected"}
 
 
 @dataclass
@@ -42,6 +46,7 @@ class View:
       cut: tokens of the row that are not seen at all.
       cut_text: what they say, where they are the row's end.
       notes: what is worth knowing, such as why it is not trained on.
+      role: of a rated answer, as in `TokenizedSet`.
       pair: the row's format where it is a prompt and an answer, and no chat.
     """
 
@@ -53,6 +58,7 @@ class View:
     cut_text: str = ""
     notes: list[str] = field(default_factory=list)
     pair: str = ""
+    role: int = PLAIN
 
 
 def look(
@@ -73,7 +79,7 @@ def look(
     files = resolve(path)[0] if os.path.isdir(path) else [path]
     tokenized = [os.path.isfile(file) and arrow.is_tokenized(file) for file in files]
     if all(tokenized):
-        data = arrow.load(files, options.max_length)
+        data = arrow.load(files, options.max_length, options.objective)
         chosen = _draw(range(len(data)), path, count, seed, row)
         return [view for index in chosen for view in _views(data, f"{path}, example {index + 1}", tokenizer, [index])]
     skipped = Skipped(options.skip_bad_rows)
@@ -146,6 +152,9 @@ def _row_views(where: str, row: dict[str, Any], tokenizer: Any, options: Tokeniz
         reasons.append("the end of an answer is cut off")
     if data.summary["open_ended"]:
         reasons.append("no end token after the last answer: the model will not learn to stop")
+    if data.summary["rated"] and options.learns_from == ANY:
+        names = "dpo, orpo, simpo, cpo or kto" if len(complete) > 1 else "kto"
+        reasons.append(f"rated answers are for objective.name={names}")
     views[-1].notes += reasons
     if data.summary["pairs"]:
         [views[0].pair] = data.summary["formats"]
@@ -160,13 +169,19 @@ def _views(data: TokenizedSet, where: str, tokenizer: Any, indices: Iterable[int
         ids = np.asarray(data.tokens[begin:end])
         views.append(
             View(
-                where + (f", part {part} of {len(indices)}" if len(indices) > 1 else ""),
+                where + _part(data, index, f", part {part} of {len(indices)}" if len(indices) > 1 else ""),
                 _texts(tokenizer, ids.tolist()),
                 np.asarray(data.loss_mask[begin:end]),
                 np.isin(ids, special),
+                role=PLAIN if data.roles is None else int(data.roles[index]),
             )
         )
     return views
+
+
+def _part(data: TokenizedSet, index: int, part: str) -> str:
+    """Which part of its row an example is."""
+    return part if data.roles is None else f", {ROLES.get(int(data.roles[index]), part)}"
 
 
 def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
@@ -203,7 +218,8 @@ def show(view: View, color: bool) -> str:
     for (is_trained, is_special), run in itertools.groupby(tokens, key=lambda token: token[0]):
         text = _visible("".join(text for _, text in run))
         if color:
-            body.append(f"{_GREEN if is_trained else _DIM}{_REVERSE if is_special else ''}{text}{_RESET}")
+            trained_color = _RED if view.role == REJECTED else _GREEN
+            body.append(f"{trained_color if is_trained else _DIM}{_REVERSE if is_special else ''}{text}{_RESET}")
         else:
             body.append(f"[[{text}]]" if is_trained else text)
     parts.append("".join(body))

@@ -39,7 +39,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 _OF_CHATS = ("system", "tools", "documents", "chat_template_kwargs")
 _PROMPTS = ("conversations", "instruction", "prompt")  # where a row's prompt may stand, in the order of looking
 USED = {
-    "preference": (*_PROMPTS, "messages", "input", "history", *_OF_CHATS),
+    "preference": (*_PROMPTS, "input", "history", *_OF_CHATS),
     "prompt-completion-label": _OF_CHATS,
     "kto-tag": ("messages", *_PROMPTS, "completion", "output", "input", "history", *_OF_CHATS),
 }
@@ -83,6 +83,16 @@ def rated(row: Mapping[str, Any], format: str, as_chat: bool) -> Rated:
 
 LONG_PAIR = "the two answers with their prompts are longer than max_length together"
 EQUAL = "'chosen' and 'rejected' are equal: there is nothing to prefer"
+
+
+def texts_of(sample: Rated) -> list[str]:
+    """What rated answers say: the prompt, in a chat each of its messages but the system's, and then each answer."""
+    if isinstance(sample.answers[0], Pair):
+        return [sample.answers[0].source, *(answer.target for answer in sample.answers)]
+    first = sample.answers[0]
+    messages = [*first.messages[: first.first_target]]
+    messages += [message for answer in sample.answers for message in answer.messages[answer.first_target :]]
+    return [message["content"] for message in messages if message["role"] != "system"]
 
 
 def used_keys(row: Mapping[str, Any], format: str, as_chat: bool) -> set[str]:
@@ -221,6 +231,8 @@ def _two_chats(row: Mapping[str, Any], key: str) -> tuple[Chat, Chat]:
 def _answer_messages(row: Mapping[str, Any], name: str, strict: bool) -> list[dict[str, Any]]:
     """An answer as messages: it is text, one message (LLaMA-Factory), or a list of them."""
     value = row[name]
+    if value is None:
+        raise RowError(f"'{name}' is null; it must be text or messages")
     if _is_text(value):
         return [{"role": "assistant", "content": string_of(row, name)}]
     return messages_of([value] if isinstance(value, Mapping) else value, name, strict)

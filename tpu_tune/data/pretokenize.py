@@ -82,8 +82,8 @@ def tokenize_file(
     processes = num_processes(expected, num_workers) if heavy or num_workers else 1
     batches = make_batches(read_any(path, skipped) if rows is None else rows)
     usual = next(iter(sample["formats"])) if len(sample["formats"]) == 1 else ""
-    rated = sample["rated"] > 0
     about = {"max_length": options.max_length, "format": usual, "tokenizer": cache.tokenizer_hash(tokenizer)}
+    rated = sample["rated"] > 0
     if engine is None:
         sets = tokenize_batches(batches, tokenizer, options, processes)
     else:
@@ -99,19 +99,12 @@ def tokenize_file(
                 _count(one, counts, dropped, skipped)
                 unused.update(one.summary["unused"])
                 formats.update(one.summary["formats"])
-                if len(one) and rated != (one.roles is not None and bool(one.roles.all())):
-                    raise UserError(
-                        f"{path}: holds rated answers and other rows, which no objective learns from together"
-                    )
                 if len(one):
+                    _check_rated(path, one, rated)
                     arrow.write_batch(writer, one, usual)
                 bar.update(one.summary["rows"])
         check_renamed(path, options.columns, counts["renamed"], sum(formats.values()))
-        if not counts["examples"]:
-            reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
-            raise UserError(
-                f"{path}: none of the {counts['rows']} rows has anything to learn ({reasons or 'bad rows'})"
-            )
+        _check_some(path, counts, dropped)
     note = past_template({**counts, "formats": formats}, options, "--format")
     return _figures(counts, skipped) | {
         "dropped": dict(sorted(dropped.items())),
@@ -124,6 +117,17 @@ def tokenize_file(
         "bytes": os.path.getsize(output),
         "output": output,
     }
+
+
+def _check_rated(path: str, one: TokenizedSet, rated: bool) -> None:
+    if rated != (one.roles is not None and bool(one.roles.all())):
+        raise UserError(f"{path}: holds rated answers and other rows, which no objective learns from together")
+
+
+def _check_some(path: str, counts: Counter, dropped: Counter) -> None:
+    if not counts["examples"]:
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
+        raise UserError(f"{path}: none of the {counts['rows']} rows has anything to learn ({reasons or 'bad rows'})")
 
 
 def _figures(counts: Counter, skipped: Skipped) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from tpu_tune.data.breakage import Breakage
 from tpu_tune.data.formats import (
     Chat,
     Pair,
+    Rated,
     Sample,
+    bare,
     check_characters,
     check_renamed,
     columns_of,
@@ -34,10 +36,12 @@ from tpu_tune.data.formats import (
     unused_keys,
 )
 from tpu_tune.data.messages import RowError
+from tpu_tune.data.preferences import texts_of
 from tpu_tune.data.pretokenize import Row, make_batches
 from tpu_tune.data.sources import resolve
 from tpu_tune.data.streams import Skipped, progress, read_any
 from tpu_tune.data.tokenize_options import TokenizeOptions
+from tpu_tune.data.tokenized_set import CHOSEN, REJECTED, TokenizedSet
 from tpu_tune.data.tokenizing import past_template
 from tpu_tune.data.workers import tokenize_batches
 from tpu_tune.errors import UserError
@@ -92,7 +96,7 @@ def describe(
             target_max_len=0,
         )
         for tokenized in tokenize_batches(make_batches(tokens.count(rows, row_counts)), tokenizer, uncut):
-            tokens.add(tokenized)
+            tokens.add(tokenized, skipped)
     if not row_counts.rows:
         raise UserError(f"{path}: no rows")
     check_renamed(os.fspath(path), options.columns, row_counts.renamed, row_counts.rows)
@@ -188,6 +192,7 @@ class _TokenCounts:
         self.unused: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.pairs = 0
+        self.answers, self.answer_tokens = Counter(), Counter()  # by role
 
     def summary(self) -> dict[str, Any]:
         return {"pairs": self.pairs, "formats": self.formats}
@@ -197,10 +202,19 @@ class _TokenCounts:
             self.breakage.read(row_counts.text)
             yield where, row
 
-    def add(self, tokenized: Any) -> None:
-        if tokenized.summary["bad_rows"]:
-            raise UserError(tokenized.summary["bad_examples"][0])
+    def add(self, tokenized: TokenizedSet, skipped: Skipped) -> None:
+        for text in tokenized.summary["bad_examples"]:
+            where, _, reason = text.partition(": ")
+            skipped.add(where, reason)
+        skipped.count += tokenized.summary["bad_rows"] - len(tokenized.summary["bad_examples"])
         self.lengths.append(tokenized.lengths)
+        if tokenized.roles is not None:  # both answers of a row have to fit together
+            row = np.searchsorted(np.unique(tokenized.source_rows), tokenized.source_rows)
+            self.lengths[-1] = np.bincount(row, tokenized.lengths).astype(np.int64)
+            for role in (CHOSEN, REJECTED):
+                of_role = tokenized.roles == role
+                self.answers[role] += int(of_role.sum())
+                self.answer_tokens[role] += int(tokenized.count_targets()[of_role].sum())
         self.targets += tokenized.summary["target_tokens"]
         self.pairs += tokenized.summary["pairs"]
         for name in ("dropped", "unused", "formats"):
@@ -217,6 +231,11 @@ class _TokenCounts:
             "vocabulary_used": int(np.count_nonzero(self.ids)),
             "vocabulary": len(self.tokenizer),
             "dropped": dict(sorted(self.dropped.items())),
+            "rated": {
+                name: {"answers": self.answers[role], "mean": round(self.answer_tokens[role] / self.answers[role], 1)}
+                for name, role in (("chosen", CHOSEN), ("rejected", REJECTED))
+                if self.answers[role]
+            },
             **self.breakage.figures(self.tokenizer, self.ids),
         }
 
@@ -257,6 +276,8 @@ def _texts(sample: Sample) -> tuple[list[str], bool]:
     if isinstance(sample, Chat):
         answers = [m["content"] for m in sample.messages if m["role"] == "assistant" and not m.get("tool_calls")]
         return [m["content"] for m in sample.messages], not all(answer.strip() for answer in answers)
+    if isinstance(sample, Rated):
+        return texts_of(sample), False  # an empty answer is no rated one, but a bad row
     if isinstance(sample, Pair):
         return [sample.source, sample.target], not sample.target.strip()
     return [sample.text], not sample.text.strip()
@@ -302,7 +323,9 @@ def _warnings(figures: dict[str, Any], method: str, max_length: int) -> list[str
         warnings.append(f"{figures['empty_answers']:,} rows have an empty answer or text; nothing is learnt from them")
     over = figures["lengths"].get("over_max_length", 0)
     if over:
-        what = "cut into blocks" if list(figures["formats"]) == ["text"] else "cut, or left out by data tokenize"
+        formats = {bare(name) for name in figures["formats"]}
+        what = "cut into blocks" if formats == {"text"} else "cut, or left out by data tokenize"
+        what = "left out, since both answers have to fit together" if formats == {"preference"} else what
         warnings.append(
             f"{over:,} rows ({over / figures['rows']:.1%}) are longer than {max_length} tokens: they are {what}"
         )
@@ -338,6 +361,11 @@ def table(figures: dict[str, Any]) -> str:
             f"{tokens['characters_per_token']} characters a token; "
             f"{tokens['vocabulary_used']:,} of {tokens['vocabulary']:,} in use",
         ]
+        answers = [
+            f"{rated['answers']:,} {name} ({rated['mean']:,} tokens on average)"
+            for name, rated in tokens["rated"].items()
+        ]
+        lines += [f"answers       {', '.join(answers)}"] * bool(answers)
         lines += [f"left out      {count:,} rows: {reason}" for reason, count in tokens["dropped"].items()]
     lengths = figures["lengths"]
     shares = ", ".join(f"{p}% up to {lengths[f'p{p}']:,}" for p in _PERCENTILES if f"p{p}" in lengths)

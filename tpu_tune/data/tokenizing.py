@@ -80,15 +80,16 @@ def tokenize_rows(
     marks = read_marks(tokenizer)
     counts, formats, dropped, unused, bad = Counter(), Counter(), Counter(), Counter(), []
     format, labels = "", {}
-    ids_list, mask_list, row_list, roles = [], [], [], []
+    made: list[tuple[int, np.ndarray, np.ndarray, int]] = []
 
     def refuse(index: int, error: RowError) -> None:
+        kinds.pop(index, None)
         bad.append(BadRow(where_is(index), str(error)))
         if not options.skip_bad_rows:
             raise UserError(with_advice(bad[-1], "fix it or set data.skip_bad_rows=True")) from error
 
     for start in range(0, len(rows), _BATCH):
-        samples = []
+        samples, kinds = [], {}
         for index, row in enumerate(rows[start : start + _BATCH], start=first + start):
             try:
                 format = format_of(row, options.format, options.columns, format)
@@ -103,43 +104,50 @@ def tokenize_rows(
                     dropped["empty answer"] += 1
                 else:
                     samples.append((index, _prepare(sample, tokenizer, marks, options)))
-                formats[format] += 1
+                kinds[index] = format
                 counts.update({_kind(sample): 1, "renamed": bool(columns_of(row, options.columns))})
                 counts["rated"] += isinstance(sample, Rated)
                 unused.update([*unused_keys(row, format, options.columns), *unread])
             except RowError as error:
                 refuse(index, error)
-        for index, ids, mask, role in _encode(samples, tokenizer, marks, options, (counts, dropped), refuse):
-            ids_list.append(ids)
-            mask_list.append(mask)
-            row_list.append(index)
-            roles.append(role)
-    tokens = np.concatenate([np.zeros(0, np.int32), *ids_list]).astype(np.int32, copy=False)
-    loss_mask = np.concatenate([np.zeros(0, bool), *mask_list])
-    summary = {
+        made += _encode(samples, tokenizer, marks, options, (counts, dropped), refuse)
+        formats.update(kinds.values())
+    figures = {
         "rows": len(rows),
         "formats": dict(sorted(formats.items())),
         "chats": counts["Chat"],
         "pairs": counts["Pair"],
-        "rated": counts["rated"],
-        "renamed": counts["renamed"],
-        "examples": len(ids_list),
-        "tokens": len(tokens),
-        "target_tokens": int(loss_mask.sum()),
-        "truncated": counts["truncated"],
-        "eos_lost": counts["eos_lost"],
-        "split": counts["split"],
-        "open_ended": counts["open_ended"],
+        **{name: counts[name] for name in ("rated", "renamed", "truncated", "eos_lost", "split", "open_ended")},
         "dropped": dict(sorted(dropped.items())),
         "unused": dict(sorted(unused.items())),
         "bad_rows": len(bad),
         "bad_examples": [str(row) for row in bad[:5]],
+    }
+    flat = _flat(made, figures)
+    return labelled(flat, labels, options.pad_token) if options.judges else flat
+
+
+def _flat(made: Sequence[tuple[int, np.ndarray, np.ndarray, int]], figures: dict[str, Any]) -> TokenizedSet:
+    """Lay examples, (row, ids, mask, role) each, one after the other, and add their counts to the figures."""
+    rows, ids, masks, roles = zip(*made, strict=True) if made else ((), (), (), ())
+    tokens = np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32, copy=False)
+    loss_mask = np.concatenate([np.zeros(0, bool), *masks])
+    summary = {
+        **figures,
+        "examples": len(made),
+        "tokens": len(tokens),
+        "target_tokens": int(loss_mask.sum()),
         "max_token_id": int(tokens.max(initial=-1)),
     }
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in ids_list], dtype=np.int64)]).astype(np.int64)
-    roles = np.asarray(roles, np.int8) if counts["rated"] else None
-    made = TokenizedSet(tokens, loss_mask, offsets, np.asarray(row_list, np.int64), summary, roles=roles)
-    return labelled(made, labels, options.pad_token) if options.judges else made
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids], dtype=np.int64)]).astype(np.int64)
+    return TokenizedSet(
+        tokens,
+        loss_mask,
+        offsets,
+        np.asarray(rows, np.int64),
+        summary,
+        roles=np.asarray(roles, np.int8) if figures["rated"] else None,
+    )
 
 
 def _check_use(row: Mapping[str, Any], format: str, options: TokenizeOptions, where: str) -> None:

@@ -86,7 +86,7 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
       run: run directory, of any method.
       output: file to write, `NAME.gguf`.
       base: original | dequantized; without meaning for a run that trained every weight.
-      kind: f16 | bf16 | q8_0, the number format of the matrices.
+      kind: the number format of the matrices, one of `gguf_mixtures.FORMATS`.
       step: a checkpoint's (see `run_result.find_step`); by default what the run ended with.
 
     Raises:

@@ -42,7 +42,7 @@ class PushRequest:
       form: adapter | merged | gguf; a run that trained every weight has no adapter, so its model is meant.
       merge_base: original | dequantized.
       dtype: a merged model's dtype, "" for the original's.
-      gguf_type: f16 | bf16 | q8_0.
+      gguf_type: one of `gguf_mixtures.FORMATS`.
       revision: branch, "" for the main one.
       license: identifier for the card, "" for the base's own where that is known.
       base_model: hub id of the base, "" to go by the configuration.

@@ -2,9 +2,8 @@
 
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
 from tpu_tune.models.classifiers import SCORE, classifier_config, is_classifier, label_names
-from tpu_tune.models.decoder import Cache, Decoder, EncoderOutput, check_length, empty_cache, encode
+from tpu_tune.models.decoder import Cache, Decoder, EncoderOutput, apply_head, check_length, empty_cache, encode
 from tpu_tune.models.families import FAMILIES, architecture
-from tpu_tune.models.layers import apply_head
 from tpu_tune.models.rope import Rope
 from tpu_tune.models.scan import Execution
 from tpu_tune.models.wrappers import WRAPPERS, text_config, with_keys

@@ -28,7 +28,11 @@ class LayerNames:
       attention_norm: "" where the attention reads the layer's input as it is.
       mlp_norm: "" where the MLP reads what the attention reads (one norm for both, under `residual="parallel"`), or the
         sum as it is.
+      k, v: "" where the layer attends to another one's keys and values (`LayerKind.keys_from`); v alone is "" where
+        the keys, before their norm, are the values too.
       attention_out_norm, mlp_out_norm: applied to the output of attention and MLP, before it is added.
+      input_gate, input_projection, input_norm: how the layer's own input (`Architecture.layer_input_size`) is added.
+      scalar: a number that everything which leaves the layer is multiplied with; no training changes it.
       cross_norm, cross_q, cross_k, cross_v, cross_o: modules of the attention to an encoder.
     """
 
@@ -47,6 +51,10 @@ class LayerNames:
     k_norm: str = ""
     attention_out_norm: str = ""
     mlp_out_norm: str = ""
+    input_gate: str = ""
+    input_projection: str = ""
+    input_norm: str = ""
+    scalar: str = ""
     cross_norm: str = ""
     cross_q: str = ""
     cross_k: str = ""
@@ -64,6 +72,8 @@ class Names:
       project_in, project_out: projections between the embedding's width and the hidden one.
       relative_bias: learned embedding of relative positions, added to the scores of every layer.
       embed_norm: norm of the embedding's rows, before the first layer.
+      inputs_embed, inputs_projection, inputs_norm: embedding of each layer's own input, and the projection of what the
+        first layer reads, with its norm, that is added to it.
       tower: path of the text model in a multimodal model's class (see `wrappers.py`); "" where it is a model by itself.
     """
 
@@ -76,6 +86,9 @@ class Names:
     project_out: str = ""
     relative_bias: str = ""
     embed_norm: str = ""
+    inputs_embed: str = ""
+    inputs_projection: str = ""
+    inputs_norm: str = ""
     tower: str = ""
 
 
@@ -88,12 +101,22 @@ class LayerKind:
       window: number of keys that each query sees, its own included (sliding window); None: all before it.
       rope: rotary embedding of queries and keys; None where positions enter otherwise.
       intermediate_size: width of the MLP; 0: the architecture's.
+      num_kv_heads, head_dim: of its attention; 0: the architecture's.
+      keys_from: index of the earlier layer whose keys and values, normed and rotated, it attends to; None: its own.
     """
 
     names: LayerNames
     window: int | None = None
     rope: Rope | None = None
     intermediate_size: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    keys_from: int | None = None
+
+    @property
+    def of_leaves(self) -> LayerKind:
+        """The kind without what leaves and their shapes do not show: equal where layers can be stacked."""
+        return dataclasses.replace(self, window=None, rope=None, keys_from=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +146,7 @@ class Architecture:
       norm_offset: number added to the stored weights of norms.
       qk_norm: whether the norms of q and k are over each head or over the whole projection.
       qk_norm_last: whether they come after the rotary embedding.
+      value_norm: whether the values of each head are normed, without weights.
       norm_first: whether attention and MLP read normed states (else the sums are normed).
       activation: name of the MLP's nonlinearity, see `check_activation`.
       fused_heads: whether the file's fused q, k, v are ordered head by head, [q k v] of each in turn (GPT-NeoX), not
@@ -134,6 +158,9 @@ class Architecture:
       embed_size: width of the embedding where `project_in` and `project_out` stand between; 0: the hidden size.
       embed_scale: factor on the embedding's rows.
       input_scale: factor on what the first layer reads, after noise on the embedding's rows (NEFTune).
+      layer_input_size: width of what each layer gets beside the hidden states, from the token and from what the first
+        layer reads; 0: nothing.
+      layer_input_vocab: rows of the embedding of it.
       head_scale: factor on the hidden states that the head reads.
       attention_scale: factor on the scores; None: head_dim ** -0.5.
       attention_soft_cap, logit_soft_cap: c in c * tanh(x / c), on scores and logits; None for none.
@@ -163,6 +190,7 @@ class Architecture:
     norm_offset: float = 0.0
     qk_norm: Literal["head", "projection"] = "head"
     qk_norm_last: bool = False
+    value_norm: bool = False
     norm_first: bool = True
     activation: str = "silu"
     fused_heads: bool = False
@@ -177,6 +205,8 @@ class Architecture:
     embed_size: int = 0
     embed_scale: float = 1.0
     input_scale: float = 1.0
+    layer_input_size: int = 0
+    layer_input_vocab: int = 0
     head_scale: float = 1.0
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
@@ -203,7 +233,11 @@ class Architecture:
     @functools.cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
         """The runs of layers that one scan walks; a model whose layers have the same leaves is one group."""
-        return layer_groups([(kind.names, kind.intermediate_size) for kind in self.layer_kinds])
+        return layer_groups([kind.of_leaves for kind in self.layer_kinds])
+
+    def heads(self, kind: LayerKind) -> tuple[int, int]:
+        """Return (number of key and value heads, elements of a head) of a kind of layers."""
+        return kind.num_kv_heads or self.num_kv_heads, kind.head_dim or self.head_dim
 
     @property
     def has_norm_bias(self) -> bool:
@@ -231,6 +265,10 @@ class Architecture:
                 modules[0], no_adapter="encoder and decoder share it, and what PEFT puts on it reaches neither"
             )
         single(names.positions, "embedding", (self.max_positions + self.position_offset, width), ("vocab", "embed"))
+        width_of_all, inputs_axes = self.num_layers * self.layer_input_size, ("embed", None)
+        single(names.inputs_embed, "embedding", (self.layer_input_vocab, width_of_all), ("vocab", "embed"))
+        single(names.inputs_projection, "linear", (width, width_of_all), inputs_axes)
+        single(names.inputs_norm, "norm", (self.layer_input_size,), (None,))
         single(names.project_in, "linear", (embed_size, width), ("embed", "mlp"))
         if self.relative:
             # "bias" in its name keeps weight decay from it, as in Hugging Face's Trainer.
@@ -280,7 +318,8 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     """List the modules of one layer, their paths relative to it, in the order of the forward pass."""
     names, width = kind.names, arch.hidden_size
     inner = kind.intermediate_size or arch.intermediate_size
-    q_width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    kv_heads, head_dim = arch.heads(kind)
+    q_width, kv_width = arch.num_heads * head_dim, kv_heads * head_dim
     qkv_width = q_width + 2 * kv_width
     modules = []
 
@@ -298,12 +337,12 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
 
     norm(names.attention_norm)
     segments = () if arch.fused_heads else (q_width, kv_width, kv_width)
-    unit = qkv_width // arch.num_kv_heads
+    unit = qkv_width // kv_heads
     linear(names.qkv, (width, qkv_width), ("embed", "heads"), arch.qkv_bias, segments=segments, unit=unit)
     attention(names.q, names.k, names.v)
     whole = arch.qk_norm == "projection"
-    norm(names.q_norm, q_width if whole else arch.head_dim)
-    norm(names.k_norm, kv_width if whole else arch.head_dim)
+    norm(names.q_norm, q_width if whole else head_dim)
+    norm(names.k_norm, kv_width if whole else head_dim)
     linear(names.o, (q_width, width), ("heads", "embed"), arch.o_bias)
     norm(names.attention_out_norm)
     norm(names.cross_norm)
@@ -316,6 +355,11 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     linear(names.up, (width, inner), ("embed", "mlp"), arch.mlp_bias)
     linear(names.down, (inner, width), ("mlp", "embed"), arch.mlp_bias)
     norm(names.mlp_out_norm)
+    linear(names.input_gate, (width, arch.layer_input_size), ("embed", "mlp"), False)
+    linear(names.input_projection, (arch.layer_input_size, width), ("mlp", "embed"), False)
+    norm(names.input_norm)
+    if names.scalar:
+        modules.append(Module(names.scalar, "norm", (1,), (None,), is_parameter=True))
     return modules
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,12 +19,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.layout import TokenLayout
+from tpu_tune.kernels.layout import TokenLayout, soft_cap
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import Architecture
-from tpu_tune.models.layers import Branch, LayerContext, Past, apply_head, linear, norm, relative_bias
-from tpu_tune.models.scan import Execution, run_layers
-from tpu_tune.tensors import embed
+from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.models.layers import LayerContext
+from tpu_tune.models.relative import relative_bias
+from tpu_tune.models.scan import Execution, Pasts, empty_pasts, run_layers
+from tpu_tune.tensors import embed, matmul, unembed
 
 Params = Mapping[str, Any]  # path -> leaf
 
@@ -36,14 +39,14 @@ class Cache:
     """Keys and values of the tokens so far, for generation.
 
     Attributes:
-      past: keys and values of all layers on axis 0, (layers, B, S, kv heads, head_dim); an encoder's come
-        with the first call.
+      past: what each layer keeps, keys and values (B, S, kv heads, head_dim) and the like; an encoder's come with the
+        first call.
       segments: (B, S), 1 where a real token stands, 0 elsewhere.
       length: number of tokens written so far, the same for every row.
       encoder_segments: (B, M), segments of the encoder's tokens; None without an encoder.
     """
 
-    past: Past
+    past: Pasts
     segments: Int[Array, "B S"]
     length: Int[Array, ""]
     encoder_segments: Int[Array, "B M"] | None = None
@@ -60,9 +63,7 @@ class EncoderOutput:
 
 def empty_cache(architecture: Architecture, batch: int, length: int, dtype: Any) -> Cache:
     """Return a cache for `batch` rows of at most `length` tokens."""
-    shape = (architecture.num_layers, batch, length, architecture.num_kv_heads, architecture.head_dim)
-    own = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return Cache(Past(own), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
+    return Cache(empty_pasts(architecture, batch, length, dtype), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
 
 
 def encode(
@@ -169,7 +170,9 @@ class Decoder(nnx.Module):
             hidden = None if encoder_output is None else encoder_output.hidden
             context = dataclasses.replace(context, encoder=(hidden, layout))
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
-        x, past = run_layers(arch, run, self.layers.get_value(), x, context, None if cache is None else cache.past)
+        inputs = self._layer_inputs(input_ids, x) if arch.layer_input_size else None
+        past = None if cache is None else cache.past
+        x, past = run_layers(arch, run, self.layers.get_value(), x, context, past, inputs)
         x = norm(arch, self.outside, names.final_norm, x)
         if names.project_out:
             x = linear(self.outside.at(names.project_out), x)
@@ -193,6 +196,20 @@ class Decoder(nnx.Module):
             x = x + embed(positions + arch.position_offset, self.outside.at(names.positions).leaf("weight"), dtype)
         return x
 
+    def _layer_inputs(self, input_ids: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, "L B T P"]:
+        """Return what each layer gets beside the hidden states: the mean of two, times the root of two."""
+        arch, names, run = self.architecture, self.architecture.names, self.execution
+        size = arch.layer_input_size
+
+        def by_layer(flat: Array) -> Array:
+            return jnp.moveaxis(run.constrain(flat).reshape(*x.shape[:2], arch.num_layers, size), 2, 0)
+
+        rows = embed(input_ids, self.outside.at(names.inputs_embed).leaf("weight"), run.dtype)
+        rows = rows * jnp.asarray(math.sqrt(size), run.dtype)
+        projected = linear(self.outside.at(names.inputs_projection), x) * jnp.asarray(arch.hidden_size**-0.5, run.dtype)
+        projected = norm(arch, self.outside, names.inputs_norm, by_layer(projected))
+        return (projected + by_layer(rows)) * jnp.asarray(math.sqrt(0.5), run.dtype)
+
     def head_leaves(self) -> dict[str, Any]:
         """Return the leaves that turn hidden states into logits, for `apply_head`."""
         names = self.architecture.names
@@ -204,3 +221,18 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return the logits of hidden states, in their dtype."""
         return apply_head(self.architecture, self.head_leaves(), hidden)
+
+
+def apply_head(
+    arch: Architecture, leaves: Mapping[str, Any], hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch V"]:
+    """Apply `Decoder.head_leaves`, as a pure function for the chunked cross-entropy."""
+    if arch.head_scale != 1.0:
+        hidden = hidden * jnp.asarray(arch.head_scale, hidden.dtype)
+    if "embedding" in leaves:
+        logits = unembed(hidden, leaves["embedding"])
+    else:
+        logits = matmul(hidden, leaves["weight"])
+    if "bias" in leaves:
+        logits = logits + leaves["bias"].astype(logits.dtype)
+    return soft_cap(logits, arch.logit_soft_cap)

@@ -20,10 +20,16 @@ from jaxtyping import Array, Float
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.models.architecture import Architecture, LayerKind
+from tpu_tune.models.branch import PROJECTION
 from tpu_tune.models.groups import LayerGroup
-from tpu_tune.models.layers import PROJECTION, Layer, LayerContext, Past
+from tpu_tune.models.layers import Layer, LayerContext, Past, empty_past
+from tpu_tune.models.self_attention import KeysValues
 from tpu_tune.tensors import Module, outside_scan
 
+# What the layers keep for generation: for each group, for each position of its pattern, a `Past` stacked over the
+# repeats. Layers of different kinds may keep different things.
+Pasts = tuple[tuple[Past, ...], ...]
+Kept = dict[int, KeysValues]  # of layers whose keys and values others use, by the layer's index
 _LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -72,8 +78,9 @@ def run_layers(
     leaves: Mapping[str, Any],
     x: Float[Array, "B T D"],
     context: LayerContext,
-    past: Past | None,
-) -> tuple[Float[Array, "B T D"], Past | None]:
+    pasts: Pasts | None,
+    inputs: Float[Array, "L B T P"] | None = None,
+) -> tuple[Float[Array, "B T D"], Pasts | None]:
     """Run all layers.
 
     Args:
@@ -82,24 +89,40 @@ def run_layers(
       leaves: path -> stacked leaf.
       x: hidden states.
       context: what all layers share.
-      past: keys and values of all layers, on a leading axis; None without a cache.
+      pasts: what the layers keep of the tokens so far; None without a cache.
+      inputs: what each layer gets beside the hidden states; None: nothing.
 
     Returns:
       New hidden states, and what the cache is to hold.
     """
     modules = {module.path: module for module in arch.modules() if module.layers_path == arch.names.layers}
-    written = []
-    for group in arch.groups:
+    written, kept = [], {}
+    for index, group in enumerate(arch.groups):
         stacks = [
             _stack(modules[path.rpartition(".")[0]], path, leaf, group, execution)
             for path, leaf in leaves.items()
             if any(layer in group.layers for layer in modules[path.rpartition(".")[0]].layers)
         ]
-        x, new = _run_group(arch, execution, group, stacks, x, context, past)
+        past = (Past(),) * group.period if pasts is None else pasts[index]
+        own_inputs = None if inputs is None else inputs[group.first : group.layers.stop]
+        given = dataclasses.replace(context, kept=kept)
+        (x, new_kept), new = _run_group(arch, execution, group, stacks, x, given, past, own_inputs)
+        kept = kept | new_kept
         written.append(new)
-    if past is None:
-        return x, None
-    return x, written[0] if len(written) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *written)
+    return x, None if pasts is None else tuple(written)
+
+
+def empty_pasts(arch: Architecture, batch: int, length: int, dtype: Any) -> Pasts:
+    """Return what the layers keep before the first token, with room for `length` of them."""
+
+    def stacked(group: LayerGroup, kind: LayerKind) -> Past:
+        past = empty_past(arch, kind, batch, length, dtype)
+        return jax.tree.map(lambda array: jnp.repeat(array[None], group.repeats, axis=0), past)
+
+    return tuple(
+        tuple(stacked(group, arch.layer_kinds[group.first + position]) for position in range(group.period))
+        for group in arch.groups
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,25 +175,33 @@ def _run_group(
     stacks: list[_Stack],
     x: Array,
     context: LayerContext,
-    past: Past | None,
-) -> tuple[Array, Past]:
-    """Scan over the repeats of a group's pattern; the layers of a pattern run one after the other."""
+    past: tuple[Past, ...],
+    inputs: Array | None,
+) -> tuple[tuple[Array, Kept], tuple[Past, ...]]:
+    """Scan over the repeats of a group's pattern; the layers of a pattern run one after the other.
+
+    Returns:
+      The hidden states with the keys and values that layers of later groups use, and what the cache is to hold.
+    """
     is_pattern = group.period > 1
+    sources = {kind.keys_from for kind in arch.kinds} & {*group.layers}
+    kept_positions = {(layer - group.first) % group.period for layer in sources}
 
     def layer_at(position: int, kinds: tuple[LayerKind, ...]) -> Callable[[Array, tuple], tuple[Array, Past]]:
         own = [stack for stack in stacks if position in stack.positions]
         names = {stack.path: stack.name for stack in own}
 
-        def run_layer(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
-            repeat, parts, kind, past = scanned
+        def run_layer(x: Array, scanned: tuple[Array, Any, Array, Past, Any]) -> tuple[Array, Past]:
+            repeat, parts, kind, past, own_input = scanned
             if execution.mesh is None:  # the partitioner would gather what the constraint is put on
                 # XLA's GPU compiler would like the backward loop's inputs transposed, and keep them all both ways.
                 x = with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2)))
             x = checkpoint_name(x, _LAYER_INPUT)
             leaves = {stack.path: stack.at(position, repeat, parts[stack.path], is_pattern) for stack in own}
             inside = {names[path]: leaf for path, leaf in execution.gather(leaves).items()}
-            x, past = Layer(arch, kinds, kind, inside, context)(x, past)
-            return execution.constrain(x), Past() if context.start is None else past
+            keep = position in kept_positions
+            x, past = Layer(arch, kinds, kind, inside, context, own_input, keep)(x, past)
+            return execution.constrain(x), Past() if context.start is None and not keep else past
 
         if execution.remat == "none":
             return run_layer
@@ -181,21 +212,27 @@ def _run_group(
     kind_indices = [kinds[index % group.period].index(kind) for index, kind in enumerate(layer_kinds)]
     layers = [layer_at(position, kinds[position]) for position in range(group.period)]
 
-    def run_pattern(x: Array, scanned: tuple[Array, Any, Array, Past]) -> tuple[Array, Past]:
-        repeat, parts, kind_indices, past = scanned
+    def run_pattern(carry: tuple[Array, Kept], scanned: tuple) -> tuple[tuple[Array, Kept], tuple[Past, ...]]:
+        (x, kept), (repeat, parts, kind_indices, past, inputs) = carry, scanned
         written = []
         for position, run_layer in enumerate(layers):
-            layer_past = jax.tree.map(lambda array, position=position: array[position], past)
-            x, new = run_layer(x, (repeat, parts, kind_indices[position], layer_past))
-            written.append(new)
-        return x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *written)
+            own_input = None if inputs is None else inputs[position]
+            x, new = run_layer(x, (repeat, parts, kind_indices[position], past[position], own_input))
+            written.append(Past() if context.start is None else new)
+            for layer in sources & {group.first + position + number * group.period for number in range(group.repeats)}:
+                is_layer = repeat == (layer - group.first) // group.period
+                now = jax.tree.map(lambda new, old, here=is_layer: jnp.where(here, new, old), new.own, kept[layer])
+                kept = kept | {layer: now}
+        return (x, kept), tuple(written)
 
-    def by_repeat(array: Array) -> Array:
-        return array.reshape(group.repeats, group.period, *array.shape[1:]) if is_pattern else array
+    def room(layer: int) -> KeysValues:
+        cached = past[(layer - group.first) % group.period].own
+        dtype = x.dtype if cached is None else cached[0].dtype
+        return empty_past(arch, arch.layer_kinds[layer], *context.layout.key_index.shape, dtype).own
 
-    group_past = Past() if past is None else jax.tree.map(lambda array: array[group.first : group.layers.stop], past)
     parts = {stack.path: stack.scanned for stack in stacks}
-    indices = jnp.asarray(np.array(kind_indices, np.int32))
-    scanned = (jnp.arange(group.repeats), parts, *jax.tree.map(by_repeat, (indices, group_past)))
-    x, written = jax.lax.scan(run_pattern if is_pattern else layers[0], x, scanned)
-    return x, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]) if is_pattern else array, written)
+    indices = jnp.asarray(np.array(kind_indices, np.int32).reshape(group.repeats, group.period))
+    if inputs is not None:
+        inputs = inputs.reshape(group.repeats, group.period, *inputs.shape[1:])
+    start = (x, {layer: room(layer) for layer in sources})
+    return jax.lax.scan(run_pattern, start, (jnp.arange(group.repeats), parts, indices, past, inputs))

@@ -67,11 +67,17 @@ _QWEN_VL = {
     "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 32768, "max_window_layers": 80,
     "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
 }  # fmt: skip
+_GEMMA4 = {
+    "vocab_size": 262144, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072,
+}  # fmt: skip
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
     },
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": {**_GEMMA4, "max_position_embeddings": 262144},
     "llama": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "max_position_embeddings": 2048,

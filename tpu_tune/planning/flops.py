@@ -72,13 +72,13 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
 
 def _attention(arch: Architecture, rows: int, queries: int, keys: int) -> tuple[float, float]:
     """Return forward operations of both products of self-attention: with unmasked keys alone, and with all keys."""
-    per_key = 4.0 * arch.num_heads * arch.head_dim * rows * queries
-    unmasked = 0.0
+    unmasked = all_keys = 0.0
     for kind in arch.layer_kinds:
+        per_key = 4.0 * arch.num_heads * arch.heads(kind)[1] * rows * queries
         window = min(kind.window or keys, keys)
         # Query t attends to min(t, window) keys; this is the mean over a row.
         unmasked += per_key * ((keys + 1) / 2 if window == keys else window * (1 - (window - 1) / (2 * keys)))
-    all_keys = per_key * keys * len(arch.layer_kinds)
+        all_keys += per_key * keys
     return (unmasked, all_keys) if arch.causal else (all_keys, all_keys)
 
 

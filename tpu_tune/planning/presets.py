@@ -120,6 +120,28 @@ def _gemma3(width: int, inner: int, layers: int, heads: int, kv_heads: int, wind
     return _gemma("gemma3_text", width, inner, layers, heads, kv_heads, **{**sizes, **changes})
 
 
+def _gemma4(width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
+    text = {
+        "vocab_size": 262144,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 262144,
+        "sliding_window": 512,
+        "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        **changes,
+    }
+    return {"model_type": "gemma4", "text_config": {"model_type": "gemma4_text", **text}}
+
+
 def _gemma3_multimodal(width: int, inner: int, layers: int, heads: int, kv_heads: int, **changes: Any) -> Config:
     """Their text models: the vision tower is neither loaded nor trained."""
     sizes = {"vocab_size": 262208, "max_position_embeddings": 131072, **changes}
@@ -257,6 +279,19 @@ PRESETS: dict[str, Config] = {
     "gemma-3-4b": _gemma3_multimodal(2560, 10240, 34, 8, 4),
     "gemma-3-12b": _gemma3_multimodal(3840, 15360, 48, 16, 8),
     "gemma-3-27b": _gemma3_multimodal(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),
+    # Gemma 4: https://huggingface.co/google/gemma-4-E4B and gemma-4-31B, their text_config
+    "gemma-4-e4b": _gemma4(2560, 10240, 42, 8, 2, num_kv_shared_layers=18, hidden_size_per_layer_input=256),
+    "gemma-4-31b": _gemma4(
+        5376,
+        21504,
+        60,
+        32,
+        16,
+        sliding_window=1024,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=4,
+        max_position_embeddings=262144,
+    ),
     # Phi (arXiv:2309.05463, arXiv:2404.14219)
     "phi-2": _llama(
         2560,

@@ -52,16 +52,18 @@ def scratch_bytes(
     size = 4 if config.model.dtype == "float32" else 2
     tokens = rows * math.ceil(width / mesh["sequence"])
     tensor = mesh["tensor"]
-    hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    hidden, heads = arch.hidden_size, [arch.heads(kind) for kind in arch.kinds]
+    q, kv = arch.num_heads * max(size for _, size in heads), max(count * size for count, size in heads)
     gated = any(kind.names.gate or kind.names.gate_up for kind in arch.kinds)
-    inner = arch.intermediate_size * (2 if gated else 1)
+    width_of_mlp = max(kind.intermediate_size or arch.intermediate_size for kind in arch.kinds)
+    inner = width_of_mlp * (2 if gated else 1)
     projected = 2 * hidden + (q + 2 * kv + inner) // tensor  # outputs of a layer's linear modules, per token
     layers = arch.num_layers + (arch.encoder.num_layers if arch.encoder else 0)
     used = chosen(config.model.attention, width, width)
     scores = score_bytes(arch, rows, math.ceil(width / mesh["sequence"]), width, used, 3 if training else 2) // tensor
     chunk = min(rows * token_chunk(config, rows, mesh["sequence"]) or tokens, tokens)
     # Everything for one chunk of tokens, and attention's inputs and outputs for the others.
-    work = chunk * size * (projected + arch.intermediate_size // tensor + 2 * hidden)
+    work = chunk * size * (projected + width_of_mlp // tensor + 2 * hidden)
     work += (tokens - chunk) * size * (2 * (q + kv) // tensor + hidden)
     chunk = min(loss_chunk(config, arch.vocab_size, rows), width) * rows
     if arch.num_labels:

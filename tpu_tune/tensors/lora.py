@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tpu_tune.kernels.chunks import token_keys
+from tpu_tune.kernels.random_bits import keep_mask
 from tpu_tune.tensors.leaf import dense, embed, matmul, unembed
 from tpu_tune.tensors.product import product
 
@@ -87,6 +88,5 @@ class LoraTensor:
 def _dropout(x: Array, key: Array, rate: float) -> Array:
     """Drop elements of x, (..., tokens, dim); `key` is one key, or one a token (see `kernels.chunks.token_keys`)."""
     keys = token_keys(key, jnp.arange(x.shape[-2])) if key.ndim == 0 else key
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (*x.shape[:-2], x.shape[-1])))(keys)
-    keep = jnp.moveaxis(keep, 0, -2)
+    keep = jnp.moveaxis(keep_mask(keys, (*x.shape[:-2], x.shape[-1]), 1 - rate), 0, -2)
     return (x / (1 - rate)).astype(x.dtype) * keep.astype(x.dtype)

@@ -58,6 +58,7 @@ class Module:
         In the tree they lie in pieces, a `unit` holding the matching piece of each: see `from_torch`.
       unit: columns of `out` that belong together; a mesh cuts between units only.
       decay: False where weight decay does not apply to its weight though it is no norm.
+      is_parameter: whether its tensor has the module's name, without `.weight` behind it.
       no_adapter: why neither an adapter nor a trained copy can stand on it; "" where one can.
     """
 
@@ -74,6 +75,7 @@ class Module:
     segments: tuple[int, ...] = ()
     unit: int = 1
     decay: bool = True
+    is_parameter: bool = False
     no_adapter: str = ""
 
     @property
@@ -109,6 +111,12 @@ class Module:
     def names(self) -> list[str]:
         """Return the Hugging Face names of all its layers, or its one name."""
         return [self.name(layer) for layer in self.layers or (None,)]
+
+    def tensor_name(self, name: str, suffix: str) -> str:
+        """Return a tensor's name in the files, given the module's name and `weight` or `bias`."""
+        if self.is_parameter:
+            return name if suffix == "weight" else f"{name}_{suffix}"
+        return f"{name}.{suffix}"
 
     @property
     def torch_shape(self) -> tuple[int, ...]:

@@ -95,8 +95,15 @@ class QuantizedTensor:
         return product(x, self, False)
 
     def embed(self, ids: Int[Array, "*batch"], dtype: Any) -> Float[Array, "*batch dim"]:
-        """Return rows of a quantized embedding."""
-        return self.dequantize(dtype)[ids]
+        """Return rows of a quantized embedding; no others are decoded."""
+        half, within = self.pack_block // 2, ids % self.pack_block
+        if half:
+            codes = self.codes[ids // self.pack_block * half + within % half]
+            codes = jnp.where((within < half)[..., None], codes & 15, codes >> 4)
+        else:
+            codes = self.codes[ids]
+        scales = dataclasses.replace(self, scales=self.scales[..., ids // self.group_size, :]).group_scales()
+        return (FORMATS[self.format].decode(codes) * scales).astype(dtype)
 
     def unembed(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch vocabulary"]:
         """Return x @ w.T."""

@@ -41,6 +41,7 @@ from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.meter import LoopState, Meter
 from tpu_tune.training.opening import Session, open_session
 from tpu_tune.training.optimizers import learning_rate, set_learning_rate
+from tpu_tune.training.preference_settings import unbalanced
 from tpu_tune.training.prepare_steps import Steps, prepare_steps
 from tpu_tune.training.progress import Progress
 from tpu_tune.training.result import write_result
@@ -330,6 +331,8 @@ def _warnings(session: Session) -> list[str]:
     """Return what of a run's length and of its added tokens is rarely meant so."""
     config, model, data = session.config, session.model, session.data
     lines = too_little.of_length(config, session.length, data.eval is not None, len(data.train.documents))
+    if (roles := data.train.data.roles) is not None:
+        lines += unbalanced(config, roles[data.train.documents])
     if config.model.add_special_tokens:
         known = open_source(config.model.path).load_tokenizer().get_vocab()
         lines += too_little.of_tokens(config, model.architecture, model.method, known)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tpu_tune.kernels.random_bits import uniform
+
 
 def noise(
     key: Array, alpha: float, segment_ids: Int[Array, "B T"]
@@ -27,6 +29,6 @@ def noise(
 
     def add(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         bound = jnp.where(segment_ids > 0, alpha / jnp.sqrt(lengths * x.shape[-1]), 0.0)
-        return x + (bound[..., None] * jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0)).astype(x.dtype)
+        return x + (bound[..., None] * uniform(key, x.shape)).astype(x.dtype)
 
     return add

@@ -31,7 +31,7 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
                     continue
                 value = np.asarray(_layer_of(leaf, index) if module.layers else dense(leaf))
                 value = module.to_torch(value) if suffix == "weight" else module.deinterleave(value)
-                yield f"{module.name(layer)}.{suffix}", value
+                yield module.tensor_name(module.name(layer), suffix), value
 
 
 def unties_head(params: Mapping[str, Any], modules: list[Module]) -> bool:

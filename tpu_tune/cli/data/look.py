@@ -52,19 +52,21 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune.checkpoints.chat_template import template_of
     from tpu_tune.checkpoints.tokenizers import open_tokenizer
     from tpu_tune.checkpoints.vocabulary import add_tokens
-    from tpu_tune.data.look import look, show
+    from tpu_tune.data.look import ROLES, look, show
     from tpu_tune.data.tokenize_options import options_from_config
 
     tokenizer = open_tokenizer(model)
     add_tokens(tokenizer, list(config.model.add_special_tokens))
     if config.model.adapter and (template := template_of(config.model.adapter)):
         tokenizer.chat_template = template
-    tokenize_options = options_from_config(config.data, tokenizer, _is_encoder_decoder(model), config.objective.name)
+    objective = "" if config.objective.name == "sft" else config.objective.name  # rows of any kind can be looked at
+    tokenize_options = options_from_config(config.data, tokenizer, _is_encoder_decoder(model), objective)
     views = look(os.path.expanduser(path), tokenizer, tokenize_options, options.count, options.seed, options.row)
     if options.json:
         shown = [
             {
                 "where": view.where,
+                **({"role": ROLES[view.role]} if view.role else {}),
                 "tokens": len(view.texts),
                 "trained": int(view.trained.sum()),
                 "cut": view.cut,

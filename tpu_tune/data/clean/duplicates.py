@@ -65,7 +65,7 @@ def identity(row: Mapping[str, Any], options: CleanOptions) -> bytes:
 def _read_as(row: Mapping[str, Any], options: CleanOptions) -> tuple[str, Mapping[str, str]]:
     """The format of a cleaned row, and its columns' new names."""
     if options.as_format:
-        return options.as_format, {}
+        return format_of(row), {}
     return format_of(row, options.format, options.columns), options.columns
 
 

@@ -1,7 +1,8 @@
 """The texts inside a row of any known format: finding them, putting others in their place, cutting an answer short.
 
-What is trained on is an answer: the text of a plain row, the output of a pair, what the assistant says in a chat.
-Everything else (prompts, system and user messages, tool results) is context. Keys that the format does not name are
+What is trained on is an answer: the text of a plain row, the output of a pair, what the assistant says in a chat, the
+chosen or the labelled answer of a preference row. Everything else (prompts, system and user messages, tool results, and
+answers that the model is to be led away from) is context. Keys that the format does not name are
 never looked at. Rows are never changed in place.
 """
 
@@ -13,11 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpu_tune.checkpoints import json_text
-from tpu_tune.data.formats import FORMATS, RowError, check_keys, columns_of, rename
+from tpu_tune.data.formats import FORMATS, RATED, USED, RowError, check_keys, columns_of, rename
 from tpu_tune.data.messages import role_of
 
 Path = tuple[str | int, ...]
 CHATS = ("messages", "sharegpt")  # formats of which a row is a list of messages
+_RATED_KEYS = (
+    "system", "conversations", "messages", "instruction", "input", "prompt", "chosen", "rejected", "completion",
+    "output", "label", "kto_tag", "tools",
+)  # fmt: skip
+_RATED_ANSWERS = ("chosen", "completion", "output", "conversations", "messages")
+_NO_TEXT = ("tools", "label", "kto_tag")
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ def fields(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> d
     """
     own = {new: old for old, new in columns_of(row, columns).items()}
     keys = list(FORMATS[format])
-    if format == "alpaca":
+    if format in RATED:
+        keys = [key for key in _RATED_KEYS if key in (*keys, *USED[format])]
+    elif format == "alpaca":
         keys.insert(1, "input")
     elif format != "text":
         keys = ["system", *keys, "tools"]
@@ -58,21 +67,28 @@ def parts(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> li
     Raises:
       RowError: a key holds something that the format does not know.
     """
-    found, required, chat = [], FORMATS[format], format in CHATS
+    found, required, chat, rated = [], FORMATS[format], format in CHATS, format in RATED
     names = fields(row, format, columns)
     for key in required:
         if key not in names:
             raise RowError(f"'{key}' is null")
     for key, name in names.items():
-        if key == "tools":
+        if key in _NO_TEXT:
             continue
-        value, answer = row[name], key == required[-1]
+        value, answer = row[name], key in _RATED_ANSWERS if rated else key == required[-1]
+        if rated:
+            value, answer = _opened(value), answer and not (format == "preference" and key == "conversations")
+            if isinstance(value, Mapping):  # LLaMA-Factory's one message
+                found += [
+                    Part((name, *part.path[2:]), part.text, answer) for part in _messages([value], name, False, True)
+                ]
+                continue
         if chat and key in required:
             value = _opened(value)
             if not isinstance(value, list | tuple):
                 raise RowError(f"'{name}' must be a non-empty list of messages")
-        if isinstance(value, list | tuple) and key in required:
-            found += _messages(value, name, answer, strict=format == "sharegpt")
+        if isinstance(value, list | tuple) and (rated or key in required):
+            found += _messages(value, name, answer, strict=format == "sharegpt" or key == "conversations")
         elif isinstance(value, str):
             found.append(Part((name,), value, answer))
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -124,7 +140,7 @@ def cut(row: Mapping[str, Any], format: str, part: Part, length: int) -> dict[st
     """
     text = part.text[:length].rstrip()
     name, *rest = part.path
-    if not rest:
+    if not rest or isinstance(rest[0], str):
         return replace(row, {part.path: text}) if text else None
     new = dict(row)
     index, key, *piece = rest

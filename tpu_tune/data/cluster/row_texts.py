@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.data.formats import FORMATS, Chat, Pair, convert, format_of, own_format
+from tpu_tune.data.formats import FORMATS, Chat, Pair, Rated, convert, format_of, own_format
 from tpu_tune.data.messages import RowError
+from tpu_tune.data.preferences import texts_of
 from tpu_tune.data.streams import Skipped, progress, read_json_lines
 from tpu_tune.errors import UserError
 
@@ -138,6 +139,8 @@ def _text(row: Mapping[str, Any], format: str, key: str) -> str:
         answer = convert(row, "alpaca").target
         return "\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name)) + f"\n{answer}"
     sample = convert(row, format)
+    if isinstance(sample, Rated):
+        return "\n".join(texts_of(sample))
     if isinstance(sample, Chat):
         return "\n".join(message["content"] for message in sample.messages if message["role"] != "system")
     return f"{sample.source}\n{sample.target}" if isinstance(sample, Pair) else sample.text

@@ -11,6 +11,7 @@ from typing import Any
 from tpu_tune.data.formats import FORMATS, RowError, convert, own_format
 from tpu_tune.data.ingest.blobs import Tally, row_of
 from tpu_tune.data.ingest.ingest_options import IngestOptions
+from tpu_tune.data.preferences import USED
 from tpu_tune.errors import UserError
 
 # Further keys that belong to a format, and travel with it.
@@ -21,6 +22,7 @@ _ALSO = {
     "sharegpt": _FOR_CHATS,
     "prompt-completion": _FOR_CHATS,
     "prompt-generation": _FOR_CHATS,
+    **USED,
 }
 MAX_DEPTH = 100  # of lists and objects in a row
 Pick = Callable[[Mapping[str, Any]], dict[str, Any] | None]

@@ -15,6 +15,7 @@ from tpu_tune.models.families.checked import check_architecture, check_config
 from tpu_tune.models.families.cohere import cohere, cohere2
 from tpu_tune.models.families.exaone4 import exaone4
 from tpu_tune.models.families.gemma import gemma, gemma2, gemma3
+from tpu_tune.models.families.gemma4 import gemma4
 from tpu_tune.models.families.glm import glm, glm4
 from tpu_tune.models.families.gpt2 import gpt2
 from tpu_tune.models.families.gpt_neox import gpt_neox
@@ -44,6 +45,8 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "gemma4_text": gemma4,
+    "gemma4_unified_text": gemma4,
     "phi": phi,
     "phi3": phi3,
     "smollm3": smollm3,

@@ -7,7 +7,7 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.architecture import Architecture
-from tpu_tune.models.values import FLAG, NOTHING, OBJECT, TEXT, check, listing, number, one_of, whole
+from tpu_tune.models.values import FLAG, NOTHING, OBJECT, TEXT, check, listing, mapping, number, one_of, whole
 
 MOST_LAYERS = 10_000
 MOST_WIDE = 2**24  # of one dimension of a matrix
@@ -39,12 +39,14 @@ KINDS = {
         (
             "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_head", "ffn_dim", "d_model",
             "d_kv", "d_ff", "num_heads", "shared_intermediate_size", "relative_attention_num_buckets",
-            "relative_attention_max_distance",
+            "relative_attention_max_distance", "global_head_dim", "vocab_size_per_layer_input",
         ),
         _WIDTH,
     ),
-    **dict.fromkeys(("num_key_value_heads", "head_dim", "n_inner", "rotary_dim", "word_embed_proj_dim"),
-                    _WIDTH | NOTHING),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "n_inner", "rotary_dim", "word_embed_proj_dim",
+                     "num_global_key_value_heads"), _WIDTH | NOTHING),
+    **dict.fromkeys(("hidden_size_per_layer_input", "num_kv_shared_layers"), whole(0, MOST_WIDE) | NOTHING),
+    "per_layer_config": mapping(OBJECT) | NOTHING,
     **dict.fromkeys(("max_position_embeddings", "n_positions"), _POSITIONS),
     **dict.fromkeys(("original_max_position_embeddings", "sliding_window"), _POSITIONS | NOTHING),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), number(0, 1)),
@@ -57,7 +59,7 @@ KINDS = {
             "qk_layernorm", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
             "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine",
             "use_bidirectional_attention", "scale_decoder_outputs", "is_encoder_decoder", "attention_out_bias",
-            "use_qk_norm",
+            "use_qk_norm", "enable_moe_block", "use_double_wide_mlp", "attention_k_eq_v",
         ),
         FLAG | NOTHING,
     ),
@@ -82,7 +84,11 @@ _ROPE_KINDS = {
     **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
 }
 
-_OWN_KINDS = {"exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING}}  # such as LLLG
+_GEMMA4 = {"use_bidirectional_attention": one_of("all", "vision") | NOTHING}
+_OWN_KINDS = {
+    "exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING},  # such as LLLG
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
+}
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -101,6 +107,8 @@ def check_config(config: Mapping[str, Any]) -> None:
                 inner = settings[layer_type]
                 check({layer_type: inner}, {layer_type: OBJECT}, f"{key} in {where}")
                 check(inner, _ROPE_KINDS, f"{key}.{layer_type} in {where}")
+    for layer, sizes in (config.get("per_layer_config") or {}).items():
+        check(sizes, KINDS, f"per_layer_config.{layer} in {where}")
     kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
     if kinds and layers and len(kinds) != layers:
         raise UserError(f"{where}: 'layer_types' has {len(kinds)} entries for num_hidden_layers={layers}")
@@ -119,14 +127,13 @@ def check_architecture(architecture: Architecture) -> None:
     }
     check(sizes, dict.fromkeys(sizes, whole(1, MOST_TOKENS)), where)
     check({"max_positions": architecture.max_positions}, {"max_positions": whole(0, MOST_POSITIONS)}, where)
-    if architecture.num_heads % architecture.num_kv_heads:
-        raise UserError(
-            f"{where}: {architecture.num_heads} heads cannot share {architecture.num_kv_heads} key and value heads"
-        )
-    for kind in architecture.layer_kinds:
-        if kind.rope is not None and (kind.rope.dim % 2 or not 2 <= kind.rope.dim <= architecture.head_dim):
+    for kind in architecture.kinds:
+        kv_heads, head_dim = architecture.heads(kind)
+        if architecture.num_heads % kv_heads:
+            raise UserError(f"{where}: {architecture.num_heads} heads cannot share {kv_heads} key and value heads")
+        if kind.rope is not None and (kind.rope.dim % 2 or not 2 <= kind.rope.dim <= head_dim):
             raise UserError(
-                f"{where}: it rotates {kind.rope.dim} elements of each head of {architecture.head_dim}; "
+                f"{where}: it rotates {kind.rope.dim} elements of each head of {head_dim}; "
                 "they must be two or more, even, and no more than the head has"
             )
     if architecture.encoder is not None:

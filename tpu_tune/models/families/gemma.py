@@ -13,7 +13,7 @@ from tpu_tune.models.activations import check_activation
 from tpu_tune.models.architecture import Architecture, LayerKind
 from tpu_tune.models.families.llama import LAYER_NAMES, NAMES
 
-_FOUR_NORMS = dataclasses.replace(
+FOUR_NORMS = dataclasses.replace(
     LAYER_NAMES,
     attention_out_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
@@ -51,7 +51,7 @@ def gemma2(config: Mapping[str, Any]) -> Architecture:
     config = {**_GEMMA2, **config}
     rotary = rope.from_config(config, config["head_dim"])
     kinds = [
-        LayerKind(_FOUR_NORMS, config["sliding_window"] if kind == "sliding_attention" else None, rotary)
+        LayerKind(FOUR_NORMS, config["sliding_window"] if kind == "sliding_attention" else None, rotary)
         for kind in _layer_types(config, 2)
     ]
     return _with_caps(config, kinds)
@@ -60,7 +60,7 @@ def gemma2(config: Mapping[str, Any]) -> Architecture:
 def gemma3(config: Mapping[str, Any]) -> Architecture:
     """Gemma 3: norms of q and k, five layers with a window and a rotary base of their own to each one without."""
     config = {**_GEMMA3, **config}
-    names = dataclasses.replace(_FOUR_NORMS, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+    names = dataclasses.replace(FOUR_NORMS, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
     settings = config.get("rope_parameters") or {
         "sliding_attention": {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", 10000.0)},
         "full_attention": {

@@ -28,7 +28,9 @@ NAMES = {
     "smollm3": "SmolLM3", "olmo2": "OLMo 2", "olmo3": "OLMo 3", "granite": "Granite 3",
     "granitemoehybrid": "Granite 4 (dense)", "glm": "GLM-4 (2024)", "glm4": "GLM-4 (2025)",
     "ministral3": "Ministral 3 (text)", "cohere": "Command R, Aya", "cohere2": "Command R7B", "seed_oss": "Seed-OSS",
-    "exaone4": "EXAONE 4", "nanochat": "nanochat", "t5": "T5, FLAN-T5",
+    "exaone4": "EXAONE 4", "nanochat": "nanochat", "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2-MoE", "qwen3_moe": "Qwen3-MoE", "olmoe": "OLMoE", "granitemoe": "Granite-MoE",
+    "granitemoeshared": "Granite-MoE, shared", "glm4_moe": "GLM-4.5", "t5": "T5, FLAN-T5",
 }  # fmt: skip
 
 

@@ -41,6 +41,16 @@ try:
     signal.raise_signal(signal.SIGINT)
 except BaseException:
     pass""",
+    "jax's search for plugins, which prints what ends a plugin's start": """
+import importlib.metadata
+from jax._src import xla_bridge
+xla_bridge.jax_plugins = None
+class Plugin:
+    initialize = staticmethod(lambda: signal.raise_signal(signal.SIGINT))
+xla_bridge.importlib.import_module = lambda name: Plugin
+class Entry: value = "one"
+importlib.metadata.entry_points = lambda group: [Entry]
+xla_bridge.discover_pjrt_plugins()""",
     "code that makes another exception of it": """
 try:
     signal.raise_signal(signal.SIGINT)

@@ -87,6 +87,7 @@ EXPRESSIBLE = [
     "neox_full_rotary", "neox_parameters", "gpt2", "gemma", "gemma2", "gemma3", "phi", "phi3",
     "phi3_longrope_short", "phi3_longrope_long", "llama_yarn", "smollm3", "olmo2", "olmo3", "granite", "granite_biases",
     "glm", "glm4", "glm4_tied", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4_no_window", "t5", "t5_gated",
+    "gemma4", "gemma4_wide", "gemma4_unified",
 ]  # fmt: skip
 
 
@@ -420,6 +421,11 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
         (tiny_models.CONFIGS["cohere2_untied"], "cannot express attention_bias=True of a cohere2 model"),
         (tiny_models.CONFIGS["seed_oss_biases"], "cannot express mlp_bias=True"),
         (tiny_models.CONFIGS["exaone4"], "cannot express sliding_window=5 of a exaone4 model"),
+        (tiny_models.CONFIGS["gemma4_alike"], "cannot express biases or another activation in a Gemma 4"),
+        (
+            {**tiny_models.CONFIGS["gemma4"], "layer_types": ["full_attention"] * 6},
+            "cannot express a Gemma 4 without windows",
+        ),
         (tiny_models.CONFIGS["qwen2_upper_windows"], "cannot express use_sliding_window=True"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 100}, "query_pre_attn_scalar=100 of a gemma2 model"),

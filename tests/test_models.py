@@ -152,6 +152,13 @@ REQUIRED = {
             "seed_oss",
             "exaone4",
             "nanochat",
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "olmoe",
+            "granitemoe",
+            "granitemoeshared",
+            "glm4_moe",
         ),
         (*_LLAMA_KEYS, "num_key_value_heads", "pad_token_id"),
     ),  # fmt: skip

@@ -146,6 +146,7 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
 _FACTORS = {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 4.0,
 }  # fmt: skip
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GEMMA3_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA4_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -259,7 +260,7 @@ CONFIGS = {
     }
     | {"model_type": "gemma4_unified_text"},
     # All layers have the same leaves, and those whose keys and values are shared are not the last of their scan.
-    "gemma4_even": _gemma4(
+    "gemma4_alike": _gemma4(
         "sfffsf", global_head_dim=8, num_kv_shared_layers=2, attention_bias=True, hidden_size_per_layer_input=4
     ),
     "smollm3": _like_llama("smollm3", num_hidden_layers=4, rope_theta=5000.0, tie_word_embeddings=True),
@@ -378,13 +379,91 @@ CONFIGS = {
     "nanochat_tied": _like_llama(
         "nanochat", attention_bias=True, tie_word_embeddings=True, final_logit_softcapping=None, rope_theta=5000.0
     ),
+    "mixtral": _like_llama("mixtral", num_local_experts=4, num_experts_per_tok=2, rope_theta=1e6),
+    "mixtral_window": _like_llama(
+        "mixtral", num_local_experts=3, num_experts_per_tok=1, sliding_window=5, head_dim=16, tie_word_embeddings=True
+    ),
+    "qwen2_moe": _like_llama(
+        "qwen2_moe",
+        **_EXPERTS,
+        num_hidden_layers=4,
+        decoder_sparse_step=2,
+        shared_expert_intermediate_size=40,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=3,
+    ),
+    "qwen2_moe_renormalized": _like_llama(
+        "qwen2_moe",
+        **_EXPERTS,
+        shared_expert_intermediate_size=24,
+        norm_topk_prob=True,
+        qkv_bias=False,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe": _like_llama("qwen3_moe", **_EXPERTS, head_dim=16, norm_topk_prob=True),
+    "qwen3_moe_mixed": _like_llama(
+        "qwen3_moe",
+        **_EXPERTS,
+        head_dim=8,
+        num_hidden_layers=4,
+        mlp_only_layers=[0, 2],
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        tie_word_embeddings=True,
+    ),
+    "olmoe": _like_llama("olmoe", num_experts=6, num_experts_per_tok=3, clip_qkv=0.8),
+    "olmoe_renormalized": _like_llama(
+        "olmoe", num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, attention_bias=True, num_key_value_heads=4
+    ),
+    "granitemoe": _like_llama("granitemoe", **_FACTORS, num_local_experts=5, num_experts_per_tok=2),
+    "granitemoe_tied": _like_llama(
+        "granitemoe",
+        num_local_experts=4,
+        num_experts_per_tok=3,
+        attention_multiplier=0.3,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "granitemoeshared": _like_llama(
+        "granitemoeshared", **_FACTORS, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=24
+    ),
+    "granitemoeshared_none": _like_llama(
+        "granitemoeshared", num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.3
+    ),
+    "glm4_moe": _like_llama(
+        "glm4_moe",
+        head_dim=16,
+        num_hidden_layers=3,
+        moe_intermediate_size=24,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+        use_qk_norm=True,
+        attention_bias=True,
+    ),
+    "glm4_moe_plain": _like_llama(
+        "glm4_moe",
+        head_dim=8,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=2,
+        first_k_dense_replace=0,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+    ),
     "t5": _t5(),
     "t5_gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=3),
 }
 FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
     "gemma", "gemma2", "gemma3", "gemma4", "gemma4_unified", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite",
-    "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "t5",
+    "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "mixtral",
+    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "t5",
 ]  # fmt: skip
 
 
@@ -410,7 +489,7 @@ def weights(config):
         elif (("norm" in name or ".ln_" in name) and name.endswith(".weight")) or name.endswith("layer_scalar"):
             scale, shift = 0.2, 1.0
         else:
-            scale, shift = (1.5 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.2), 0.0
+            scale, shift = (1.5 / np.sqrt(shape[-1]) if len(shape) >= 2 else 0.2), 0.0
         if name.endswith("Attention.q.weight"):  # T5 leaves its scores unscaled and q small instead
             scale /= np.sqrt(config["d_kv"])
         tensors[name] = (random * scale + shift).astype(np.float32)

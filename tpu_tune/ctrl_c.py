@@ -3,7 +3,8 @@
 Python raises KeyboardInterrupt at the line where the signal lands. In a callback of the garbage collector (jax has
 one), a `__del__` or a callback from C++ the exception is printed and dropped, and the command goes on. So it is raised
 again, by a timer, until the program has ended or is cleaning up. It is not raised while an extension module is being
-loaded, which may crash of it: that comes to its end first. The program's own imports, with nothing to clean up yet, end
+loaded, which may crash of it, nor in jax's search for plugins, which prints whatever ends a plugin's start and goes on:
+these come to their end first. The program's own imports, with nothing to clean up yet, end
 at once. A second Ctrl-C ends the process without raising anything. Training has a handler of its own while it makes
 steps: `tpu_tune.training.interrupt`.
 
@@ -95,7 +96,7 @@ class _Program:
         self._again(number, frame)
 
     def _again(self, number: int, frame: Any) -> None:
-        if self.came and not self.ended and not _is_handled() and not _loads_extension(frame):
+        if self.came and not self.ended and not _is_handled() and not _comes_to_its_end(frame):
             raise KeyboardInterrupt
 
     def _report(self, problem: Any) -> None:
@@ -208,10 +209,10 @@ def _is_handled() -> bool:
     return False
 
 
-def _loads_extension(frame: Any) -> bool:
-    """Whether a frame is part of an extension module's own start."""
+def _comes_to_its_end(frame: Any) -> bool:
+    """Whether a frame is part of an extension module's own start, or of jax's search for plugins."""
     while frame is not None:
-        if frame.f_code.co_qualname.startswith("ExtensionFileLoader."):
+        if frame.f_code.co_qualname.startswith(("ExtensionFileLoader.", "discover_pjrt_plugins")):
             return True
         frame = frame.f_back
     return False

@@ -100,11 +100,16 @@ def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def dequantized(text: str, model: PreparedModel) -> list[str]:
-    """Return the shapes of floats in a program's text that are as large as a stacked quantized leaf, in any layout."""
+    """Return the shapes of floats in a program's text that are as large as a stacked quantized leaf, in any layout.
+
+    Of experts, a stack is also that of one layer.
+    """
     stacks = {
-        math.prod(leaf.shape) * len(module.layers)
+        math.prod(leaf.shape) * count
         for module in model.architecture.modules()
         if module.layers and isinstance(leaf := model.frozen.get(module.weight), QuantizedTensor)
+        for count in (math.prod(module.stack), module.experts)
+        if count
     }
     assert stacks, "the model has no quantized layers"
     return sorted({hit[0] for hit in FLOATS.finditer(text) if math.prod(map(int, hit[1].split(","))) in stacks})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from compile_skips import needs_libtpu
+from compile_skips import needs_cuda, needs_libtpu
 from tiny_models import CONFIGS, FAMILY_CASES, mostly_slow
 
 from tpu_tune.models import FAMILIES, architecture
@@ -26,6 +26,7 @@ WIDE = {
     "sliding_window": 64,
     **dict.fromkeys(["hidden_size", "n_embd", "d_model"], WIDTH),
     **dict.fromkeys(["intermediate_size", "shared_intermediate_size", "n_inner", "ffn_dim", "d_ff"], INNER),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], INNER // 2),
     **dict.fromkeys(["head_dim", "d_kv"], HEAD),
     "global_head_dim": 2 * HEAD,
     **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], WIDTH // HEAD),
@@ -87,6 +88,25 @@ def compiled(compile_steps, request):
 @pytest.mark.parametrize("case", COMPILED)
 def test_no_dequantized_weight_outlives_its_layer(case, compiled) -> None:
     check(case, compiled[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [pytest.param("h100", marks=needs_cuda), pytest.param("v5e-8", marks=needs_libtpu)])
+def test_no_stack_of_experts_is_dequantized_on_a_gpu_or_a_mesh(compile_steps, device) -> None:
+    """Neither all layers' nor one layer's; on a mesh the codes are gathered."""
+    shards = 8 if device == "v5e-8" else 1
+    one = job("qwen3_moe", 31)
+    one |= {"device": device, "rows": shards}
+    one["config"]["mesh"]["fsdp"] = shards
+    (found,) = compile_steps(one)
+    assert not found["dequantized"]
+    if shards > 1:
+        arch = architecture(wide("qwen3_moe", 31))
+        inner = arch.experts.width * arch.hidden_size * arch.experts.count // 2  # bytes of a layer's codes
+        assert any(
+            shape.startswith("u8") and math.prod(map(int, shape[3:-1].split(","))) == inner
+            for shape in found["gathered"]
+        )
 
 
 def check(case, found) -> None:

@@ -59,7 +59,7 @@ def _stored_names(file: GgufFile, family: GgufFamily) -> dict[str, str]:
         if key not in names:
             unknown.append(original)
         else:
-            stored[f"{names[key].format(layer)}.{kind}"] = original
+            stored[family.tensor_name(names[key].format(layer), kind)] = original
     if unknown:
         listed = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise UserError(f"{file.path}: {len(unknown)} tensors have no place in this architecture: {listed}")

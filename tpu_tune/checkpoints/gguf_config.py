@@ -30,7 +30,7 @@ _KINDS = {
     **dict.fromkeys(
         (
             "expert_count", "attention.sliding_window", "attention.sliding_window_pattern", "decoder_start_token_id",
-            "rope.scaling.original_context_length",
+            "rope.scaling.original_context_length", "attention.shared_kv_layers", "embedding_length_per_layer_input",
         ),
         _COUNT,
     ),
@@ -61,7 +61,7 @@ def _check(file: GgufFile) -> None:
         raise UserError(f"{file.path}: lacks token_embd.weight, so it holds no language model")
 
 
-def _common(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
+def common_config(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
     """What every family's config calls by the same name."""
     _check(file)
     ids = {"bos_token_id": "bos", "pad_token_id": "padding"}
@@ -78,7 +78,7 @@ def _common(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
 
 def shared_config(file: GgufFile, model_type: str, class_name: str) -> dict[str, Any]:
     """What every decoder with rotary positions has."""
-    return _common(file, model_type, class_name) | {
+    return common_config(file, model_type, class_name) | {
         "hidden_size": metadata_value(file, "embedding_length"),
         "intermediate_size": metadata_value(file, "feed_forward_length"),
         "num_hidden_layers": metadata_value(file, "block_count"),
@@ -176,7 +176,7 @@ def gpt2_config(file: GgufFile) -> dict[str, Any]:
     """GPT-2. The converter writes four times the width for the MLP whatever it is; the tensor tells."""
     hidden, positions = metadata_value(file, "embedding_length"), metadata_value(file, "context_length")
     inner = _rows(file, "blk.0.ffn_up.weight")
-    return _common(file, "gpt2", "GPT2LMHeadModel") | {
+    return common_config(file, "gpt2", "GPT2LMHeadModel") | {
         "n_embd": hidden,
         "n_layer": metadata_value(file, "block_count"),
         "n_head": metadata_value(file, "attention.head_count"),
@@ -240,7 +240,7 @@ def t5_config(file: GgufFile) -> dict[str, Any]:
     if "enc.blk.1.attn_rel_b.weight" in file.tensors:
         raise UserError(f"{file.path}: has a relative position bias in every layer (UMT5), which is not supported")
     layers = metadata_value(file, "block_count")
-    return _common(file, "t5", "T5ForConditionalGeneration") | {
+    return common_config(file, "t5", "T5ForConditionalGeneration") | {
         "is_encoder_decoder": True,
         "d_model": metadata_value(file, "embedding_length"),
         "d_kv": metadata_value(file, "attention.key_length"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints import gguf_config, gguf_config_llama_like
+from tpu_tune.checkpoints import gguf_config, gguf_config_llama_like, gguf_gemma4
 from tpu_tune.checkpoints.gguf_file import GgufFile
 
 Change = Callable[[str, np.ndarray, dict[str, Any]], np.ndarray]
@@ -32,6 +32,7 @@ class GgufFamily:
       store: its inverse.
       plain_mlp: replacements in `names` for models whose MLP has no gate (T5).
       transposed: ends of the Hugging Face names whose matrices Hugging Face stores as (in, out).
+      parameters: ends of the Hugging Face names that have no `.weight`.
       skip: GGUF modules that are not weights of the model (their content is in the configuration, or unused).
     """
 
@@ -41,6 +42,7 @@ class GgufFamily:
     store: Change
     plain_mlp: dict[str, str] = dataclasses.field(default_factory=dict)
     transposed: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
     skip: tuple[str, ...] = ("rope_freqs",)
 
     def names_in(self, tensors: Iterable[str]) -> dict[str, str]:
@@ -50,10 +52,14 @@ class GgufFamily:
 
     def gguf_name(self, name: str, tensors: Iterable[str]) -> str | None:
         """Return GGUF's name of a Hugging Face tensor of a model with these tensors, or None where it has none."""
-        module, _, kind = name.rpartition(".")
+        module, _, kind = (f"{name}.weight" if name.endswith(self.parameters) else name).rpartition(".")
         key, layer = split_layer(module, "layers|h|block")
         stored = {original: stored for stored, original in self.names_in(tensors).items()}.get(key)
         return f"{stored.format(layer)}.{kind}" if stored else None
+
+    def tensor_name(self, module: str, kind: str) -> str:
+        """Return the Hugging Face name of a tensor, given its module's and `weight` or `bias`."""
+        return module if module.endswith(self.parameters) else f"{module}.{kind}"
 
     def to_gguf(self, name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray:
         """Return a tensor as GGUF has it; `to_huggingface` undoes it."""
@@ -162,6 +168,25 @@ _FOUR_NORMS = _layered(
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
     },
+)
+_GEMMA4_NAMES = (
+    _LLAMA_NAMES
+    | _HEAD_NORMS
+    | _FOUR_NORMS
+    | {
+        "per_layer_token_embd": "model.embed_tokens_per_layer",
+        "per_layer_model_proj": "model.per_layer_model_projection",
+        "per_layer_proj_norm": "model.per_layer_projection_norm",
+    }
+    | _layered(
+        "model.layers",
+        {
+            "inp_gate": "per_layer_input_gate",
+            "proj": "per_layer_projection",
+            "post_norm": "post_per_layer_input_norm",
+            "layer_output_scale": "layer_scalar",
+        },
+    )
 )
 _NORMS_AFTER = {
     key: name for key, name in _LLAMA_NAMES.items() if not key.endswith(("attn_norm", "ffn_norm"))
@@ -279,6 +304,7 @@ FAMILIES = {
     "gemma": GgufFamily(gguf_config.gemma_config, _LLAMA_NAMES, _minus_one, _plus_one),
     "gemma2": GgufFamily(gguf_config.gemma2_config, _LLAMA_NAMES | _FOUR_NORMS, _minus_one, _plus_one),
     "gemma3": GgufFamily(gguf_config.gemma3_config, _LLAMA_NAMES | _FOUR_NORMS | _HEAD_NORMS, _minus_one, _plus_one),
+    "gemma4": GgufFamily(gguf_gemma4.gemma4_config, _GEMMA4_NAMES, _same, _same, parameters=(".layer_scalar",)),
     "phi2": GgufFamily(gguf_config.phi_config, _PHI_NAMES, _same, _same),
     "phi3": GgufFamily(
         gguf_config.phi3_config, _PHI3_NAMES, _same, _same, skip=("rope_factors_long", "rope_factors_short")

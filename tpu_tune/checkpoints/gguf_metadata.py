@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.checkpoints.gguf_config import llama3_factors, longrope_attention_factor
+from tpu_tune.checkpoints.gguf_gemma4 import gemma4_metadata
 from tpu_tune.errors import UserError
 from tpu_tune.models import rope as rotary
 
@@ -382,6 +383,8 @@ WRITERS: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[Metadata, Tensors
     "gemma": ("gemma", _gemma),
     "gemma2": ("gemma2", _gemma2),
     "gemma3_text": ("gemma3", _gemma3),
+    "gemma4_text": ("gemma4", gemma4_metadata),
+    "gemma4_unified_text": ("gemma4", gemma4_metadata),
     "phi": ("phi2", _phi),
     "phi3": ("phi3", _phi3),
     "smollm3": ("smollm3", _smollm3),

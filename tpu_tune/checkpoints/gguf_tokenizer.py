@@ -52,7 +52,7 @@ PRE_TOKENIZERS = (
 # Words that are tokens as a whole are taken without merging (llama.cpp: ignore_merges).
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 # Kinds that put BOS before a text where the file does not say (llama.cpp: add_bos).
-_BOS_FIRST = (*WHOLE_WORDS, "llama")
+_BOS_FIRST = (*WHOLE_WORDS, "llama", "gemma4")
 # T5's sentinels, which transformers adds behind the SentencePiece vocabulary, the last one first; converters that do
 # not find them in added_tokens.json leave padding there.
 _SENTINELS = 100
@@ -115,7 +115,7 @@ def _build(path: str, metadata: dict[str, Any]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     kind = metadata.get("tokenizer.ggml.model")
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": _unigram}
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _sentencepiece, "t5": _unigram}
     if kind not in builders or "tokenizer.ggml.tokens" not in metadata:
         raise UserError(f"{path}: its tokenizer is {kind!r}, which is not known (known: {', '.join(builders)})")
     tokens, types = _vocabulary(metadata)

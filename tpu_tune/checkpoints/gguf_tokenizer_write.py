@@ -57,7 +57,7 @@ def tokenizer_metadata(tokenizer: Any, rows: int, architecture: str) -> dict[str
     if backend is None:
         raise UserError(f"GGUF needs the tokenizer as a tokenizer.json, and this is a {type(tokenizer).__name__}")
     content = json.loads(backend.to_str())
-    metadata = _model(backend, content, rows) | _special(tokenizer)
+    metadata = _model(backend, content, rows, architecture) | _special(tokenizer)
     metadata |= end_of_turn(tokenizer, metadata)
     rebuilt = build_tokenizer("the tokenizer", metadata | {"general.architecture": architecture})
     for text in _PROBE:
@@ -84,7 +84,7 @@ def fit_to_rows(metadata: dict[str, Any], rows: int) -> dict[str, Any]:
     return values
 
 
-def _model(backend: tokenizers.Tokenizer, content: dict[str, Any], rows: int) -> dict[str, Any]:
+def _model(backend: tokenizers.Tokenizer, content: dict[str, Any], rows: int, architecture: str) -> dict[str, Any]:
     """Kind, vocabulary, and what the kind needs to cut text."""
     model = content["model"]
     metadata: dict[str, Any] = {"tokenizer.ggml.pre": "default"}
@@ -92,15 +92,16 @@ def _model(backend: tokenizers.Tokenizer, content: dict[str, Any], rows: int) ->
         kind, scores = "t5", dict(map(tuple, model["vocab"]))
         metadata |= _unigram_settings(backend, content)
     elif model["type"] == "BPE" and model.get("byte_fallback"):
-        kind, scores = "llama", _scores(model["merges"])
+        # llama.cpp merges Gemma 4's pieces in the order of the merges, and no other family's that have ▁ for a space.
+        kind, scores = ("gemma4" if architecture == "gemma4" else "llama"), _scores(model["merges"])
+        if kind == "gemma4":
+            metadata["tokenizer.ggml.merges"] = _spelled(model["merges"])
         first = backend.encode("a", add_special_tokens=False).tokens
         metadata["tokenizer.ggml.add_space_prefix"] = bool(first) and first[0].startswith("▁")
     elif model["type"] == "BPE" and '"ByteLevel"' in json.dumps(content["pre_tokenizer"]):
         kind, scores = "gpt2", None
         metadata["tokenizer.ggml.pre"] = _pre_tokenizer_name(backend, model)
-        metadata["tokenizer.ggml.merges"] = [
-            merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]
-        ]
+        metadata["tokenizer.ggml.merges"] = _spelled(model["merges"])
     else:
         raise UserError(f"GGUF knows no tokenizer of the kind {model['type']} without bytes; export with --merge")
     if (size := backend.get_vocab_size(with_added_tokens=False)) > rows:
@@ -131,7 +132,7 @@ def _vocabulary(backend: tokenizers.Tokenizer, content: dict[str, Any], kind: st
     types = [UNUSED] * len(tokens)
     for token, index in ids.items():
         tokens[index], types[index] = token, NORMAL
-        if kind == "llama" and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if kind in ("llama", "gemma4") and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             types[index] = BYTE
     for token in content["added_tokens"]:
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
@@ -142,6 +143,10 @@ def _vocabulary(backend: tokenizers.Tokenizer, content: dict[str, Any], kind: st
     if unknown is not None:
         types[unknown] = UNKNOWN
     return tokens, types
+
+
+def _spelled(merges: list[Any]) -> list[str]:
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 def _scores(merges: list[Any]) -> dict[str, float]:

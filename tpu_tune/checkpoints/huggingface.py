@@ -19,6 +19,7 @@ import numpy as np
 
 from tpu_tune.checkpoints import bitsandbytes, json_text
 from tpu_tune.checkpoints.params import with_stored_head
+from tpu_tune.checkpoints.stacked_experts import with_experts_apart
 from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
 from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
 from tpu_tune.checkpoints.torch_file import read_torch_header
@@ -64,7 +65,7 @@ def open_huggingface(directory: str) -> WeightSource:
         load_tokenizer=functools.partial(load_tokenizer, directory),
         fingerprint=_fingerprint(directory, tensors),
     )
-    return with_stored_head(source)
+    return with_stored_head(with_experts_apart(source))
 
 
 def load_tokenizer(directory: str) -> Any:

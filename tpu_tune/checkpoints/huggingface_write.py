@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from tpu_tune.checkpoints import chat_template, storage, towers
 from tpu_tune.checkpoints.ends import write_closing_end
+from tpu_tune.checkpoints.stacked_experts import as_in_files
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.models import Architecture, with_keys
 from tpu_tune.tensors import dense
@@ -68,7 +69,7 @@ def write_model(
         (names.get(tensor, tensor), value.astype(DTYPES[name]))
         for tensor, value in tensors_with_head(params, architecture, untied)
     )
-    tensors = itertools.chain(trained, towers.left_aside(source, architecture))
+    tensors = itertools.chain(as_in_files(trained, source), towers.left_aside(source, architecture))
     with storage.whole_directory(directory) as aside:
         _write_shards(aside, tensors, shard_bytes)
         write_config(aside, source, name, untied)

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -65,28 +65,55 @@ def load_params(
             continue
         for path in module.leaves():
             stack: Any = None
-            for index, layer in enumerate(module.layers or (None,)):
-                value = source.read(names[_name(module, path, layer)])
-                value = module.from_torch(value) if path == module.weight else module.interleave(value)
-                if not isinstance(value, QuantizedTensor):
-                    if path in quantized:
-                        value = quantize_weight(jnp.asarray(value), quantization)
-                    else:
-                        value = np.asarray(value).astype(dtype, copy=False)
-                value = jax.tree.map(np.asarray, value)
-                if layer is None:
-                    stack = value
-                    break
-                if stack is None:
-                    stack = jax.tree.map(
-                        lambda part, module=module: _aligned((*module.stack, *part.shape), part.dtype), value
-                    )
-                jax.tree.map(lambda whole, part, index=index: whole.__setitem__(index, part), stack, value)
+            for index, name in tensors_of(module, path):
+                for place_in, value in _in_tree(module, path, index, source.read(names[name])):
+                    value = _stored(value, dtype, quantization if path in quantized else None)
+                    if not place_in:
+                        stack = value
+                        continue
+                    if stack is None:
+                        stack = jax.tree.map(
+                            lambda part, module=module: _aligned((*module.stack, *part.shape), part.dtype), value
+                        )
+                    jax.tree.map(lambda whole, part, at=place_in: whole.__setitem__(at, part), stack, value)
+                done += 1
+                if progress:
+                    progress(done, len(names))
             params[path] = place(path, stack)
-            done += len(module.layers) or 1
-            if progress:
-                progress(done, len(names))
     return params
+
+
+def tensors_of(module: Module, path: str) -> list[tuple[tuple[int, ...], str]]:
+    """Return (its index in the leaf, its name) for each tensor in a file that a leaf is made of.
+
+    Args:
+      module: a module with weights of its own.
+      path: path of its weight or its bias. The index has an entry for the layer, and one for the expert where each
+        has a tensor of its own.
+    """
+    suffix, tensors = path.rsplit(".", 1)[1], []
+    for number, layer in enumerate(module.layers or (None,)):
+        names = [module.tensor_name(name, suffix) for name in module.names_of(layer)]
+        lead = () if layer is None else (number,)
+        tensors += [((*lead, expert) if module.experts_path else lead, name) for expert, name in enumerate(names)]
+    return tensors
+
+
+def _in_tree(module: Module, path: str, index: tuple[int, ...], value: Any) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Yield (index in the leaf, value in the tree's order) for what one tensor holds: several experts, or one thing."""
+    turned = module.from_torch if path == module.weight else module.interleave
+    if not module.stacked_in_file:
+        yield index, turned(value)
+        return
+    for expert in range(module.experts):
+        yield (*index, expert), turned(jax.tree.map(lambda part, expert=expert: part[expert], value))
+
+
+def _stored(value: Any, dtype: Any, quantization: QuantizeConfig | None) -> Any:
+    """Return a matrix or vector as the tree stores it, in host memory."""
+    if not isinstance(value, QuantizedTensor):
+        value = quantize_weight(jnp.asarray(value), quantization) if quantization else value.astype(dtype, copy=False)
+    return jax.tree.map(np.asarray, value)
 
 
 def open_architecture(source: WeightSource) -> Architecture:
@@ -231,10 +258,9 @@ def torch_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for module in architecture.modules():
         if module.tied_to:
             continue
-        for name in module.names():
-            shapes[module.tensor_name(name, "weight")] = module.torch_shape
-            if module.bias:
-                shapes[module.tensor_name(name, "bias")] = module.shape[-1:]
+        for path in module.leaves():
+            shape = module.torch_shape if path == module.weight else module.stacked_in_file + module.shape[-1:]
+            shapes |= {name: shape for _, name in tensors_of(module, path)}
     return shapes
 
 
@@ -244,10 +270,6 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def _name(module: Module, path: str, layer: int | None) -> str:
-    return module.tensor_name(module.name(layer), path.rsplit(".", 1)[1])
 
 
 def _canonical(name: str, expected: Mapping[str, Any], tower: str = "") -> str:

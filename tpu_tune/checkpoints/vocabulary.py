@@ -74,6 +74,11 @@ def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSour
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     new = [number for number in ids.values() if number not in known]
     rows = architecture.vocab_size
+    if architecture.layer_input_vocab not in (0, rows):
+        raise UserError(
+            f"{source.path}: no tokens can be added where vocab_size_per_layer_input="
+            f"{architecture.layer_input_vocab} is not vocab_size={rows}"
+        )
     size = max([rows, *[number + 1 for number in new]])
     fresh = sorted({*[number for number in new if number < rows], *range(rows, size)})
     growing = {names[name] for name in _per_token(architecture)}
@@ -166,7 +171,8 @@ def _load_tokenizer(source: WeightSource, tokens: Sequence[str]) -> Any:
 
 def _per_token(architecture: Architecture) -> list[str]:
     """Return the Hugging Face names of the tensors with a row for each token."""
-    names = [f"{architecture.names.embed}.weight"]
+    inputs = architecture.names.inputs_embed
+    names = [f"{architecture.names.embed}.weight", *([f"{inputs}.weight"] if inputs else [])]
     for module in architecture.modules():
         if module.is_head and not architecture.num_labels:
             names += [] if module.tied_to else [module.weight]
@@ -188,4 +194,6 @@ def _read(source: WeightSource, growing: frozenset[str], fresh: Sequence[int], s
 
 def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Return a config.json's content with another vocab_size, also where the text model's is one of several."""
-    return with_keys(config, {"vocab_size": size})
+    own_inputs = "vocab_size_per_layer_input"
+    is_there = own_inputs in (config.get("text_config") or config)
+    return with_keys(config, {"vocab_size": size} | ({own_inputs: size} if is_there else {}))

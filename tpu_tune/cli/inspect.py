@@ -36,9 +36,11 @@ def run(options: argparse.Namespace) -> int:
     for key in ("hidden_size", "num_layers", "num_encoder_layers", "num_heads", "num_kv_heads", "vocab_size"):
         if key in facts:
             print(f"  {key}: {facts[key]:,}")
-    print("modules (N is the layer; shapes are in x out):")
+    has_experts = any(module["experts"] for module in facts["modules"])
+    print(f"modules (N is the layer{', E the expert' if has_experts else ''}; shapes are in x out):")
     for module in facts["modules"]:
         layers = f"x{module['layers']}" if module["layers"] else ""
+        layers += f"x{module['experts']}" if module["experts"] else ""
         note = f"uses the weight of {module['tied_to']}" if module["tied_to"] else module["role"]
         shape = " x ".join(map(str, module["shape"])) + (" + bias" if module["bias"] else "")
         print(f"  {module['name']:<44} {shape:<20} {layers:<5} {note}")
@@ -50,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
     print("this LoRA configuration would train:")
     for target in lora["targets"]:
         print(f"  {target['name']}  rank {target['rank']}, {target['layers']} x, {target['trainable']:,} parameters")
+    if lora["without"]:
+        print(f"  {lora['without']}")
     share = 100 * lora["trainable"] / lora["all"]
     print(f"trainable params: {lora['trainable']:,} || all params: {lora['all']:,} || trainable%: {share:.4f}")
     return 0

@@ -138,6 +138,8 @@ class Objective:
     desirable_weight: float = key(1.0, "kto: weight of desirable answers", at_least=0)
     undesirable_weight: float = key(1.0, "kto: weight of undesirable answers", at_least=0)
     reference: str = key("", "dpo, kto: a model or adapter directory; empty: the model as training starts")
+    # -1: under method=full config.json's, where it says output_router_logits; else 0.
+    router_aux_loss_coef: float = key(-1.0, "weight of the experts' load-balancing loss; -1: auto", at_least=0, also=-1)
 
 
 @dataclass(frozen=True)

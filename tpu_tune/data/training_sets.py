@@ -17,7 +17,7 @@ from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
 from tpu_tune.data.preference_rows import preference_rows
-from tpu_tune.data.preferences import PAIRED, ROWS, SINGLE, learns_from
+from tpu_tune.data.preferences import PAIRED, ROWS, SINGLE, in_config, learns_from
 from tpu_tune.data.sources import is_hub, read_rows, resolve
 from tpu_tune.data.tokenize_options import TokenizeOptions, for_labels, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
@@ -72,7 +72,7 @@ def load_data(
         )
     objective = _learner(config)
     if learns_from(objective) != ROWS and data.train_on_source:
-        raise UserError(f"data.train_on_source: objective.name={objective} rates answers only; set it to False")
+        raise UserError(f"data.train_on_source: {in_config(objective)} rates answers only; set it to False")
     if learns_from(objective) != ROWS and pairs:
         raise UserError(f"objective.name={objective}: an encoder-decoder has sft alone; set objective.name=sft")
     train_sources, eval_sources = resolve(data.train)

@@ -10,7 +10,7 @@ from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.towers import parts_left_aside
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
-from tpu_tune.transforms import LoraConfig, find_targets
+from tpu_tune.transforms import LoraConfig, find_targets, without_adapter
 
 ROLES = {
     "embed": "turns token ids into vectors",
@@ -27,6 +27,17 @@ ROLES = {
     "cross_k": "attention to the encoder: keys",
     "cross_v": "attention to the encoder: values",
     "cross_o": "attention to the encoder: output",
+    "router": "sends each token to some experts",
+    "choice_bias": "added to the router's scores for the choice",
+    "expert_gate": "experts: gate",
+    "expert_up": "experts: up",
+    "expert_gate_up": "experts: gate and up in one",
+    "expert_down": "experts: down",
+    "shared_gate": "MLP of all tokens: gate",
+    "shared_up": "MLP of all tokens: up",
+    "shared_gate_up": "MLP of all tokens: gate and up in one",
+    "shared_down": "MLP of all tokens: down",
+    "shared_switch": "MLP of all tokens: weight of its result",
     "positions": "turns positions into vectors",
     "relative_bias": "turns distances into a bias on the scores",
     "inputs_embed": "turns token ids into the layers' own inputs",
@@ -46,8 +57,9 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
     Returns:
       `family`, `hidden_size`, `num_layers` (of an encoder-decoder the decoder's, beside `num_encoder_layers`),
       `num_heads`, `num_kv_heads`, `vocab_size`, `parameters`, `modules` (a list of `name`, `shape` (in, out), `layers`,
-      `kind`, `role`, `tied_to`, `bias`), `left_aside` (part -> `tensors` and `parameters` of what lies beside the text
-      model), and `lora`: `targets`, `trainable`, `all`.
+      `experts`, `kind`, `role`, `tied_to`, `bias`), `left_aside` (part -> `tensors` and `parameters` of what lies
+      beside the text model), and `lora`: `targets`, `without` (a line on experts without adapters, or ""),
+      `trainable`, `all`.
     """
     source = open_source(path)
     arch = open_architecture(source)
@@ -75,6 +87,7 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
                 {"name": t.module.path, "layers": len(t.layers) or 1, "rank": t.rank, "trainable": t.num_parameters}
                 for t in targets.adapted
             ],
+            "without": without_adapter(arch.modules(), targets),
             "trainable": added + saved + biases,
             # PEFT counts a saved module twice: the frozen original stays beside the trained copy.
             "all": total + added + saved,
@@ -84,9 +97,10 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
 
 def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
     return {
-        "name": module.name("N"),
+        "name": module.name("N", "E"),
         "shape": list(module.shape),
         "layers": len(module.layers),
+        "experts": module.experts,
         "kind": module.kind,
         "role": _roles(arch).get(module.path, "norm" if module.kind == "norm" else ""),
         "tied_to": module.tied_to,

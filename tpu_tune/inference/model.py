@@ -116,7 +116,11 @@ class Model:
         found = []
         for text in texts:
             chat = not isinstance(text, str)
-            ids = self.tokenizer.apply_chat_template(list(text), tokenize=False) if chat else text
+            ids = (
+                self.tokenizer.apply_chat_template(list(text), tokenize=False, **self.chat_template_kwargs)
+                if chat
+                else text
+            )
             ids = (
                 encode_text(self.tokenizer, ids)
                 if not chat

@@ -34,6 +34,11 @@ class LayerNames:
       input_gate, input_projection, input_norm: how the layer's own input (`Architecture.layer_input_size`) is added.
       scalar: a number that everything which leaves the layer is multiplied with; no training changes it.
       cross_norm, cross_q, cross_k, cross_v, cross_o: modules of the attention to an encoder.
+      router: gives each token a score for every expert.
+      choice_bias: vector that is added to the scores for the choice of experts alone.
+      expert_gate, expert_up, expert_gate_up, expert_down: the MLPs of the experts, without an expert's index.
+      shared_gate, shared_up, shared_gate_up, shared_down: an MLP beside the experts that all tokens go through.
+      shared_switch: gives the number whose sigmoid that MLP's result is multiplied by.
     """
 
     attention_norm: str
@@ -60,6 +65,17 @@ class LayerNames:
     cross_k: str = ""
     cross_v: str = ""
     cross_o: str = ""
+    router: str = ""
+    choice_bias: str = ""
+    expert_gate: str = ""
+    expert_up: str = ""
+    expert_gate_up: str = ""
+    expert_down: str = ""
+    shared_gate: str = ""
+    shared_up: str = ""
+    shared_gate_up: str = ""
+    shared_down: str = ""
+    shared_switch: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +109,42 @@ class Names:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """An MLP of many experts, a few of which work for each token.
+
+    Attributes:
+      count: number of experts.
+      per_token: to how many of them each token goes.
+      width: width of each one's MLP.
+      path: the part of their names after which the files have an expert's index; "" where a file holds all experts of a
+        layer in one tensor (see `Module.experts_path`).
+      rule: how the router's scores become a choice and weights, see `experts.RULES`.
+      renormalize: whether the weights of the chosen are divided by their sum.
+      scale: factor on the weights.
+      groups, top_groups: number of groups of consecutive experts, and how many of them a token may choose from.
+      balance: weight that the config gives the load-balancing loss in training; 0 where it leaves it out.
+      shared_width: width of the MLP beside them that all tokens go through; 0 where there is none.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    path: str = ""
+    rule: str = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    balance: float = 0.0
+    shared_width: int = 0
+
+    @property
+    def has_balance(self) -> bool:
+        """Whether the load-balancing loss is defined for it: it is made of softmax probabilities."""
+        return self.rule != "sigmoid"
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What may differ from layer to layer.
 
@@ -103,6 +155,7 @@ class LayerKind:
       intermediate_size: width of the MLP; 0: the architecture's.
       num_kv_heads, head_dim: of its attention; 0: the architecture's.
       keys_from: index of the earlier layer whose keys and values, normed and rotated, it attends to; None: its own.
+      experts: the experts of a sparse layer; None in a dense one.
     """
 
     names: LayerNames
@@ -112,6 +165,7 @@ class LayerKind:
     num_kv_heads: int = 0
     head_dim: int = 0
     keys_from: int | None = None
+    experts: Experts | None = None
 
     @property
     def of_leaves(self) -> LayerKind:
@@ -146,6 +200,7 @@ class Architecture:
       norm_offset: number added to the stored weights of norms.
       qk_norm: whether the norms of q and k are over each head or over the whole projection.
       qk_norm_last: whether they come after the rotary embedding.
+      qkv_clip: largest absolute value of queries, keys and values, before the rotary embedding; None for no limit.
       value_norm: whether the values of each head are normed, without weights.
       norm_first: whether attention and MLP read normed states (else the sums are normed).
       activation: name of the MLP's nonlinearity, see `check_activation`.
@@ -190,6 +245,7 @@ class Architecture:
     norm_offset: float = 0.0
     qk_norm: Literal["head", "projection"] = "head"
     qk_norm_last: bool = False
+    qkv_clip: float | None = None
     value_norm: bool = False
     norm_first: bool = True
     activation: str = "silu"
@@ -238,6 +294,11 @@ class Architecture:
     def heads(self, kind: LayerKind) -> tuple[int, int]:
         """Return (number of key and value heads, elements of a head) of a kind of layers."""
         return kind.num_kv_heads or self.num_kv_heads, kind.head_dim or self.head_dim
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of its sparse layers, which are the same in all of them; None where every layer is dense."""
+        return next((kind.experts for kind in self.kinds if kind.experts), None)
 
     @property
     def has_norm_bias(self) -> bool:
@@ -354,12 +415,42 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     linear(names.gate, (width, inner), ("embed", "mlp"), arch.mlp_bias)
     linear(names.up, (width, inner), ("embed", "mlp"), arch.mlp_bias)
     linear(names.down, (inner, width), ("mlp", "embed"), arch.mlp_bias)
+    modules += _sparse_modules(arch, names, kind.experts) if kind.experts else []
     norm(names.mlp_out_norm)
     linear(names.input_gate, (width, arch.layer_input_size), ("embed", "mlp"), False)
     linear(names.input_projection, (arch.layer_input_size, width), ("mlp", "embed"), False)
     norm(names.input_norm)
     if names.scalar:
         modules.append(Module(names.scalar, "norm", (1,), (None,), is_parameter=True))
+    return modules
+
+
+def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> list[Module]:
+    """List the modules of a sparse MLP: the router, the experts, and what stands beside them."""
+    width, inner, shared = arch.hidden_size, experts.width, experts.shared_width
+    modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), is_router=True)]
+    if names.choice_bias:
+        modules.append(Module(names.choice_bias, "norm", (experts.count,), (None,), is_parameter=True))
+    of_experts = {
+        "experts": experts.count,
+        "experts_per_token": experts.per_token,
+        "experts_path": experts.path,
+        "no_adapter": "adapters on experts are not implemented yet",
+    }
+
+    def linear(name: str, shape: tuple[int, int], axes: tuple[str, str | None], **facts: Any) -> None:
+        if name:
+            modules.append(Module(name, "linear", shape, axes, **facts))
+
+    def mlp(gate: str, up: str, gate_up: str, down: str, inner: int, **facts: Any) -> None:
+        linear(gate_up, (width, 2 * inner), ("embed", "mlp"), segments=(inner, inner), unit=gate_unit(inner), **facts)
+        linear(gate, (width, inner), ("embed", "mlp"), **facts)
+        linear(up, (width, inner), ("embed", "mlp"), **facts)
+        linear(down, (inner, width), ("mlp", "embed"), **facts)
+
+    mlp(names.expert_gate, names.expert_up, names.expert_gate_up, names.expert_down, inner, **of_experts)
+    mlp(names.shared_gate, names.shared_up, names.shared_gate_up, names.shared_down, shared)
+    linear(names.shared_switch, (width, 1), ("embed", None))
     return modules
 
 

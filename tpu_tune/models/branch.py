@@ -37,6 +37,10 @@ class Branch(nnx.Module):
         """Return the module at a dotted path."""
         return functools.reduce(getattr, path.split("."), self)
 
+    def leaves(self) -> dict[str, Any]:
+        """Return the leaves here by name: `weight`, and `bias` where there is one."""
+        return {name: self.leaf(name) for name in ("weight", "bias") if hasattr(self, name)}
+
     def leaf(self, name: str) -> Any:
         """Return the leaf of that name here, or None."""
         return getattr(self, name).get_value() if hasattr(self, name) else None

@@ -86,8 +86,8 @@ def classifier_config(
     kind = config.get("model_type")
     if kind not in _STEMS:
         raise UserError(
-            f"transformers has no sequence classification of a '{kind}' model, so nothing could read the result; the "
-            f"families that have one are {', '.join(_STEMS)}"
+            f"a classification or reward head on a '{kind}' model is not implemented; the families that have one, in "
+            f"transformers too, are {', '.join(_STEMS)}"
         )
     changed = {
         "architectures": [f"{_STEMS[kind]}{_ENDING}"],

@@ -135,6 +135,22 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return the hidden states that the head reads, and the cache with this call's keys and values in it.
 
+        The arguments are `hidden_and_load`'s.
+        """
+        x, cache, _ = self.hidden_and_load(input_ids, positions, segment_ids, cache, encoder_output, on_embeddings)
+        return x, cache
+
+    def hidden_and_load(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        encoder_output: EncoderOutput | None = None,
+        on_embeddings: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "2 E"] | None]:
+        """Return what `hidden` does, and the experts' load over all layers (`experts.load`); None without experts.
+
         Args:
           input_ids: token ids.
           positions: position of each token in its document; by default its index in the row.
@@ -172,13 +188,13 @@ class Decoder(nnx.Module):
         x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
         inputs = self._layer_inputs(input_ids, x) if arch.layer_input_size else None
         past = None if cache is None else cache.past
-        x, past = run_layers(arch, run, self.layers.get_value(), x, context, past, inputs)
+        x, past, load = run_layers(arch, run, self.layers.get_value(), x, context, past, inputs)
         x = norm(arch, self.outside, names.final_norm, x)
         if names.project_out:
             x = linear(self.outside.at(names.project_out), x)
         if cache is None:
-            return x, None
-        return x, Cache(past, key_segments, cache.length + length, encoder_segments)
+            return x, None, load
+        return x, Cache(past, key_segments, cache.length + length, encoder_segments), None
 
     def _embedded(self, input_ids: Array, positions: Array, on_embeddings: Callable[[Array], Array] | None) -> Array:
         arch, names, dtype = self.architecture, self.architecture.names, self.execution.dtype

@@ -22,7 +22,8 @@ from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames
 from tpu_tune.models.branch import Branch, linear, norm
-from tpu_tune.models.mlp import mlp
+from tpu_tune.models.experts import load
+from tpu_tune.models.mlp import SPARSE, mlp, sparse_mlp
 from tpu_tune.models.self_attention import KeysValues, self_attention
 from tpu_tune.tensors import dense
 
@@ -55,7 +56,7 @@ class LayerContext:
     kept: Mapping[int, KeysValues] = dataclasses.field(default_factory=dict)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["own", "cross"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["own", "cross", "load"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Past:
     """What one layer, or a stack of layers on a leading axis, keeps of the tokens so far, for generation.
@@ -63,10 +64,12 @@ class Past:
     Attributes:
       own: keys and values of the tokens so far.
       cross: keys and values of an encoder's output.
+      load: how busy these tokens kept each expert (`experts.load`); for the load-balancing loss, not kept.
     """
 
     own: KeysValues | None = None
     cross: KeysValues | None = None
+    load: Float[Array, "2 E"] | None = None
 
 
 def empty_past(arch: Architecture, kind: LayerKind, batch: int, length: int, dtype: Any) -> Past:
@@ -122,6 +125,11 @@ class Layer:
     def _sequential(self, x: Array, past: Past) -> tuple[Array, Past]:
         """x = x + attention(norm(x)); x = x + mlp(norm(x)), or x = norm(x + ...) where norms follow."""
         attended, own = self_attention(self, x, past.own)
+        if self.kinds[0].experts:
+            x = self.each_token(_add_attention, (x, attended), *_ATTENTION_OUT)
+            real = self.context.layout.query_segments > 0
+            x, logits = self.each_token(_add_sparse_mlp, (x, real.astype(jnp.float32)), *_MLP, *SPARSE)
+            return x, Past(own, load=load(self.kinds[0].experts, logits, real))
         tokens = (x, attended) if self.input is None else (x, attended, self.input)
         return self.each_token(_add_attention_then_mlp, tokens, *_ATTENTION_OUT, *_MLP, *_END), Past(own)
 
@@ -189,6 +197,13 @@ def _add_mlp(layer: Layer, weights: Branch, x: Array) -> Array:
         return norm(arch, weights, names.mlp_norm, x + mlp(layer, weights, x))
     update = mlp(layer, weights, norm(arch, weights, names.mlp_norm, x))
     return x + _update(arch, norm(arch, weights, names.mlp_out_norm, update))
+
+
+def _add_sparse_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Return x plus its sparse MLP, and the router's logits."""
+    arch, names, (x, real) = layer.arch, layer.names, tokens
+    update, logits = sparse_mlp(layer, weights, norm(arch, weights, names.mlp_norm, x), real)
+    return x + _update(arch, norm(arch, weights, names.mlp_out_norm, update)), logits
 
 
 def _update(arch: Architecture, update: Array) -> Array:

@@ -1,30 +1,88 @@
-"""The dense MLP of a layer: down(act(gate x) * up x), or down(act(up x)) where there is no gate."""
+"""The MLP of a layer: down(act(gate x) * up x), or down(act(up x)) where there is no gate; and a sparse layer's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import gate_unit
-from tpu_tune.models.branch import Branch, linear
+from tpu_tune.models.branch import PROJECTION, Branch, linear
+from tpu_tune.models.experts import Dispatch, grouped_linear, over_experts, route, router_logits
+from tpu_tune.tensors import dense
 
 if TYPE_CHECKING:
     from tpu_tune.models.layers import Layer
 
+# The modules of a sparse MLP, by their role in `LayerNames`.
+_EXPERTS = ("expert_gate", "expert_up", "expert_gate_up", "expert_down")
+SPARSE = (
+    "router", "choice_bias", *_EXPERTS, "shared_gate", "shared_up", "shared_gate_up", "shared_down", "shared_switch",
+)  # fmt: skip
+
 
 def mlp(layer: Layer, weights: Branch, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Return the MLP of x, already normed."""
-    names, activation = layer.names, ACTIVATIONS[layer.arch.activation]
-    if names.gate_up:
-        both = linear(weights.at(names.gate_up), x)
-        unit = gate_unit(both.shape[-1] // 2)
-        both = both.reshape(*x.shape[:-1], -1, 2, unit // 2)
-        gate, up = (both[..., half, :].reshape(*x.shape[:-1], -1) for half in (0, 1))
-        inner = activation(gate) * up
-    elif names.gate:
-        inner = activation(linear(weights.at(names.gate), x)) * linear(weights.at(names.up), x)
+    names = layer.names
+    return _mlp(layer, weights, x, names.gate, names.up, names.gate_up, names.down)
+
+
+def sparse_mlp(
+    layer: Layer, weights: Branch, x: Float[Array, "B T D"], real: Float[Array, "B T"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"]]:
+    """Return the sparse MLP of x, already normed, and the router's logits in float32; padding goes to no expert.
+
+    Args:
+      layer: the layer.
+      weights: its modules of the roles `SPARSE`.
+      x: what router and experts read.
+      real: 0 where padding stands.
+    """
+    names, experts = layer.names, layer.kinds[0].experts
+    router = weights.at(names.router)
+    logits = router_logits(x, router.leaf("weight"), router.leaf("bias"))
+    bias = dense(weights.at(names.choice_bias).leaf("weight")) if names.choice_bias else None
+    scores, chosen = route(experts, logits, bias)
+    chosen = jnp.where(real[..., None] > 0, chosen, experts.count)
+    leaves = {role: weights.at(getattr(names, role)).leaves() for role in _EXPERTS if getattr(names, role)}
+    activation = ACTIVATIONS[layer.arch.activation]
+
+    def run(leaves: dict[str, Any], rows: Array, dispatch: Dispatch) -> Array:
+        def product(role: str, rows: Array) -> Array:
+            return grouped_linear(leaves[role], rows, dispatch, PROJECTION)
+
+        if "expert_gate_up" in leaves:
+            gate, up = halves(product("expert_gate_up", rows))
+        else:
+            gate, up = product("expert_gate", rows), product("expert_up", rows)
+        return product("expert_down", activation(gate) * up)
+
+    y = over_experts(run, leaves, x, scores, chosen, experts.count, layer.context.mesh)
+    if not names.shared_down:
+        return y, logits
+    shared = _mlp(layer, weights, x, names.shared_gate, names.shared_up, names.shared_gate_up, names.shared_down)
+    if names.shared_switch:
+        shared = jax.nn.sigmoid(linear(weights.at(names.shared_switch), x)) * shared
+    return y + shared, logits
+
+
+def _mlp(layer: Layer, weights: Branch, x: Array, gate: str, up: str, gate_up: str, down: str) -> Array:
+    activation = ACTIVATIONS[layer.arch.activation]
+    if gate_up:
+        left, right = halves(linear(weights.at(gate_up), x))
+        inner = activation(left) * right
+    elif gate:
+        inner = activation(linear(weights.at(gate), x)) * linear(weights.at(up), x)
     else:
-        inner = activation(linear(weights.at(names.up), x))
-    return linear(weights.at(names.down), inner)
+        inner = activation(linear(weights.at(up), x))
+    return linear(weights.at(down), inner)
+
+
+def halves(both: Float[Array, "*tokens both"]) -> tuple[Array, Array]:
+    """Return gate and up of their product in one matrix, whose columns lie unit by unit: see `Module.from_torch`."""
+    lead, unit = both.shape[:-1], gate_unit(both.shape[-1] // 2)
+    both = both.reshape(*lead, -1, 2, unit // 2)
+    return both[..., 0, :].reshape(*lead, -1), both[..., 1, :].reshape(*lead, -1)

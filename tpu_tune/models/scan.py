@@ -80,7 +80,7 @@ def run_layers(
     context: LayerContext,
     pasts: Pasts | None,
     inputs: Float[Array, "L B T P"] | None = None,
-) -> tuple[Float[Array, "B T D"], Pasts | None]:
+) -> tuple[Float[Array, "B T D"], Pasts | None, Float[Array, "2 E"] | None]:
     """Run all layers.
 
     Args:
@@ -93,7 +93,8 @@ def run_layers(
       inputs: what each layer gets beside the hidden states; None: nothing.
 
     Returns:
-      New hidden states, and what the cache is to hold.
+      New hidden states, what the cache is to hold, and the load of the experts (`experts.load`) over all layers; None
+      without experts, or with a cache.
     """
     modules = {module.path: module for module in arch.modules() if module.layers_path == arch.names.layers}
     written, kept = [], {}
@@ -109,7 +110,10 @@ def run_layers(
         (x, new_kept), new = _run_group(arch, execution, group, stacks, x, given, past, own_inputs)
         kept = kept | new_kept
         written.append(new)
-    return x, None if pasts is None else tuple(written)
+    if pasts is not None:
+        return x, tuple(written), None
+    loads = [jnp.sum(past.load, axis=0) for new in written for past in new if past.load is not None]
+    return x, None, sum(loads) if loads else None
 
 
 def empty_pasts(arch: Architecture, batch: int, length: int, dtype: Any) -> Pasts:
@@ -201,7 +205,9 @@ def _run_group(
             inside = {names[path]: leaf for path, leaf in execution.gather(leaves).items()}
             keep = position in kept_positions
             x, past = Layer(arch, kinds, kind, inside, context, own_input, keep)(x, past)
-            return execution.constrain(x), Past() if context.start is None and not keep else past
+            if context.start is not None:
+                past = dataclasses.replace(past, load=None)
+            return execution.constrain(x), past if context.start is not None or keep else Past(load=past.load)
 
         if execution.remat == "none":
             return run_layer

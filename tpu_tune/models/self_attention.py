@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tpu_tune.kernels.attention import attention
@@ -91,6 +92,8 @@ def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, ...]:
         v = unweighted_norm(arch, v).astype(v.dtype)
     if not arch.qk_norm_last:
         q, k = _normed_queries_keys(layer, weights, q, k)
+    if arch.qkv_clip is not None:
+        q, k, v = (jnp.clip(part, -arch.qkv_clip, arch.qkv_clip) for part in (q, k, v))
     return q, k, v
 
 

@@ -49,7 +49,8 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
         tokens_per_row = encoder_width if encoder and module.layers_path == encoder.names.layers else width
         if cross_names and module.path.endswith(cross_names):
             tokens_per_row = encoder_width
-        count = 2.0 * math.prod(module.shape) * (len(module.layers) or 1) * rows * tokens_per_row
+        each = len(module.layers or (None,)) * (module.experts_per_token or 1)
+        count = 2.0 * math.prod(module.shape) * each * rows * tokens_per_row
         layers, head = (layers, head + count) if module.is_head else (layers + count, head)
     attention = [_attention(arch, rows, width, width)]
     if encoder:
@@ -63,7 +64,9 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
     repeated = {"full": layers + executed, "offload": layers + executed, "dots": executed}.get(config.model.remat, 0.0)
     hardware = model - 3 * needed + 3 * executed + repeated
     formula = (
-        f"{6 if full else 4} x parameters of matrices x tokens"
+        f"{6 if full else 4} x parameters of matrices"
+        + (f" ({arch.experts.per_token} of {arch.experts.count} experts)" if arch.experts else "")
+        + " x tokens"
         + ("" if full else " + 6 x parameters of adapters x tokens")
         + " + 12 x attention width x layers x tokens x keys per token"
     )

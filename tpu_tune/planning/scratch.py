@@ -54,16 +54,14 @@ def scratch_bytes(
     tensor = mesh["tensor"]
     hidden, heads = arch.hidden_size, [arch.heads(kind) for kind in arch.kinds]
     q, kv = arch.num_heads * max(size for _, size in heads), max(count * size for count, size in heads)
-    gated = any(kind.names.gate or kind.names.gate_up for kind in arch.kinds)
-    width_of_mlp = max(kind.intermediate_size or arch.intermediate_size for kind in arch.kinds)
-    inner = width_of_mlp * (2 if gated else 1)
+    single, inner = _mlp_widths(arch)
     projected = 2 * hidden + (q + 2 * kv + inner) // tensor  # outputs of a layer's linear modules, per token
     layers = arch.num_layers + (arch.encoder.num_layers if arch.encoder else 0)
     used = chosen(config.model.attention, width, width)
     scores = score_bytes(arch, rows, math.ceil(width / mesh["sequence"]), width, used, 3 if training else 2) // tensor
     chunk = min(rows * token_chunk(config, rows, mesh["sequence"]) or tokens, tokens)
     # Everything for one chunk of tokens, and attention's inputs and outputs for the others.
-    work = chunk * size * (projected + width_of_mlp // tensor + 2 * hidden)
+    work = chunk * size * (projected + single // tensor + 2 * hidden)
     work += (tokens - chunk) * size * (2 * (q + kv) // tensor + hidden)
     chunk = min(loss_chunk(config, arch.vocab_size, rows), width) * rows
     if arch.num_labels:
@@ -75,3 +73,16 @@ def scratch_bytes(
     if kept is None:  # everything that the backward pass reads, including scores
         return layers * (tokens * size * (2 * projected + 4 * hidden) + scores * 2 // 3) + max(work, logits)
     return layers * tokens * kept * size + max(2 * work + scores, logits) + tokens * hidden * size * 2
+
+
+def _mlp_widths(arch: Architecture) -> tuple[int, int]:
+    """Return how many numbers a token has between an MLP's products, and how many its first products give.
+
+    Of experts every token has several copies, whose inputs and results are counted too.
+    """
+    gated = any(kind.names.gate or kind.names.gate_up for kind in arch.kinds)
+    if arch.experts is None:
+        width = max(kind.intermediate_size or arch.intermediate_size for kind in arch.kinds)
+        return width, width * (2 if gated else 1)
+    width = arch.experts.per_token * arch.experts.width + arch.experts.shared_width
+    return width, 2 * width + 3 * arch.experts.per_token * arch.hidden_size

@@ -2,7 +2,7 @@
 
 from tpu_tune.tensors.formats import FORMATS, Format
 from tpu_tune.tensors.layer_view import LayerView, outside_scan
-from tpu_tune.tensors.leaf import Leaf, dense, embed, map_base, matmul, unembed
+from tpu_tune.tensors.leaf import Leaf, dense, embed, grouped_matmul, map_base, matmul, unembed
 from tpu_tune.tensors.lora import LoraTensor
 from tpu_tune.tensors.modules import LeafSpec, Module
 from tpu_tune.tensors.quantized import QuantizedTensor, double_quantize, pack_block, quantize_tensor
@@ -25,6 +25,7 @@ __all__ = [
     "dense",
     "double_quantize",
     "embed",
+    "grouped_matmul",
     "map_base",
     "matmul",
     "outside_scan",

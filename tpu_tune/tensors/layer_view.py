@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan, fits, quantized_matmul
 from tpu_tune.tensors.formats import FORMATS
-from tpu_tune.tensors.product import contract_array, product
+from tpu_tune.tensors.product import contract_array, grouped_product, product
 
 if TYPE_CHECKING:
     from tpu_tune.tensors.quantized import QuantizedTensor
@@ -97,6 +97,14 @@ class LayerView:
                 self.plan,
             )
         return self._in_pieces(x, axis) if how == "pieces" else self.cut().contract(x, axis)
+
+    def grouped_matmul(self, x: Float[Array, "rows in"], sizes: Int[Array, " experts"]) -> Float[Array, "rows out"]:
+        """Return each row's product with its expert's matrix, of a stack of layers that stack experts."""
+        return grouped_product(x, self, sizes)
+
+    def expert(self, index: Int[Array, ""], dtype: Any) -> Float[Array, "in out"]:
+        """Return one expert's matrix, dequantized."""
+        return jax.tree.map(lambda part: part[self.layer, index], self.stack).dequantize(dtype)
 
     def _in_pieces(self, x: Array, axis: int) -> Array:
         """Compute the product some output columns, or some rows, at a time: no more of w exists dequantized."""

@@ -28,6 +28,7 @@ class LeafSpec:
       stacked: whether axis 0 of the leaf counts layers, before `axes`.
       unit: entries of the last axis that belong together; a mesh cuts between units only.
       decay: whether weight decay applies.
+      experts: whether the next leading axis counts experts.
       lora_plus: which of LoRA+'s rates applies (arXiv:2402.12354), "" for the learning rate itself.
     """
 
@@ -35,7 +36,13 @@ class LeafSpec:
     stacked: bool = False
     unit: int = 1
     decay: bool = True
+    experts: bool = False
     lora_plus: Literal["", "ratio", "embedding"] = ""
+
+    @property
+    def leading(self) -> int:
+        """Number of axes before those of one matrix or vector: layers, experts."""
+        return self.stacked + self.experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,11 @@ class Module:
         In the tree they lie in pieces, a `unit` holding the matching piece of each: see `from_torch`.
       unit: columns of `out` that belong together; a mesh cuts between units only.
       decay: False where weight decay does not apply to its weight though it is no norm.
+      experts: number of experts whose matrices are stacked after the layers' axis, `shape` being one's; 0 for none.
+      experts_per_token: to how many of them each token goes.
+      experts_path: the part of its name inside the layer after which an expert's index follows in Hugging Face's names;
+        "" where a file holds all experts of a layer in one tensor, (experts, out, in).
+      is_router: whether it decides which experts a token goes to: adapters and quantization take it only by name.
       is_parameter: whether its tensor has the module's name, without `.weight` behind it.
       no_adapter: why neither an adapter nor a trained copy can stand on it; "" where one can.
     """
@@ -75,6 +87,10 @@ class Module:
     segments: tuple[int, ...] = ()
     unit: int = 1
     decay: bool = True
+    experts: int = 0
+    experts_per_token: int = 0
+    experts_path: str = ""
+    is_router: bool = False
     is_parameter: bool = False
     no_adapter: str = ""
 
@@ -85,15 +101,15 @@ class Module:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """Leading axes of its leaves: (number of stacked layers,), or () for a module that is there once."""
-        return (len(self.layers),) if self.layers else ()
+        """Leading axes of its leaves: layers and experts, as far as it has them; () for a module that is there once."""
+        return ((len(self.layers),) if self.layers else ()) + ((self.experts,) if self.experts else ())
 
     def leaves(self) -> dict[str, LeafSpec]:
         """Return path -> facts of its leaves: the weight, and the bias where there is one."""
-        stacked = bool(self.layers)
-        specs = {self.weight: LeafSpec(self.axes, stacked, self.unit, self.decay and self.kind != "norm")}
+        common = {"stacked": bool(self.layers), "unit": self.unit, "experts": bool(self.experts)}
+        specs = {self.weight: LeafSpec(self.axes, decay=self.decay and self.kind != "norm", **common)}
         if self.bias:
-            specs[f"{self.path}.bias"] = LeafSpec((None,), stacked, self.unit, decay=False)
+            specs[f"{self.path}.bias"] = LeafSpec((None,), decay=False, **common)
         return specs
 
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -101,16 +117,22 @@ class Module:
         shapes = {} if self.tied_to else {self.weight: self.stack + self.shape}
         return shapes | ({f"{self.path}.bias": self.stack + self.shape[-1:]} if self.bias and not self.tied_to else {})
 
-    def name(self, layer: int | str | None = None) -> str:
-        """Return the Hugging Face module name, with the layer index where there is one."""
+    def name(self, layer: int | str | None = None, expert: int | str | None = None) -> str:
+        """Return the Hugging Face module name, with the indices of layer and expert where it has them."""
         if not self.layers:
             return self.path
         _, _, inside = self.path[len(self.layers_path) :].partition(".")
+        if self.experts_path and expert is not None:
+            inside = f"{self.experts_path}.{expert}{inside.removeprefix(self.experts_path)}"
         return f"{self.layers_path}.{layer}.{inside}"
 
+    def names_of(self, layer: int | None) -> list[str]:
+        """Return the Hugging Face names of one layer: one, or one for each expert."""
+        return [self.name(layer, expert) for expert in (range(self.experts) if self.experts_path else (None,))]
+
     def names(self) -> list[str]:
-        """Return the Hugging Face names of all its layers, or its one name."""
-        return [self.name(layer) for layer in self.layers or (None,)]
+        """Return the Hugging Face names of all its layers and experts, or its one name."""
+        return [name for layer in self.layers or (None,) for name in self.names_of(layer)]
 
     def tensor_name(self, name: str, suffix: str) -> str:
         """Return a tensor's name in the files, given the module's name and `weight` or `bias`."""
@@ -119,12 +141,17 @@ class Module:
         return f"{name}.{suffix}"
 
     @property
+    def stacked_in_file(self) -> tuple[int, ...]:
+        """Leading axes of its tensors in the files: (experts,) where one holds all of a layer, else ()."""
+        return (self.experts,) if self.experts and not self.experts_path else ()
+
+    @property
     def torch_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's weight in torch layout."""
-        return self.shape[::-1] if self._is_transposed else self.shape
+        """Shape of one layer's weight in torch layout; of one expert's, where each has a tensor of its own."""
+        return self.stacked_in_file + (self.shape[::-1] if self._is_transposed else self.shape)
 
     def from_torch(self, weight: Any) -> Any:
-        """Turn one layer's weight from torch layout to the tree's: (in, out), fused columns in pieces.
+        """Turn one layer's or one expert's weight from torch layout to the tree's: (in, out), fused columns in pieces.
 
         A `QuantizedTensor` is (in, out) already; its columns are ordered all the same.
         """

@@ -13,7 +13,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from tpu_tune.kernels.grouped_matmul import grouped_matmul as multiply_groups
+from tpu_tune.kernels.grouped_matmul import grouped_outer, matmul_each
 
 ARRAYS = (jax.Array, np.ndarray)
 
@@ -23,6 +26,9 @@ class Contracts(Protocol):
 
     def contract(self, x: Array, axis: int) -> Array:
         """Return x @ w (axis 0) or x @ w.T (axis 1) in x's dtype, summed in float32."""
+
+    def expert(self, index: Int[Array, ""], dtype: Any) -> Float[Array, "in out"]:
+        """Return one expert's matrix, dequantized, of a weight that stacks one for each expert."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -74,3 +80,42 @@ def _outer(left: Array, right: Array) -> Array:
 
 
 product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_product(
+    x: Float[Array, "rows k"], w: Array | Contracts, sizes: Int[Array, " experts"], transposed: bool = False
+) -> Float[Array, "rows n"]:
+    """Return each row's product with its expert's matrix, as `product` does with one matrix for all.
+
+    Args:
+      x: rows sorted by expert; those behind the last expert's give zeros.
+      w: one (in, out) matrix an expert on a leading axis; a gradient flows into an array only.
+      sizes: int32, number of rows of each expert.
+      transposed: whether to contract over `out`.
+    """
+    return _contract_groups(x, w, sizes, int(transposed))
+
+
+def _contract_groups(x: Array, w: Any, sizes: Array, axis: int) -> Array:
+    if isinstance(w, ARRAYS):
+        return multiply_groups(x, w, sizes, axis)
+    return matmul_each(x, lambda index: w.expert(index, x.dtype), w.shape[1 - axis], sizes, axis)
+
+
+def _forward_groups(x: Any, w: Any, sizes: Any, transposed: bool) -> tuple[Array, tuple[Array | None, Any, Array]]:
+    is_trained = any(leaf.perturbed for leaf in jax.tree.leaves(w))
+    x, w, sizes = x.value, jax.tree.map(lambda leaf: leaf.value, w), sizes.value
+    return grouped_product(x, w, sizes, transposed), (x if is_trained else None, w, sizes)
+
+
+def _backward_groups(transposed: bool, residuals: tuple[Array | None, Any, Array], g: Array) -> tuple[Any, Any, None]:
+    x, w, sizes = residuals
+    x_gradient = _contract_groups(g, w, sizes, int(not transposed))
+    if x is None:
+        return x_gradient, None, None
+    pair = (g, x) if transposed else (x, g)
+    return x_gradient, grouped_outer(*pair, sizes).astype(w.dtype), None
+
+
+grouped_product.defvjp(_forward_groups, _backward_groups, symbolic_zeros=True)

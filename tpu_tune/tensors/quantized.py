@@ -25,7 +25,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.tensors.formats import FORMATS
 from tpu_tune.tensors.layer_view import LayerView
-from tpu_tune.tensors.product import contract_array, product
+from tpu_tune.tensors.product import contract_array, grouped_product, product
 
 PACK_BLOCK = 256
 
@@ -116,6 +116,14 @@ class QuantizedTensor:
     def contract(self, x: Array, axis: int) -> Array:
         """Return x @ w (axis 0) or x @ w.T (axis 1), dequantized whole in x's dtype."""
         return contract_array(x, self.dequantize(x.dtype), axis)
+
+    def grouped_matmul(self, x: Float[Array, "rows in"], sizes: Int[Array, " experts"]) -> Float[Array, "rows out"]:
+        """Return each row's product with its expert's matrix."""
+        return grouped_product(x, self, sizes)
+
+    def expert(self, index: Int[Array, ""], dtype: Any) -> Float[Array, "in out"]:
+        """Return one expert's matrix, dequantized."""
+        return jax.tree.map(lambda part: part[index], self).dequantize(dtype)
 
     def layer_view(self, layer: Int[Array, ""], plan: MatmulPlan) -> LayerView:
         """Return one layer of a stacked tensor without cutting it out."""

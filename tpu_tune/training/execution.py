@@ -71,15 +71,18 @@ def execution(
     gathered = {path: sharding.gathered(shardings[path]) for path, spec in specs.items() if spec.stacked}
     hidden = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence", None))
 
-    def gather_stored(sharding: Any, leaf: Any) -> Any:
-        if getattr(leaf, "ndim", 0) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+    routers = {module.weight for module in architecture.modules() if module.is_router}  # used in float32
+
+    def gather_stored(path: str, leaf: Any) -> Any:
+        is_matrix = getattr(leaf, "ndim", 0) == 2 + specs[path].experts
+        if is_matrix and path not in routers and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
-        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, sharding)
+        leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, gathered[path])
         if hasattr(leaf, "layer_view") and plan.implementation != "xla":
             return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), plan)
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:
-        return {path: map_base(functools.partial(gather_stored, gathered[path]), leaf) for path, leaf in leaves.items()}
+        return {path: map_base(functools.partial(gather_stored, path), leaf) for path, leaf in leaves.items()}
 
     return dataclasses.replace(plain, gather=gather, constrain=lambda x: jax.lax.with_sharding_constraint(x, hidden))

@@ -89,12 +89,11 @@ class Reward:
         there = batch["document_roles"][:, ::2] == CHOSEN
         chosen, rejected = (jnp.where(there, rewards[:, first::2], 0.0) for first in (0, 1))
         each = -jax.nn.log_sigmoid(chosen - rejected - margins[:, ::2]) + self.centering * (chosen + rejected) ** 2
-        chosen_mean, rejected_mean = jnp.sum(chosen), jnp.sum(rejected)
+        total = jnp.sum(chosen), jnp.sum(rejected)
         return jnp.sum(jnp.where(there, each, 0.0)), {
             "accuracy": (jnp.sum((chosen > rejected) & there), count),
-            "rewards/chosen": (chosen_mean, count),
-            "rewards/rejected": (rejected_mean, count),
-            "rewards/margins": (chosen_mean - rejected_mean, count),
+            "margin": (total[0] - total[1], count),
+            "mean_reward": (total[0] + total[1], 2 * count),
         }
 
 

@@ -47,6 +47,7 @@ from tpu_tune.training.progress import Progress
 from tpu_tune.training.result import write_result
 from tpu_tune.training.run_lock import RunLock, refuse_second
 from tpu_tune.training.step import TrainState
+from tpu_tune.transforms import Targets, without_adapter
 
 log = logging.getLogger(__name__)
 
@@ -321,6 +322,8 @@ def _introduce(session: Session, say: Callable[[str], None]) -> None:
     if model.architecture.num_labels:
         say(head_settings.in_words(session.config, model.source))
     say(arithmetic.trainable_words(model.num_trainable, model.num_parameters))
+    if isinstance(model.method, Targets) and (line := without_adapter(model.architecture.modules(), model.method)):
+        say(line)
     say(_data_line(data))
     say(arithmetic.words(session.length, len(data.train.documents) > len(data.train)))
     for line in _warnings(session):

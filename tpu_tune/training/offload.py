@@ -36,8 +36,8 @@ def waits(state: Any, specs: Mapping[str, LeafSpec]) -> Any:
 
     def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        is_stacked = any(key in specs and specs[key].stacked for key in keys)
-        return leaf.ndim >= 2 + is_stacked
+        leading = max((specs[key].leading for key in keys if key in specs), default=0)
+        return leaf.ndim >= 2 + leading
 
     return jax.tree_util.tree_map_with_path(is_matrix, state)
 

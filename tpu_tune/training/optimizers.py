@@ -84,7 +84,7 @@ def make_optimizer(
     def mask(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: specs[dotted(path)].decay, params)
 
-    steps = [_direction(name, train, lambda path: specs[path].stacked)]
+    steps = [_direction(name, train, lambda path: specs[path].stacked, lambda path: specs[path].leading)]
     if train.weight_decay:
         steps.append(optax.add_decayed_weights(train.weight_decay, mask))
     if factor is not None:
@@ -96,7 +96,9 @@ def make_optimizer(
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
 
 
-def _direction(name: str, train: Any, stacked: Callable[[str], bool]) -> optax.GradientTransformation:
+def _direction(
+    name: str, train: Any, stacked: Callable[[str], bool], leading: Callable[[str], int]
+) -> optax.GradientTransformation:
     """Return an optimizer's update, before weight decay and the learning rate."""
     b1, b2, eps = train.adam_beta1, train.adam_beta2, train.adam_epsilon
     if name == "adamw":
@@ -107,7 +109,7 @@ def _direction(name: str, train: Any, stacked: Callable[[str], bool]) -> optax.G
         # Hugging Face factors every matrix, however small. Rows and columns change roles with the sizes in optax; the
         # product of the two factors is the same.
         matrix = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
-        return per_matrix(matrix, stacked)
+        return per_matrix(matrix, leading)
     if name == "lion":
         return optax.scale_by_lion(b1, b2)
     if name == "sgd":
@@ -157,15 +159,17 @@ def set_learning_rate(opt_state: Any, rate: float) -> Any:
     return optax.tree.set(opt_state, learning_rate=jax.device_put(np.asarray(rate, old.dtype), old.sharding))
 
 
-def per_matrix(inner: optax.GradientTransformation, stacked: Callable[[str], bool]) -> optax.GradientTransformation:
-    """Apply `inner` to each leaf alone, and layer by layer to those that `stacked` names.
+def per_matrix(inner: optax.GradientTransformation, leading: Callable[[str], int]) -> optax.GradientTransformation:
+    """Apply `inner` to each matrix alone, of leaves that have so many leading axes of layers and experts.
 
-    The state is a dict from dotted path to the inner state of that leaf, whose arrays (the update count too) have a
-    leading layer axis where the leaf is stacked.
+    The state is a dict from dotted path to the inner state of that leaf, whose arrays (the update count too) have the
+    leaf's leading axes.
     """
 
     def each(function, path):
-        return jax.vmap(function) if stacked(path) else function
+        for _ in range(leading(path)):
+            function = jax.vmap(function)
+        return function
 
     def init(params):
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]

@@ -71,6 +71,7 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
     schedule = configured_schedule(config.train, total_steps) if is_pure else None
     optimizer = make_optimizer(config.train, schedule, specs)
     model_loss = _model_loss(config, model, config.train.per_device_train_batch_size)
+    model_loss = dataclasses.replace(model_loss, router_aux_loss_coef=_router_aux_loss_coef(config, model))
     random = model.method.is_random or config.train.neftune_noise_alpha > 0
     key = jax.random.fold_in(jax.random.key(config.seed), 1) if random else None
     start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
@@ -126,6 +127,14 @@ def _model_loss(config: ConfigDict, model: PreparedModel, rows: int) -> ModelLos
     make = OBJECTIVES[config.objective.name] if config.head.name == "lm" else HEADS[config.head.name]
     objective = make(config, chunk)
     return ModelLoss(model.architecture, run, model.method, objective, config.train.neftune_noise_alpha)
+
+
+def _router_aux_loss_coef(config: ConfigDict, model: PreparedModel) -> float:
+    """Return the weight of the load-balancing loss in training: as set, else the model's own; none under adapters."""
+    experts, asked = model.architecture.experts, config.objective.router_aux_loss_coef
+    if experts is None or asked >= 0:
+        return max(asked, 0.0)
+    return experts.balance if config.method == "full" else 0.0
 
 
 def state_shardings(shapes: TrainState, model: PreparedModel) -> TrainState:

@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from tpu_tune.models import Architecture, Decoder, Execution, apply_head, encode
+from tpu_tune.models.experts import load_balancing_loss
 from tpu_tune.training import loss_scale as scaling
 from tpu_tune.training import neftune
 from tpu_tune.training.objectives import Batch, Head, Objective, Sums, mean
@@ -67,6 +68,8 @@ class ModelLoss:
       method: what the model is made of while it is trained.
       objective: what is minimized.
       neftune_alpha: strength of the noise on the embeddings; 0 for none.
+      router_aux_loss_coef: weight of the experts' load-balancing loss, for each micro-batch by itself as transformers
+        has it. It is the metric `router_aux_loss` whatever its weight, and not in the loss of evaluations.
     """
 
     architecture: Architecture
@@ -74,6 +77,7 @@ class ModelLoss:
     method: Method
     objective: Objective
     neftune_alpha: float = 0.0
+    router_aux_loss_coef: float = 0.0
 
     def __call__(
         self, trainable: Mapping[str, Array], frozen: Mapping[str, Any], batch: Batch, key: Array | None
@@ -90,11 +94,19 @@ class ModelLoss:
             encoded = encode(arch, params, run, ids, segments, self._noise(key, 1, segments))
         model = Decoder(arch, params, run)
         noise = self._noise(key, 2, batch["segment_ids"])
-        hidden, _ = model.hidden(
+        hidden, _, load = model.hidden_and_load(
             batch["input_ids"], batch["positions"], batch["segment_ids"], encoder_output=encoded, on_embeddings=noise
         )
         head = Head(functools.partial(apply_head, arch), model.head_leaves())
-        return self.objective(head, hidden, batch)
+        loss, sums = self.objective(head, hidden, batch)
+        if load is None or not arch.experts.has_balance:
+            return loss, sums
+        weight = jnp.ravel(self.objective.weight(batch))[0].astype(jnp.float32)  # of several parts, the first's
+        balance = load_balancing_loss(load, arch.experts.per_token) * weight
+        if self.router_aux_loss_coef:
+            first = jnp.ravel(loss).at[0].add(self.router_aux_loss_coef * balance)
+            loss = first.reshape(jnp.shape(loss))
+        return loss, {**sums, "router_aux_loss": (balance, weight)}
 
     def _noise(self, key: Array | None, number: int, segment_ids: Array) -> Callable[[Array], Array] | None:
         if key is None or not self.neftune_alpha:
@@ -125,8 +137,8 @@ def make_train_step(
 
     The batch's arrays are (accumulation, rows, tokens). The metrics are float32 scalars: the objective's own, and
     `STEP_METRICS`: `loss` (of the window), `weight` (what it was divided by; the first part of several), `grad_norm`
-    (before clipping), `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where the
-    update was applied), `failures` (steps in a row without one).
+    (before clipping), `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where it
+    was applied), `failures` (steps in a row without one).
     """
     objective = model_loss.objective
 

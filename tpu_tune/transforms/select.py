@@ -26,10 +26,25 @@ def matches(name: str, pattern: Pattern) -> bool:
 
 
 def choose(modules: Iterable[Module], meant: Callable[[Module, str], bool]) -> dict[str, tuple[int | None, ...]]:
-    """Return module path -> chosen layers (`(None,)` for a module that is there once), asking by full name."""
+    """Return module path -> chosen layers (`(None,)` for a module that is there once), asking by full name.
+
+    Raises:
+      UserError: some experts of a layer are meant and others not, which stand in one leaf.
+    """
     chosen = {}
+
+    def takes(module: Module, layer: int | None) -> bool:
+        names = module.names_of(layer)
+        count = sum(meant(module, name) for name in names)
+        if 0 < count < len(names):
+            raise UserError(
+                f"only {count} of the {len(names)} experts of '{module.name(layer)}' are named; they stand in one "
+                "array and are taken together: leave out the expert's index"
+            )
+        return count > 0
+
     for module in modules:
-        layers = tuple(layer for layer in module.layers or (None,) if meant(module, module.name(layer)))
+        layers = tuple(layer for layer in module.layers or (None,) if takes(module, layer))
         if layers:
             chosen[module.path] = layers
     return chosen
@@ -49,7 +64,7 @@ def targeted(
 
     Args:
       modules: the tree's modules.
-      pattern: names, regex or "all-linear" (every linear module but the output head).
+      pattern: names, regex or "all-linear" (every linear module but the output head and the routers of experts).
       exclude, also_exclude: patterns of the modules to leave out (`exclude_modules`, `modules_to_save`).
       layers: indices of the layers to take, () for all; as in PEFT, ignored for a regex and for names in full.
       layers_pattern: name of the layer list, where the general rule does not find the index.
@@ -59,8 +74,8 @@ def targeted(
       UserError: nothing matches, or a list entry matches nothing; the choices are listed.
     """
     if pattern == ALL_LINEAR or pattern == [ALL_LINEAR]:
-        pattern = [module.path.rsplit(".")[-1] for module in modules if module.kind == "linear" and not module.is_head]
-        modules = [module for module in modules if module.kind == "linear" and not module.is_head]
+        modules = [module for module in modules if module.kind == "linear" and not (module.is_head or module.is_router)]
+        pattern = [module.path.rsplit(".")[-1] for module in modules]
     names = [name for module in modules for name in module.names()]
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         if not any(matches(name, entry if isinstance(pattern, str) else [entry]) for name in names):

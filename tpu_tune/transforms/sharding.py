@@ -85,11 +85,12 @@ def leaf_sharding(path: str, leaf: Any, spec: LeafSpec, mesh: Mesh) -> Any:
     Args:
       path: the leaf's path in the tree, for messages.
       leaf: the leaf, or anything of its shape.
-      spec: the leaf's facts. The axis of the layers is never cut.
+      spec: the leaf's facts. The axes of layers and experts are never cut: a device that held some experts only would
+        have to send tokens to the others, as many as come, where none may be dropped.
       mesh: the mesh that `make_mesh` returned.
     """
     mesh_axes = [RULES.get(axis, ()) for axis in spec.axes]
-    stack = [None] if spec.stacked else []
+    stack = [None] * spec.leading
     if not hasattr(leaf, "map_parts"):
         shape = leaf.shape[len(stack) :]
         cut = _fit(path, shape, [1] * (len(shape) - 1) + [spec.unit], mesh_axes, mesh)

@@ -9,7 +9,7 @@ from tpu_tune.config import LoraConfig, TokenIndices
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import Module
 from tpu_tune.transforms.lora import Target, Targets, TokenRows
-from tpu_tune.transforms.select import by_pattern, choose, targeted
+from tpu_tune.transforms.select import ALL_LINEAR, by_pattern, choose, targeted
 
 _NO_SELECTION = "lora.bias=lora_only together with a selection of layers is not implemented; use none or all"
 
@@ -27,8 +27,9 @@ def find_targets(modules: Sequence[Module], config: LoraConfig, default_targets:
         other.
     """
     pattern = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    is_all = pattern in (ALL_LINEAR, [ALL_LINEAR])
     chosen = targeted(
-        modules,
+        [module for module in modules if not module.no_adapter] if is_all else modules,
         pattern or list(default_targets),
         exclude=config.exclude_modules,
         also_exclude=list(config.modules_to_save),
@@ -41,6 +42,16 @@ def find_targets(modules: Sequence[Module], config: LoraConfig, default_targets:
     tokens = token_rows(modules, config.trainable_token_indices)
     _check_tokens(modules, tokens, saved, chosen)
     return Targets(adapted, tuple(saved), _biases(modules, config, saved, chosen), config, tokens)
+
+
+def without_adapter(modules: Sequence[Module], targets: Targets) -> str:
+    """Return a line on the experts that stay as they are beside adapted modules; "" where there are none."""
+    adapted = {target.module.path for target in targets.adapted}
+    left = [module for module in modules if module.experts and module.path not in adapted]
+    if not left:
+        return ""
+    why = next((f": {module.no_adapter}" for module in left if module.no_adapter), "")
+    return f"without an adapter: {', '.join(module.path for module in left)} ({left[0].experts} experts each){why}"
 
 
 def _target(module: Module, layers: tuple[int | None, ...], config: LoraConfig) -> Target:

@@ -16,17 +16,19 @@ from tpu_tune.models.families.cohere import cohere, cohere2
 from tpu_tune.models.families.exaone4 import exaone4
 from tpu_tune.models.families.gemma import gemma, gemma2, gemma3
 from tpu_tune.models.families.gemma4 import gemma4
-from tpu_tune.models.families.glm import glm, glm4
+from tpu_tune.models.families.glm import glm, glm4, glm4_moe
 from tpu_tune.models.families.gpt2 import gpt2
 from tpu_tune.models.families.gpt_neox import gpt_neox
 from tpu_tune.models.families.gptj import gptj
-from tpu_tune.models.families.granite import granite, granite_hybrid
+from tpu_tune.models.families.granite import granite, granite_hybrid, granite_moe
 from tpu_tune.models.families.llama import llama, mistral, qwen2, qwen3
 from tpu_tune.models.families.ministral3 import ministral3
+from tpu_tune.models.families.mixtral import mixtral
 from tpu_tune.models.families.nanochat import nanochat
-from tpu_tune.models.families.olmo import olmo2, olmo3
+from tpu_tune.models.families.olmo import olmo2, olmo3, olmoe
 from tpu_tune.models.families.opt import opt
 from tpu_tune.models.families.phi import phi, phi3
+from tpu_tune.models.families.qwen_moe import qwen2_moe, qwen3_moe
 from tpu_tune.models.families.seed_oss import seed_oss
 from tpu_tune.models.families.smollm3 import smollm3
 from tpu_tune.models.families.t5 import t5
@@ -62,6 +64,13 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "seed_oss": seed_oss,
     "exaone4": exaone4,
     "nanochat": nanochat,
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
+    "olmoe": olmoe,
+    "granitemoe": granite_moe,
+    "granitemoeshared": granite_moe,
+    "glm4_moe": glm4_moe,
     "t5": t5,
 }
 

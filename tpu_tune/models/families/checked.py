@@ -34,11 +34,17 @@ KINDS = {
         _POSITIVE,
     ),
     **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), whole(0, MOST_WIDE) | NOTHING),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "n_group", "topk_group"), whole(1, MOST_WIDE)),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "shared_intermediate_size"), whole(0, MOST_WIDE)),
+    **dict.fromkeys(("decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size"), _WIDTH),
+    "mlp_only_layers": listing(whole(0, MOST_LAYERS)) | NOTHING,
+    **dict.fromkeys(("router_aux_loss_coef", "routed_scaling_factor"), number(0)),
+    "clip_qkv": _POSITIVE | NOTHING,
     "position_embedding_type": TEXT | NOTHING,
     **dict.fromkeys(
         (
             "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_head", "ffn_dim", "d_model",
-            "d_kv", "d_ff", "num_heads", "shared_intermediate_size", "relative_attention_num_buckets",
+            "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets",
             "relative_attention_max_distance", "global_head_dim", "vocab_size_per_layer_input",
         ),
         _WIDTH,
@@ -59,7 +65,8 @@ KINDS = {
             "qk_layernorm", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
             "do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine",
             "use_bidirectional_attention", "scale_decoder_outputs", "is_encoder_decoder", "attention_out_bias",
-            "use_qk_norm", "enable_moe_block", "use_double_wide_mlp", "attention_k_eq_v",
+            "use_qk_norm", "enable_moe_block", "use_double_wide_mlp", "attention_k_eq_v", "norm_topk_prob", "qkv_bias",
+            "output_router_logits",
         ),
         FLAG | NOTHING,
     ),
@@ -87,6 +94,7 @@ _ROPE_KINDS = {
 _GEMMA4 = {"use_bidirectional_attention": one_of("all", "vision") | NOTHING}
 _OWN_KINDS = {
     "exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING},  # such as LLLG
+    "qwen2_moe": {"sliding_window": whole(0, MOST_POSITIONS) | NOTHING},  # what transformers 5 writes where it is off
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
 }
 
@@ -127,6 +135,14 @@ def check_architecture(architecture: Architecture) -> None:
     }
     check(sizes, dict.fromkeys(sizes, whole(1, MOST_TOKENS)), where)
     check({"max_positions": architecture.max_positions}, {"max_positions": whole(0, MOST_POSITIONS)}, where)
+    experts = architecture.experts
+    if experts and experts.per_token > experts.count:
+        raise UserError(f"{where}: it sends each token to {experts.per_token} of {experts.count} experts")
+    if experts and (experts.count % experts.groups or experts.top_groups > experts.groups):
+        raise UserError(
+            f"{where}: {experts.count} experts do not make {experts.groups} groups of which a token has "
+            f"{experts.top_groups}"
+        )
     for kind in architecture.kinds:
         kv_heads, head_dim = architecture.heads(kind)
         if architecture.num_heads % kv_heads:

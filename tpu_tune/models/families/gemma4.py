@@ -42,9 +42,7 @@ _GEMMA4 = {
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
     },
 }  # fmt: skip
-_UNIFIED = {
-    **_GEMMA4, "hidden_size_per_layer_input": 0, "sliding_window": 1024, "max_position_embeddings": 262144,
-}  # fmt: skip
+_UNIFIED = {**_GEMMA4, "hidden_size_per_layer_input": 0, "sliding_window": 1024, "max_position_embeddings": 262144}
 
 
 def gemma4(config: Mapping[str, Any]) -> Architecture:
@@ -53,6 +51,8 @@ def gemma4(config: Mapping[str, Any]) -> Architecture:
     defaults = _GEMMA4 if family == "gemma4_text" else _UNIFIED
     config = {**defaults, **config}
     config["rope_parameters"] = config["rope_parameters"] or defaults["rope_parameters"]
+    if config.get("per_layer_config") is not None:  # transformers writes 05 where there are ten layers or more
+        config["per_layer_config"] = {int(layer): sizes for layer, sizes in config["per_layer_config"].items()}
     if config.get("enable_moe_block"):
         raise UserError(f"'enable_moe_block' is set in the config of this {family} model: its experts are not known")
     if config.get("use_bidirectional_attention") == "all":
@@ -109,7 +109,7 @@ def _layer_kind(config: Mapping[str, Any], types: list[str], layer: int, own: in
     # transformers 5.24 writes what differs from layer to layer into a table of its own.
     sizes = {"head_dim": config["head_dim"], "num_key_value_heads": config["num_key_value_heads"]}
     if config.get("per_layer_config") is not None:
-        own_sizes = config["per_layer_config"].get(str(layer), {})
+        own_sizes = config["per_layer_config"].get(layer, {})
         if own_sizes.keys() - sizes.keys():
             raise UserError(
                 f"per_layer_config sets {', '.join(own_sizes)} of layer {layer}: only {', '.join(sizes)} can"

@@ -93,7 +93,7 @@ def _preferred(rows: np.ndarray, margins: np.ndarray, chosen: np.ndarray, reject
     ones, losses = np.ones(len(rows)), np.logaddexp(0, rejected - chosen + margins)
     measures = (Measure.ratio("eval_loss", losses, ones), Measure.share("eval_accuracy", chosen > rejected))
     figures = {measure.name: measure.value for measure in measures}
-    figures |= {"eval_rewards/margins": float(np.mean(chosen - rejected)), "eval_num_pairs": len(rows)}
+    figures |= {"eval_margin": float(np.mean(chosen - rejected)), "eval_num_pairs": len(rows)}
     predictions = [
         {"row": int(row) + 1, "chosen_reward": float(better), "rejected_reward": float(worse)}
         for row, better, worse in zip(rows, chosen, rejected, strict=True)

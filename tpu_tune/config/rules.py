@@ -15,12 +15,16 @@ def evaluates(config: ConfigDict) -> bool:
     return config.train.eval_strategy != "no" and bool(data.eval or data.eval_ratio or data.eval_dataset_size)
 
 
+# Key of `head` -> the value that asks for nothing, and the head that it belongs to.
+_OF_HEADS = {
+    "num_labels": (0, "classification"), "labels": ([], "classification"), "problem_type": ("auto", "classification"),
+    "center_rewards_coefficient": (0.0, "reward"),
+}  # fmt: skip
+
+
 def _hold_head(config: ConfigDict) -> None:
     head, labels = config.head, list(config.head.labels)
-    for name, neutral, owner in (
-        ("num_labels", 0, "classification"), ("labels", [], "classification"),
-        ("problem_type", "auto", "classification"), ("center_rewards_coefficient", 0.0, "reward"),
-    ):  # fmt: skip
+    for name, (neutral, owner) in _OF_HEADS.items():
         if head.name != owner and config_get(config, f"head.{name}") not in (neutral, ()):
             raise UserError(f"config key 'head.{name}' belongs to head.name={owner}, and head.name is {head.name}")
     if labels and head.num_labels not in (0, len(labels)):

@@ -22,7 +22,9 @@ _STEMS = {
     "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt_neox": "GPTNeoX", "gptj": "GPTJ",
     "gpt2": "GPT2", "opt": "OPT", "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "phi": "Phi",
     "phi3": "Phi3", "smollm3": "SmolLM3", "olmo2": "Olmo2", "olmo3": "Olmo3", "glm": "Glm", "glm4": "Glm4",
-    "ministral3": "Ministral3", "seed_oss": "SeedOss", "exaone4": "Exaone4",
+    "ministral3": "Ministral3", "seed_oss": "SeedOss", "exaone4": "Exaone4", "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "gpt_oss": "GptOss", "qwen3_next": "Qwen3Next",
+    "qwen3_5_text": "Qwen3_5Text",
 }  # fmt: skip
 
 

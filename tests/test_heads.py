@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import helpers_training as helpers
@@ -98,7 +97,6 @@ def torch_classifier(directory: str):
     return model.eval()
 
 
-@functools.cache
 def gradient(arch, method, problem: str):
     """Return the jitted loss and gradient of the mean loss."""
     model_loss = ModelLoss(arch, Execution(packed=True), method, Classification(problem))
@@ -319,8 +317,8 @@ def run(tmp_path_factory):
         model__path=str(helpers.write_tiny_llama(folder / "base")), output_dir=str(folder / "run"),
         head__name="classification", data__train=str(folder / "rows.jsonl"), data__max_length=64, data__eval_ratio=0.25,
         data__cache_dir=str(folder / "cache"), model__dtype="float32", train__max_steps=30, train__eval_steps=30,
-        train__learning_rate=0.02, train__per_device_train_batch_size=4, train__per_device_eval_batch_size=4,
-        mesh__fsdp=1,
+        train__learning_rate=0.02, train__per_device_train_batch_size=1, train__per_device_eval_batch_size=1,
+        
     )  # fmt: skip
     said: list[str] = []
     train(config, say=said.append)
@@ -396,8 +394,8 @@ def test_reward_training_follows_trls_and_ends_in_a_model_that_transformers_load
         head__name="reward", head__center_rewards_coefficient=make_reward_golden.CENTERING, data__train=str(rows),
         data__eval=str(rows), data__max_length=128, data__cache_dir=str(tmp_path / "cache"), model__dtype="float32",
         train__max_steps=make_reward_golden.STEPS, train__learning_rate=make_reward_golden.RATE,
-        train__lr_scheduler_type="constant", train__logging_steps=1, train__per_device_eval_batch_size=4,
-        train__per_device_train_batch_size=4, mesh__fsdp=1,
+        train__lr_scheduler_type="constant", train__logging_steps=1, train__per_device_eval_batch_size=1,
+        train__per_device_train_batch_size=1, 
     )  # fmt: skip
     said: list[str] = []
     train(config, say=said.append)

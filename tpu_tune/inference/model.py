@@ -23,7 +23,7 @@ from tpu_tune.checkpoints.tokenizers import encode_text, with_bos
 from tpu_tune.checkpoints.vocabulary import with_tokens_of
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.inference.generation import Sampling, encode_prompt, end_tokens, generate
+from tpu_tune.inference.generation import Sampling, check_writes, encode_prompt, end_tokens, generate
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode, label_names
 from tpu_tune.tensors import FORMATS
 from tpu_tune.transforms import QuantizeConfig, Targets, find_targets
@@ -145,6 +145,7 @@ class Model:
           chat: put each prompt into the tokenizer's chat template, or not; by default ask as the rows of its training
             did, where they are known, else through the template.
         """
+        check_writes(self.architecture)  # before anything is said of its chat template
         encoded = [self.encode_prompt(prompt, chat) for prompt in prompts]
         return generate(
             self.architecture, self.params, self.tokenizer, self.dtype, encoded, sampling or Sampling(), self.ends

@@ -17,6 +17,7 @@ import tpu_tune
 from tpu_tune.checkpoints import heads, peft
 from tpu_tune.checkpoints.huggingface_write import write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.cli import main
 from tpu_tune.cli.hf import command_line
@@ -318,7 +319,6 @@ def run(tmp_path_factory):
         head__name="classification", data__train=str(folder / "rows.jsonl"), data__max_length=64, data__eval_ratio=0.25,
         data__cache_dir=str(folder / "cache"), model__dtype="float32", train__max_steps=30, train__eval_steps=30,
         train__learning_rate=0.02, train__per_device_train_batch_size=1, train__per_device_eval_batch_size=1,
-        
     )  # fmt: skip
     said: list[str] = []
     train(config, say=said.append)
@@ -379,7 +379,8 @@ def test_a_run_with_a_head_does_not_become_gguf_and_merges_into_a_classifier(run
     assert main(["export", config.output_dir, "--merge", "--output", str(tmp_path / "merged")]) == 0
     merged = tpu_tune.load(str(tmp_path / "merged"))
     assert merged.labels == ["bad", "good", "odd"]
-    assert max((found := merged.classify(["it is great!!"])[0]), key=found.get) == "good"
+    found = merged.classify(["it is great!!"])[0]
+    assert max(found, key=found.get) == "good"
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ def test_reward_training_follows_trls_and_ends_in_a_model_that_transformers_load
         data__eval=str(rows), data__max_length=128, data__cache_dir=str(tmp_path / "cache"), model__dtype="float32",
         train__max_steps=make_reward_golden.STEPS, train__learning_rate=make_reward_golden.RATE,
         train__lr_scheduler_type="constant", train__logging_steps=1, train__per_device_eval_batch_size=1,
-        train__per_device_train_batch_size=1, 
+        train__per_device_train_batch_size=1,
     )  # fmt: skip
     said: list[str] = []
     train(config, say=said.append)
@@ -436,7 +437,7 @@ def test_other_scripts_flags_name_the_head(flags, name, labels):
 
 
 def test_the_card_tells_the_hub_and_the_reader_of_the_head(run):
-    config, _ = run
+    config = RunDirectory(run[0].output_dir).config()
     facts = CardFacts(
         "me/x", "adapter", config, config.output_dir, Base("b", "org/b", "hub"), helpers.metric_rows(config.output_dir)
     )

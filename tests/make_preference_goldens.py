@@ -15,7 +15,6 @@ from typing import Any
 
 import helpers_preference as preference
 import helpers_training as helpers
-import numpy as np
 
 from tpu_tune.checkpoints import peft as peft_files
 
@@ -78,7 +77,9 @@ def trl_run(
     )
     run.train()
     logged = [row for row in run.state.log_history if "loss" in row]
-    names = ("loss", "grad_norm", "kl", "nll_loss", "log_odds_ratio", "log_odds_chosen", *preference.METRICS)
+    # TRL takes KTO's metrics as means of the micro-batches' means.
+    watched = () if name == "kto" else ("rewards/margins", "rewards/accuracies", "logps/chosen")
+    names = ("loss", "grad_norm", "kl", "nll_loss", "log_odds_ratio", *watched)
     return [{key: float(row[key]) for key in names if key in row} for row in logged]
 
 
@@ -115,7 +116,7 @@ def main(names: list[str]) -> None:
         print(name, [round(row["loss"], 4) for row in rows])
         keys = rows[0] if objective != "type" else ["loss"]
         found = json.loads(FILE.read_text()) if FILE.exists() else {}
-        found[name] = {key: [float(np.float32(row.get(key, np.nan))) for row in rows] for key in keys}
+        found[name] = {key: [float(f"{row[key]:.6g}") for row in rows] for key in keys}
         FILE.write_text(json.dumps(found, indent=None).replace('], "', '],\n"') + "\n")
 
 

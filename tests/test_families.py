@@ -26,10 +26,7 @@ from tpu_tune.training.objectives import CrossEntropy
 from tpu_tune.training.step import ModelLoss
 from tpu_tune.transforms import LoraConfig, find_targets
 
-SELDOM = ("qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe")  # what the other sparse families show
-CASES = tiny_models.mostly_slow(
-    tiny_models.FAMILY_CASES, [case for case in tiny_models.FAMILY_CASES if case not in SELDOM]
-)
+CASES = tiny_models.seldom_slow(tiny_models.FAMILY_CASES)
 # PEFT 0.21's default targets (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).
 DEFAULTS = {
     **dict.fromkeys(
@@ -163,7 +160,9 @@ def loss_and_gradients(case, directory):
     return float(loss), adapter_tensors(grads, targets, arch), expected.item(), theirs
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in ("gemma4_wide", "gemma4_alike"))]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_loss_and_gradients_equal_torch_and_peft(case, tmp_path):
     pytest.importorskip("torch")

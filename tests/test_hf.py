@@ -555,14 +555,17 @@ def test_trls_defaults_for_rated_answers():
     assert (config.train.learning_rate, config.data.max_length, config.data.format) == (1e-3, 100, "auto")
     trl = pytest.importorskip("trl")
     fields = {field.name for kind in (trl.DPOConfig, trl.KTOConfig) for field in dataclasses.fields(kind)}
-    assert not {name for name in fields if ALIASES.get(name, name) not in FLAGS} - {"model_init_kwargs"}
+    assert not {name for name in fields if ALIASES.get(name, name) not in FLAGS} - {
+        "model_init_kwargs",
+        "router_aux_loss_coef",
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["trl", "sft", "--beta", "0.1"], "--beta is a flag of TRL's trainers on rated answers"),
-        (["trl", "dpo", "--beta", "0"], "--beta: config key 'objective.beta'"),
+        (["trl", "dpo", "--beta", "0"], "config key 'objective.beta' is 0.0; it must be positive"),
         (["trl", "dpo", "--f_divergence_type", "js_divergence"], "can only be reverse_kl"),
         (["trl", "dpo", "--truncation_mode", "keep_end"], "can only be keep_start"),
         (["trl", "dpo", "--sync_ref_model", "true"], "the reference stays as it is"),

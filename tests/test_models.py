@@ -19,6 +19,7 @@ from tpu_tune.inference.generation import Sampling, generate_ids
 from tpu_tune.models import FAMILIES, Decoder, architecture
 
 CASES = list(tiny_models.CONFIGS)
+SPARSE_VARIANTS = [case for case in tiny_models.SELDOM if case not in tiny_models.FAMILY_CASES]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,9 @@ def test_logits_equal_the_golden(case, ours, goldens):
     assert tiny_models.difference(found[:, -make_goldens.GOLDEN_TOKENS :], goldens[f"{case}/logits"]) < 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", tiny_models.mostly_slow(CASES, [case for case in CASES if case not in SPARSE_VARIANTS])
+)
 def test_logits_equal_torch(case, ours, tmp_path):
     pytest.importorskip("torch")
     model = tiny_models.torch_model(tiny_models.write(tmp_path, tiny_models.CONFIGS[case]))
@@ -119,7 +122,8 @@ def test_what_save_pretrained_writes_loads(case, shard, tied, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in tiny_models.FAMILY_CASES if case != "llama2"] + ["t5_gated", "gemma2"]
+    "case",
+    tiny_models.seldom_slow([case for case in tiny_models.FAMILY_CASES if case != "llama2"] + ["t5_gated", "gemma2"]),
 )
 def test_save_pretrained_of_every_family_loads(case, tmp_path):
     pytest.importorskip("torch")
@@ -203,7 +207,6 @@ def test_what_is_not_known_is_named():
     for case, change, says in (
         ("cohere", {"use_qk_norm": True}, "'use_qk_norm' is set in the config of this cohere model"),
         ("granite4", {"num_local_experts": 4}, "num_local_experts is 4 .* experts are not implemented"),
-        ("gemma4", {"enable_moe_block": True}, "'enable_moe_block' is set .* gemma4_text model: its experts"),
         ("gemma4", {"num_kv_shared_layers": 5}, "num_kv_shared_layers=5 of 6 layers leaves no layer to share with"),
         ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' .* not implemented"),
         ("gemma4", {"per_layer_config": {"0": {"window": 2}}}, "per_layer_config sets window of layer 0"),
@@ -236,7 +239,7 @@ def loss_and_gradients(arch, params, ids, positions, segments, targets):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("case", [case for case in tiny_models.FAMILY_CASES if case != "t5"])
+@pytest.mark.parametrize("case", tiny_models.seldom_slow([case for case in tiny_models.FAMILY_CASES if case != "t5"]))
 def test_a_packed_row_is_its_documents(case, ours):
     """Logits, loss and all gradients of a row of two documents are those of the documents, each in a row of its own."""
     arch, params, _ = ours(case)
@@ -265,7 +268,7 @@ def test_a_packed_row_is_its_documents(case, ours):
         assert difference < 2e-5 * max(least, np.abs(gradient).max()), path
 
 
-@pytest.mark.parametrize("case", [*tiny_models.FAMILY_CASES, "t5_gated"])
+@pytest.mark.parametrize("case", tiny_models.seldom_slow([*tiny_models.FAMILY_CASES, "t5_gated", "gemma4_wide"]))
 def test_generation_with_a_cache_equals_recomputing(case, ours):
     """Prompts of different lengths, shorter and longer than the windows; greedy: each token is the recomputed best."""
     arch, params, _ = ours(case)
@@ -340,4 +343,4 @@ def test_smollm2_equals_torch(smollm2):
 
 
 def test_goldens_are_small():
-    assert sum(file.stat().st_size for file in pathlib.Path(tiny_models.GOLDENS).iterdir()) < 400_000
+    assert sum(file.stat().st_size for file in pathlib.Path(tiny_models.GOLDENS).iterdir()) < 500_000

@@ -259,6 +259,14 @@ CONFIGS = {
         if "per_layer_input" not in key
     }
     | {"model_type": "gemma4_unified_text"},
+    "gemma4_experts": _gemma4(
+        "ssf",
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=5,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    ),
     # All layers have the same leaves, and those whose keys and values are shared are not the last of their scan.
     "gemma4_alike": _gemma4(
         "sfffsf", global_head_dim=8, num_kv_shared_layers=2, attention_bias=True, hidden_size_per_layer_input=4
@@ -465,6 +473,18 @@ FAMILY_CASES = [
     "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "mixtral",
     "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "t5",
 ]  # fmt: skip
+
+
+# Sparse families and variants whose tests of gradients, packing and generation show what the others' show.
+SELDOM = (
+    "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "mixtral_window", "qwen2_moe_renormalized",
+    "qwen3_moe_mixed", "olmoe_renormalized", "granitemoe_tied", "granitemoeshared_none", "glm4_moe_plain",
+)  # fmt: skip
+
+
+def seldom_slow(cases):
+    """Return pytest parameters: those in `SELDOM` run with `-m slow`."""
+    return mostly_slow(cases, [case for case in cases if case not in SELDOM])
 
 
 def mostly_slow(cases, often):

@@ -224,7 +224,7 @@ def _run_group(
         for position, run_layer in enumerate(layers):
             own_input = None if inputs is None else inputs[position]
             x, new = run_layer(x, (repeat, parts, kind_indices[position], past[position], own_input))
-            written.append(Past() if context.start is None else new)
+            written.append(Past(load=new.load) if context.start is None else new)
             for layer in sources & {group.first + position + number * group.period for number in range(group.repeats)}:
                 is_layer = repeat == (layer - group.first) // group.period
                 now = jax.tree.map(lambda new, old, here=is_layer: jnp.where(here, new, old), new.own, kept[layer])

@@ -22,7 +22,8 @@ from tpu_tune.data import arrow
 from tpu_tune.data.formats import rename
 from tpu_tune.data.labels import Labels, find_labels
 from tpu_tune.data.messages import RowError
-from tpu_tune.data.sources import read_rows, resolve
+from tpu_tune.data.mixture import resolve_all
+from tpu_tune.data.sources import read_rows
 from tpu_tune.errors import UserError
 from tpu_tune.models import SCORE, is_classifier, label_names
 
@@ -47,14 +48,14 @@ def resolve_head(config: ConfigDict) -> ConfigDict:
     try:
         found = find_labels(_rows(config.data), head.problem_type)
     except UserError as error:
-        raise UserError(f"{config.data.train}: {error}") from None
+        raise UserError(f"{', '.join(configuration.source_paths(config.data.train))}: {error}") from None
     head.problem_type = found.problem_type
     names = list(head.labels) or _model_labels(config, found) or list(found.names)
     if not head.labels and head.num_labels > len(names) and names[0] == "LABEL_0":
         names = label_names({"num_labels": head.num_labels})
     if head.num_labels not in (0, len(names)):
         raise UserError(
-            f"head.num_labels is {head.num_labels}, and the rows of {config.data.train} have {len(names)} labels "
+            f"head.num_labels is {head.num_labels}, and the rows have {len(names)} labels "
             f"({', '.join(names[:8])}{', ...' if len(names) > 8 else ''}); name them all in head.labels"
         )
     head.labels, head.num_labels = names, len(names)
@@ -93,7 +94,7 @@ def _model_labels(config: ConfigDict, found: Labels) -> list[str]:
 
 
 def _rows(data: ConfigDict) -> Iterator[Mapping[str, Any]]:
-    for source in resolve(data.train)[0]:
+    for source in resolve_all(data.train)[0]:
         if arrow.is_tokenized(source):
             raise UserError(f"a classification reads texts or chats with a label, not tokenized rows ({source})")
         for row in read_rows(source, skip_bad_rows=data.skip_bad_rows)[0]:

@@ -29,6 +29,7 @@ KEYS = {
     "cpo": ("loss_type", "beta", "label_smoothing", "simpo_gamma", "cpo_alpha"),
     "kto": ("loss_type", "beta", "desirable_weight", "undesirable_weight", "reference"),
 }
+_EVERY = ("name", "router_aux_loss_coef")  # keys of all objectives
 REFERENCED = ("dpo", "kto")  # objectives that compare with a reference model
 
 
@@ -53,7 +54,7 @@ def check(config: ConfigDict) -> None:
             "CPO-SimPO set objective.name=cpo with objective.loss_type=simpo"
         )
     if name in KEYS or name == "sft":
-        read = ("name", "cpo_alpha", *KEYS["simpo"]) if name == "simpo" else ("name", *KEYS.get(name, ()))
+        read = (*_EVERY, *KEYS.get(name, ()), *(("cpo_alpha",) if name == "simpo" else ()))
         for key in objective:
             if key not in read and objective[key] != default[key]:
                 users = ", ".join(other for other, keys in KEYS.items() if key in keys)
@@ -75,7 +76,7 @@ def unbalanced(config: ConfigDict, roles: np.ndarray) -> list[str]:
       roles: those of the answers to train on.
     """
     desirable, undesirable = int(np.sum(roles == CHOSEN)), int(np.sum(roles == REJECTED))
-    if config.objective.name != "kto" or desirable == undesirable:
+    if desirable == undesirable:
         return []
     weights = config.objective.desirable_weight, config.objective.undesirable_weight
     wanted = max(undesirable, 1) * weights[1] / max(desirable, 1)

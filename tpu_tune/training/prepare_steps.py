@@ -71,7 +71,7 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
     schedule = configured_schedule(config.train, total_steps) if is_pure else None
     optimizer = make_optimizer(config.train, schedule, specs)
     model_loss = _model_loss(config, model, config.train.per_device_train_batch_size)
-    model_loss = dataclasses.replace(model_loss, router_aux_loss_coef=_router_aux_loss_coef(config, model))
+    model_loss = dataclasses.replace(model_loss, router_aux_loss_coef=router_aux_loss_coef(config, model))
     random = model.method.is_random or config.train.neftune_noise_alpha > 0
     key = jax.random.fold_in(jax.random.key(config.seed), 1) if random else None
     start = functools.partial(init_state, optimizer=optimizer, float16=config.model.dtype == "float16")
@@ -115,7 +115,7 @@ def prepare_scoring(config: ConfigDict, model: PreparedModel) -> Callable[[Mappi
 
     @functools.partial(jax.jit, out_shardings=replicated)
     def score(trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
-        return model_loss(trainable, frozen, batch, None)
+        return model_loss(trainable, frozen, batch, None)[0]
 
     return lambda batch: score(model.trainable, model.frozen, _put_batch(model.mesh, batch, 0))
 
@@ -129,7 +129,7 @@ def _model_loss(config: ConfigDict, model: PreparedModel, rows: int) -> ModelLos
     return ModelLoss(model.architecture, run, model.method, objective, config.train.neftune_noise_alpha)
 
 
-def _router_aux_loss_coef(config: ConfigDict, model: PreparedModel) -> float:
+def router_aux_loss_coef(config: ConfigDict, model: PreparedModel) -> float:
     """Return the weight of the load-balancing loss in training: as set, else the model's own; none under adapters."""
     experts, asked = model.architecture.experts, config.objective.router_aux_loss_coef
     if experts is None or asked >= 0:

@@ -174,7 +174,7 @@ _IGNORED = {
         "tf32:bool half_precision_backend fp16_opt_level fp16_backend"
     ),
     "model.remat recomputes layers, and needs no further settings": (
-        "gradient_checkpointing_kwargs:dict activation_checkpointing_kwargs:dict"
+        "gradient_checkpointing_kwargs:dict activation_checkpointing_kwargs:dict activation_offloading:bool"
     ),
     "all rows are padded to the same length, so sorting them would save nothing": (
         "group_by_length:bool length_column_name sortish_sampler:bool"

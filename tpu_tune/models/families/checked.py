@@ -10,6 +10,7 @@ from tpu_tune.models.architecture import Architecture
 from tpu_tune.models.values import FLAG, NOTHING, OBJECT, TEXT, check, listing, mapping, number, one_of, whole
 
 MOST_LAYERS = 10_000
+MOST_EXPERTS = 2**14
 MOST_WIDE = 2**24  # of one dimension of a matrix
 MOST_TOKENS = 2**28
 MOST_POSITIONS = 2**40
@@ -33,10 +34,12 @@ KINDS = {
         ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"),
         _POSITIVE,
     ),
-    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), whole(0, MOST_WIDE) | NOTHING),
-    **dict.fromkeys(("num_experts", "n_routed_experts", "n_group", "topk_group"), whole(1, MOST_WIDE)),
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok"), whole(0, MOST_EXPERTS) | NOTHING),
+    **dict.fromkeys(("n_routed_experts", "n_group", "topk_group"), whole(1, MOST_EXPERTS)),
+    **dict.fromkeys(("num_experts", "top_k_experts"), whole(1, MOST_EXPERTS) | NOTHING),
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "shared_intermediate_size"), whole(0, MOST_WIDE)),
-    **dict.fromkeys(("decoder_sparse_step", "moe_intermediate_size", "shared_expert_intermediate_size"), _WIDTH),
+    **dict.fromkeys(("decoder_sparse_step", "shared_expert_intermediate_size"), _WIDTH),
+    "moe_intermediate_size": _WIDTH | NOTHING,
     "mlp_only_layers": listing(whole(0, MOST_LAYERS)) | NOTHING,
     **dict.fromkeys(("router_aux_loss_coef", "routed_scaling_factor"), number(0)),
     "clip_qkv": _POSITIVE | NOTHING,
@@ -91,7 +94,10 @@ _ROPE_KINDS = {
     **dict.fromkeys(("short_factor", "long_factor"), _FACTORS),
 }
 
-_GEMMA4 = {"use_bidirectional_attention": one_of("all", "vision") | NOTHING}
+_GEMMA4 = {
+    "use_bidirectional_attention": one_of("all", "vision") | NOTHING,
+    **dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size"), _WIDTH | NOTHING),  # null: dense
+}
 _OWN_KINDS = {
     "exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING},  # such as LLLG
     "qwen2_moe": {"sliding_window": whole(0, MOST_POSITIONS) | NOTHING},  # what transformers 5 writes where it is off
@@ -136,7 +142,7 @@ def check_architecture(architecture: Architecture) -> None:
     check(sizes, dict.fromkeys(sizes, whole(1, MOST_TOKENS)), where)
     check({"max_positions": architecture.max_positions}, {"max_positions": whole(0, MOST_POSITIONS)}, where)
     experts = architecture.experts
-    if experts and experts.per_token > experts.count:
+    if experts and not 1 <= experts.per_token <= experts.count:
         raise UserError(f"{where}: it sends each token to {experts.per_token} of {experts.count} experts")
     if experts and (experts.count % experts.groups or experts.top_groups > experts.groups):
         raise UserError(

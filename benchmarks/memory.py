@@ -70,6 +70,7 @@ JOBS = (
     Job("7b-v5e-1", "LLaMA-7B QLoRA", "llama-7b", "v5e-1", 5.4, _CHUNKED),
     Job("13b-v5e-1", "LLaMA-13B QLoRA", "llama-13b", "v5e-1", 9.5, _CHUNKED),
     Job("20b-v5e-1", "GPT-NeoX-20B QLoRA", "gpt-neox-20b", "v5e-1", None, _CHUNKED),
+    Job("qwen3.5-9b-v5e-1", "Qwen3.5-9B QLoRA", "qwen3.5-9b", "v5e-1", None, _CHUNKED),
     Job("gemma-4-31b-v5e-8", "Gemma-4-31B QLoRA", "gemma-4-31b", "v5e-8", None, _CHUNKED),
     Job("7b-v2-8", "LLaMA-7B QLoRA", "llama-7b", "v2-8", 2.0),
     Job("7b-v3-8", "LLaMA-7B QLoRA", "llama-7b", "v3-8", 2.0),

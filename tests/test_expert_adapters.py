@@ -23,7 +23,7 @@ from tpu_tune.models import architecture
 from tpu_tune.transforms import LoraConfig, QuantizeConfig, find_targets, merge
 
 IDS = np.asarray(np.random.default_rng(0).integers(0, 32, (2, 9)), np.int32)
-CASES = ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "olmoe"]
+CASES = ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "olmoe", "gemma4_experts"]
 
 
 @pytest.fixture(scope="module")

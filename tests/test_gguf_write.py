@@ -406,6 +406,7 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused(tokenizer):
         ({"model_type": "llama", "hidden_act": "gelu"}, "cannot express hidden_act='gelu' of a llama model"),
         (tiny_models.CONFIGS["llama_dynamic"], "rope_type 'dynamic' is not written"),
         (tiny_models.CONFIGS["nanochat"], "no GGUF is written of a 'nanochat' model"),
+        (tiny_models.CONFIGS["qwen3_5"], "no GGUF is written of a 'qwen3_5_text' model"),
         (tiny_models.CONFIGS["qwen3_yarn"], r"yarn's attention factor 1\.4 \(llama.cpp has 1\.13863 built in\)"),
         (tiny_models.CONFIGS["llama_yarn"], "yarn's attention factor"),
         (tiny_models.CONFIGS["olmo3"], "yarn with truncate=false"),

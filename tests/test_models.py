@@ -156,6 +156,8 @@ REQUIRED = {
             "seed_oss",
             "exaone4",
             "nanochat",
+            "qwen3_5_text",
+            "qwen3_5_moe_text",
             "mixtral",
             "qwen2_moe",
             "qwen3_moe",
@@ -163,9 +165,11 @@ REQUIRED = {
             "granitemoe",
             "granitemoeshared",
             "glm4_moe",
+            "gpt_oss",
         ),
         (*_LLAMA_KEYS, "num_key_value_heads", "pad_token_id"),
     ),  # fmt: skip
+    "qwen3_next": (*_LLAMA_KEYS, "num_key_value_heads", "num_experts"),
     "granitemoehybrid": (*_LLAMA_KEYS, "num_key_value_heads", "num_local_experts", "layer_types", "mamba_n_heads"),
     **dict.fromkeys(("gptj", "gpt2"), (*_GPT_KEYS, "rotary_dim")),
     "opt": ("vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "word_embed_proj_dim"),
@@ -201,12 +205,13 @@ def test_what_is_not_known_is_named():
         match="rope type 'axial' is not implemented.*default, linear, dynamic, llama3, yarn, longrope, proportional",
     ):
         architecture({**config, "rope_scaling": {"rope_type": "axial", "factor": 2.0}})
-    for kind, near in (("qwen3_next", "qwen3"), ("gemma5", "gemma"), ("falcon", "llama"), ("gpt_oss", "llama")):
+    for kind, near in (("qwen3_omni", "qwen3"), ("gemma5", "gemma"), ("falcon", "llama")):
         with pytest.raises(UserError, match=f"'{kind}' is not known.*'{near}'.*; the known"):
             architecture({**config, "model_type": kind})
     for case, change, says in (
         ("cohere", {"use_qk_norm": True}, "'use_qk_norm' is set in the config of this cohere model"),
         ("granite4", {"num_local_experts": 4}, "num_local_experts is 4 .* experts are not implemented"),
+        ("qwen3_5", {"linear_num_value_heads": 5}, "linear_num_value_heads=5 is no multiple of linear_num_key_heads=2"),
         ("gemma4", {"num_kv_shared_layers": 5}, "num_kv_shared_layers=5 of 6 layers leaves no layer to share with"),
         ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' .* not implemented"),
         ("gemma4", {"per_layer_config": {"0": {"window": 2}}}, "per_layer_config sets window of layer 0"),

@@ -149,6 +149,17 @@ CONFIGS_OF_DECAY = {
     "OPT": dict(
         vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=8
     ),
+    "Qwen3_5": dict(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+        layer_types=["linear_attention", "full_attention"],
+        num_hidden_layers=2,
+        linear_num_value_heads=16,
+    ),
     "T5": dict(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
 }
 
@@ -162,13 +173,13 @@ def test_what_decays_is_what_decays_in_transformers(kind):
     sizes = dict(CONFIGS_OF_DECAY[kind])
     sizes |= dict(num_key_value_heads=2, head_dim=4) if kind in ("Llama", "Qwen3", "Gemma3") else {}
     sizes |= dict(rotary_pct=0.5) if kind == "GPTNeoX" else {}
-    name = {"Gemma3": "Gemma3Text"}.get(kind, kind)
+    name = {"Gemma3": "Gemma3Text", "Qwen3_5": "Qwen3_5Text"}.get(kind, kind)
     config = getattr(transformers, f"{name}Config")(**sizes)
     suffix = {"GPT2": "LMHeadModel", "T5": "ForConditionalGeneration"}.get(kind, "ForCausalLM")
     model = getattr(transformers, kind + suffix)(config)
     arch = architecture(config.to_dict())
     ours = {
-        f"{module_name}.{path.rsplit('.')[-1]}"
+        module.tensor_name(module_name, path.rsplit(".")[-1])
         for module in arch.modules()
         if not module.tied_to
         for path, spec in module.leaves().items()

@@ -69,6 +69,10 @@ PUBLISHED = {
     "gemma-3-4b": 4_300_079_472 - 416_866_032 - (2560 + 1) * 1152,
     "gemma-3-12b": 12_187_325_040 - 416_866_032 - (3840 + 1) * 1152,
     "gemma-3-27b": 27_432_406_640 - 416_866_032 - (5376 + 1) * 1152,
+    # Of transformers' Qwen3_5ForCausalLM of these sizes.
+    "qwen3.5-4b": 4_205_751_296,
+    "qwen3.5-9b": 8_953_803_264,
+    "qwen3.5-27b": 26_895_998_464,
     # transformers counts so many in Gemma4ForCausalLM; E4B's file of 7,996,156,490 numbers has beside them vision,
     # audio, and keys' and values' weights of the layers that use none.
     "gemma-4-e4b": 7_463_013_376 + 42,

@@ -263,6 +263,20 @@ def test_wherever_the_files_have_the_text_model(place, case, saved, tmp_path):
     assert written.keys() == (moved | extra).keys()
 
 
+def test_the_head_for_further_tokens_goes_into_a_merged_model(saved, tmp_path):
+    """Qwen3.5's files have one, which transformers does not load."""
+    shutil.copytree(saved("qwen3_5"), tmp_path / "more")
+    head = {"mtp.layers.0.mlp.up_proj.weight": np.arange(4, dtype=np.float32).reshape(2, 2)}
+    save_file(load_file(saved("qwen3_5") / "model.safetensors") | head, tmp_path / "more/model.safetensors")
+    source, arch, params = opened(tmp_path / "more")
+    write_model(str(tmp_path / "written"), params, source, arch)
+    written = load_file(tmp_path / "written/model.safetensors")
+    before = load_file(tmp_path / "more/model.safetensors")
+    assert written.keys() == before.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(written[name], value)
+
+
 def test_a_tensor_of_the_text_model_that_has_no_place_is_refused(saved, tmp_path):
     shutil.copytree(saved("gemma3"), tmp_path / "more")
     tensors = load_file(saved("gemma3") / "model.safetensors")

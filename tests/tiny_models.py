@@ -121,6 +121,14 @@ def _phi(family, **changes):
     return {"model_type": family, **sizes, "pad_token_id": 0, **changes}
 
 
+def _qwen3_5(family, **changes):
+    sizes = {
+        "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6, "mlp_only_layers": [], "num_hidden_layers": 4,
+    }  # fmt: skip
+    return {"model_type": family, **_SIZES, "pad_token_id": 0, "hidden_act": "silu", **sizes, **changes}
+
+
 def _t5(**changes):
     return {
         "model_type": "t5",
@@ -387,6 +395,51 @@ CONFIGS = {
     "nanochat_tied": _like_llama(
         "nanochat", attention_bias=True, tie_word_embeddings=True, final_logit_softcapping=None, rope_theta=5000.0
     ),
+    "qwen3_5": _qwen3_5("qwen3_5_text", full_attention_interval=2),
+    "qwen3_5_tied": _qwen3_5(
+        "qwen3_5_text",
+        num_hidden_layers=3,
+        linear_num_key_heads=3,
+        linear_num_value_heads=3,
+        linear_conv_kernel_dim=3,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        layer_types=["full_attention", "linear_attention", "linear_attention"],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    ),
+    "qwen3_5_moe": _qwen3_5(
+        "qwen3_5_moe_text",
+        **_EXPERTS,
+        shared_expert_intermediate_size=24,
+        num_hidden_layers=2,
+        full_attention_interval=2,
+    ),
+    "qwen3_next_experts": _qwen3_5(
+        "qwen3_next",
+        **_EXPERTS,
+        shared_expert_intermediate_size=24,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+        num_hidden_layers=3,
+        full_attention_interval=3,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_next": _qwen3_5(
+        "qwen3_next", num_experts=0, num_hidden_layers=2, full_attention_interval=2, tie_word_embeddings=True
+    ),
+    "qwen3_next_dense_layers": _qwen3_5(
+        "qwen3_next",
+        mlp_only_layers=[0, 1, 2, 3],
+        partial_rotary_factor=0.75,
+        linear_num_key_heads=1,
+        linear_num_value_heads=3,
+    ),
     "mixtral": _like_llama("mixtral", num_local_experts=4, num_experts_per_tok=2, rope_theta=1e6),
     "mixtral_window": _like_llama(
         "mixtral", num_local_experts=3, num_experts_per_tok=1, sliding_window=5, head_dim=16, tie_word_embeddings=True
@@ -464,6 +517,19 @@ CONFIGS = {
         norm_topk_prob=False,
         tie_word_embeddings=True,
     ),
+    "gpt_oss": _like_llama(
+        "gpt_oss",
+        hidden_size=64,
+        intermediate_size=32,
+        head_dim=16,
+        num_hidden_layers=4,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        swiglu_limit=1.0,
+        rope_theta=5000.0,
+        rope_scaling={**_YARN, "original_max_position_embeddings": 8, "beta_fast": 4.0, "truncate": False},
+    ),
     "t5": _t5(),
     "t5_gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=3),
 }
@@ -471,7 +537,8 @@ FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
     "gemma", "gemma2", "gemma3", "gemma4", "gemma4_unified", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite",
     "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "mixtral",
-    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "t5",
+    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "gpt_oss", "qwen3_5",
+    "qwen3_5_moe", "qwen3_next", "t5",
 ]  # fmt: skip
 
 
@@ -479,6 +546,7 @@ FAMILY_CASES = [
 SELDOM = (
     "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "mixtral_window", "qwen2_moe_renormalized",
     "qwen3_moe_mixed", "olmoe_renormalized", "granitemoe_tied", "granitemoeshared_none", "glm4_moe_plain",
+    "qwen3_next", "qwen3_5_moe", "qwen3_next_experts",
 )  # fmt: skip
 
 

@@ -91,6 +91,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                               "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            "text_config": {
+                **TEXT, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                "linear_key_head_dim": 8, "linear_value_head_dim": 6,
+                "layer_types": ["linear_attention", "full_attention"],
+                "rope_parameters": {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+            },
+            "tie_word_embeddings": False,
+            "vision_config": {**_QWEN_SIGHT, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32,
+                              "num_position_embeddings": 16},
+        },
+    ),
     "llava": ("Llava", {"text_config": _LLAMA, "vision_config": _CLIP, "image_token_index": 90}),
     "smolvlm": (
         "SmolVLM",
@@ -114,6 +128,33 @@ CASES["gemma4"] = (
     },
 )  # fmt: skip
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {
+            "text_config": {
+                **TEXT,
+                "head_dim": 16,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 6,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 16,
+                "layer_types": ["linear_attention", "full_attention"],
+                "rope_parameters": {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+            },
+            "tie_word_embeddings": False,
+            "vision_config": {
+                **_QWEN_SIGHT,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+            },
+        },
+    ),
     "qwen2_vl": (
         "Qwen2VL",
         {

@@ -55,7 +55,7 @@ def gathered_matrices(found, case, tensor=1):
     shapes = {
         module.shape
         for module in architecture(wide(case, LAYERS)).modules()
-        if module.layers and module.kind == "linear"
+        if module.layers and module.kind == "linear" and not module.is_delicate
     }
     shapes |= {cut for i, o in shapes for cut in ((i // tensor, o), (i, o // tensor))}
     shapes |= {(o, i) for i, o in shapes}

@@ -30,6 +30,8 @@ WIDE = {
     **dict.fromkeys(["head_dim", "d_kv"], HEAD),
     "global_head_dim": 2 * HEAD,
     **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], WIDTH // HEAD),
+    "linear_key_head_dim": HEAD,
+    "linear_value_head_dim": HEAD,
     "rotary_dim": HEAD // 2,
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,

@@ -13,6 +13,7 @@ import functools
 import math
 from typing import Any, Literal
 
+from tpu_tune.models.delta_modules import DeltaNet, delta_modules
 from tpu_tune.models.groups import LayerGroup, layer_groups
 from tpu_tune.models.rope import Rope
 from tpu_tune.tensors import LeafSpec, Module
@@ -34,6 +35,11 @@ class LayerNames:
       input_gate, input_projection, input_norm: how the layer's own input (`Architecture.layer_input_size`) is added.
       scalar: a number that everything which leaves the layer is multiplied with; no training changes it.
       cross_norm, cross_q, cross_k, cross_v, cross_o: modules of the attention to an encoder.
+      delta_qkv, delta_z, delta_b, delta_a: projections of a gated DeltaNet, which stands where attention does; fused
+        head by head under `delta_qkvz` and `delta_ba`.
+      delta_conv, delta_rate, delta_shift, delta_norm: its convolution, the rate of decay and the shift of a, both by
+        head, and the norm of each head's output.
+      sinks: one more logit of each head in attention's softmax, which no value belongs to.
       router: gives each token a score for every expert.
       choice_bias: vector that is added to the scores for the choice of experts alone.
       expert_gate, expert_up, expert_gate_up, expert_down: the MLPs of the experts, without an expert's index.
@@ -69,6 +75,17 @@ class LayerNames:
     cross_k: str = ""
     cross_v: str = ""
     cross_o: str = ""
+    delta_qkv: str = ""
+    delta_z: str = ""
+    delta_b: str = ""
+    delta_a: str = ""
+    delta_qkvz: str = ""
+    delta_ba: str = ""
+    delta_conv: str = ""
+    delta_rate: str = ""
+    delta_shift: str = ""
+    delta_norm: str = ""
+    sinks: str = ""
     router: str = ""
     choice_bias: str = ""
     expert_gate: str = ""
@@ -134,6 +151,10 @@ class Experts:
       groups, top_groups: number of groups of consecutive experts, and how many of them a token may choose from.
       balance: weight that the config gives the load-balancing loss in training; 0 where it leaves it out.
       shared_width: width of the MLP beside them that all tokens go through; 0 where there is none.
+      bias: whether router and experts have biases.
+      alternating: whether the file's fused gate and up alternate column by column, and its matrices are (in, out).
+      clamp: gate is at most this, up at most this and at least its negative; None for no limit.
+      gain: a in gate * sigmoid(a * gate) * (up + 1), which then stands for the activation; None: activation(gate) * up.
     """
 
     count: int
@@ -148,6 +169,10 @@ class Experts:
     top_groups: int = 1
     balance: float = 0.0
     shared_width: int = 0
+    bias: bool = False
+    alternating: bool = False
+    clamp: float | None = None
+    gain: float | None = None
 
     @property
     def has_balance(self) -> bool:
@@ -166,6 +191,7 @@ class LayerKind:
       intermediate_size: width of the MLP; 0: the architecture's.
       num_kv_heads, head_dim: of its attention; 0: the architecture's.
       keys_from: index of the earlier layer whose keys and values, normed and rotated, it attends to; None: its own.
+      delta: sizes of the gated DeltaNet that stands where attention does; None for attention.
       experts: the experts of a sparse layer; None in a dense one.
     """
 
@@ -176,6 +202,7 @@ class LayerKind:
     num_kv_heads: int = 0
     head_dim: int = 0
     keys_from: int | None = None
+    delta: DeltaNet | None = None
     experts: Experts | None = None
 
     @property
@@ -229,6 +256,7 @@ class Architecture:
       layer_input_vocab: rows of the embedding of it.
       head_scale: factor on the hidden states that the head reads.
       attention_scale: factor on the scores; None: head_dim ** -0.5.
+      attention_gate: whether q has a gate behind each head's query, whose sigmoid multiplies what the head attends to.
       attention_soft_cap, logit_soft_cap: c in c * tanh(x / c), on scores and logits; None for none.
       max_positions: number of positions it was made for; with learned ones (`names.positions`) there are no more.
       position_offset: number of rows of the table of positions before the first position's.
@@ -276,6 +304,7 @@ class Architecture:
     layer_input_vocab: int = 0
     head_scale: float = 1.0
     attention_scale: float | None = None
+    attention_gate: bool = False
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     max_positions: int = 0
@@ -393,6 +422,7 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     kv_heads, head_dim = arch.heads(kind)
     q_width, kv_width = arch.num_heads * head_dim, kv_heads * head_dim
     qkv_width = q_width + 2 * kv_width
+    o_width, o_bias = (q_width, arch.o_bias) if kind.delta is None else (kind.delta.value_width, False)
     modules = []
 
     def norm(name: str, size: int = width) -> None:
@@ -404,8 +434,10 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
             modules.append(Module(name, "linear", shape, axes, bias, fan_in_fan_out=arch.fan_in_fan_out, **facts))
 
     def attention(q: str, k: str, v: str) -> None:
-        for name, size in ((q, q_width), (k, kv_width), (v, kv_width)):
-            linear(name, (width, size), ("embed", "heads"), arch.qkv_bias)
+        both, unit = (2 * q_width, 2 * head_dim) if arch.attention_gate else (q_width, 1)
+        linear(q, (width, both), ("embed", "heads"), arch.qkv_bias, unit=unit)
+        for name in (k, v):
+            linear(name, (width, kv_width), ("embed", "heads"), arch.qkv_bias)
 
     norm(names.attention_norm)
     segments = () if arch.fused_heads else (q_width, kv_width, kv_width)
@@ -415,7 +447,12 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     whole = arch.qk_norm == "projection"
     norm(names.q_norm, q_width if whole else head_dim)
     norm(names.k_norm, kv_width if whole else head_dim)
-    linear(names.o, (q_width, width), ("heads", "embed"), arch.o_bias)
+    if kind.delta is not None:
+        modules += delta_modules(names, kind.delta, width)
+    if names.sinks:
+        parameter = {"is_parameter": True, "no_adapter": "it is a parameter of the attention, and no module"}
+        modules.append(Module(names.sinks, "norm", (arch.num_heads,), (None,), **parameter))
+    linear(names.o, (o_width, width), ("heads", "embed"), o_bias)
     norm(names.attention_out_norm)
     norm(names.cross_norm)
     attention(names.cross_q, names.cross_k, names.cross_v)
@@ -432,14 +469,14 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     linear(names.input_projection, (arch.layer_input_size, width), ("mlp", "embed"), False)
     norm(names.input_norm)
     if names.scalar:
-        modules.append(Module(names.scalar, "norm", (1,), (None,), is_parameter=True))
+        modules.append(Module(names.scalar, "norm", (1,), (None,), is_parameter=True, decay=False))
     return modules
 
 
 def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> list[Module]:
     """List the modules of a sparse MLP: the router, the experts, and what stands beside them."""
     width, inner, shared = arch.hidden_size, experts.width, experts.shared_width
-    modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), is_router=True)]
+    modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), experts.bias, is_router=True)]
     for name, size in (
         (names.choice_bias, experts.count),
         (names.router_scale, width),
@@ -450,11 +487,15 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
     for name in (names.experts_norm, names.experts_out_norm, names.dense_out_norm):
         if name:
             modules.append(Module(name, "norm", (width,), (None,), arch.has_norm_bias))
+    unable = "adapters on experts whose gate and up alternate are not implemented yet"
     of_experts = {
         "experts": experts.count,
         "experts_per_token": experts.per_token,
         "experts_path": experts.path,
-        "is_parameter": experts.in_parameters,
+        "bias": experts.bias,
+        "is_parameter": experts.in_parameters or experts.alternating,
+        "fan_in_fan_out": experts.alternating,
+        "no_adapter": unable if experts.alternating else "",
     }
 
     def linear(name: str, shape: tuple[int, int], axes: tuple[str, str | None], **facts: Any) -> None:
@@ -462,7 +503,8 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
             modules.append(Module(name, "linear", shape, axes, **facts))
 
     def mlp(gate: str, up: str, gate_up: str, down: str, inner: int, **facts: Any) -> None:
-        linear(gate_up, (width, 2 * inner), ("embed", "mlp"), segments=(inner, inner), unit=gate_unit(inner), **facts)
+        both = {"segments": (inner, inner), "unit": gate_unit(inner), **facts}
+        linear(gate_up, (width, 2 * inner), ("embed", "mlp"), alternating=bool(facts) and experts.alternating, **both)
         linear(gate, (width, inner), ("embed", "mlp"), **facts)
         linear(up, (width, inner), ("embed", "mlp"), **facts)
         linear(down, (inner, width), ("mlp", "embed"), **facts)

@@ -22,6 +22,7 @@ from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames
 from tpu_tune.models.branch import Branch, linear, norm
+from tpu_tune.models.delta_net import TapsState, delta_net, empty_taps_state
 from tpu_tune.models.experts import load
 from tpu_tune.models.mlp import SPARSE, mlp, sparse_mlp
 from tpu_tune.models.self_attention import KeysValues, self_attention
@@ -62,18 +63,20 @@ class Past:
     """What one layer, or a stack of layers on a leading axis, keeps of the tokens so far, for generation.
 
     Attributes:
-      own: keys and values of the tokens so far.
+      own: keys and values of the tokens so far; of a DeltaNet its taps and its state.
       cross: keys and values of an encoder's output.
       load: how busy these tokens kept each expert (`experts.load`); for the load-balancing loss, not kept.
     """
 
-    own: KeysValues | None = None
+    own: KeysValues | TapsState | None = None
     cross: KeysValues | None = None
     load: Float[Array, "2 E"] | None = None
 
 
 def empty_past(arch: Architecture, kind: LayerKind, batch: int, length: int, dtype: Any) -> Past:
     """Return what a layer of this kind keeps before the first token, with room for `length` of them."""
+    if kind.delta is not None:
+        return Past(empty_taps_state(kind.delta, batch, dtype))
     if kind.keys_from is not None:
         return Past()
     shape = (batch, length, *arch.heads(kind))
@@ -124,7 +127,7 @@ class Layer:
 
     def _sequential(self, x: Array, past: Past) -> tuple[Array, Past]:
         """x = x + attention(norm(x)); x = x + mlp(norm(x)), or x = norm(x + ...) where norms follow."""
-        attended, own = self_attention(self, x, past.own)
+        attended, own = (delta_net if self.kinds[0].delta else self_attention)(self, x, past.own)
         ends = () if self.input is None else (self.input,)
         if self.kinds[0].experts:
             x = self.each_token(_add_attention, (x, attended), *_ATTENTION_OUT)

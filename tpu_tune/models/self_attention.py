@@ -13,6 +13,7 @@ from tpu_tune.kernels.attention import attention
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import LayerKind
 from tpu_tune.models.branch import Branch, linear, norm, unweighted_norm
+from tpu_tune.tensors import dense
 
 if TYPE_CHECKING:
     from tpu_tune.models.layers import Layer
@@ -31,7 +32,8 @@ def self_attention(
       What was attended to, and all keys and values where there is a cache or another layer uses them.
     """
     arch, context = layer.arch, layer.context
-    qkv = layer.each_token(_qkv, x, *_QKV)
+    qkv, gate = layer.each_token(_qkv, x, *_QKV)
+    sinks = dense(Branch(layer.leaves).at(layer.names.sinks).leaf("weight")) if layer.names.sinks else None
 
     def attend(kind: LayerKind, q: Array, *own: Array) -> tuple[Array, KeysValues | None]:
         k, v = own or context.kept[kind.keys_from]
@@ -57,6 +59,7 @@ def self_attention(
             scale=arch.attention_scale,
             cap=arch.attention_soft_cap,
             bias=context.bias,
+            sinks=sinks,
             implementation=context.implementation,
             mesh=context.mesh,
         )
@@ -66,26 +69,31 @@ def self_attention(
     # around it are the same, so that only this part is compiled once a kind.
     branches = [functools.partial(attend, kind) for kind in layer.kinds]
     attended, entry = branches[0](*qkv) if len(branches) == 1 else jax.lax.switch(layer.kind, branches, *qkv)
-    return attended.reshape(*attended.shape[:2], -1), entry
+    attended = attended.reshape(*attended.shape[:2], -1)
+    return attended if gate is None else attended * jax.nn.sigmoid(gate), entry
 
 
-def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, ...]:
-    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions.
+def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[tuple[Array, ...], Array | None]:
+    """Return queries (B, T, H, D), keys and values (B, T, K, D) of a layer's input, without positions; and gates.
 
-    A layer that attends to another one's keys and values has queries alone.
+    A layer that attends to another one's keys and values has queries alone. The gates (B, T, H * D) are of what the
+    queries attend to, or None.
     """
     arch, names = layer.arch, layer.names
     heads, (groups, size) = arch.num_heads, arch.heads(layer.kinds[0])
     batch, length, _ = x.shape
     if arch.norm_first:
         x = norm(arch, weights, names.attention_norm, x)
+    gate = None
     if names.qkv:  # in the tree, fused columns lie group by group: see `Module.from_torch`
         fused = linear(weights.at(names.qkv), x).reshape(batch, length, groups, heads // groups + 2, size)
         q, k, v = fused[:, :, :, :-2].reshape(batch, length, heads, size), fused[:, :, :, -2], fused[:, :, :, -1]
     else:
-        q = linear(weights.at(names.q), x).reshape(batch, length, heads, size)
+        q = linear(weights.at(names.q), x).reshape(batch, length, heads, -1)
+        if arch.attention_gate:
+            q, gate = q[..., :size], q[..., size:].reshape(batch, length, -1)
         if not names.k:
-            return (norm(arch, weights, names.q_norm, q),)
+            return (norm(arch, weights, names.q_norm, q),), gate
         k = linear(weights.at(names.k), x).reshape(batch, length, groups, size)
         v = linear(weights.at(names.v), x).reshape(batch, length, groups, size) if names.v else k
     if arch.value_norm:
@@ -94,7 +102,7 @@ def _qkv(layer: Layer, weights: Branch, x: Array) -> tuple[Array, ...]:
         q, k = _normed_queries_keys(layer, weights, q, k)
     if arch.qkv_clip is not None:
         q, k, v = (jnp.clip(part, -arch.qkv_clip, arch.qkv_clip) for part in (q, k, v))
-    return q, k, v
+    return (q, k, v), gate
 
 
 def _normed_queries_keys(layer: Layer, weights: Branch, q: Array, k: Array) -> tuple[Array, Array]:

@@ -47,6 +47,7 @@ WRAPPERS = {
     "qwen2_5_vl": Wrapper("qwen2_5_vl_text"),
     "qwen3_vl": Wrapper("qwen3_vl_text"),
     "qwen3_5": Wrapper("qwen3_5_text"),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text"),
     "llama4": Wrapper("llama4_text", "language_model.model", "language_model.lm_head"),
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "vipllava", "voxtral"), Wrapper("llama")),
     **dict.fromkeys(("llava_onevision", "internvl", "qwen2_audio"), Wrapper("qwen2")),
@@ -95,6 +96,14 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {**_QWEN, "head_dim": 128},
     "qwen2_vl_text": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
+    "qwen3_5_text": {
+        "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 32768,
+    },
+    "qwen3_5_moe_text": {
+        "vocab_size": 248320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "head_dim": 256, "max_position_embeddings": 32768,
+    },
     "qwen3_vl_text": {**_QWEN, "head_dim": 128, "max_position_embeddings": 128000, "rope_theta": 500000.0},
 }  # fmt: skip
 

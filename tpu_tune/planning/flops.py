@@ -7,7 +7,9 @@ import math
 
 from ml_collections import ConfigDict
 
+from tpu_tune.kernels.delta_rule import CHUNK, PRODUCTS
 from tpu_tune.models import Architecture
+from tpu_tune.models.delta_modules import DeltaNet
 from tpu_tune.planning.devices import Device
 
 # Share of the roofline that well-tuned training reaches; papers and model cards of large models report 0.35 to 0.6.
@@ -69,6 +71,7 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
         + " x tokens"
         + ("" if full else " + 6 x parameters of adapters x tokens")
         + " + 12 x attention width x layers x tokens x keys per token"
+        + (" + 18 x DeltaNet states x tokens" if any(kind.delta for kind in arch.kinds) else "")
     )
     return Work(model, hardware, formula)
 
@@ -77,12 +80,25 @@ def _attention(arch: Architecture, rows: int, queries: int, keys: int) -> tuple[
     """Return forward operations of both products of self-attention: with unmasked keys alone, and with all keys."""
     unmasked = all_keys = 0.0
     for kind in arch.layer_kinds:
+        if kind.delta is not None:
+            needed, executed = _delta_rule(kind.delta)
+            unmasked, all_keys = unmasked + rows * queries * needed, all_keys + rows * queries * executed
+            continue
         per_key = 4.0 * arch.num_heads * arch.heads(kind)[1] * rows * queries
         window = min(kind.window or keys, keys)
         # Query t attends to min(t, window) keys; this is the mean over a row.
         unmasked += per_key * ((keys + 1) / 2 if window == keys else window * (1 - (window - 1) / (2 * keys)))
         all_keys += per_key * keys
     return (unmasked, all_keys) if arch.causal else (all_keys, all_keys)
+
+
+def _delta_rule(delta: DeltaNet) -> tuple[float, float]:
+    """Return forward operations a token of a DeltaNet's convolution and state: as defined, and in chunks."""
+    convolution = 2.0 * delta.taps * delta.channels
+    state = 2.0 * delta.value_heads * delta.key_dim * delta.value_dim  # one product of the state, of three a token
+    scores = 4.0 * CHUNK * (delta.key_heads * delta.key_dim + delta.value_width)  # keys, queries with keys; their uses
+    systems = 2.0 * delta.value_heads * PRODUCTS * CHUNK * CHUNK
+    return convolution + 3 * state, convolution + 3 * state + scores + systems
 
 
 def roofline_seconds(

@@ -178,6 +178,16 @@ def _granite(attention: float, logits: float) -> Config:
     }
 
 
+def _qwen3_5(width: int, inner: int, layers: int, heads: int, value_heads: int, **changes: Any) -> Config:
+    """The text models, without the vision tower and the head for further tokens; sizes as on their model cards."""
+    rotary = {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25}
+    sizes = {"vocab_size": 248320, "max_position_embeddings": 262144, "head_dim": 256}
+    text = _llama(
+        width, inner, layers, heads, 4, model_type="qwen3_5_text", linear_num_value_heads=value_heads, **sizes
+    )
+    return {"model_type": "qwen3_5", "text_config": {**text, "rope_parameters": rotary, **changes}}
+
+
 def _ministral3(width: int, inner: int, layers: int, **changes: Any) -> Config:
     """The text model, without the vision tower; its rotary settings are the family's own."""
     sizes = {"vocab_size": 131072, "head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5}
@@ -248,6 +258,9 @@ PRESETS: dict[str, Config] = {
     "qwen2.5-7b": _qwen("qwen2", 3584, 18944, 28, 28, 4) | {"vocab_size": 152064, "max_position_embeddings": 131072},
     "qwen3-0.6b": _qwen("qwen3", 1024, 3072, 28, 16, 8, head_dim=128, tie_word_embeddings=True),
     "qwen3-8b": _qwen("qwen3", 4096, 12288, 36, 32, 8, head_dim=128) | {"max_position_embeddings": 40960},
+    "qwen3.5-4b": _qwen3_5(2560, 9216, 32, 16, 32, tie_word_embeddings=True),
+    "qwen3.5-9b": _qwen3_5(4096, 12288, 32, 16, 32),
+    "qwen3.5-27b": _qwen3_5(5120, 17408, 64, 24, 48),
     # GPT-NeoX (arXiv:2204.06745, arXiv:2304.01373, RedPajama-INCITE)
     "gpt-neox-20b": _neox(6144, 24576, 44, 64, 50432, hidden_act="gelu_fast"),
     "pythia-6.9b": _neox(4096, 16384, 32, 32, 50432),

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from tpu_tune.kernels.attention import chosen
 from tpu_tune.kernels.blockwise import BLOCK
-from tpu_tune.models import Architecture
+from tpu_tune.kernels.delta_rule import CHUNK
+from tpu_tune.models import Architecture, LayerKind
 from tpu_tune.training.execution import loss_chunk, token_chunk
 
 _FLOAT32 = 4
@@ -34,6 +35,12 @@ def score_bytes(arch: Architecture, rows: int, queries: int, keys: int, implemen
     if implementation != "reference":
         queries, keys = min(queries, BLOCK), min(keys, BLOCK)
     return copies * rows * arch.num_heads * queries * keys * _FLOAT32
+
+
+def _state_bytes(kind: LayerKind) -> int:
+    """Return the bytes of one state (float32) of a layer; the backward pass reads one a chunk of tokens."""
+    delta = kind.delta
+    return delta.value_width * delta.key_dim * _FLOAT32 if delta else 0
 
 
 def scratch_bytes(
@@ -59,6 +66,7 @@ def scratch_bytes(
     layers = arch.num_layers + (arch.encoder.num_layers if arch.encoder else 0)
     used = chosen(config.model.attention, width, width)
     scores = score_bytes(arch, rows, math.ceil(width / mesh["sequence"]), width, used, 3 if training else 2) // tensor
+    scores = max(scores, rows * math.ceil(width / CHUNK) * max(map(_state_bytes, arch.kinds)) // tensor)
     chunk = min(rows * token_chunk(config, rows, mesh["sequence"]) or tokens, tokens)
     # Everything for one chunk of tokens, and attention's inputs and outputs for the others.
     work = chunk * size * (projected + single // tensor + 2 * hidden)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Kind = Literal["linear", "embedding", "norm"]
+Kind = Literal["linear", "embedding", "norm", "elementwise"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,10 @@ class Module:
     Attributes:
       path: the module's path in the tree, without `.weight`. Where layers have modules of one name that differ in
         shape, each stack after the first has the index of its first layer in brackets: `model.layers[3].mlp.up_proj`.
-      kind: linear, embedding or norm; `linear` and `embedding` modules can carry adapters.
-      shape: shape of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim) or (dim,).
+      kind: linear, embedding, norm, or elementwise, which acts on each channel by itself: a factor, a shift, or the
+        taps of a convolution along the tokens. `linear` and `embedding` modules can carry adapters.
+      shape: shape of one layer's weight as it stands in the tree: (in, out), (vocabulary, dim), (dim,) or, for a
+        convolution, (taps, dim).
       axes: logical names of those axes, as in `LeafSpec`.
       bias: whether it has a bias beside the weight.
       layers: indices of the layers that are stacked, ascending; () for a module that is there once.
@@ -63,8 +65,10 @@ class Module:
       fan_in_fan_out: whether the file holds the weight as (in, out), as GPT-2's Conv1D does.
       segments: widths of the matrices that the file has side by side along `out`, in order; () where there is one.
         In the tree they lie in pieces, a `unit` holding the matching piece of each: see `from_torch`.
+      alternating: whether the file has them column by column in turn instead: the first of each, the second of each.
       unit: columns of `out` that belong together; a mesh cuts between units only.
       decay: False where weight decay does not apply to its weight though it is no norm.
+      is_delicate: whether quantization takes it only by name: a small matrix whose error the model magnifies.
       experts: number of experts whose matrices are stacked after the layers' axis, `shape` being one's; 0 for none.
       experts_per_token: to how many of them each token goes.
       experts_path: the part of its name inside the layer after which an expert's index follows in Hugging Face's names;
@@ -85,8 +89,10 @@ class Module:
     tied_to: str = ""
     fan_in_fan_out: bool = False
     segments: tuple[int, ...] = ()
+    alternating: bool = False
     unit: int = 1
     decay: bool = True
+    is_delicate: bool = False
     experts: int = 0
     experts_per_token: int = 0
     experts_path: str = ""
@@ -100,6 +106,11 @@ class Module:
         return f"{self.path}.weight"
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether its weight is a matrix, which adapters and quantization are made for."""
+        return self.kind in ("linear", "embedding")
+
+    @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes of its leaves: layers and experts, as far as it has them; () for a module that is there once."""
         return ((len(self.layers),) if self.layers else ()) + ((self.experts,) if self.experts else ())
@@ -107,7 +118,9 @@ class Module:
     def leaves(self) -> dict[str, LeafSpec]:
         """Return path -> facts of its leaves: the weight, and the bias where there is one."""
         common = {"stacked": bool(self.layers), "unit": self.unit, "experts": bool(self.experts)}
-        specs = {self.weight: LeafSpec(self.axes, decay=self.decay and self.kind != "norm", **common)}
+        # Hugging Face's Trainer spares modules that are norms, not parameters of others.
+        decay = self.decay and (self.kind != "norm" or self.is_parameter)
+        specs = {self.weight: LeafSpec(self.axes, decay=decay, **common)}
         if self.bias:
             specs[f"{self.path}.bias"] = LeafSpec((None,), decay=False, **common)
         return specs
@@ -148,6 +161,8 @@ class Module:
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """Shape of one layer's weight in torch layout; of one expert's, where each has a tensor of its own."""
+        if self._is_convolution:
+            return (self.shape[1], 1, self.shape[0])
         return self.stacked_in_file + (self.shape[::-1] if self._is_transposed else self.shape)
 
     def from_torch(self, weight: Any) -> Any:
@@ -155,12 +170,16 @@ class Module:
 
         A `QuantizedTensor` is (in, out) already; its columns are ordered all the same.
         """
+        if self._is_convolution:
+            weight = weight[:, 0].T
         transposed = weight.T if self._is_transposed and hasattr(weight, "T") else weight
         return jax.tree.map(self.interleave, transposed)
 
     def to_torch(self, weight: Any) -> Any:
         """Turn one layer's weight back to torch layout."""
         weight = self.deinterleave(weight)
+        if self._is_convolution:
+            return weight.T[:, None]
         return weight.T if self._is_transposed else weight
 
     def interleave(self, columns: Any) -> Any:
@@ -173,6 +192,8 @@ class Module:
             return columns
         leading, count = columns.shape[:-1], sum(self.segments) // self.unit
         ends = list(itertools.accumulate(self.segments))
+        if self.alternating:
+            columns = _concatenate([columns[..., first :: len(ends)] for first in range(len(ends))])
         parts = [columns[..., end - width : end] for end, width in zip(ends, self.segments, strict=True)]
         pieces = [part.reshape(*leading, count, part.shape[-1] // count) for part in parts]
         return _concatenate(pieces).reshape(columns.shape)
@@ -185,7 +206,14 @@ class Module:
         units = columns.reshape(*leading, count, self.unit)
         ends = [end // count for end in itertools.accumulate(self.segments)]
         parts = [units[..., end - width // count : end] for end, width in zip(ends, self.segments, strict=True)]
-        return _concatenate([part.reshape(*leading, -1) for part in parts])
+        parts = [part.reshape(*leading, -1) for part in parts]
+        if self.alternating:
+            return _concatenate([part[..., None] for part in parts]).reshape(columns.shape)
+        return _concatenate(parts)
+
+    @property
+    def _is_convolution(self) -> bool:
+        return self.kind == "elementwise" and len(self.shape) == 2
 
     @property
     def _is_transposed(self) -> bool:

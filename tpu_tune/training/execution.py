@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from tpu_tune.errors import UserError
 from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution
@@ -46,6 +47,19 @@ def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
         return max(1, config.model.token_chunk_size // rows)
     recomputed = config.model.remat in ("full", "offload")
     return max(1, TOKEN_CHUNK // rows) if recomputed and rows * config.data.max_length > 2 * TOKEN_CHUNK * shards else 0
+
+
+def check_mesh(architecture: Architecture, mesh: Mesh) -> None:
+    """Refuse a mesh that cuts rows where layers go through a row token after token.
+
+    Raises:
+      UserError: it does.
+    """
+    if mesh.shape["sequence"] > 1 and any(kind.delta for kind in architecture.kinds):
+        raise UserError(
+            f"mesh.sequence={mesh.shape['sequence']} cuts rows, and this {architecture.family} model's DeltaNet layers "
+            "need them whole; set mesh.sequence=1 and use mesh.fsdp or mesh.tensor"
+        )
 
 
 def execution(

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints import mxfp4
 from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.checkpoints.methods import METHODS
 from tpu_tune.checkpoints.params import load_params, open_architecture
@@ -26,7 +27,7 @@ from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
 from tpu_tune.tensors import LeafSpec
-from tpu_tune.training.execution import compute_dtype
+from tpu_tune.training.execution import check_mesh, compute_dtype
 from tpu_tune.transforms import Method, QuantizeConfig, quantize_weight, quantized_paths, sharding
 
 
@@ -92,6 +93,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     """
     source = open_configured(config, read_text(config.data.chat_template))
     arch = open_architecture(source)
+    check_mesh(arch, mesh)
     method, adapters, quantization = _method(config, arch, source.added_tokens.values())
     specs = arch.leaves()
     shardings: dict[str, Any] = {}
@@ -117,14 +119,17 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
       mesh: real devices, or those that a topology describes.
     """
     arch = architecture(model_config)
+    check_mesh(arch, mesh)
     # Which tokens are new changes no shape; the last ones stand for them.
     added = range(arch.vocab_size - len(config.model.add_special_tokens), arch.vocab_size)
     method, adapters, quantization = _method(config, arch, added)
     dtype, quantized = storage_dtype(config), quantized_paths(arch.modules(), quantization)
     specs = arch.leaves()
     base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
-    quantize = functools.partial(quantize_weight, config=quantization)
-    base = {path: jax.eval_shape(quantize, leaf) if path in quantized else leaf for path, leaf in base.items()}
+    formats = dict.fromkeys(quantized, quantization)
+    formats |= dict.fromkeys(mxfp4.stored_paths(model_config, arch.modules()), QuantizeConfig("mxfp4"))
+    for path, how in formats.items():
+        base[path] = jax.eval_shape(functools.partial(quantize_weight, config=how), base[path])
 
     trainable, frozen = jax.eval_shape(lambda params: _split(method, params, adapters, config.seed), base)
     shardings = sharding.shardings(base, specs, mesh)

@@ -12,7 +12,7 @@ from typing import Any
 from tpu_tune.config import QuantizeConfig
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import FORMATS, Module, QuantizedTensor, pack_block, quantize_tensor
-from tpu_tune.transforms.select import choices, matches, targeted
+from tpu_tune.transforms.select import ALL_LINEAR, choices, matches, targeted
 
 
 def quantized_paths(modules: Sequence[Module], config: QuantizeConfig) -> frozenset[str]:
@@ -29,12 +29,14 @@ def quantized_paths(modules: Sequence[Module], config: QuantizeConfig) -> frozen
             raise UserError(
                 f"quantize.exclude: '{entry}' matches no module; choose among {', '.join(choices(modules))}"
             )
-    chosen = targeted(modules, config.include, exclude=config.exclude, key="quantize.include")
+    able = [module for module in modules if not module.is_delicate or config.include not in (ALL_LINEAR, [ALL_LINEAR])]
+    chosen = targeted(able, config.include, exclude=config.exclude, key="quantize.include")
     by_path = {module.path: module for module in modules}
     for path, layers in chosen.items():
         module = by_path[path]
-        if module.kind == "norm":
-            raise UserError(f"quantize.include names the norm '{path}'; only matrices can be quantized")
+        if not module.is_matrix:
+            what = "the norm " if module.kind == "norm" else ""
+            raise UserError(f"quantize.include names {what}'{path}'; only matrices can be quantized")
         if len(layers) < len(module.layers):
             raise UserError(
                 f"quantize.include takes only {len(layers)} of the {len(module.layers)} layers of '{path}'; "
@@ -52,8 +54,13 @@ def quantize_weight(weight: Any, config: QuantizeConfig) -> QuantizedTensor:
     if isinstance(weight, QuantizedTensor):
         return weight
     return quantize_tensor(
-        weight, config.format, config.group_size, config.double_quant and FORMATS[config.format].bits == 4
+        weight, config.format, group_size(config), config.double_quant and FORMATS[config.format].bits == 4
     )
+
+
+def group_size(config: QuantizeConfig) -> int:
+    """Return the number of rows that share a scale: what the format says, else what the config does."""
+    return FORMATS[config.format].group_size or config.group_size
 
 
 def quantize(params: Mapping[str, Any], modules: Sequence[Module], config: QuantizeConfig) -> dict[str, Any]:

@@ -109,8 +109,8 @@ def by_pattern(table: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def choices(modules: Iterable[Module]) -> list[str]:
-    """Return the short names a user may write, once each, norms left out."""
-    return list(dict.fromkeys(module.path.rsplit(".")[-1] for module in modules if module.kind != "norm"))
+    """Return the short names a user may write, once each, those without a matrix left out."""
+    return list(dict.fromkeys(module.path.rsplit(".")[-1] for module in modules if module.is_matrix))
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

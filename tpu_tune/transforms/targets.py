@@ -59,9 +59,10 @@ def experts_words(modules: Sequence[Module], targets: Targets) -> str:
 
 
 def _target(module: Module, layers: tuple[int | None, ...], config: LoraConfig) -> Target:
-    if module.kind == "norm":
+    if not module.is_matrix:
+        what = "the norm " if module.kind == "norm" else ""
         raise UserError(
-            f"lora.target_modules matches the norm '{module.path}', which has no matrix to adapt; "
+            f"lora.target_modules matches {what}'{module.path}', which has no matrix to adapt; "
             "put it in lora.modules_to_save to train it in full"
         )
     if module.no_adapter:
@@ -149,7 +150,7 @@ def _biases(
         return ()
     with_bias = [module for module in modules if module.bias and module not in saved]
     if config.bias == "lora_only":
-        with_bias = [module for module in with_bias if module.path in chosen and module.kind != "norm"]
+        with_bias = [module for module in with_bias if module.path in chosen and module.is_matrix]
         if any(len(chosen[module.path]) < len(module.layers) for module in with_bias):
             raise UserError(_NO_SELECTION)
     return tuple(f"{module.path}.bias" for module in with_bias)

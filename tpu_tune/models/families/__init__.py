@@ -19,6 +19,7 @@ from tpu_tune.models.families.gemma4 import gemma4
 from tpu_tune.models.families.glm import glm, glm4, glm4_moe
 from tpu_tune.models.families.gpt2 import gpt2
 from tpu_tune.models.families.gpt_neox import gpt_neox
+from tpu_tune.models.families.gpt_oss import gpt_oss
 from tpu_tune.models.families.gptj import gptj
 from tpu_tune.models.families.granite import granite, granite_hybrid, granite_moe
 from tpu_tune.models.families.llama import llama, mistral, qwen2, qwen3
@@ -28,6 +29,7 @@ from tpu_tune.models.families.nanochat import nanochat
 from tpu_tune.models.families.olmo import olmo2, olmo3, olmoe
 from tpu_tune.models.families.opt import opt
 from tpu_tune.models.families.phi import phi, phi3
+from tpu_tune.models.families.qwen3_5 import qwen3_5, qwen3_5_moe, qwen3_next
 from tpu_tune.models.families.qwen_moe import qwen2_moe, qwen3_moe
 from tpu_tune.models.families.seed_oss import seed_oss
 from tpu_tune.models.families.smollm3 import smollm3
@@ -64,6 +66,9 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "seed_oss": seed_oss,
     "exaone4": exaone4,
     "nanochat": nanochat,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_text": qwen3_5,
+    "qwen3_5_moe_text": qwen3_5_moe,
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
@@ -71,6 +76,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "granitemoe": granite_moe,
     "granitemoeshared": granite_moe,
     "glm4_moe": glm4_moe,
+    "gpt_oss": gpt_oss,
     "t5": t5,
 }
 

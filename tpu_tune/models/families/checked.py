@@ -42,13 +42,16 @@ KINDS = {
     "moe_intermediate_size": _WIDTH | NOTHING,
     "mlp_only_layers": listing(whole(0, MOST_LAYERS)) | NOTHING,
     **dict.fromkeys(("router_aux_loss_coef", "routed_scaling_factor"), number(0)),
-    "clip_qkv": _POSITIVE | NOTHING,
+    **dict.fromkeys(("clip_qkv", "swiglu_limit", "swiglu_alpha"), _POSITIVE | NOTHING),
+    "linear_conv_kernel_dim": whole(2, 256),
+    "full_attention_interval": whole(1, MOST_LAYERS),
     "position_embedding_type": TEXT | NOTHING,
     **dict.fromkeys(
         (
             "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_head", "ffn_dim", "d_model",
-            "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets",
-            "relative_attention_max_distance", "global_head_dim", "vocab_size_per_layer_input",
+            "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance",
+            "global_head_dim", "vocab_size_per_layer_input", "linear_key_head_dim", "linear_value_head_dim",
+            "linear_num_key_heads", "linear_num_value_heads",
         ),
         _WIDTH,
     ),
@@ -77,7 +80,7 @@ KINDS = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN),
     "eos_token_id": _TOKEN | listing(whole(0, MOST_TOKENS)),
     "decoder_start_token_id": whole(0, MOST_TOKENS) | NOTHING,
-    "layer_types": listing(one_of("full_attention", "sliding_attention", "attention")) | NOTHING,
+    "layer_types": listing(one_of("full_attention", "sliding_attention", "attention", "linear_attention")) | NOTHING,
     **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), OBJECT | NOTHING),
 }  # fmt: skip
 
@@ -99,6 +102,7 @@ _GEMMA4 = {
     **dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size"), _WIDTH | NOTHING),  # null: dense
 }
 _OWN_KINDS = {
+    "qwen3_next": {"num_experts": whole(0, MOST_WIDE) | NOTHING},
     "exaone4": {"sliding_window_pattern": whole(1, MOST_LAYERS) | TEXT | NOTHING},  # such as LLLG
     "qwen2_moe": {"sliding_window": whole(0, MOST_POSITIONS) | NOTHING},  # what transformers 5 writes where it is off
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),

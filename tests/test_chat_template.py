@@ -142,9 +142,9 @@ def test_another_adapter_brings_its_own(run, tmp_path):
 
 
 def test_going_on_from_an_adapter_goes_on_with_its_template(run, base, tmp_path):
-    model = helpers.make_config(model__path=str(base), model__adapter=f"{run}/adapter").model
-    assert open_configured(model).load_tokenizer().chat_template == TEMPLATE
-    assert open_configured(model, OWN).load_tokenizer().chat_template == OWN
+    config = helpers.make_config(model__path=str(base), model__adapter=f"{run}/adapter")
+    assert open_configured(config).load_tokenizer().chat_template == TEMPLATE
+    assert open_configured(config, OWN).load_tokenizer().chat_template == OWN
 
 
 def test_a_run_from_before_says_what_it_lacks(run, tmp_path, caplog):

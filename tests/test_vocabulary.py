@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import types
 
 import helpers_training as helpers
 import jax
@@ -392,4 +391,4 @@ def test_keys_from_the_command_line():
 def test_a_model_without_a_tokenizer_is_named(tmp_path):
     path = tiny_models.write(tmp_path / "m", tiny_models.CONFIGS["llama2"])
     with pytest.raises(UserError, match="no usable tokenizer"):
-        vocabulary.open_configured(types.SimpleNamespace(path=path, add_special_tokens=TOKENS))
+        vocabulary.open_configured(helpers.make_config(model__path=path, model__add_special_tokens=TOKENS))

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from tpu_tune.checkpoints import storage
+from tpu_tune.checkpoints.heads import with_head
 from tpu_tune.checkpoints.huggingface import load_tokenizer
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.peft import PREFIX, REDONE_STARTS, is_saved, read_files, saved_embeddings
 from tpu_tune.checkpoints.vocabulary import with_vocabulary
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.models import Architecture, with_keys
+from tpu_tune.models import SCORE, Architecture, label_names, with_keys
 from tpu_tune.tensors import Module, QuantizedTensor
 from tpu_tune.transforms import LoraConfig, find_targets
 
@@ -44,12 +45,21 @@ def base_of_adapter(source: WeightSource, adapter: str) -> WeightSource:
       UserError: the adapter or the model cannot be read, or the adapter's base cannot be made from this model.
     """
     spec, tensors = read_files(adapter, open_architecture(source))
+    source = _with_score(source, tensors)
     source = _with_own_head(source, spec)
     if spec.init_lora_weights in REDONE_STARTS:
         source = _with_residuals(source, adapter, spec)
     # Last: what is saved of the base is as it was under the adapter, its first values taken out.
     source = _with_embeddings(source, adapter, spec, tensors)
     return dataclasses.replace(source, base_of=adapter)
+
+
+def _with_score(source: WeightSource, tensors: Mapping[str, np.ndarray]) -> WeightSource:
+    """Give the source of a SEQ_CLS adapter the head that the adapter trains, where it has none of as many labels."""
+    score = tensors.get(f"{PREFIX}{SCORE}.weight")
+    if score is None or open_architecture(source).num_labels == len(score):
+        return source
+    return with_head(source, label_names({"num_labels": len(score)}))
 
 
 def _with_embeddings(
@@ -96,7 +106,10 @@ def _trained_anew(architecture: Architecture, spec: LoraConfig, tensors: Mapping
     found = {}
     for module in architecture.modules() if not architecture.tied else ():
         name = f"{PREFIX}{module.path}.weight"
-        per_token = module.is_head or module.path == architecture.names.embed
+        per_token = module.path in (
+            architecture.names.embed,
+            "" if architecture.num_labels else architecture.names.head,
+        )
         if per_token and is_saved(module, spec) and len(tensors.get(name, ())) not in (0, architecture.vocab_size):
             found[name] = module
     return found
@@ -104,7 +117,8 @@ def _trained_anew(architecture: Architecture, spec: LoraConfig, tensors: Mapping
 
 def _absent(architecture: Architecture, names: Mapping[str, str], replaced: Mapping[str, Any]) -> list[str]:
     """Return the leaves with an entry for each token that are not replaced."""
-    heads = [module for module in architecture.modules() if module.is_head and not module.tied_to]
+    own = not architecture.tied and not architecture.num_labels
+    heads = [module for module in architecture.modules() if module.is_head and own]
     leaves = [f"{architecture.names.embed}.weight", *[path for head in heads for path in head.leaves()]]
     return [path for path in leaves if names[path] not in replaced]
 

@@ -34,6 +34,7 @@ from tpu_tune.checkpoints.huggingface_write import untied_config
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture as architecture_of
+from tpu_tune.models import is_classifier
 
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _LARGEST_F16 = float(np.finfo(np.float16).max)
@@ -41,6 +42,11 @@ _LARGEST_F16 = float(np.finfo(np.float16).max)
 
 def check_family(config: dict[str, Any]) -> None:
     """Raise a UserError if llama.cpp knows no models of this configuration; nothing is read or written."""
+    if is_classifier(config):
+        raise UserError(
+            "a GGUF file of a classification or reward head is not implemented; without --gguf the result is written "
+            "as PEFT and transformers read it"
+        )
     gguf_metadata(config)
 
 

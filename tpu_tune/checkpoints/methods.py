@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import peft
 from tpu_tune.errors import UserError
-from tpu_tune.models import Architecture
+from tpu_tune.models import SCORE, Architecture
 from tpu_tune.transforms import FULL, LoraConfig, Method, find_targets, token_rows
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,16 @@ def lora(config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]) ->
         settings = dataclasses.replace(settings, dropout=config.lora.dropout)
     if config.model.train_added_tokens:
         settings = _with_added_tokens(config, settings, arch, added_tokens, has_adapter=adapters is not None)
+    if arch.num_labels and SCORE not in settings.modules_to_save:  # as PEFT does where task_type is SEQ_CLS
+        settings = dataclasses.replace(settings, modules_to_save=[*settings.modules_to_save, SCORE])
     return find_targets(arch.modules(), settings, arch.default_targets), adapters
 
 
 def _with_added_tokens(
     config: ConfigDict, settings: LoraConfig, arch: Architecture, added_tokens: Iterable[int], has_adapter: bool
 ) -> LoraConfig:
-    candidates = [module for module in arch.modules() if module.path == arch.names.embed or module.is_head]
+    per_token = [arch.names.embed, *([] if arch.num_labels else [arch.names.head])]
+    candidates = [module for module in arch.modules() if module.path in per_token]
     trained = {rows.module.path: list(rows.ids) for rows in token_rows(candidates, settings.trainable_token_indices)}
     before = {path: list(ids) for path, ids in trained.items()}
     for module in candidates:

@@ -20,7 +20,7 @@ import numpy as np
 
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError, counted
-from tpu_tune.models import Architecture, architecture, with_keys
+from tpu_tune.models import Architecture, architecture, is_classifier, with_keys
 from tpu_tune.models.wrappers import spellings
 from tpu_tune.tensors import Module, QuantizedTensor
 from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths
@@ -139,6 +139,8 @@ def with_stored_head(source: WeightSource) -> WeightSource:
       UserError: a tensor cannot be read, or T5's encoder or decoder has an embedding of its own.
     """
     config = source.config
+    if is_classifier(config):  # its head is never the embedding
+        return source
     try:
         tied = architecture(with_keys(config, {"tie_word_embeddings": True}))
         is_tied = architecture(config).tied

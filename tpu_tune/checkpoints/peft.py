@@ -112,7 +112,7 @@ def adapter_config(targets: Targets, base_name: str, architecture: Architecture)
         names = sorted({target.module.path.rsplit(".")[-1] for target in targets.adapted})
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if architecture.encoder else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if architecture.num_labels else "SEQ_2_SEQ_LM" if architecture.encoder else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": spec.rank,
@@ -337,7 +337,7 @@ def saved_embeddings(
     """
     named = {}
     for module in architecture.modules():
-        if module.path == architecture.names.embed or module.is_head:
+        if module.path == architecture.names.embed or (module.is_head and not architecture.num_labels):
             saved = is_saved(module, spec)
             for inner in (".original_module",) if saved else ("", ".base_layer", ".token_adapter.base_layer"):
                 named[f"{PREFIX}{module.path}{inner}.weight"] = module
@@ -423,6 +423,9 @@ def read_spec(directory: str) -> LoraConfig:
     for key in _REFUSED:
         if config.get(key) and key not in _INITIAL_ONLY:
             raise UserError(f"{file}: '{key}' is set and not implemented here")
+    saved = config.get("modules_to_save") or ()
+    if config.get("task_type") == "SEQ_CLS":  # PEFT names the heads of all models, and passes over those not there
+        saved = [name for name in saved if name != "classifier"]
     layers = config.get("layers_to_transform")
     pattern = config.get("layers_pattern") or ""
     return LoraConfig(
@@ -432,7 +435,7 @@ def read_spec(directory: str) -> LoraConfig:
         target_modules=config.get("target_modules") or "",
         exclude_modules=config.get("exclude_modules") or (),
         bias=config.get("bias", "none"),
-        modules_to_save=config.get("modules_to_save") or (),
+        modules_to_save=saved,
         trainable_token_indices=config.get("trainable_token_indices") or (),
         layers_to_transform=([layers] if isinstance(layers, int) else layers) or (),
         layers_pattern=pattern if isinstance(pattern, str) else "|".join(pattern),

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.chat_template import Template, template_of, with_template
+from tpu_tune.checkpoints.heads import with_configured_head
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -33,22 +34,22 @@ from tpu_tune.tensors import QuantizedTensor
 RECORD = "added_special_tokens.json"
 
 
-def open_configured(model: ConfigDict, template: Template = "") -> WeightSource:
-    """Open what `config.model` describes: the model at its `path`, with its `add_special_tokens`.
+def open_configured(config: ConfigDict, template: Template = "") -> WeightSource:
+    """Open the model that a configuration describes: `model.path` with `model.add_special_tokens` and the head.
 
     Args:
-      model: `config.model`.
+      config: the whole configuration.
       template: the chat template in place of the tokenizer's own (`chat_template.read_text` of `data.chat_template`);
         "" takes the one that stands beside `model.adapter`, or else the tokenizer's.
 
     Raises:
-      UserError: nothing usable is there, or the tokens cannot be added.
+      UserError: nothing usable is there, or the tokens or the head cannot be added.
     """
-    source = open_source(model.path)
+    model = config.model
+    source = with_configured_head(open_source(model.path), config)
     if model.add_special_tokens:
         source = with_added_tokens(source, list(model.add_special_tokens))
-    adapter = getattr(model, "adapter", "")
-    return with_template(source, template or (template_of(adapter) if adapter else ""))
+    return with_template(source, template or (template_of(model.adapter) if model.adapter else ""))
 
 
 def with_added_tokens(source: WeightSource, tokens: Sequence[str]) -> WeightSource:
@@ -173,7 +174,7 @@ def _per_token(architecture: Architecture) -> list[str]:
     inputs = architecture.names.inputs_embed
     names = [f"{architecture.names.embed}.weight", *([f"{inputs}.weight"] if inputs else [])]
     for module in architecture.modules():
-        if module.is_head:
+        if module.is_head and not architecture.num_labels:
             names += [] if module.tied_to else [module.weight]
             names += [f"{module.path}.bias"] if module.bias else []
     return names

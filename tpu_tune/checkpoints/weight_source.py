@@ -32,6 +32,7 @@ class WeightSource:
       fingerprint: changes when the weights do; run checkpoints record it.
       base_of: the adapter directory whose base the weights are (`adapter_base.base_of_adapter`), "" for no one's.
       added_tokens: token -> id of what `vocabulary.with_added_tokens` was asked to add.
+      new_head: whether its classification or reward head is in no file (`heads.with_head`).
       parts: name of a tensor in the files -> its shape there, and the names above of the tensors whose rows it holds
         one after the other (`stacked_experts`).
       chat_template: what `chat_template.with_template` put in place of the tokenizer's own, or "".
@@ -46,4 +47,5 @@ class WeightSource:
     base_of: str = ""
     added_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     chat_template: str | Mapping[str, str] = ""
+    new_head: bool = False
     parts: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = dataclasses.field(default_factory=dict)

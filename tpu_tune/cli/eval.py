@@ -41,10 +41,11 @@ def add(commands: Commands) -> None:
     other.add_argument("--base", action="store_true", help="compare a run with its model from before training")
     parser.add_argument(
         "--task",
-        choices=("perplexity", "multiple-choice", "mmlu", "exact-match"),
+        choices=("perplexity", "classification", "multiple-choice", "mmlu", "exact-match"),
         default="perplexity",
-        help="multiple-choice takes rows as of HellaSwag, ARC, TruthfulQA and MMLU; mmlu scores as QLoRA does; "
-        "exact-match takes questions and answers, such as GSM8K (default perplexity)",
+        help="perplexity of a language model; classification: accuracy and F1 of a classifier, or a reward model's "
+        "share of pairs; multiple-choice takes rows as of HellaSwag, ARC, TruthfulQA and MMLU; mmlu scores as QLoRA "
+        "does; exact-match takes questions and answers, such as GSM8K (default: perplexity or classification)",
     )
     parser.add_argument(
         "--data", default="", help="file, directory or hub id (perplexity of a run: its own evaluation data)"
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     config = None
-    if settings.task == "perplexity":
+    if settings.task in ("perplexity", "classification"):
         config = _data_config(options)
     elif options.config or options.overrides:
         raise UserError(
@@ -123,6 +124,8 @@ def run(options: argparse.Namespace) -> int:
         _check_rows(settings)  # before any weight is read
 
     model = load_any(options.model, options.dtype, options.quantize, options.adapter, step=options.step)
+    if model.architecture.num_labels and settings.task == "perplexity":
+        settings = dataclasses.replace(settings, task="classification")
     said: set[str] = set()
     with _said_once(said):
         outcomes = [run_task(model, settings, config)]
@@ -260,22 +263,25 @@ def _table(report: dict[str, Any]) -> str:
     about += ", choices shuffled (the right one always stands at one place)" if report.get("shuffled") else ""
     lines = [["", *(model["model"] for model in models), *(["difference"] if len(models) == 2 else [])]]
     for name in report["intervals"]:
-        is_share = name not in ("eval_loss", "bits_per_byte")
+        is_share = name not in ("eval_loss", "eval_mse", "bits_per_byte")
         line = [name, *(_bounds(model[name], *model["intervals"][name], is_share) for model in models)]
         if len(models) == 2:
             line.append(_bounds(*report["difference"][name].values(), is_share, sign="+"))
         lines.append(line)
-        if name == "eval_loss":
+        if name == "eval_loss" and report["task"] == "perplexity":
             exps = [[math.exp(min(x, 700)) for x in (model[name], *model["intervals"][name])] for model in models]
             lines.append(["perplexity", *(_bounds(*values, False) for values in exps)])
     for name in report:
+        if name == "eval_f1":
+            lines.append([name, *(f"{model[name]:.4f}" for model in models)])
         if name.startswith("mmlu_") and name not in report["intervals"]:
             is_share = name != "mmlu_loss"
             lines.append([name, *(f"{model[name]:.1%}" if is_share else f"{model[name]:.4f}" for model in models)])
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines]
-    wilson = report["task"] in ("multiple-choice", "exact-match")
-    how = "95% confidence intervals: " + ("Wilson's score" if wilson else "bootstrap")
+    wilson = {"multiple-choice": "Wilson's score", "exact-match": "Wilson's score"}
+    wilson["classification"] = "Wilson's score of the accuracy, bootstrap of the others"
+    how = "95% confidence intervals: " + wilson.get(report["task"], "bootstrap")
     how += "; of the difference, paired bootstrap" if len(models) == 2 else ""
     return "\n".join([about, *body, how])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tpu_tune.config.engine import Schema
+from tpu_tune.config.engine import Schema, config_get
 from tpu_tune.config.sections import Config
 from tpu_tune.errors import UserError
 
@@ -25,7 +25,33 @@ def source_paths(value: str | Sequence[str | Mapping[str, Any]]) -> list[str]:
     return [str(entry if isinstance(entry, str) else entry.get("path", "")) for entry in value]
 
 
+# Key of `head` -> the value that asks for nothing, and the head that it belongs to.
+_OF_HEADS = {
+    "num_labels": (0, "classification"), "labels": ([], "classification"), "problem_type": ("auto", "classification"),
+    "center_rewards_coefficient": (0.0, "reward"),
+}  # fmt: skip
+
+
+def _hold_head(config: ConfigDict) -> None:
+    head, labels = config.head, list(config.head.labels)
+    for name, (neutral, owner) in _OF_HEADS.items():
+        if head.name != owner and config_get(config, f"head.{name}") not in (neutral, ()):
+            raise UserError(f"config key 'head.{name}' belongs to head.name={owner}, and head.name is {head.name}")
+    if labels and head.num_labels not in (0, len(labels)):
+        raise UserError(f"config key 'head.num_labels' is {head.num_labels}, and 'head.labels' names {len(labels)}")
+    if len({*labels}) < len(labels) or not all(labels):
+        raise UserError(f"config key 'head.labels' is {labels}; the names must differ, and none may be empty")
+    if head.name != "lm" and config.objective.name != "sft":
+        raise UserError(
+            f"objective.name={config.objective.name} is for a language model; a {head.name} head has its own loss: "
+            "leave objective.name out"
+        )
+    if head.name != "lm" and config.train.sample_prompts:
+        raise UserError(f"config key 'train.sample_prompts' needs a model that writes; head.name is {head.name}")
+
+
 def _hold(config: ConfigDict) -> None:
+    _hold_head(config)
     train, tokens = config.train, config.model.add_special_tokens
     if train.max_steps <= 0 and train.num_train_epochs <= 0:
         raise UserError("config key 'train.num_train_epochs' must be positive (or set 'train.max_steps')")

@@ -39,6 +39,7 @@ RowFormat = Literal[
     "kto-tag-as-chat",
 ]
 Strategy = Literal["no", "steps", "epoch"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 SEED = {"at_least": -1, "at_most": 2**32 - 1}
 
 
@@ -147,6 +148,17 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What stands on the last hidden states."""
+
+    name: Literal["lm", "classification", "reward"] = key("lm", "next tokens, or a text's class, or its reward")
+    num_labels: int = key(0, "outputs of a classification; 0: as the labels, the model or the rows have", at_least=0)
+    labels: Sequence[str] = key([], "the classes' names in order; empty: the model's own, or those in the rows")
+    problem_type: Literal["auto", ProblemType] = key("auto", "as in Hugging Face; auto: by the rows' labels")
+    center_rewards_coefficient: float = key(0.0, "TRL's: pulls a pair's summed rewards to zero (0.01)", at_least=0)
+
+
+@dataclass(frozen=True)
 class Train:
     """The training itself: length, optimizer, and what is logged, evaluated and saved when."""
 
@@ -209,5 +221,6 @@ class Config:
     lora: LoraConfig = LoraConfig()
     data: Data = Data()
     objective: Objective = Objective()
+    head: Head = Head()
     train: Train = Train()
     mesh: Mesh = Mesh()

@@ -21,7 +21,7 @@ from tpu_tune.curves.plot_style import (
     style_axes,
 )
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import AXES, FEW, QUANTITIES, Quantity, has_rewards, panel, smoothed_over, smoothing_window
+from tpu_tune.curves.series import AXES, FEW, QUANTITIES, Quantity, panel, smoothed_over, smoothing_window
 from tpu_tune.curves.statistics import smooth
 from tpu_tune.errors import UserError
 
@@ -38,9 +38,8 @@ def plot_runs(runs: Sequence[CurveRun], path: str | os.PathLike, x: str = "steps
     Raises:
       UserError: the file cannot be written, or the metrics have no tokens or epochs.
     """
-    rewards = any(has_rewards(run.metrics) for run in runs)
-    quantities = [one for one in QUANTITIES if rewards or not one.train.startswith(("rewards/", "logps/"))]
-    rows = len(quantities) // 2
+    quantities = [one for one in QUANTITIES if not one.optional or any(_has(run, one) for run in runs)]
+    rows = -(-len(quantities) // 2)
     figure = Figure(figsize=(12, 1 + 3 * rows), dpi=100, facecolor="white", layout="constrained")
     grid = figure.add_gridspec(rows, 2, height_ratios=(1.5, *[1] * (rows - 1)))
     legend: dict[str, Any] = {}
@@ -60,6 +59,10 @@ def plot_runs(runs: Sequence[CurveRun], path: str | os.PathLike, x: str = "steps
         save_png(figure, path)
     except OSError as error:
         raise UserError(f"{os.fspath(path)} cannot be written: {error.strerror or error}") from error
+
+
+def _has(run: CurveRun, quantity: Quantity) -> bool:
+    return any(len(panel(run.metrics, quantity, side)[0]) for side in ("train", "eval"))
 
 
 def _draw(axes: Any, runs: Sequence[CurveRun], quantity: Quantity, x: str, beta: float) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Quantity:
       train, eval: keys in the metrics rows; "" if there is none.
       exponential: whether the panel shows exp of the row's value (perplexity from the loss).
       noisy: whether its training curve needs smoothing.
+      optional: whether the panel is left out where no run has it.
     """
 
     name: str
@@ -31,18 +32,21 @@ class Quantity:
     eval: str = ""
     exponential: bool = False
     noisy: bool = True
+    optional: bool = False
 
 
 QUANTITIES = (
     Quantity("loss", "loss", "eval_loss"),
     Quantity("perplexity", "loss", "eval_loss", exponential=True),
     Quantity("token accuracy", "token_accuracy", "eval_token_accuracy"),
-    Quantity("reward margin", "rewards/margins", "eval_rewards/margins"),
-    Quantity("reward accuracy", "rewards/accuracies", "eval_rewards/accuracies"),
-    Quantity("reward of chosen answers", "rewards/chosen", "eval_rewards/chosen"),
-    Quantity("reward of rejected answers", "rewards/rejected", "eval_rewards/rejected"),
-    Quantity("log-probability of chosen answers", "logps/chosen", "eval_logps/chosen"),
-    Quantity("log-probability of rejected answers", "logps/rejected", "eval_logps/rejected"),
+    Quantity("accuracy", "accuracy", "eval_accuracy", optional=True),
+    Quantity("F1", "", "eval_f1", optional=True),
+    Quantity("reward margin", "rewards/margins", "eval_rewards/margins", optional=True),
+    Quantity("reward accuracy", "rewards/accuracies", "eval_rewards/accuracies", optional=True),
+    Quantity("reward of chosen answers", "rewards/chosen", "eval_rewards/chosen", optional=True),
+    Quantity("reward of rejected answers", "rewards/rejected", "eval_rewards/rejected", optional=True),
+    Quantity("log-probability of chosen answers", "logps/chosen", "eval_logps/chosen", optional=True),
+    Quantity("log-probability of rejected answers", "logps/rejected", "eval_logps/rejected", optional=True),
     Quantity("learning rate", "learning_rate", noisy=False),
     Quantity("gradient norm", "grad_norm"),
     Quantity("tokens a second", "tokens_per_second"),
@@ -77,8 +81,8 @@ def panel(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return x and values of one side (`train` or `eval`) of a quantity; empty where the rows have none."""
     key = getattr(quantity, side)
-    if quantity.exponential and has_rewards(metrics):
-        key = ""  # a preference loss has no perplexity
+    if quantity.exponential and (has_rewards(metrics) or has_judgements(metrics)):
+        key = ""  # such a loss has no perplexity
     positions, values = series(metrics, key, x) if key else (np.zeros(0), np.zeros(0))
     return positions, np.exp(np.minimum(values, 700.0)) if quantity.exponential else values
 
@@ -86,6 +90,11 @@ def panel(
 def has_rewards(metrics: Sequence[Mapping[str, Any]]) -> bool:
     """Whether rows of metrics.jsonl are those of a preference run."""
     return any("rewards/margins" in row for row in metrics)
+
+
+def has_judgements(metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows of metrics.jsonl are those of a run with a classification or reward head."""
+    return any(key in row for row in metrics for key in ("accuracy", "mse", "eval_accuracy", "eval_mse"))
 
 
 def smoothing_window(count: int, beta: float = 0.9) -> int:

@@ -96,7 +96,7 @@ def load(root: Path, key: str) -> TokenizedSet | None:
     try:
         summary = json_text.loads((folder / "summary.json").read_bytes())
         arrays = {}
-        for name in _names(summary):
+        for name in (*_names(summary), *(["labels"] if (folder / "labels.npy").exists() else [])):
             file = folder / f"{name}.npy"
             # An empty array cannot be mapped.
             arrays[name] = np.load(file, mmap_mode="r" if summary["examples"] else None)
@@ -119,6 +119,8 @@ def save(root: Path, key: str, data: TokenizedSet) -> None:
         os.mkdir(aside)  # not by tempfile, whose directories nobody else who shares the cache could read
         for name in _names(data.summary):
             np.save(os.path.join(aside, f"{name}.npy"), getattr(data, name))
+        if data.labels is not None:
+            np.save(os.path.join(aside, "labels.npy"), data.labels)
         Path(aside, "summary.json").write_text(json.dumps(data.summary, indent=1), encoding="utf-8")
         os.rename(aside, parent / key)
     except OSError as error:

@@ -68,14 +68,18 @@ class PackedRows:
         Returns:
           (n, T) int32 each: `input_ids` (0 where padding), `targets` (the next token's id where it is to be predicted,
           else -100; never that of the next document), `positions` (from 0 in each document), `segment_ids` (from 1 in
-          each row, 0 where padding). Where there are slots also (n, S) arrays: `document_roles` int32 (of
-          `TokenizedSet` and `preference_rows`, 0 where there is none) and `document_reference` float32, where it is
-          known.
+          each row, 0 where padding). Of labelled examples `targets` holds the class, or 0 where labels are numbers, at
+          the token that the head reads, and `labels` (n, T, labels) float32 these numbers there. Where there are slots
+          also (n, S) arrays: `document_roles` int32 (of `TokenizedSet` and `preference_rows`, 0 where there is none)
+          and `document_reference` float32, where it is known.
         """
         shape = (len(indices), self.width)
         batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "positions", "segment_ids")}
         batch["targets"] = np.full(shape, IGNORE, np.int32)
         data, packing = self.data, self.packing
+        has_numbers = data.labels is not None and np.issubdtype(data.labels.dtype, np.floating)
+        if has_numbers:
+            batch["labels"] = np.zeros((*shape, data.labels.shape[1]), np.float32)
         if self.slots:
             batch["document_roles"] = np.zeros((len(indices), self.slots), np.int32)
             if self.reference is not None:
@@ -95,7 +99,13 @@ class PackedRows:
                 tokens, mask = data.tokens[first : first + length], data.loss_mask[first : first + length]
                 end = at + length
                 batch["input_ids"][i, at:end] = tokens
-                batch["targets"][i, at : end - 1] = np.where(mask[1:], tokens[1:], IGNORE)
+                if data.labels is None:
+                    batch["targets"][i, at : end - 1] = np.where(mask[1:], tokens[1:], IGNORE)
+                else:
+                    read_at = at + int(np.flatnonzero(mask)[0])
+                    batch["targets"][i, read_at] = 0 if has_numbers else data.labels[document, 0]
+                    if has_numbers:
+                        batch["labels"][i, read_at] = data.labels[document]
                 batch["positions"][i, at:end] = np.arange(length)
                 batch["segment_ids"][i, at:end] = segment
                 at = end
@@ -164,7 +174,7 @@ class Batches:
         """The batch of a step (0-based): the arrays of `PackedRows.take`, (accumulation, batch_rows, T) int32."""
         numbers = _local(self.row_numbers(step), self.local_rows)
         flat = self._place(step)[2].take(numbers.reshape(-1))
-        return {name: array.reshape(*numbers.shape, -1) for name, array in flat.items()}
+        return {name: array.reshape(*numbers.shape, *array.shape[1:]) for name, array in flat.items()}
 
 
 def steps_per_epoch(rows: int, batch_rows: int, accumulation: int) -> int:

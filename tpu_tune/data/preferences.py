@@ -46,7 +46,7 @@ USED = {
 
 # What an objective learns from: rows as they are, two answers to a prompt, or single answers with a label.
 ROWS, PAIRED, SINGLE, ANY = "rows", "pairs", "answers", "any"
-_LEARNS_FROM = {"dpo": PAIRED, "orpo": PAIRED, "simpo": PAIRED, "cpo": PAIRED, "kto": SINGLE, "": ANY}
+_LEARNS_FROM = {"dpo": PAIRED, "orpo": PAIRED, "simpo": PAIRED, "cpo": PAIRED, "kto": SINGLE, "reward": PAIRED, "": ANY}
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -104,6 +104,11 @@ def used_keys(row: Mapping[str, Any], format: str, as_chat: bool) -> set[str]:
     return used
 
 
+def in_config(objective: str) -> str:
+    """What a configuration says to have an objective: its name, or that of the head it belongs to."""
+    return f"{'head' if objective in ('classification', 'reward') else 'objective'}.name={objective}"
+
+
 def check_use(objective: str, format: str, row: Mapping[str, Any]) -> None:
     """Refuse a row that an objective does not learn from.
 
@@ -118,22 +123,22 @@ def check_use(objective: str, format: str, row: Mapping[str, Any]) -> None:
     if wanted == ANY or (wanted == ROWS) == (format not in FORMATS):
         if wanted == PAIRED and format != "preference":
             raise UserError(
-                f"objective.name={objective} learns from two answers to a prompt (chosen, rejected), and this is a "
+                f"{in_config(objective)} learns from two answers to a prompt (chosen, rejected), and this is a "
                 f"single one with a label ({format}); set objective.name=kto"
             )
         return
     if wanted == ROWS:
         names = "kto" if format != "preference" else "dpo, orpo, simpo or cpo, or kto for each answer by itself"
         raise UserError(
-            f"these answers are rated ({format}), which objective.name={objective} does not heed; set "
+            f"these answers are rated ({format}), which {in_config(objective)} does not heed; set "
             f"objective.name={names}{_plain_reading(row)}"
         )
     if wanted == SINGLE and format == "prompt-completion":
         _label(None, "label")
     needs = "chosen and rejected" if wanted == PAIRED else "completion and label, or chosen and rejected"
     raise UserError(
-        f"objective.name={objective} learns from rated answers ({needs}), and this is a row of the format "
-        f"{format}; set objective.name=sft for such rows"
+        f"{in_config(objective)} learns from rated answers ({needs}), and this is a row of the format {format}; "
+        f"set {'head.name=classification or lm' if objective == 'reward' else 'objective.name=sft'} for such rows"
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpu_tune.data import chat, preferences
+from tpu_tune.data.labels import Labels
+from tpu_tune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class TokenizeOptions:
       encoder_decoder: make pairs for an encoder-decoder model (`pairs`).
       drop_long: leave out pairs and chats that are too long, instead of cutting them.
       num_eos: end-of-text tokens after an answer or a text; those that it ends in already are counted.
+      labels: what a classification's rows are labelled with; their texts are then read whole, up to `max_length`.
+      pad_token: id that counts as padding where the last token of what is judged as a whole is looked for.
       always_bos: BOS before every pair's prompt, as QLoRA has it; else where the tokenizer adds it.
       objective: what the rows are for (`objective.name`), which decides what they may be; "": any rows.
     """
@@ -47,12 +51,30 @@ class TokenizeOptions:
     drop_long: bool = False
     num_eos: int = 1
     always_bos: bool = False
+    labels: Labels | None = None
+    pad_token: int | None = None
     objective: str = "sft"
+
+    @property
+    def judges(self) -> bool:
+        """Whether texts are judged as a whole: nothing in them is predicted."""
+        return self.labels is not None or self.objective == "reward"
 
     @property
     def learns_from(self) -> str:
         """What rows the objective learns from; see `preferences.learns_from`."""
         return preferences.learns_from(self.objective)
+
+
+def for_labels(options: TokenizeOptions, labels: Labels, pad_token: int | None) -> TokenizeOptions:
+    """Return the options for rows that are labelled as a whole: the text as it is, without an EOS of ours.
+
+    Raises:
+      UserError: settings that say which words are trained on; none are.
+    """
+    if options.response_markers:
+        raise UserError("data.response_markers: a classification has no loss on words; leave them out")
+    return replace(options, train_on_source=True, num_eos=0, labels=labels, pad_token=pad_token)
 
 
 def options_from_config(

@@ -29,6 +29,8 @@ class TokenizedSet:
       source_rows: (examples,) int64, the row that each example was made from (a long text makes several).
       summary: counts of rows (also by format), examples, tokens, target tokens, and of what was cut, dropped, bad or
         unused, by reason.
+      labels: what a classification is to say of each example: (examples, 1) int32, its class, or (examples, labels)
+        float32 (see `labels.Labels`); None where there is none.
       targets: (examples,) int64, tokens to be predicted of each example, where they have been counted already.
       roles: (examples,) int8, `PLAIN`, `CHOSEN` or `REJECTED`; None where all are plain. Two answers to one prompt are
         consecutive examples of one row, the chosen one first, each with the whole prompt before it.
@@ -40,6 +42,7 @@ class TokenizedSet:
     source_rows: np.ndarray
     summary: dict[str, Any]
     targets: np.ndarray | None = None
+    labels: np.ndarray | None = None
     roles: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -89,5 +92,6 @@ def merge(sets: Sequence[TokenizedSet]) -> TokenizedSet:
         np.concatenate([*offsets, starts[-1:]]).astype(np.int64),
         np.concatenate([one.source_rows for one in sets]),
         summary,
+        labels=None if sets[0].labels is None else np.concatenate([one.labels for one in sets]),
         roles=roles,
     )

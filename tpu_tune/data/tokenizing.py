@@ -40,6 +40,7 @@ from tpu_tune.data.formats import (
     rename,
     unused_keys,
 )
+from tpu_tune.data.labels import labelled, read_label
 from tpu_tune.data.marks import Marks, missing_ends, read_marks, with_bos
 from tpu_tune.data.messages import RowError, is_context_only
 from tpu_tune.data.sources import BadRow, with_advice
@@ -78,7 +79,7 @@ def tokenize_rows(
 
     marks = read_marks(tokenizer)
     counts, formats, dropped, unused, bad = Counter(), Counter(), Counter(), Counter(), []
-    format = ""
+    format, labels = "", {}
     made: list[tuple[int, np.ndarray, np.ndarray, int]] = []
 
     def refuse(index: int, error: RowError) -> None:
@@ -94,6 +95,8 @@ def tokenize_rows(
                 format = format_of(row, options.format, options.columns, format)
                 _check_use(row, format, options, where_is(index))
                 sample = convert(row, format, options.columns)
+                if options.judges:
+                    labels[index] = read_label(options.labels, rename(row, options.columns))
                 if options.encoder_decoder and not isinstance(sample, Pair):
                     raise UserError(_no_pair(sample, where_is(index)))
                 sample, unread = _for_template(sample, tokenizer, options)
@@ -120,7 +123,8 @@ def tokenize_rows(
         "bad_rows": len(bad),
         "bad_examples": [str(row) for row in bad[:5]],
     }
-    return _flat(made, figures)
+    flat = _flat(made, figures)
+    return labelled(flat, labels, options.pad_token) if options.judges else flat
 
 
 def _flat(made: Sequence[tuple[int, np.ndarray, np.ndarray, int]], figures: dict[str, Any]) -> TokenizedSet:

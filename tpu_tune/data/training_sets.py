@@ -14,13 +14,14 @@ import numpy as np
 from tpu_tune.config import source_paths
 from tpu_tune.data import arrow, cache, mixture
 from tpu_tune.data.formats import check_renamed, detect, in_words
+from tpu_tune.data.labels import Labels
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
 from tpu_tune.data.pairs import PairRows, pair_rows
 from tpu_tune.data.preference_rows import preference_rows
-from tpu_tune.data.preferences import PAIRED, ROWS, SINGLE, learns_from
+from tpu_tune.data.preferences import PAIRED, ROWS, SINGLE, in_config, learns_from
 from tpu_tune.data.sources import is_hub, read_rows, resolve
-from tpu_tune.data.tokenize_options import TokenizeOptions, options_from_config
+from tpu_tune.data.tokenize_options import TokenizeOptions, for_labels, options_from_config
 from tpu_tune.data.tokenized_set import TokenizedSet, merge
 from tpu_tune.data.tokenizing import past_template
 from tpu_tune.data.workers import tokenize_parallel
@@ -52,19 +53,27 @@ class Datasets:
         return dataclasses.replace(rows, reference=self.eval.reference) if isinstance(rows, PackedRows) else rows
 
 
-def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_token: int | None = None) -> Datasets:
+def load_data(
+    config: Any,
+    tokenizer: Any,
+    vocab_size: int | None = None,
+    start_token: int | None = None,
+    pad_token: int | None = None,
+) -> Datasets:
     """Read, tokenize, split and pack the data of a configuration.
 
     Args:
-      config: the whole configuration; `config.data` is read, and of answers to judge `config.objective`.
+      config: the whole configuration; `config.data` and `config.head` are read, and of answers to judge
+        `config.objective`.
       tokenizer: a Hugging Face tokenizer. It needs no pad token: padding is token 0 in segment 0.
       vocab_size: rows of the model's embedding, to hold the token ids against.
       start_token: of an encoder-decoder: the id before its answers. Its rows are `PairRows`, padded and not packed.
+      pad_token: of a classifier: the id that is padding to it (`heads.pad_token`).
 
     Raises:
       UserError: data that cannot be read or understood, tokens that the model does not have, or nothing to train on.
     """
-    data, objective, pairs = config.data, config.objective.name, start_token is not None
+    data, objective, pairs = config.data, _learner(config), start_token is not None
     _check_use(data, objective, pairs)
     sources = mixture.sources_of(data.train)
     mixture.check(sources, data.mix_strategy)
@@ -72,7 +81,7 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
         raise UserError("data.max_train_samples is of one source; give each of several a count")
     files = [resolve(source.path) for source in sources]
     name, eval_name = (", ".join(source_paths(value)) for value in (data.train, data.eval))
-    options = options_from_config(data, tokenizer, pairs, objective)
+    options = _for_head(config.head, options_from_config(data, tokenizer, pairs, objective), pad_token)
     tokenized = functools.partial(_tokenized, data=data, tokenizer=tokenizer, vocab_size=vocab_size, options=options)
     train = tokenized([file for named, _ in files for file in named], name)
     _warn(name, train.summary)
@@ -109,13 +118,25 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     return Datasets(train_rows, eval_rows, summary, eval_parts)
 
 
+def _learner(config: Any) -> str:
+    """What learns from the rows: the objective, or the head where that has one of its own."""
+    return config.objective.name if config.head.name == "lm" else config.head.name
+
+
+def _for_head(head: Any, options: TokenizeOptions, pad_token: int | None) -> TokenizeOptions:
+    """The options with what a classification or a reward asks of rows."""
+    if head.name == "classification":
+        return for_labels(options, Labels(head.problem_type, tuple(head.labels)), pad_token)
+    return dataclasses.replace(options, pad_token=pad_token) if head.name == "reward" else options
+
+
 def _check_use(data: Any, objective: str, pairs: bool) -> None:
     if pairs and data.train_on_source:
         raise UserError(
             "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
         )
     if learns_from(objective) != ROWS and data.train_on_source:
-        raise UserError(f"data.train_on_source: objective.name={objective} rates answers only; set it to False")
+        raise UserError(f"data.train_on_source: {in_config(objective)} rates answers only; set it to False")
     if learns_from(objective) != ROWS and pairs:
         raise UserError(f"objective.name={objective}: an encoder-decoder has sft alone; set objective.name=sft")
 
@@ -171,7 +192,7 @@ def _mixed(
         return rows(train, np.sort(np.concatenate(groups))), shown
     draw = mixture.Draw(groups, train.source_rows, counts, data.data_seed)
     first = rows(train, draw.epoch(0))
-    if learns_from(config.objective.name) != ROWS or isinstance(first, PairRows):
+    if learns_from(_learner(config)) != ROWS or isinstance(first, PairRows):
         return first, shown  # the shapes of these rows depend on what is in them: they are the same in every epoch
     return mixture.MixedRows(lambda epoch: rows(train, draw.epoch(epoch))), shown
 
@@ -216,7 +237,7 @@ def _tokenized(
     """Tokenize sources, or find them in the cache, and check that there is something to learn."""
     tokenized = [source for source in sources if arrow.is_tokenized(source)]
     if tokenized:
-        _check_tokenized(sources, tokenized, name, tokenizer, options.encoder_decoder)
+        _check_tokenized(sources, tokenized, name, tokenizer, options)
         if data.train_on_source or data.response_markers:
             logger.warning("%s is tokenized, and its own labels say what is trained on", name)
         result = arrow.load(sources, data.max_length, options.objective)
@@ -235,9 +256,13 @@ def _tokenized(
     return result
 
 
-def _check_tokenized(sources: list[str], tokenized: list[str], name: str, tokenizer: Any, pairs: bool) -> None:
+def _check_tokenized(
+    sources: list[str], tokenized: list[str], name: str, tokenizer: Any, options: TokenizeOptions
+) -> None:
     """Refuse or warn before a tokenized file is trained on that was made for something else."""
-    if pairs:
+    if options.judges:
+        raise UserError(f"{name}: what is judged as a whole is read as text or chats, not tokenized ({tokenized[0]})")
+    if options.encoder_decoder:
         raise UserError(f"{name}: an encoder-decoder reads rows with an input and an output, not tokenized ones")
     others = [source for source in sources if source not in tokenized]
     if others:
@@ -299,7 +324,7 @@ def _rows(data: TokenizedSet, examples: np.ndarray, config: Any, start_token: in
     width, packing = config.data.max_length, config.data.packing
     if start_token is not None:
         return pair_rows(data, examples, width, start_token)
-    if (kind := learns_from(config.objective.name)) != ROWS:
+    if (kind := learns_from(_learner(config))) != ROWS:
         return preference_rows(data, examples, width, packing, None if kind == PAIRED else mismatch_group(config))
     lengths = data.lengths
     if packing:

@@ -27,6 +27,13 @@ _NOT_SHOWN = (
     "output_dir", "method", "model.path", "data.train", "data.eval", "data.cache_dir", "data.num_workers",
     "train.report_to", "train.sample_prompts",
 )  # fmt: skip
+# The table of evaluations: a column's title, the key in metrics.jsonl, the form.
+_COLUMNS = (
+    ("epoch", "epoch", ".2f"), ("eval_loss", "eval_loss", ".4f"), ("perplexity", "eval_perplexity", ".2f"),
+    ("token accuracy", "eval_token_accuracy", ".1%"), ("accuracy", "eval_accuracy", ".1%"), ("F1", "eval_f1", ".4f"),
+    ("mean squared error", "eval_mse", ".4g"),
+)  # fmt: skip
+_OF_TOKENS = ("epoch", "eval_loss", "eval_perplexity", "eval_token_accuracy")
 # What `load(quantize=...)` takes.
 _LOADED_AS_TRAINED = {
     "quantize.group_size": 64, "quantize.double_quant": True, "quantize.include": ["all-linear"],
@@ -116,13 +123,16 @@ def _front_matter(facts: CardFacts) -> str:
         values = (
             ("loss", "loss", row["eval_loss"]), ("perplexity", "perplexity", row.get("eval_perplexity")),
             ("accuracy", "token accuracy", row.get("eval_token_accuracy")),
+            ("accuracy", "accuracy", row.get("eval_accuracy")), ("f1", "F1 (macro)", row.get("eval_f1")),
+            ("mse", "mean squared error", row.get("eval_mse")),
         )  # fmt: skip
+        task = _pipeline(config)
         for kind, name, value in values:
             if _finite(value):
                 results.append(
                     EvalResult(
-                        task_type="text-generation",
-                        task_name="Text Generation",
+                        task_type=task,
+                        task_name=task.replace("-", " ").title(),
                         dataset_type=dataset or where,
                         dataset_name=where if config.data.eval else f"held-out rows of {where}",
                         metric_type=kind,
@@ -135,7 +145,7 @@ def _front_matter(facts: CardFacts) -> str:
         base_model=facts.base.hub_id or None,
         base_model_relation=("adapter" if facts.form == "adapter" else "finetune") if facts.base.hub_id else None,
         library_name={"adapter": "peft", "merged": "transformers", "gguf": None}[facts.form],
-        pipeline_tag=None if facts.encoder_decoder else "text-generation",
+        pipeline_tag=None if facts.encoder_decoder else _pipeline(config),
         tags=["tpu_tune", "jax", *(["lora"] if method == "qlora" else []), method]
         + (["gguf", "llama.cpp"] if facts.form == "gguf" else []),
         datasets=[dataset] if dataset else None,
@@ -145,6 +155,10 @@ def _front_matter(facts: CardFacts) -> str:
         **facts.license,
     )
     return data.to_yaml()
+
+
+def _pipeline(config: ConfigDict) -> str:
+    return "text-generation" if config.head.name == "lm" else "text-classification"
 
 
 def _what(facts: CardFacts) -> str:
@@ -253,15 +267,14 @@ def _evaluation(facts: CardFacts) -> str:
     if len(rows) > _SHOWN_EVALUATIONS:
         indices = {round(i * (len(rows) - 1) / (_SHOWN_EVALUATIONS - 1)) for i in range(_SHOWN_EVALUATIONS)}
         shown = [row for index, row in enumerate(rows) if index in indices or row is kept]
-    lines = ["| step | epoch | eval_loss | perplexity | token accuracy |", "|---|---|---|---|---|"]
+    columns = [
+        (name, key, form)
+        for name, key, form in _COLUMNS
+        if any(key in row for row in rows) or (facts.config.head.name == "lm" and key in _OF_TOKENS)
+    ]
+    lines = [f"| {' | '.join(['step', *(name for name, _, _ in columns)])} |", "|---" * (len(columns) + 1) + "|"]
     for row in shown:
-        cells = [
-            f"{row['step']}",
-            _cell(row.get("epoch"), ".2f"),
-            _cell(row["eval_loss"], ".4f"),
-            _cell(row.get("eval_perplexity"), ".2f"),
-            _cell(row.get("eval_token_accuracy"), ".1%"),
-        ]
+        cells = [f"{row['step']}", *(_cell(row.get(key), form) for _, key, form in columns)]
         bold = "**" if row is kept else ""
         lines.append("| " + " | ".join(f"{bold}{cell}{bold}" if cell else "" for cell in cells) + " |")
     said = "The weights here are those of the bold row, judged as they were trained."
@@ -276,6 +289,7 @@ def _snippets(facts: CardFacts) -> list[str]:
         return _gguf_snippets(facts)
     kind = "AutoModelForImageTextToText" if facts.multimodal else "AutoModelForCausalLM"
     kind = "AutoModelForSeq2SeqLM" if facts.encoder_decoder else kind
+    kind = "AutoModelForSequenceClassification" if facts.config.head.name != "lm" else kind
     revision = f", revision={facts.revision!r}" if facts.revision else ""
     use = _torch_use(facts)
     fetched = f"snapshot_download({facts.repo!r}{revision})"
@@ -308,7 +322,8 @@ def _snippets(facts: CardFacts) -> list[str]:
     torch = (
         "from huggingface_hub import snapshot_download\nfrom peft import PeftModel\n"
         f"from transformers import {kind}, AutoTokenizer\n\n{load}"
-        f"tokenizer = AutoTokenizer.from_pretrained({words})\nmodel = {kind}.from_pretrained(base)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({words})\n"
+        f"model = {kind}.from_pretrained(base{_label_count(facts)})\n"
         f"{grown if facts.added_tokens else ''}model = PeftModel.from_pretrained(model, adapter)\n{use}"
     )
     return [_code(caption, torch), _code("With tpu_tune, as it was trained:" if quantize else "With tpu_tune:", plain)]
@@ -328,11 +343,25 @@ def _gguf_snippets(facts: CardFacts) -> list[str]:
     return [_code("With llama.cpp:", shell, "bash"), _code("With tpu_tune:", plain)]
 
 
+def _label_count(facts: CardFacts) -> str:
+    """Arguments that give transformers' base the head that an adapter trains; labels' names are in the card alone."""
+    head = facts.config.head
+    if head.name == "lm":
+        return ""
+    names = dict(enumerate(head.labels)) if head.name == "classification" else {0: "reward"}
+    return f", num_labels={len(names)}, id2label={names!r}"
+
+
 def _use(facts: CardFacts) -> str:
+    if facts.config.head.name != "lm":
+        return "print(model.classify(['What is AI?'])[0])"
     return f"print(model.generate([{_asked(facts)!r}]{'' if _is_chat(facts) else ', chat=False'})[0])"
 
 
 def _torch_use(facts: CardFacts) -> str:
+    if facts.config.head.name != "lm":
+        chat = f"inputs = tokenizer({_asked(facts)!r}, return_tensors='pt')"
+        return f"{chat}\nprint(model(**inputs).logits[0], model.config.id2label)"
     if _is_chat(facts):
         inputs = (
             "chat = [{'role': 'user', 'content': 'What is AI?'}]\n"

@@ -133,6 +133,19 @@ def end_tokens(tokenizer: Any, source: WeightSource | None = None) -> tuple[int,
     return tuple(sorted(ends | (end_ids(source) if source is not None else set())))
 
 
+def check_writes(arch: Architecture) -> None:
+    """Refuse to let a model write that has a head for labels.
+
+    Raises:
+      UserError: it has one.
+    """
+    if arch.num_labels:
+        raise UserError(
+            "this model has a classification or reward head and writes nothing: tpu-tune eval measures it, and "
+            "tpu_tune.load(...).classify(texts) gives its labels"
+        )
+
+
 def generate_ids(
     arch: Architecture,
     params: dict[str, Any],
@@ -153,6 +166,7 @@ def generate_ids(
     Raises:
       UserError: an empty prompt, or more tokens than the model has positions for.
     """
+    check_writes(arch)
     if not prompts:
         return []
     if not all(prompts):

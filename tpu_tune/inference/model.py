@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from tpu_tune.checkpoints import peft
 from tpu_tune.checkpoints.adapter_base import base_of_adapter
 from tpu_tune.checkpoints.chat_template import with_template_of
+from tpu_tune.checkpoints.heads import pad_token
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.prompts import CHAT, in_words, recorded
 from tpu_tune.checkpoints.source import open_source
@@ -22,8 +23,8 @@ from tpu_tune.checkpoints.tokenizers import encode_text, with_bos
 from tpu_tune.checkpoints.vocabulary import with_tokens_of
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
-from tpu_tune.inference.generation import Sampling, encode_prompt, end_tokens, generate
-from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode
+from tpu_tune.inference.generation import Sampling, check_writes, encode_prompt, end_tokens, generate
+from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode, label_names
 from tpu_tune.tensors import FORMATS
 from tpu_tune.transforms import QuantizeConfig, Targets, find_targets
 
@@ -66,6 +67,9 @@ class Model:
     def __call__(self, input_ids: Any, decoder_input_ids: Any = None) -> Float[Array, "B T V"]:
         """Return the next token's logits (float32) at every position of `input_ids` (B, T).
 
+        Of a classifier or a reward model, (B, labels): its logits at each row's last token that is not padding
+        (`pad_token_id`), as transformers gives them; pad on the right.
+
         Args:
           input_ids: token ids; of an encoder-decoder, the encoder's.
           decoder_input_ids: for an encoder-decoder, its answer so far, from its start token on, (B, T).
@@ -83,7 +87,54 @@ class Model:
             if ids.ndim != 2:
                 raise UserError(f"{name} has shape {ids.shape}; give (batch, time)")
         check_length(self.architecture, list(arrays.values())[-1].shape[1])
-        return logits(self.architecture, self.dtype, self.params, *arrays.values())
+        found = logits(self.architecture, self.dtype, self.params, *arrays.values())
+        return found if not self.architecture.num_labels else found[jnp.arange(len(found)), self._last(input_ids)]
+
+    def _last(self, input_ids: Any) -> Int[np.ndarray, "B"]:
+        """Return the place of each row's last token that is not padding."""
+        ids = np.asarray(input_ids)
+        return np.max(np.where(ids == pad_token(self.source), 0, np.arange(ids.shape[1])), axis=1)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels' names of a classifier or a reward model, in order."""
+        return label_names(self.source.config)
+
+    def classify(self, texts: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
+        """Return label -> probability of each text, by its `problem_type`; of a regression or a reward the number.
+
+        Args:
+          texts: plain texts, or chats as lists of messages, read as in training: a plain text as the tokenizer encodes
+            it, a chat through the chat template. They go through the model one by one.
+
+        Raises:
+          UserError: the model is no classifier, or a text is empty or longer than the model has positions for.
+        """
+        if not self.architecture.num_labels:
+            raise UserError("this is a language model, which has no labels; load a classifier, or a run of one")
+        kind = self.source.config.get("problem_type")
+        found = []
+        for text in texts:
+            chat = not isinstance(text, str)
+            ids = (
+                self.tokenizer.apply_chat_template(list(text), tokenize=False, **self.chat_template_kwargs)
+                if chat
+                else text
+            )
+            ids = (
+                encode_text(self.tokenizer, ids)
+                if not chat
+                else self.tokenizer(ids, add_special_tokens=False).input_ids
+            )
+            if not ids:
+                raise UserError("a text to classify is empty")
+            scores = self(np.asarray([ids]))[0]
+            if kind == "multi_label_classification":
+                scores = jax.nn.sigmoid(scores)
+            elif kind != "regression" and len(scores) > 1:
+                scores = jax.nn.softmax(scores)
+            found.append(dict(zip(self.labels, map(float, scores), strict=True)))
+        return found
 
     def generate(self, prompts: Sequence[str], sampling: Sampling | None = None, chat: bool | None = None) -> list[str]:
         """Return one answer a prompt.
@@ -94,6 +145,7 @@ class Model:
           chat: put each prompt into the tokenizer's chat template, or not; by default ask as the rows of its training
             did, where they are known, else through the template.
         """
+        check_writes(self.architecture)  # before anything is said of its chat template
         encoded = [self.encode_prompt(prompt, chat) for prompt in prompts]
         return generate(
             self.architecture, self.params, self.tokenizer, self.dtype, encoded, sampling or Sampling(), self.ends

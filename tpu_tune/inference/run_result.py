@@ -198,7 +198,7 @@ def open_base(run: RunDirectory, config: ConfigDict) -> WeightSource:
         except UserError as error:  # of a run from before results carried it
             log.warning("%s: %s; going on with the chat template of its base", run.path, error)
     try:
-        return open_configured(config.model, template)
+        return open_configured(config, template)
     except UserError as error:
         raise UserError(f"the model that {run.path} was trained on cannot be opened: {error}") from None
 

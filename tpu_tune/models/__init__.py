@@ -1,6 +1,7 @@
 """One decoder for every family; an Architecture says how families differ."""
 
 from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
+from tpu_tune.models.classifiers import SCORE, classifier_config, is_classifier, label_names
 from tpu_tune.models.decoder import Cache, Decoder, EncoderOutput, apply_head, check_length, empty_cache, encode
 from tpu_tune.models.families import FAMILIES, architecture
 from tpu_tune.models.rope import Rope
@@ -9,6 +10,7 @@ from tpu_tune.models.wrappers import WRAPPERS, text_config, with_keys
 
 __all__ = [
     "FAMILIES",
+    "SCORE",
     "WRAPPERS",
     "Architecture",
     "Cache",
@@ -22,8 +24,11 @@ __all__ = [
     "apply_head",
     "architecture",
     "check_length",
+    "classifier_config",
     "empty_cache",
     "encode",
+    "is_classifier",
+    "label_names",
     "text_config",
     "with_keys",
 ]

@@ -264,6 +264,7 @@ class Architecture:
       causal: whether a token sees only those before it.
       encoder: the model that `names.cross_q` attends to; it shares the embedding. None without one.
       start_token: id that comes before the first token of an encoder-decoder's answer.
+      num_labels: outputs of a head that reads a text at its last token, in place of the language model's; 0: none.
       default_targets: module names that PEFT targets when none are given.
     """
 
@@ -312,6 +313,7 @@ class Architecture:
     causal: bool = True
     encoder: Architecture | None = None
     start_token: int = 0
+    num_labels: int = 0
     default_targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     @property
@@ -378,15 +380,9 @@ class Architecture:
             single(names.final_norm, "norm", (width,), (None,), self.has_norm_bias)
         single(names.project_out, "linear", (width, embed_size), ("embed", "mlp"))
         tied = names.embed if self.tied else ""
-        single(
-            names.head,
-            "linear",
-            (embed_size, vocabulary),
-            ("embed", "vocab"),
-            self.head_bias,
-            is_head=True,
-            tied_to=tied,
-        )
+        outputs, axis = (self.num_labels, None) if self.num_labels else (vocabulary, "vocab")
+        facts = {"is_head": True, "tied_to": tied}
+        single(names.head, "linear", (embed_size, outputs), ("embed", axis), self.head_bias, **facts)
         return modules
 
     def _layered_modules(self) -> list[Module]:

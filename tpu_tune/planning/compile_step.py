@@ -161,7 +161,12 @@ def abstract_batch(config: Any, model: PreparedModel, leading: tuple[int, ...]) 
         source, target = (-(-length // _ROUND) * _ROUND for length in (source + 1, target + 1))
         widths = dict.fromkeys(_DECODER, target) | dict.fromkeys(_ENCODER, source)
     batch = {name: jax.ShapeDtypeStruct((*leading, size), jnp.int32, sharding=home) for name, size in widths.items()}
-    if config.objective.name in KEYS:  # of preference objectives: documents, whose number hardly matters
+    if config.head.name == "reward" or config.head.problem_type in ("multi_label_classification", "regression"):
+        shape = (*leading, width, model.architecture.num_labels)
+        batch["labels"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=home)
+    if (
+        config.objective.name in KEYS or config.head.name == "reward"
+    ):  # of preference objectives: documents, whose number hardly matters
         home = NamedSharding(model.mesh, sharding.document_spec(len(leading) - 1))
         slots = (*leading, max(2, width // _DOCUMENT // 2 * 2) if config.data.packing else 2)
         batch["document_roles"] = jax.ShapeDtypeStruct(slots, jnp.int32, sharding=home)

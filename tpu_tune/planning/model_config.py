@@ -11,7 +11,7 @@ from tpu_tune.checkpoints.huggingface import open_huggingface, read_config
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.vocabulary import with_vocabulary
 from tpu_tune.errors import UserError
-from tpu_tune.models import architecture, check_length
+from tpu_tune.models import architecture, check_length, classifier_config, is_classifier, label_names
 from tpu_tune.planning.presets import PRESETS
 
 
@@ -21,7 +21,7 @@ def model_config(config: ConfigDict) -> dict[str, Any]:
     `model.path` is a directory with a config.json (weights or not), a .gguf file (its header is read), a preset's name,
     or a hub id (only the config.json is downloaded). Where weights lie beside the config.json, they say as in training
     whether the head is tied to the embedding. Every added token counts as new, because only the tokenizer knows
-    which of them it has already.
+    which of them it has already; a classification without a number of labels has two.
 
     Raises:
       UserError: there is no such model, its family is not supported, or rows are longer than its number of positions.
@@ -32,6 +32,10 @@ def model_config(config: ConfigDict) -> dict[str, Any]:
     try:
         if added:
             content = with_vocabulary(content, architecture(content).vocab_size + added)
+        if config.head.name != "lm":
+            count = 1 if config.head.name == "reward" else config.head.num_labels or len(config.head.labels)
+            own = label_names(content) if is_classifier(content) and count == 0 else None
+            content = classifier_config(content, own or label_names({"num_labels": count or 2}))
         check_length(architecture(content), config.data.max_length)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -72,7 +72,9 @@ def scratch_bytes(
     work = chunk * size * (projected + single // tensor + 2 * hidden)
     work += (tokens - chunk) * size * (2 * (q + kv) // tensor + hidden)
     chunk = min(loss_chunk(config, arch.vocab_size, rows), width) * rows
-    logits = chunk * arch.vocab_size * _FLOAT32 * (2 if training else 1)
+    if arch.num_labels:
+        chunk = rows * width
+    logits = chunk * (arch.num_labels or arch.vocab_size) * _FLOAT32 * (2 if training else 1)
     if not training:
         return max(work + scores, logits) + tokens * hidden * size * 2
     kept = {"full": hidden, "offload": 0, "dots": hidden + projected}.get(config.model.remat)

@@ -71,6 +71,8 @@ _WORDS = {
     "eval_loss": "eval_loss {:.4f}",
     "eval_perplexity": "perplexity {:.2f}",
     "eval_token_accuracy": "accuracy {:.1%}",
+    "eval_accuracy": "accuracy {:.1%}",
+    "eval_f1": "F1 {:.4f}",
 }
 
 

@@ -26,7 +26,17 @@ from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.towers import parts_left_aside
 from tpu_tune.data import Datasets, PackedRows, PairRows, prefetch
 from tpu_tune.errors import UserError, counted
-from tpu_tune.training import arithmetic, distributed, evaluation, loggers, plateau, run_start, summary, too_little
+from tpu_tune.training import (
+    arithmetic,
+    distributed,
+    evaluation,
+    head_settings,
+    loggers,
+    plateau,
+    run_start,
+    summary,
+    too_little,
+)
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.meter import LoopState, Meter
 from tpu_tune.training.opening import Session, open_session
@@ -309,6 +319,8 @@ def _introduce(session: Session, say: Callable[[str], None]) -> None:
     say(f"model: {session.config.model.path} ({family}), loaded in {session.load_seconds:.1f} s on {devices}")
     if aside := parts_left_aside(model.source, model.architecture):
         say(f"only its text model is loaded; left aside, and unchanged: {', '.join(aside)}")
+    if model.architecture.num_labels:
+        say(head_settings.in_words(session.config, model.source))
     say(arithmetic.trainable_words(model.num_trainable, model.num_parameters))
     if isinstance(model.method, Targets) and (line := experts_words(model.architecture.modules(), model.method)):
         say(line)

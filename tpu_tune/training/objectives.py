@@ -113,8 +113,13 @@ def check_objective(config: ConfigDict) -> None:
 
 
 def mean(total: Any, weight: Any) -> Any:
-    """Return total / weight, 0 where nothing was counted; of arrays or numbers. Of vectors, the sum of quotients."""
+    """Return total / weight, 0 where nothing was counted; of arrays or numbers. Of vectors, the sum of quotients.
+
+    Of matrices (labels, parts), the mean over the labels that were counted, as scikit-learn's macro averages; such a
+    metric is one of evaluations only.
+    """
     if not hasattr(weight, "dtype"):
         return total / (weight or 1)
     where = jnp.where if isinstance(weight, jax.Array) else np.where  # which keeps float64
-    return (total / where(weight == 0, 1, weight)).sum()
+    quotients = total / where(weight == 0, 1, weight)
+    return quotients.sum() / max(1, np.count_nonzero(weight.any(-1))) if weight.ndim == 2 else quotients.sum()

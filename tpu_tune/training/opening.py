@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints.chat_template import read_text
+from tpu_tune.checkpoints.heads import pad_token
 from tpu_tune.checkpoints.methods import METHODS, check_method
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import WeightSource
@@ -28,6 +29,7 @@ from tpu_tune.data.training_sets import mismatch_group
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, check_length
 from tpu_tune.training import arithmetic, distributed
+from tpu_tune.training.head_settings import resolve_head
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.objectives import check_objective
 from tpu_tune.training.optimizers import canonical_name
@@ -100,7 +102,7 @@ def open_session(
         new = configuration.from_dict(config)
         if evaluate_only:
             new.data.train = new.data.train or new.data.eval
-        new = check_settings(new)
+        new = resolve_head(check_settings(new))
         before = configuration.from_dict(configuration.to_dict(new))
         new, notes = resolve_run(new)
         mesh = sharding.make_mesh(new.mesh)
@@ -206,7 +208,7 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
       UserError: no usable model, an adapter that does not fit, names that match no module, or rows longer than the
         model has positions for.
     """
-    source = open_configured(config.model, read_text(config.data.chat_template))
+    source = open_configured(config, read_text(config.data.chat_template))
     arch = open_architecture(source)
     check_names(source, arch)
     check_length(arch, config.data.max_length)
@@ -220,7 +222,8 @@ def open_model(config: ConfigDict) -> tuple[WeightSource, Architecture]:
 def _open_data(config: ConfigDict, mesh: Mesh) -> Datasets:
     source, architecture = open_model(config)
     start_token = architecture.start_token if architecture.encoder else None
-    data = load_data(config, source.load_tokenizer(), architecture.vocab_size, start_token)
+    pad = pad_token(source) if architecture.num_labels else None
+    data = load_data(config, source.load_tokenizer(), architecture.vocab_size, start_token, pad)
     check_widths(data, mesh)
     return data
 

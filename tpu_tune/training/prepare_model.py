@@ -91,7 +91,7 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
     Raises:
       UserError: anything about the model, the adapter or the LoRA settings that does not fit.
     """
-    source = open_configured(config.model, read_text(config.data.chat_template))
+    source = open_configured(config, read_text(config.data.chat_template))
     arch = open_architecture(source)
     check_mesh(arch, mesh)
     method, adapters, quantization = _method(config, arch, source.added_tokens.values())

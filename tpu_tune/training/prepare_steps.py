@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune.training import offload, plateau
 from tpu_tune.training.execution import execution, loss_chunk
+from tpu_tune.training.head_objectives import HEADS
 from tpu_tune.training.objectives import OBJECTIVES, Objective, Sums
 from tpu_tune.training.optimizers import make_optimizer
 from tpu_tune.training.preference import LogProbs
@@ -121,8 +122,10 @@ def prepare_scoring(config: ConfigDict, model: PreparedModel) -> Callable[[Mappi
 
 def _model_loss(config: ConfigDict, model: PreparedModel, rows: int) -> ModelLoss:
     run = execution(config, model.architecture, model.mesh, model.shardings, rows)
-    chunk = loss_chunk(config, model.architecture.vocab_size, rows)
-    objective = OBJECTIVES[config.objective.name](config, chunk)
+    arch = model.architecture
+    chunk = loss_chunk(config, arch.num_labels or arch.vocab_size, rows)
+    make = OBJECTIVES[config.objective.name] if config.head.name == "lm" else HEADS[config.head.name]
+    objective = make(config, chunk)
     return ModelLoss(model.architecture, run, model.method, objective, config.train.neftune_noise_alpha)
 
 

@@ -175,7 +175,7 @@ def make_train_step(
         }
         if clash := metrics.keys() & sums.keys():
             raise ValueError(f"{type(objective).__name__} names a metric as the step does: {', '.join(sorted(clash))}")
-        return new_state, metrics | {name: mean(*pair) for name, pair in sums.items()}
+        return new_state, metrics | {name: mean(*pair) for name, pair in sums.items() if pair[0].ndim < 2}
 
     return step
 

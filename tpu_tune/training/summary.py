@@ -36,7 +36,8 @@ def describe(session: Session) -> dict[str, Any]:
     return {
         "model": session.config.model.path,
         "family": model.architecture.family,
-        "vocab_size": model.architecture.vocab_size,
+        # What a loss of pure guessing is judged by; a head that judges texts guesses no token.
+        **({} if model.architecture.num_labels else {"vocab_size": model.architecture.vocab_size}),
         "trainable_parameters": model.num_trainable,
         "rows_per_step": batches.batch_rows * batches.accumulation,
         "steps_per_epoch": batches.steps_per_epoch,

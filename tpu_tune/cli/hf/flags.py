@@ -64,7 +64,7 @@ ALIASES = {
     "apply_xformers": "use_xformers", "use_bnb_nested_quant": "double_quant", "bnb_4bit_quant_type": "quant_type",
     "pref_loss": "loss_type", "pref_beta": "beta", "pref_ftx": "rpo_alpha", "kto_chosen_weight": "desirable_weight",
     "kto_rejected_weight": "undesirable_weight", "dataset_num_proc": "preprocessing_num_workers",
-    "dataset_config": "dataset_config_name", "dataset_streaming": "streaming",
+    "dataset_config": "dataset_config_name", "dataset_streaming": "streaming", "lora_task_type": "task_type",
     "use_flash_attention_2": "use_xformers", "use_flash_attn": "use_xformers",
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ _USED = {
     "load_in_4bit": bool, "load_in_8bit": bool, "quant_type": str, "double_quant": bool, "lora_rank": int,
     "lora_alpha": float, "lora_dropout": float, "lora_target_modules": list, "max_memory_MB": float,
     "do_mmlu_eval": bool,
-    "resume_from_checkpoint": str, "tokenizer_name": str,
+    "resume_from_checkpoint": str, "tokenizer_name": str, "task_type": str,
     "stage": str, "loss_type": list, "loss_weights": list, "beta": float, "label_smoothing": float, "rpo_alpha": float,
     "simpo_gamma": float, "cpo_alpha": float, "desirable_weight": float, "undesirable_weight": float, "ref_model": str,
     "disable_dropout": bool, "max_prompt_length": int, "max_completion_length": int,
@@ -132,6 +132,9 @@ _KEYS = {
     "use_rslora": (bool, "lora.use_rslora"),
     "use_dora": (bool, "lora.use_dora"),
     "chat_template_path": (str, "data.chat_template"),
+    "num_labels": (int, "head.num_labels"),
+    "problem_type": (str, "head.problem_type"),
+    "center_rewards_coefficient": (float, "head.center_rewards_coefficient"),
 }
 
 # Reason -> flags, each with its type after a colon unless it is str.
@@ -226,7 +229,6 @@ _IGNORED = {
     ),
     "the model's fast tokenizer is always used": "use_fast_tokenizer:bool use_fast:bool",
     "model.param_dtype decides the dtype of stored weights, --bf16 and --fp16 that of computation": "torch_dtype dtype",
-    "the task is always causal language modelling": "lora_task_type task_type",
     "jax has no such cache of device memory": "torch_empty_cache_steps:int",
 }
 

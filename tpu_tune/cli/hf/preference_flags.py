@@ -17,7 +17,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.training.preference_settings import DPO_LOSSES, LOSS_TYPES
 
 _SCRIPT = re.compile(r"(?<![a-z])(?<!online_)(dpo|orpo|simpo|cpo|kto)(?![a-z])", re.IGNORECASE)
-_STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto"}  # LLaMA-Factory's
+_STAGES = {"sft": "sft", "pt": "sft", "rm": "sft", "dpo": "dpo", "kto": "kto"}  # LLaMA-Factory's
 _OF_SFT = ("nll", "chunked_nll")  # TRL's loss types of its SFTTrainer that are plain cross-entropy
 _LEARNING_RATE, _LENGTH = 1e-6, 1024  # TRL's defaults, where the Trainer has others
 # Flag -> the config key that takes its value.

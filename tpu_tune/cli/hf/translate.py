@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ OPTIMIZERS = {  # Hugging Face's name -> (our optimizer with the same algorithm,
     "lion_8bit": ("lion", "its state is float32"),
     "paged_lion_8bit": ("lion", "its state is float32"),
 }
+_REWARD_SCRIPT = re.compile(r"(?<![a-z])reward(_modeling)?(\.py)?(?![a-z_])")  # TRL's
 _UNSUPPORTED_REPORTERS = (
     "azure_ml clearml codecarbon comet_ml dagshub dvclive flyte mlflow neptune swanlab trackio".split()
 )
@@ -78,10 +80,14 @@ def translate(flags: ScriptFlags, platform: Callable[[], str], environ: Mapping[
     config = configuration.default()
     ignored = _assign_keys(flags, config)
     trains, evaluates = _mode(flags)
+    _head(flags, config)
     _method(flags, config)
     _precision(flags, config, platform)
     set_data(flags, config, evaluates)
     derived_length = set_lengths(flags, config)
+    if config.head.name == "reward":
+        config.data.max_length *= 2
+        flags.note(f"rows of {config.data.max_length} tokens, for both answers of a pair with their prompts")
     if set_objective(flags, config):
         derived_length = False
     _intervals(flags, config, evaluates, trains)
@@ -151,6 +157,27 @@ def _strategy(flags: ScriptFlags, name: str, default: str) -> str:
     if value not in ("no", "steps", "epoch"):
         raise UserError(f"{flags.spelled(name)} is '{value}'; it must be no, steps or epoch")
     return value
+
+
+def _head(flags: ScriptFlags, config: ConfigDict) -> None:
+    """Set what the model is trained to say, by PEFT's task type or by flags of a classification or reward script."""
+    task = str(flags.get("task_type", "")).upper()
+    if task not in ("", "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"):
+        raise UserError(
+            f"{flags.spelled('task_type')} is {task}; it must be CAUSAL_LM, SEQ_2_SEQ_LM (of a T5) or SEQ_CLS"
+        )
+    labelled = [name for name in ("num_labels", "problem_type") if flags.get(name) is not None]
+    if labelled and task not in ("", "SEQ_CLS"):
+        raise UserError(f"{flags.spelled(labelled[0])} needs --task_type SEQ_CLS, and it is {task}")
+    is_reward = flags.get("center_rewards_coefficient") is not None or flags.get("stage") == "rm"
+    if (is_reward or _REWARD_SCRIPT.search(flags.launcher)) and not labelled:
+        config.head.name = "reward"
+        if "learning_rate" not in flags.values:
+            config.train.learning_rate = 1e-4
+            flags.note("--learning_rate is not given: 1e-4, TRL's default for rewards")
+    elif task == "SEQ_CLS" or labelled:
+        config.head.name = "classification"
+        flags.note("head.name=classification: rows with a label; for chosen and rejected answers set head.name=reward")
 
 
 def _method(flags: ScriptFlags, config: ConfigDict) -> None:

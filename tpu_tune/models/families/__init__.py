@@ -10,6 +10,7 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.architecture import Architecture
+from tpu_tune.models.classifiers import as_classifier, is_classifier
 from tpu_tune.models.families.checked import check_architecture, check_config
 from tpu_tune.models.families.cohere import cohere, cohere2
 from tpu_tune.models.families.exaone4 import exaone4
@@ -97,6 +98,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
                 f"model_type '{kind}' wraps the text model {shown(text['model_type'])}, which is not known; "
                 f"the known architectures are {', '.join(FAMILIES)}"
             )
+        if is_classifier(config):
+            raise UserError(f"a classification or reward head on a multimodal model ({kind}) is not implemented")
         return as_wrapped(architecture(text), config)
     if kind not in FAMILIES:
         raise UserError(
@@ -110,7 +113,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         except KeyError as error:
             raise UserError(f"the config of this {kind} model lacks the key {error}") from None
         check_architecture(made)
-    return made
+    return as_classifier(made, config) if is_classifier(config) else made
 
 
 def _nearest(kind: str, config: Mapping[str, Any]) -> str:

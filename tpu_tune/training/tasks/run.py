@@ -10,11 +10,12 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.model import Model
 from tpu_tune.training.tasks import exact_match, mmlu, multiple_choice
 from tpu_tune.training.tasks.intervals import Outcome
+from tpu_tune.training.tasks.judgements import score_judgements
 from tpu_tune.training.tasks.perplexity import score_perplexity
 from tpu_tune.training.tasks.questions import read_questions
 from tpu_tune.training.tasks.task_rows import LocatedRow, read_task_rows
 
-TASKS = ("perplexity", "multiple-choice", "mmlu", "exact-match")
+TASKS = ("perplexity", "classification", "multiple-choice", "mmlu", "exact-match")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,17 @@ def run_task(model: Model, settings: TaskSettings, config: ConfigDict | None = N
     Raises:
       UserError: data that is not what the task needs; says which row.
     """
-    if settings.task == "perplexity":
+    if settings.task in ("perplexity", "classification"):
         if config is None:
-            raise UserError("perplexity needs a configuration, which says how its data is read")
-        return score_perplexity(model, config, settings.limit)
+            raise UserError(f"{settings.task} needs a configuration, which says how its data is read")
+        score = score_judgements if model.architecture.num_labels else score_perplexity
+        if settings.task == "classification":
+            score = score_judgements
+        return score(model, config, settings.limit)
+    if model.architecture.num_labels:
+        raise UserError(
+            f"task {settings.task} asks a language model; this one has a head for labels: use classification"
+        )
     rows, examples = read_rows_for(settings)
     if settings.task == "mmlu":
         prompts = mmlu.prompts_of(rows, settings.shots, examples)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 from typing import Any
 
 import helpers_training as helpers
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from tpu_tune.data import Datasets
 from tpu_tune.data.preference_rows import preference_rows
@@ -23,6 +25,14 @@ RUNS: dict[str, tuple[dict[str, Any], int, int]] = {
     "simpo": ({"name": "simpo", "beta": 2.0}, 2, 2),
     "cpo": ({"name": "cpo"}, 4, 1),
     "kto": ({"name": "kto", "undesirable_weight": 1.3}, 2, 2),
+}
+# name -> settings of ours: loss types of dpo, measured and not trained, against a reference that is another model
+TYPES: dict[str, dict[str, Any]] = {
+    **{kind: {"loss_type": kind} for kind in ("sigmoid", "hinge", "ipo", "sigmoid_norm", "nca_pair", "bco_pair")},
+    **{kind: {"loss_type": kind} for kind in ("sppo_hard", "apo_zero", "apo_down")},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 1e-3},
+    "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
 }
 METRICS = (
     "rewards/chosen",
@@ -115,6 +125,15 @@ def settings(model: pathlib.Path, folder: pathlib.Path, method: str = "lora", **
         "train__loss_chunk_size": 100,
     }
     return helpers.make_config(**{**defaults, **objective, **keys})
+
+
+def write_other(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Write a tiny Llama a little off another one; return its directory."""
+    shutil.copytree(model, folder)
+    random, tensors = np.random.RandomState(5), load_file(folder / "model.safetensors")
+    moved = {name: (one + 0.03 * random.randn(*one.shape)).astype(np.float32) for name, one in sorted(tensors.items())}
+    save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def initial_adapter(shapes: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -15,21 +15,30 @@ from typing import Any
 
 import helpers_preference as preference
 import helpers_training as helpers
-import numpy as np
 
 from tpu_tune.checkpoints import peft as peft_files
 
 FILE = pathlib.Path(__file__).parent / "goldens" / "preference.json"
 
 
-def trl_run(name: str, method: str, folder: pathlib.Path) -> list[dict[str, float]]:
+def trl_type(kind: str, folder: pathlib.Path) -> list[dict[str, float]]:
+    """Measure a loss type of DPO on three steps of four pairs, against another model."""
+    path = helpers.write_tiny_llama(folder / "model")
+    reference = preference.write_other(path, folder / "reference")
+    settings = {"name": "dpo", **preference.TYPES[kind], "learning_rate": 0.0}
+    return trl_run("dpo", "full", folder, (settings, 4, 1), 3, reference)
+
+
+def trl_run(
+    name: str, method: str, folder: pathlib.Path, run: Any = None, steps: int = preference.STEPS, reference: Any = None
+) -> list[dict[str, float]]:
     """Train with TRL; return the loss and metrics of each step."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     torch.set_num_threads(1)
-    settings, rows, accumulation = preference.RUNS[name]
+    settings, rows, accumulation = run or preference.RUNS[name]
     path = helpers.write_tiny_llama(folder / "model")
     model = LlamaForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -42,14 +51,13 @@ def trl_run(name: str, method: str, folder: pathlib.Path) -> list[dict[str, floa
         initial = preference.initial_adapter(ours.trainable)
         peft_files.write_adapter(str(folder / "initial"), initial, ours.method, ours.architecture, str(path))
         model = peft.PeftModel.from_pretrained(model, str(folder / "initial"), is_trainable=True)
-    count = rows * accumulation * preference.STEPS
+    count = rows * accumulation * steps
     table = preference.single(count) if name == "kto" else preference.texts(count)
     trainer_class, config_class, own = trainer(name, settings)
     arguments = config_class(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
-        learning_rate=preference.RATES[method],
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         num_train_epochs=1,
@@ -61,12 +69,17 @@ def trl_run(name: str, method: str, folder: pathlib.Path) -> list[dict[str, floa
         gradient_checkpointing=False,
         train_sampling_strategy="sequential",
         max_length=preference.WIDTH,
-        **own,
+        **{"learning_rate": preference.RATES[method], **own},
     )
-    run = trainer_class(model=model, args=arguments, train_dataset=Dataset.from_list(table), processing_class=tokenizer)
+    more = {"ref_model": LlamaForCausalLM.from_pretrained(reference, dtype=torch.float32)} if reference else {}
+    run = trainer_class(
+        model=model, args=arguments, train_dataset=Dataset.from_list(table), processing_class=tokenizer, **more
+    )
     run.train()
     logged = [row for row in run.state.log_history if "loss" in row]
-    names = ("loss", "grad_norm", "kl", "nll_loss", "log_odds_ratio", "log_odds_chosen", *preference.METRICS)
+    # TRL takes KTO's metrics as means of the micro-batches' means.
+    watched = () if name == "kto" else ("rewards/margins", "rewards/accuracies", "logps/chosen")
+    names = ("loss", "grad_norm", "kl", "nll_loss", "log_odds_ratio", *watched)
     return [{key: float(row[key]) for key in names if key in row} for row in logged]
 
 
@@ -92,14 +105,18 @@ def trainer(name: str, settings: dict[str, Any]) -> tuple[Any, Any, dict[str, An
 
 def main(names: list[str]) -> None:
     """Run what is named, `dpo/lora`; everything without a name."""
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for name in names or [f"{name}/{method}" for name in preference.RUNS for method in preference.RATES]:
+    runs = [f"{name}/{method}" for name in preference.RUNS for method in preference.RATES]
+    for name in names or [*runs, *(f"type/{kind}" for kind in preference.TYPES)]:
         objective, method = name.split("/")
         with tempfile.TemporaryDirectory() as folder:
-            rows = trl_run(objective, method, pathlib.Path(folder))
+            if objective == "type":
+                rows = trl_type(method, pathlib.Path(folder))
+            else:
+                rows = trl_run(objective, method, pathlib.Path(folder))
         print(name, [round(row["loss"], 4) for row in rows])
-        keys = rows[0]
-        found[name] = {key: [float(np.float32(row.get(key, np.nan))) for row in rows] for key in keys}
+        keys = rows[0] if objective != "type" else ["loss"]
+        found = json.loads(FILE.read_text()) if FILE.exists() else {}
+        found[name] = {key: [float(f"{row[key]:.6g}") for row in rows] for key in keys}
         FILE.write_text(json.dumps(found, indent=None).replace('], "', '],\n"') + "\n")
 
 

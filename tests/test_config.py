@@ -33,7 +33,8 @@ CONTRACT = {
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio optim adam_beta1 adam_beta2 "
     "adam_epsilon weight_decay max_grad_norm optim_offload logging_steps logging_first_step eval_strategy eval_steps "
     "save_strategy save_steps save_total_limit load_best_model_at_end early_stopping_patience report_to",
-    "objective": "name",
+    "objective": "name loss_type loss_weights beta label_smoothing sft_weight simpo_gamma cpo_alpha desirable_weight "
+    "undesirable_weight reference",
     "mesh": "data fsdp tensor sequence",
 }
 KEYS = [f"{room}.{key}".lstrip(".") for room, keys in CONTRACT.items() for key in keys.split()]

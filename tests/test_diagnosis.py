@@ -297,3 +297,52 @@ def test_block_medians_keep_short_series_and_thin_long_ones():
     at, values = block_medians(x, x, 100)
     assert len(at) == 100 and np.array_equal(at, values) and at[0] == 4.5
     assert block_medians(x[:50], x[:50], 100)[0] is not None and len(block_medians(x[:50], x[:50], 100)[0]) == 50
+
+
+# --- preference runs -------------------------------------------------------------------------------------------------
+
+
+def preferences(count=40, chosen=0.5, rejected=-1.0, accuracy=0.9, logps=-80.0, every=5, level=0.02):
+    """Rows of a run whose rewards go from 0 to `chosen` and `rejected`, and whose chosen log-probability from -80."""
+    found = rows(noisy(falling(count, 0.2, 0.69, 0.3), 0.01))
+    way = 1 - np.exp(-np.linspace(0, 3, count))
+    values = {
+        "rewards/chosen": chosen * way, "rewards/rejected": rejected * way,
+        "rewards/margins": (chosen - rejected) * way,
+        "rewards/accuracies": 0.5 + (accuracy - 0.5) * way, "logps/chosen": -80 + (logps + 80) * way,
+    }  # fmt: skip
+    for name, curve in values.items():
+        for row, value in zip(found[:count], noisy(curve, level), strict=True):
+            row[name] = float(value)
+        found += [
+            {"step": found[place]["step"], "eval_loss": 0.4, f"eval_{name}": float(curve[place])}
+            for place in range(every - 1, count, every)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("held_out", [True, False], ids=["held-out", "training"])
+@pytest.mark.parametrize(
+    ("ends", "reason", "advice"),
+    [
+        ({"logps": -130.0, "chosen": -5.0, "rejected": -9.0}, "chosen answers collapse", "lower train.learning_rate"),
+        ({"chosen": -0.8, "rejected": -1.6}, "both rewards fall", "objective.sft_weight=1"),
+        ({"accuracy": 0.52}, "margin without accuracy", "data look"),
+    ],
+)
+def test_rewards_that_go_wrong_are_told_apart(ends, reason, advice, held_out):
+    metrics = preferences(**ends)
+    if not held_out:
+        metrics = [row for row in metrics if "loss" in row]
+    found = diagnose(metrics)
+    assert (found.verdict, found.reason) == ("preferences", reason)
+    assert advice in " ".join(found.advice)
+    assert ("of held-out answers" if held_out else "in training") in found.evidence[0]
+
+
+def test_rewards_that_part_are_no_fault():
+    for ends in ({}, {"chosen": 0.3, "rejected": -0.2, "accuracy": 0.7}, {"chosen": -0.1, "rejected": -2.0}):
+        found = diagnose(preferences(**ends), vocab_size=1000)
+        assert found.verdict != "preferences", found.reason
+        assert not any("tokens" in line for line in found.evidence)  # nobody guesses among tokens here
+    assert diagnose(preferences(4)).verdict == "not enough points"

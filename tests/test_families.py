@@ -160,7 +160,9 @@ def loss_and_gradients(case, directory):
     return float(loss), adapter_tensors(grads, targets, arch), expected.item(), theirs
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in ("gemma4_wide", "gemma4_alike"))]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_loss_and_gradients_equal_torch_and_peft(case, tmp_path):
     pytest.importorskip("torch")

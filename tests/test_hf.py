@@ -30,6 +30,7 @@ from tpu_tune.cli.hf.flags import ALIASES, FLAGS, QLORA
 from tpu_tune.cli.hf.translate import translate
 from tpu_tune.errors import UserError
 from tpu_tune.training import arithmetic
+from tpu_tune.training.objectives import check_objective
 
 MODEL = ["--model_name_or_path", "m"]
 DATA_PARALLEL = [
@@ -510,6 +511,73 @@ def test_unset_flags_have_the_trainers_defaults():
 def test_keys(flags, keys):
     found = dict(configuration.flatten(config_of(*flags)))
     assert {key: found[key] for key in keys} == keys
+
+
+BASE = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "keys"),
+    [
+        ("trl dpo", "", {"name": "dpo", "beta": 0.1, "loss_type": ""}),
+        ("accelerate launch trl/scripts/dpo.py", "--beta 0.2", {"name": "dpo", "beta": 0.2}),
+        (
+            "python train_dpo.py",
+            "--loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1",
+            {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        ),
+        ("trl dpo", "--loss_type robust --label_smoothing 0.1", {"loss_type": "robust", "label_smoothing": 0.1}),
+        ("python orpo.py", "--beta 0.3", {"name": "orpo", "beta": 0.3}),
+        ("python cpo.py", "--loss_type simpo", {"name": "cpo", "loss_type": "simpo", "cpo_alpha": 1.0}),
+        ("python cpo.py", "--loss_type simpo --cpo_alpha 0 --simpo_gamma 1", {"name": "simpo", "simpo_gamma": 1.0}),
+        ("trl kto", "--undesirable_weight 0.5", {"name": "kto", "undesirable_weight": 0.5}),
+        ("llamafactory-cli train", "--stage dpo --pref_loss orpo --pref_beta 0.2", {"name": "orpo", "beta": 0.2}),
+        ("", "--stage kto --kto_chosen_weight 2", {"name": "kto", "desirable_weight": 2.0}),
+        ("trl sft", "--loss_type nll", {"name": "sft"}),
+        ("python finetune_kto.py", "--stage sft", {"name": "sft"}),
+    ],
+)
+def test_trainers_on_rated_answers(script, flags, keys):
+    words = [*script.split(), *BASE, *flags.split()]
+    config = translate(command_line.parse(words), lambda: "cpu", {}).config
+    assert {key: config.objective[key] for key in keys} == keys
+    check_objective(config)
+
+
+def test_trls_defaults_for_rated_answers():
+    words = ["trl", "dpo", *BASE, "--use_peft", "--lora_dropout", "0.05"]
+    found = translate(command_line.parse(words), lambda: "cpu", {})
+    config = found.config
+    assert (config.train.learning_rate, config.data.max_length, config.lora.dropout) == (1e-6, 2048, 0.0)
+    assert any("both answers with their prompts" in note for note in found.notes)
+    kto = ["trl", "kto", *BASE, "--max_length", "100", "--learning_rate", "0.001", "--dataset_format", "hh-rlhf"]
+    config = translate(command_line.parse(kto), lambda: "cpu", {}).config
+    assert (config.train.learning_rate, config.data.max_length, config.data.format) == (1e-3, 100, "auto")
+    trl = pytest.importorskip("trl")
+    fields = {field.name for kind in (trl.DPOConfig, trl.KTOConfig) for field in dataclasses.fields(kind)}
+    assert not {name for name in fields if ALIASES.get(name, name) not in FLAGS} - {
+        "model_init_kwargs",
+        "router_aux_loss_coef",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trl", "sft", "--beta", "0.1"], "--beta is a flag of TRL's trainers on rated answers"),
+        (["trl", "dpo", "--beta", "0"], "config key 'objective.beta' is 0.0; it must be positive"),
+        (["trl", "dpo", "--f_divergence_type", "js_divergence"], "can only be reverse_kl"),
+        (["trl", "dpo", "--truncation_mode", "keep_end"], "can only be keep_start"),
+        (["trl", "dpo", "--sync_ref_model", "true"], "the reference stays as it is"),
+        (["--stage", "rm"], "--stage is 'rm'; it must be one of sft, pt, dpo, kto"),
+    ],
+)
+def test_what_has_no_place_among_rated_answers_is_refused(words, says):
+    first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+    with pytest.raises(UserError, match=says):
+        check_objective(
+            translate(command_line.parse([*words[:first], *BASE, *words[first:]]), lambda: "cpu", {}).config
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import tiny_models
 from tpu_tune.errors import UserError
 from tpu_tune.kernels.attention import attention, reference, rematerialised
 from tpu_tune.kernels.blockwise import blockwise
-from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_losses
+from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs, token_losses
 from tpu_tune.kernels.layout import TokenLayout
 from tpu_tune.kernels.splash import splash
 from tpu_tune.models import apply_head as apply_head_of
@@ -187,6 +187,26 @@ def test_chunks_equal_the_plain_loss_and_gradients(chunk):
         )
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * float(jnp.max(jnp.abs(other))))
+
+
+def test_log_probs_of_tokens_equal_the_plain_ones_and_their_gradients():
+    """Of any function of them: the gradient of each token is not known when its logits are first there."""
+    hidden, targets, head = batch()
+    weights = {"weight": head, "bias": jnp.arange(VOCABULARY) / 50}
+
+    def squares(log_probs):
+        return jnp.sum(jnp.sum(log_probs, 1) ** 2 / (1 + jnp.arange(len(log_probs))))
+
+    def reference(weights, hidden):
+        return squares(-token_losses(apply_head(weights, hidden), targets)[0])
+
+    def ours(weights, hidden):
+        return squares(token_log_probs(apply_head, weights, hidden, targets, 5))
+
+    expected = jax.value_and_grad(reference, (0, 1))(weights, hidden)
+    found = jax.jit(jax.value_and_grad(ours, (0, 1)))(weights, hidden)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(other))))
 
 
 def test_chunks_count_right_guesses():

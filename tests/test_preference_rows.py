@@ -6,6 +6,7 @@ where trl is installed.
 
 import json
 import os
+import pickle
 import types
 
 import numpy as np
@@ -205,7 +206,9 @@ def test_a_bad_row_is_one_line_and_can_be_skipped(row, objective, reason):
 def test_a_prompt_that_is_no_beginning_of_prompt_and_answer_is_an_error_with_its_row():
     tokenizer = make_tokenizer(chat_template=CHATML)
     row = {"prompt": "xa", "chosen": "n c", "rejected": "d"}  # "an" is one token
-    with pytest.raises(UserError, match="row 2: the prompt is no beginning of prompt and answer: its end 'xa' is one"):
+    with pytest.raises(
+        UserError, match="row 2: the prompt is no beginning of prompt and answer: its end 'xa' is tokenized"
+    ):
         tokenize_rows([TEXT, row], tokenizer, options())
     kept = tokenize_rows([TEXT, row], tokenizer, options(skip_bad_rows=True))
     assert kept.summary["bad_rows"] == 1 and kept.summary["formats"] == {"preference": 1} and len(kept) == 2
@@ -230,6 +233,23 @@ def test_the_objective_decides_what_rows_may_be(row, objective, named):
     assert f"objective.name={objective}" in str(error.value) and named in str(error.value)
     if row is LABELLED and objective == "sft":
         assert tokenize_rows([row], make_tokenizer(), options("sft", format="prompt-completion")).roles is None
+
+
+def test_a_thought_that_the_prompt_opens_is_cut_where_an_answer_parts_from_it():
+    """As TRL's `common_prefix_length` has it: the prompt is what both answers begin with."""
+    template = CHATML.replace(
+        "'<|im_start|>assistant\n' }}{% endif %}", "'<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    for chosen, rejected, begun in (
+        ("<think>\nBlue.", "<think>\nGreen.", "<think>\n"),
+        ("<think></think>Blue.", "<think>\nGreen.", "<think>"),
+        ("Blue.", "<think>\nGreen.", ""),
+    ):
+        row = {**CHAT, "chosen": [bot(chosen)], "rejected": [bot(rejected)]}
+        data = tokenize_rows([row], tokenizer, options(chat_template=template))
+        said = [tokenizer.decode(np.asarray(ids)[mask]) for ids, mask in examples(data)]
+        assert said == [f"{text.removeprefix(begun)}<|im_end|>\n" for text in (chosen, rejected)]
 
 
 def test_a_pair_that_does_not_fit_whole_is_left_out_and_reported():
@@ -275,13 +295,21 @@ def equal_sets(one, other):
     assert one.roles.tolist() == other.roles.tolist() and one.source_rows.tolist() == other.source_rows.tolist()
 
 
-def test_roles_stay_through_merge_cache_processes_and_files(tmp_path, caplog):
+BATCHES = [(ROWS[:5], "row", 0), (ROWS[5:], "row", 5)]
+
+
+@pytest.mark.slow
+def test_processes_give_the_roles_back():
+    whole = tokenize_rows(ROWS, make_tokenizer(), options(max_length=64))
+    equal_sets(whole, merge(list(tokenize_batches(BATCHES, make_tokenizer(), options(max_length=64), 2))))
+
+
+def test_roles_stay_through_merge_and_cache(tmp_path, caplog):
     tokenizer = make_tokenizer()
     path = write(tmp_path / "rows.jsonl", ROWS)
     whole = tokenize_rows(ROWS, tokenizer, options(max_length=64))
-    parts_of = [(ROWS[:5], "row", 0), (ROWS[5:], "row", 5)]
-    for processes in (1, 2):
-        equal_sets(whole, merge(list(tokenize_batches(parts_of, tokenizer, options(max_length=64), processes))))
+    sets = [tokenize_rows(*one[:1], tokenizer, options(max_length=64), *one[1:]) for one in BATCHES]
+    equal_sets(whole, pickle.loads(pickle.dumps(merge(sets))))
     plain = tokenize_rows([{"text": "a"}], tokenizer, options("sft"))
     assert merge([plain, whole]).roles.tolist() == [0, *whole.roles] and merge([plain, plain]).roles is None
     fresh, cached = (load_data(settings(path, tmp_path), tokenizer) for _ in range(2))

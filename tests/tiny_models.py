@@ -267,6 +267,14 @@ CONFIGS = {
         if "per_layer_input" not in key
     }
     | {"model_type": "gemma4_unified_text"},
+    "gemma4_experts": _gemma4(
+        "ssf",
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=5,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    ),
     # All layers have the same leaves, and those whose keys and values are shared are not the last of their scan.
     "gemma4_alike": _gemma4(
         "sfffsf", global_head_dim=8, num_kv_shared_layers=2, attention_bias=True, hidden_size_per_layer_input=4

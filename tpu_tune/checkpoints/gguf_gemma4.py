@@ -75,7 +75,7 @@ def gemma4_metadata(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, n
     full, sliding = (next((kind for kind in kinds if (kind.window is None) == is_full), None) for is_full in (1, 0))
     if sliding is None or {arch.heads(kind)[1] for kind in kinds} != {arch.heads(one)[1] for one in (full, sliding)}:
         raise UserError("GGUF cannot express a Gemma 4 without windows, or with several sizes of heads beside them")
-    if arch.qkv_bias or arch.activation != "gelu_pytorch_tanh":
+    if arch.qkv_bias or arch.activation != "gelu_tanh":
         raise UserError("GGUF cannot express biases or another activation in a Gemma 4; export it with --merge")
     if any(kind.keys_from not in (None, own - 1 - (kind.window is not None)) for kind in kinds):
         raise UserError(

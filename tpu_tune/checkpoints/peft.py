@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16, which safetensors needs
 import numpy as np
 from safetensors.numpy import load, load_file, save_file
 
-from tpu_tune.checkpoints import json_text, storage, tower_adapters
+from tpu_tune.checkpoints import expert_adapters, json_text, storage, tower_adapters
 from tpu_tune.checkpoints.peft_values import check_adapter_config
 from tpu_tune.checkpoints.vocabulary import write_record
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -36,8 +36,7 @@ _TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 # Keys of adapter_config.json that change the mathematics and are not implemented; other unknown keys are ignored.
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
-    "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "target_parameters",
-    "use_bdlora", "use_qalora", "velora_config",
+    "lora_bias", "lora_ga_config", "loftq_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 _INITIAL_ONLY = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # they only shape the initial values
 # Values of init_lora_weights that leave the base as it is; what else they do is over when the adapter is saved.
@@ -78,15 +77,28 @@ def write_adapter(
       UserError: the directory cannot be written.
     """
     with storage.whole_directory(directory) as aside:
+        experts = expert_adapters.stacked(targets, architecture)
+        others = _without(targets, experts) if experts else targets
         tensors = {
             name.replace(*(f".{part}." for part in _NEOX_HEAD)): value
-            for name, value in adapter_tensors(trainable, targets, architecture, params).items()
+            for name, value in adapter_tensors(trainable, others, architecture, params).items()
         }
+        config = adapter_config(others, base_name, architecture)
+        if experts:
+            more, settings = expert_adapters.stacked_form(experts, trainable, targets, architecture, PREFIX)
+            tensors |= more
+            config |= {key: config[key] | value if key in config else value for key, value in settings.items()}
         save_file(tensors, os.path.join(aside, WEIGHTS), metadata={"format": "pt"})
         with open(os.path.join(aside, "adapter_config.json"), "w", encoding="utf-8") as stream:
-            json.dump(adapter_config(targets, base_name, architecture), stream, indent=2, sort_keys=True)
+            json.dump(config, stream, indent=2, sort_keys=True)
         if source is not None:
             write_record(aside, source)
+
+
+def _without(targets: Targets, experts: Sequence[Target]) -> Targets:
+    """Return the targets without some, the others by their own names."""
+    spec = dataclasses.replace(targets.spec, target_modules="")
+    return dataclasses.replace(targets, adapted=tuple(one for one in targets.adapted if one not in experts), spec=spec)
 
 
 def adapter_config(targets: Targets, base_name: str, architecture: Architecture) -> dict[str, Any]:
@@ -164,8 +176,8 @@ def adapter_tensors(
         module = target.module
         a, b = (np.asarray(trainable[path]) for path in (target.a_path, target.b_path))
         magnitude = trainable.get(target.magnitude_path)
-        for index, (name, rank) in enumerate(zip(target.names, target.ranks, strict=True)):
-            a_one, b_one = (a[index], b[index]) if target.layers else (a, b)
+        for name, index, rank in target.places:
+            a_one, b_one = a[index], b[index]
             form = (
                 ("lora_embedding_A", "lora_embedding_B")
                 if module.kind == "embedding"
@@ -174,7 +186,7 @@ def adapter_tensors(
             tensors[f"{PREFIX}{name}.{form[0]}"] = np.ascontiguousarray(a_one[:, :rank].T)
             tensors[f"{PREFIX}{name}.{form[1]}"] = np.ascontiguousarray(module.deinterleave(b_one[:rank]).T)
             if magnitude is not None:
-                one = np.asarray(magnitude)[index] if target.layers else np.asarray(magnitude)
+                one = np.asarray(magnitude)[index]
                 suffix = "" if module.kind == "embedding" else ".weight"
                 tensors[f"{PREFIX}{name}.lora_magnitude_vector{suffix}"] = np.ascontiguousarray(
                     module.deinterleave(one)
@@ -302,6 +314,8 @@ def read_files(directory: str, architecture: Architecture) -> tuple[LoraConfig, 
         tensors = load(storage.read_bytes(file)) if storage.is_remote(file) else load_file(file)
     except Exception as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+    config = json_text.loads(storage.read_bytes(os.path.join(directory, "adapter_config.json")))
+    spec, tensors = expert_adapters.as_here(directory, config, spec, tensors, architecture)
     if architecture.names.tower:
         return tower_adapters.as_here(spec, tensors, PREFIX, architecture)
     if any(back):
@@ -431,16 +445,22 @@ def _read_target(target: Target, spec: LoraConfig, take: Any) -> dict[str, Any]:
     form = (
         ("lora_embedding_A", "lora_embedding_B") if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
     )
-    parts: dict[str, list[np.ndarray]] = {target.a_path: [], target.b_path: []}
-    for name, rank in zip(target.names, target.ranks, strict=True):
-        short = target.rank - rank
-        parts[target.a_path].append(np.pad(take(f"{name}.{form[0]}", (rank, inner)).T, [(0, 0), (0, short)]))
-        b = module.interleave(take(f"{name}.{form[1]}", (outer, rank)).T)
-        parts[target.b_path].append(np.pad(b, [(0, short), (0, 0)]))
+    stack = (len(target.layers),) * bool(target.layers) + (module.experts,) * bool(module.experts)
+    parts = {
+        target.a_path: np.zeros((*stack, inner, target.rank), np.float32),
+        target.b_path: np.zeros((*stack, target.rank, outer), np.float32),
+    }
+    lead = module.stacked_in_file
+    if spec.use_dora:
+        parts[target.magnitude_path] = np.zeros((*stack, outer), np.float32)
+    for name, index, rank in target.places:
+        a, b = (take(f"{name}.{form[0]}", (*lead, rank, inner)), take(f"{name}.{form[1]}", (*lead, outer, rank)))
+        parts[target.a_path][index][..., :rank] = np.swapaxes(a, -1, -2)
+        parts[target.b_path][index][..., :rank, :] = module.interleave(np.swapaxes(b, -1, -2))
         if spec.use_dora:
-            magnitude = module.interleave(take(f"{name}.lora_magnitude_vector.weight", (outer,)))
-            parts.setdefault(target.magnitude_path, []).append(magnitude)
-    return {path: jnp.asarray(np.stack(arrays) if target.layers else arrays[0]) for path, arrays in parts.items()}
+            taken = take(f"{name}.lora_magnitude_vector.weight", (outer,))
+            parts[target.magnitude_path][index] = module.interleave(taken)
+    return {path: jnp.asarray(array) for path, array in parts.items()}
 
 
 def _read_whole(module: Module, path: str, take: Any, adapted: bool) -> Any:

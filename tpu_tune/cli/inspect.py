@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
     print("this LoRA configuration would train:")
     for target in lora["targets"]:
         print(f"  {target['name']}  rank {target['rank']}, {target['layers']} x, {target['trainable']:,} parameters")
-    if lora["without"]:
-        print(f"  {lora['without']}")
+    if lora["experts"]:
+        print(f"  {lora['experts']}")
     share = 100 * lora["trainable"] / lora["all"]
     print(f"trainable params: {lora['trainable']:,} || all params: {lora['all']:,} || trainable%: {share:.4f}")
     return 0

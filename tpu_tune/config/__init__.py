@@ -7,7 +7,7 @@ what keys ask of each other.
 """
 
 from tpu_tune.config.engine import config_get, to_dict
-from tpu_tune.config.rules import SCHEMA, assign, check, default, evaluates, flatten, from_dict, from_file
+from tpu_tune.config.rules import SCHEMA, assign, check, default, evaluates, flatten, from_dict, from_file, source_paths
 from tpu_tune.config.sections import Config, LoraConfig, Pattern, QuantizeConfig, TokenIndices
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "flatten",
     "from_dict",
     "from_file",
+    "source_paths",
     "to_dict",
 ]

@@ -302,7 +302,7 @@ def _read(said: str, kinds: Mapping[type, Any], text: str) -> Any:
                 return json.loads(stripped)
             except ValueError as error:
                 raise UserError(f"{said}: {stripped!r} is not JSON ({error})") from None
-        if list not in kinds:
+        if list not in kinds or dict in _kinds(_item(kinds[list])):  # a list of objects is written as JSON only
             return text
         if str not in kinds or ("," in stripped and not set(stripped) & set("*+?()|^$\\")):
             return [part.strip() for part in stripped.split(",") if part.strip()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from tpu_tune.config.engine import Schema
@@ -13,6 +16,13 @@ def evaluates(config: ConfigDict) -> bool:
     """Whether a run has evaluations, as far as its settings say."""
     data = config.data
     return config.train.eval_strategy != "no" and bool(data.eval or data.eval_ratio or data.eval_dataset_size)
+
+
+def source_paths(value: str | Sequence[str | Mapping[str, Any]]) -> list[str]:
+    """The paths that `data.train` or `data.eval` names; an entry without one is no path."""
+    if isinstance(value, str):
+        return [value] if value else []
+    return [str(entry if isinstance(entry, str) else entry.get("path", "")) for entry in value]
 
 
 def _hold(config: ConfigDict) -> None:

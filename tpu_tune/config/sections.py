@@ -14,6 +14,7 @@ from tpu_tune.config.engine import key
 
 Pattern = str | Sequence[str]  # a list of names or ends of names, a regular expression, or "all-linear"
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]  # of the input embedding, or by module
+Sources = str | Sequence[str | Mapping[str, Any]]  # a path, or several: paths, or {path, name, weight or count}
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["auto", "reference", "blockwise", "splash", "cudnn", "pallas"]
 RowFormat = Literal[
@@ -96,8 +97,12 @@ class Data:
     """The rows, and how they become tokens."""
 
     # .jsonl, .json, .csv, .parquet, .arrow (also tokenized), a directory of them (local or gs://), or a hub id.
-    train: str = key("", "file, directory or hub id of the rows")
-    eval: str = key("", "the same; empty: a seeded split of data.train that is never trained on")
+    # Or a list of them, e.g. ["a.jsonl", {"path": "b.jsonl", "count": 500}], with weights or counts an epoch.
+    train: Sources = key("", "file, directory or hub id of the rows")
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = key(
+        "concat", "of a list: all rows or counts; by weights until one source was shown whole, or until all were"
+    )
+    eval: Sources = key("", "the same; empty: a seeded split of data.train that is never trained on")
     # The number holds out rows of data.train also where the data brings evaluation rows of its own.
     eval_dataset_size: int = key(0, "the number of rows instead of the share; 0: by eval_ratio", at_least=0)
     max_train_samples: int = key(0, "train on the first so many of the rows only; 0: all", at_least=0)

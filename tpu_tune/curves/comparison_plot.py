@@ -21,7 +21,7 @@ from tpu_tune.curves.plot_style import (
     style_axes,
 )
 from tpu_tune.curves.runs import CurveRun
-from tpu_tune.curves.series import AXES, FEW, QUANTITIES, Quantity, panel, smoothed_over, smoothing_window
+from tpu_tune.curves.series import AXES, FEW, QUANTITIES, Quantity, has_rewards, panel, smoothed_over, smoothing_window
 from tpu_tune.curves.statistics import smooth
 from tpu_tune.errors import UserError
 
@@ -38,10 +38,13 @@ def plot_runs(runs: Sequence[CurveRun], path: str | os.PathLike, x: str = "steps
     Raises:
       UserError: the file cannot be written, or the metrics have no tokens or epochs.
     """
-    figure = Figure(figsize=(12, 10), dpi=100, facecolor="white", layout="constrained")
-    grid = figure.add_gridspec(3, 2, height_ratios=(1.5, 1, 1))
+    rewards = any(has_rewards(run.metrics) for run in runs)
+    quantities = [one for one in QUANTITIES if rewards or not one.train.startswith(("rewards/", "logps/"))]
+    rows = len(quantities) // 2
+    figure = Figure(figsize=(12, 1 + 3 * rows), dpi=100, facecolor="white", layout="constrained")
+    grid = figure.add_gridspec(rows, 2, height_ratios=(1.5, *[1] * (rows - 1)))
     legend: dict[str, Any] = {}
-    for index, quantity in enumerate(QUANTITIES):
+    for index, quantity in enumerate(quantities):
         axes = figure.add_subplot(grid[index // 2, index % 2])
         legend |= _draw(axes, runs, quantity, x, beta)
     figure.legend(

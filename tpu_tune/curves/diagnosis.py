@@ -8,6 +8,7 @@ that a few outliers hardly change:
 1. *unstable*: losses that are not finite, a training loss that ends far above its minimum, or more spikes (points far
    above the running median, compared with the noise) than an odd batch explains.
 2. *not enough points*: fewer than 6 training losses.
+   Of preference runs the rewards are judged next, by three rules of their own (`preferences`).
 3. *underfit, flat*: the training loss has no trend (Mann-Kendall) and ends less than 3% below its start.
 4. *overfit*: the evaluation loss ends above its smoothed minimum by more than its noise and 1.5%, the training loss
    not.
@@ -32,6 +33,8 @@ from scipy import stats
 
 from tpu_tune.curves.instability import unstable
 from tpu_tune.curves.losses import MIN_TRAIN, Curve, Finding, Losses, level_at, rate_decays, tail
+from tpu_tune.curves.preferences import diagnose_rewards
+from tpu_tune.curves.series import has_rewards
 from tpu_tune.curves.statistics import block_medians, mann_kendall, running
 
 MIN_EVAL = 3  # with fewer evaluations there is no verdict on them
@@ -52,7 +55,7 @@ class Diagnosis:
     """A verdict on a run.
 
     Attributes:
-      verdict: underfit | overfit | well-fit | unstable | not enough points.
+      verdict: underfit | overfit | well-fit | unstable | preferences (of rewards) | not enough points.
       reason: the kind of that verdict, in a few words: "still falling", "spikes".
       evidence: the observations behind the verdict, a sentence each, with numbers.
       advice: what to try.
@@ -101,7 +104,11 @@ def diagnose(
     """
     losses = Losses.from_metrics(metrics)
     done = not total_steps or losses.last_step >= total_steps
-    findings = (rule(losses, list(saved_steps), vocab_size) for rule in _RULES)
+    rules = list(_RULES)
+    if has_rewards(metrics):
+        vocab_size = None  # the loss is no cross-entropy
+        rules.insert(rules.index(_flat), lambda *_: diagnose_rewards(metrics, losses.numbers))
+    findings = (rule(losses, list(saved_steps), vocab_size) for rule in rules)
     verdict, reason, evidence, advice = next(finding for finding in findings if finding is not None)
     if not done and reason.startswith("flat") and len(losses.train) < 5 * MIN_TRAIN:
         verdict, reason, evidence, advice = _too_early(losses)

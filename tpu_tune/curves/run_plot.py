@@ -23,7 +23,7 @@ from tpu_tune.curves.plot_style import (
     space_panels,
     style_axes,
 )
-from tpu_tune.curves.series import FEW, series, smoothed_over, smoothing_window
+from tpu_tune.curves.series import FEW, has_rewards, series, smoothed_over, smoothing_window
 from tpu_tune.curves.statistics import smooth
 
 
@@ -35,8 +35,12 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, t
       path: the PNG file.
       title: the run's name, shown above the curves.
     """
-    figure = Figure(figsize=(10, 7), dpi=130, facecolor="white", layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
+    rows = 3 if has_rewards(metrics) else 2
+    figure = Figure(figsize=(10, 3 + 2 * rows), dpi=130, facecolor="white", layout="constrained")
+    grid = figure.add_gridspec(rows, 2, height_ratios=(2.3, *[1] * (rows - 1)))
+    if rows == 3:
+        _draw_rewards(figure.add_subplot(grid[2, 0]), metrics, "rewards (dashed: held-out)", _REWARDS)
+        _draw_rewards(figure.add_subplot(grid[2, 1]), metrics, "share of pairs ranked rightly", _ACCURACY)
     _draw_loss(figure.add_subplot(grid[0, :]), metrics, title)
     _draw_small(figure.add_subplot(grid[1, 0]), metrics, "learning_rate", "learning rate", RATE)
     _draw_small(figure.add_subplot(grid[1, 1]), metrics, "grad_norm", "gradient norm", NORM)
@@ -75,6 +79,25 @@ def _draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]], title: str) -> N
         axes.legend(frameon=False, loc="best", labelcolor=INK)
     else:
         axes.text(0.5, 0.5, "no losses yet", transform=axes.transAxes, ha="center", color=MUTED)
+
+
+_REWARDS = {"rewards/chosen": RATE, "rewards/rejected": EVAL, "rewards/margins": NORM}
+_ACCURACY = {"rewards/accuracies": TRAIN}
+
+
+def _draw_rewards(axes: Any, metrics: Sequence[Mapping[str, Any]], name: str, colors: Mapping[str, str]) -> None:
+    style_axes(axes)
+    for key, color in colors.items():
+        for side, style in (("", "-"), ("eval_", "--")):
+            steps, values = series(metrics, side + key)
+            if len(steps):
+                label = key.removeprefix("rewards/") if not side else None
+                axes.plot(steps, values, style, color=color, linewidth=1.5, label=label)
+    axes.set_title(name, loc="left", color=INK, fontsize=10)
+    axes.set_xlabel("step")
+    if len(colors) > 1:
+        axes.legend(frameon=False, loc="best", labelcolor=INK, fontsize=8)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
 
 
 def _draw_small(axes: Any, metrics: Sequence[Mapping[str, Any]], key: str, name: str, color: str) -> None:

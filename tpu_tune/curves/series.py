@@ -37,6 +37,12 @@ QUANTITIES = (
     Quantity("loss", "loss", "eval_loss"),
     Quantity("perplexity", "loss", "eval_loss", exponential=True),
     Quantity("token accuracy", "token_accuracy", "eval_token_accuracy"),
+    Quantity("reward margin", "rewards/margins", "eval_rewards/margins"),
+    Quantity("reward accuracy", "rewards/accuracies", "eval_rewards/accuracies"),
+    Quantity("reward of chosen answers", "rewards/chosen", "eval_rewards/chosen"),
+    Quantity("reward of rejected answers", "rewards/rejected", "eval_rewards/rejected"),
+    Quantity("log-probability of chosen answers", "logps/chosen", "eval_logps/chosen"),
+    Quantity("log-probability of rejected answers", "logps/rejected", "eval_logps/rejected"),
     Quantity("learning rate", "learning_rate", noisy=False),
     Quantity("gradient norm", "grad_norm"),
     Quantity("tokens a second", "tokens_per_second"),
@@ -71,8 +77,15 @@ def panel(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return x and values of one side (`train` or `eval`) of a quantity; empty where the rows have none."""
     key = getattr(quantity, side)
+    if quantity.exponential and has_rewards(metrics):
+        key = ""  # a preference loss has no perplexity
     positions, values = series(metrics, key, x) if key else (np.zeros(0), np.zeros(0))
     return positions, np.exp(np.minimum(values, 700.0)) if quantity.exponential else values
+
+
+def has_rewards(metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows of metrics.jsonl are those of a preference run."""
+    return any("rewards/margins" in row for row in metrics)
 
 
 def smoothing_window(count: int, beta: float = 0.9) -> int:

@@ -40,6 +40,7 @@ def lines(run: CurveRun, diagnosis: Diagnosis, beta: float = 0.9) -> list[str]:
     total = run.summary.get("total_steps")
     head = f"{run.path}: step {last:,.0f}" + (f" of {total:,}" if total else "")
     printed = [head, *[f"  note: {note}" for note in run.notes]]
+    wide = max([20, *(len(name) for name, *_ in _curves(run))])
     for name, quantity, side, steps, values in _curves(run):
         if quantity.exponential and side == "train":
             continue
@@ -51,7 +52,7 @@ def lines(run: CurveRun, diagnosis: Diagnosis, beta: float = 0.9) -> list[str]:
             text += f", best {values[best]:.4g} at step {steps[best]:.0f}"
         elif quantity.name == "tokens a second":
             text = f"median {np.median(values):,.0f}"
-        printed.append(f"  {name:<20} {sparkline(shown)}  {text}")
+        printed.append(f"  {name:<{wide}} {sparkline(shown)}  {text}")
     return [*printed, *[f"  {line}" for line in verdict_lines(diagnosis)]]
 
 
@@ -82,4 +83,5 @@ def _curves(run: CurveRun) -> Iterator[tuple[str, Quantity, str, np.ndarray, np.
 
 
 def _best(quantity: Quantity, values: np.ndarray) -> int:
-    return int(np.argmax(values) if "accuracy" in quantity.name else np.argmin(values))
+    is_high = any(word in quantity.name for word in ("accuracy", "margin", "chosen"))
+    return int(np.argmax(values) if is_high else np.argmin(values))

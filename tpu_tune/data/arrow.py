@@ -154,6 +154,7 @@ class _Loaded:
     targets: list[np.ndarray] = field(default_factory=list)
     source_rows: list[np.ndarray] = field(default_factory=list)
     roles: list[np.ndarray] = field(default_factory=list)
+    file_rows: list[int] = field(default_factory=list)
     rows: int = 0
     sources: int = 0  # rows that the examples were made from
     truncated: int = 0
@@ -188,7 +189,7 @@ def load(sources: list[str], max_length: int, objective: str = "") -> TokenizedS
         used = {"input_ids", "labels", _ROLE, _PADDING_MASK, *_LOSS_MASKS, *_IDLE}
         if others := [name for name in schema.names if name not in used]:
             logger.warning("%s: columns that training does not use: %s", source, ", ".join(others))
-        first = loaded.rows
+        first, sources_before = loaded.rows, loaded.sources
         for batch, metadata in batches:
             ids, labels, bounds = _columns(source, batch, loaded.rows - first)
             if len(bounds) < 2:
@@ -208,6 +209,7 @@ def load(sources: list[str], max_length: int, objective: str = "") -> TokenizedS
             batch_rows = _Batch(source, loaded.rows - first, ids, labels, bounds, roles)
             paired = learns_from(objective) != SINGLE and bool(roles.any()) and _are_pairs(roles, rows)
             _add(loaded, batch_rows, rows, max_length, (list(kinds) == ["text"], paired))
+        loaded.file_rows.append(loaded.sources - sources_before)
     return _finish(loaded, formats)
 
 
@@ -368,6 +370,7 @@ def _finish(loaded: _Loaded, formats: Mapping[str, int]) -> TokenizedSet:
         "split": loaded.split,
         "open_ended": 0,
         "rated": len(np.unique(join(loaded.source_rows, np.int64)[roles > 0])),
+        "file_rows": loaded.file_rows,
         "dropped": dict(sorted(loaded.dropped.items())),
         "bad_rows": 0,
         "bad_examples": [],

@@ -25,7 +25,7 @@ from tpu_tune.data.tokenized_set import TokenizedSet
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 4  # raise it when the same input would give other tokens, or a summary other counts
+_VERSION = 5  # raise it when the same input would give other tokens, or a summary other counts
 _ARRAYS = ("tokens", "loss_mask", "offsets", "source_rows")
 
 

@@ -8,6 +8,7 @@ one of an epoch is filled with empty rows, which hold no target and thus no weig
 from __future__ import annotations
 
 import functools
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tpu_tune.data.mixture import MixedRows
 from tpu_tune.data.packing import Packing
 from tpu_tune.data.tokenized_set import MISMATCHED, TokenizedSet
 
@@ -105,7 +107,7 @@ class Batches:
     """The batches of training, by step.
 
     Attributes:
-      rows: what to train on; anything with `len` and `take`, see also `pairs.PairRows`.
+      rows: what to train on; anything with `len` and `take`, see also `pairs.PairRows`; or `MixedRows`.
       batch_rows: rows of a micro-batch, over all devices.
       accumulation: micro-batches of a step.
       data_seed: with the epoch it decides the order of the rows.
@@ -123,17 +125,37 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that see every row once."""
-        return steps_per_epoch(len(self.rows), self.batch_rows, self.accumulation)
+        """Steps that see every row once; of a mixture, those of the first epoch."""
+        return self._steps(0)
+
+    def steps(self, epochs: float) -> int:
+        """Steps of so many epochs, rounded up."""
+        whole = int(epochs)
+        before = sum(map(self._steps, range(whole))) if isinstance(self.rows, MixedRows) else whole * self._steps(0)
+        return before + math.ceil((epochs - whole) * self._steps(whole))
+
+    def _steps(self, epoch: int) -> int:
+        rows = self.rows.count(epoch) if isinstance(self.rows, MixedRows) else len(self.rows)
+        return steps_per_epoch(rows, self.batch_rows, self.accumulation)
+
+    def _place(self, step: int) -> tuple[int, int, Any]:
+        """The epoch of a step, which of its steps it is, and the epoch's rows."""
+        if not isinstance(self.rows, MixedRows):
+            return (*divmod(step, self.steps_per_epoch), self.rows)
+        epoch = 0
+        while step >= self._steps(epoch):  # epochs of mixtures may differ by a few packed rows
+            step -= self._steps(epoch)
+            epoch += 1
+        return epoch, step, self.rows.epoch(epoch)
 
     def row_numbers(self, step: int) -> np.ndarray:
         """The rows of a step (0-based), (accumulation, batch_rows) int64, -1 where the epoch has run out of rows."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within, rows = self._place(step)
         size = self.accumulation * self.batch_rows
-        blocks = _permutation(self.data_seed, epoch, -(-len(self.rows) // self.block))
+        blocks = _permutation(self.data_seed, epoch, -(-len(rows) // self.block))
         chosen = blocks[within * size // self.block : (within + 1) * size // self.block]
         chosen = (chosen[:, None] * self.block + np.arange(self.block)).reshape(-1)
-        chosen = np.where(chosen < len(self.rows), chosen, -1)
+        chosen = np.where(chosen < len(rows), chosen, -1)
         filled = np.full(size, -1, np.int64)
         filled[: len(chosen)] = chosen
         return filled.reshape(self.accumulation, self.batch_rows)
@@ -141,7 +163,7 @@ class Batches:
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step (0-based): the arrays of `PackedRows.take`, (accumulation, batch_rows, T) int32."""
         numbers = _local(self.row_numbers(step), self.local_rows)
-        flat = self.rows.take(numbers.reshape(-1))
+        flat = self._place(step)[2].take(numbers.reshape(-1))
         return {name: array.reshape(*numbers.shape, -1) for name, array in flat.items()}
 
 

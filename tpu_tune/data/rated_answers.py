@@ -7,9 +7,10 @@ a chat. The two answers of a pair stand in one row, so both are kept whole or no
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,15 +59,23 @@ def prepare(sample: Rated, tokenizer: Any, marks: Marks, options: TokenizeOption
             bos = marks.bos if options.always_bos and not one.source.startswith(marks.bos) else ""
             end = marks.eos * missing_ends(one.target, marks, options)
             answers.append(Answer(bos + one.source, bos + one.source + one.target + end, role))
+    for number, answer in enumerate(answers):
+        if answer.is_chat:
+            others = [answer] if options.learns_from == SINGLE else answers
+            answers[number] = replace(answer, prompt=_common(answer.prompt, [one.whole for one in others]))
     return tuple(answers)
+
+
+def _common(prompt: str, wholes: Sequence[str]) -> str:
+    """A chat's prompt up to where an answer parts from a thought that its end opens (or opens and closes)."""
+    least = len(chats.THOUGHT.sub("", prompt))
+    return prompt[: max(least, min(len(os.path.commonprefix([prompt, whole])) for whole in wholes))]
 
 
 def _rendered(sample: Chat, role: int, tokenizer: Any, template: str) -> Answer:
     whole = chats.render(tokenizer, template, sample)
     prompt = chats.render(tokenizer, template, chats.first_messages(sample, sample.first_target), True)
     whole = whole.removesuffix(chats.constant_header(tokenizer, template, sample, whole))
-    if not whole.startswith(prompt):
-        prompt = chats.THOUGHT.sub("", prompt)  # one that the prompt opens is not in every answer
     spans = None
     if len(sample.messages) - sample.first_target > 1:
         spans = tuple(chats.assistant_spans(tokenizer, template, sample)[1])
@@ -133,7 +142,7 @@ def _encode(
         before, ids = with_bos(before, marks), with_bos(ids, marks)
     if not np.array_equal(ids[: len(before)], before):
         end, joined = answer.prompt[-20:], answer.whole.startswith(answer.prompt)
-        how = "is one token with the answer's beginning" if joined else "is rendered otherwise once an answer follows"
+        how = f"is {'tokenized' if joined else 'rendered'} otherwise once an answer follows"
         way_out = "; begin the answer, not end the prompt, with the blank" if answer.prompt.endswith(" ") else ""
         raise RowError(f"the prompt is no beginning of prompt and answer: its end {end!r} {how}{way_out}")
     mask = np.arange(len(ids)) >= max(1, len(before))  # nothing comes before the first token to predict it from

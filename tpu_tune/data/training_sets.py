@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tpu_tune.data import arrow, cache
+from tpu_tune.config import source_paths
+from tpu_tune.data import arrow, cache, mixture
 from tpu_tune.data.formats import check_renamed, detect, in_words
 from tpu_tune.data.loading import PackedRows
 from tpu_tune.data.packing import one_per_row, pack
@@ -32,15 +34,22 @@ class Datasets:
     """What a run trains and evaluates on.
 
     Attributes:
-      train: packed (or padded) rows.
+      train: packed (or padded) rows; of a mixture `MixedRows`.
       eval: the same for the held-out rows, or None.
       summary: for `train` and `eval`, the format found, and counts of rows, tokens, and of what was cut or dropped.
         Where the evaluation rows are a split of the training file, counts other than `used_*` are the whole file's.
+      eval_parts: source -> its held-out rows, where there are several sources.
     """
 
-    train: PackedRows | PairRows
+    train: PackedRows | PairRows | mixture.MixedRows
     eval: PackedRows | PairRows | None
     summary: dict[str, Any]
+    eval_parts: Mapping[str, PackedRows | PairRows] = dataclasses.field(default_factory=dict)
+
+    def eval_part(self, name: str) -> PackedRows | PairRows:
+        """One of `eval_parts`, with what is known of its examples by now."""
+        rows = self.eval_parts[name]
+        return dataclasses.replace(rows, reference=self.eval.reference) if isinstance(rows, PackedRows) else rows
 
 
 def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_token: int | None = None) -> Datasets:
@@ -55,55 +64,116 @@ def load_data(config: Any, tokenizer: Any, vocab_size: int | None = None, start_
     Raises:
       UserError: data that cannot be read or understood, tokens that the model does not have, or nothing to train on.
     """
-    data = config.data
-    pairs = start_token is not None
+    data, objective, pairs = config.data, config.objective.name, start_token is not None
+    _check_use(data, objective, pairs)
+    sources = mixture.sources_of(data.train)
+    mixture.check(sources, data.mix_strategy)
+    if len(sources) > 1 and data.max_train_samples:
+        raise UserError("data.max_train_samples is of one source; give each of several a count")
+    files = [resolve(source.path) for source in sources]
+    name, eval_name = (", ".join(source_paths(value)) for value in (data.train, data.eval))
+    options = options_from_config(data, tokenizer, pairs, objective)
+    tokenized = functools.partial(_tokenized, data=data, tokenizer=tokenizer, vocab_size=vocab_size, options=options)
+    train = tokenized([file for named, _ in files for file in named], name)
+    _warn(name, train.summary)
+    if note := past_template(train.summary, options, "data.format"):
+        logger.warning("%s: %s", name, note)
+    groups = _by_source(train, [len(named) for named, _ in files])
+    held_out, held_groups, held_sources = None, [], sources
+    if data.eval:
+        held_sources = mixture.sources_of(data.eval, "data.eval")
+        held_files = [held or named for named, held in (resolve(source.path) for source in held_sources)]
+    else:
+        held_files = [held or [] for _, held in files]
+    if any(held_files) and not (data.eval_dataset_size and not data.eval):
+        held_out = tokenized([file for held in held_files for file in held], eval_name or name)
+        _warn(eval_name or f"{name} (evaluation files)", held_out.summary)
+        held_groups = _by_source(held_out, list(map(len, held_files)))
+    elif data.eval_ratio > 0 or data.eval_dataset_size:
+        groups, held_groups = _hold_out(train, groups, data, name)
+        held_out = train if any(map(len, held_groups)) else None
+    groups = [_first(train, group, data.max_train_samples) for group in groups]
+    rows = functools.partial(_rows, config=config, start_token=start_token)
+    train_rows, counts = _mixed(train, groups, sources, config, rows)
+    summary = {"train": {**_summarise(train_rows), **({"sources": counts} if counts else {})}}
+    eval_rows, eval_parts = None, {}
+    if held_out is not None:
+        held_groups = [_first(held_out, group, data.max_eval_samples) for group in held_groups]
+        eval_rows = rows(held_out, np.concatenate(held_groups))
+        summary["eval"] = _summarise(eval_rows)
+        there = [(source.name, group) for source, group in zip(held_sources, held_groups, strict=True) if len(group)]
+        if len(there) > 1 and learns_from(objective) != SINGLE:
+            eval_parts = {source: rows(held_out, group) for source, group in there}
+    for part, figures in summary.items():
+        _report(part, figures)
+    return Datasets(train_rows, eval_rows, summary, eval_parts)
+
+
+def _check_use(data: Any, objective: str, pairs: bool) -> None:
     if pairs and data.train_on_source:
         raise UserError(
             "data.train_on_source: an encoder-decoder has no loss on what its encoder reads; set it to False"
         )
-    objective = config.objective.name
     if learns_from(objective) != ROWS and data.train_on_source:
         raise UserError(f"data.train_on_source: objective.name={objective} rates answers only; set it to False")
     if learns_from(objective) != ROWS and pairs:
         raise UserError(f"objective.name={objective}: an encoder-decoder has sft alone; set objective.name=sft")
-    train_sources, eval_sources = resolve(data.train)
-    if data.eval:
-        named, named_eval = resolve(data.eval)
-        eval_sources = named_eval or named
-    options = options_from_config(data, tokenizer, pairs, objective)
-    tokenized = functools.partial(_tokenized, data=data, tokenizer=tokenizer, vocab_size=vocab_size, options=options)
-    train = tokenized(train_sources, data.train)
-    _warn(data.train, train.summary)
-    if note := past_template(train.summary, options, "data.format"):
-        logger.warning("%s: %s", data.train, note)
-    train_examples = np.arange(len(train))
-    held_out = None
-    if eval_sources and not (data.eval_dataset_size and not data.eval):
-        held_out = tokenized(eval_sources, data.eval or data.train)
-        _warn(data.eval or f"{data.train} (evaluation files)", held_out.summary)
-        eval_examples = np.arange(len(held_out))
-    elif data.eval_ratio > 0 or data.eval_dataset_size:
-        share = data.eval_dataset_size or data.eval_ratio
+
+
+def _by_source(data: TokenizedSet, files: Sequence[int]) -> list[np.ndarray]:
+    """The examples of each source, which is made of so many of the set's files."""
+    if len(files) == 1:
+        return [np.arange(len(data))]
+    ends = np.cumsum(data.summary["file_rows"])
+    file = np.searchsorted(ends, data.source_rows, side="right")
+    source = np.searchsorted(np.cumsum(files), file, side="right")
+    return [np.flatnonzero(source == number) for number in range(len(files))]
+
+
+def _hold_out(
+    train: TokenizedSet, groups: list[np.ndarray], data: Any, name: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Split each source's examples: `data.eval_ratio` of each, or `data.eval_dataset_size` rows of all together."""
+    if data.eval_dataset_size:
         try:
-            train_examples, eval_examples = split_rows(train.source_rows, share, data.data_seed)
+            kept, held = split_rows(train.source_rows, data.eval_dataset_size, data.data_seed)
         except UserError as error:
-            raise UserError(f"data.eval_dataset_size: {data.train} {error}") from error
-        if len(eval_examples):
-            held_out = train
-        else:
-            logger.warning("%s holds one usable row: there is none to hold out for evaluation", data.train)
-    train_examples = _first(train, train_examples, data.max_train_samples)
-    if held_out is not None:
-        eval_examples = _first(held_out, eval_examples, data.max_eval_samples)
-    rows = functools.partial(_rows, config=config, start_token=start_token)
-    train_rows = rows(train, train_examples)
-    eval_rows = None if held_out is None else rows(held_out, eval_examples)
-    summary = {"train": _summarise(train_rows)}
-    if eval_rows is not None:
-        summary["eval"] = _summarise(eval_rows)
-    for name, counts in summary.items():
-        _report(name, counts)
-    return Datasets(train_rows, eval_rows, summary)
+            raise UserError(f"data.eval_dataset_size: {name} {error}") from error
+        split = [(np.intersect1d(group, kept), np.intersect1d(group, held)) for group in groups]
+    else:
+        split = [
+            tuple(group[part] for part in split_rows(train.source_rows[group], data.eval_ratio, data.data_seed))
+            for group in groups
+        ]
+    if not any(len(held) for _, held in split):
+        logger.warning("%s holds one usable row: there is none to hold out for evaluation", name)
+    return [kept for kept, _ in split], [held for _, held in split]
+
+
+def _mixed(
+    train: TokenizedSet,
+    groups: list[np.ndarray],
+    sources: Sequence[mixture.Source],
+    config: Any,
+    rows: Callable[[TokenizedSet, np.ndarray], Any],
+) -> tuple[Any, dict[str, int]]:
+    """The rows to train on, and of several sources how many rows of each an epoch shows."""
+    data = config.data
+    sizes = [len(np.unique(train.source_rows[group])) for group in groups]
+    if 0 in sizes and len(sizes) > 1:
+        raise UserError(f"{sources[sizes.index(0)].path}: has no rows to train on; take it out of data.train")
+    counts = mixture.rows_per_epoch(sources, sizes, data.mix_strategy)
+    shown = {source.name: count for source, count in zip(sources, counts, strict=True)} if len(sources) > 1 else {}
+    for source, count, size in zip(sources, counts, sizes, strict=True):
+        if len(sources) > 1 or count != size:
+            logger.info("%s: %d of its %d rows an epoch", source.path, count, size)
+    if counts == sizes:
+        return rows(train, np.sort(np.concatenate(groups))), shown
+    draw = mixture.Draw(groups, train.source_rows, counts, data.data_seed)
+    first = rows(train, draw.epoch(0))
+    if learns_from(config.objective.name) != ROWS or isinstance(first, PairRows):
+        return first, shown  # the shapes of these rows depend on what is in them: they are the same in every epoch
+    return mixture.MixedRows(lambda epoch: rows(train, draw.epoch(epoch))), shown
 
 
 def _first(data: TokenizedSet, examples: np.ndarray, count: int) -> np.ndarray:
@@ -184,7 +254,7 @@ def _check_tokenized(sources: list[str], tokenized: list[str], name: str, tokeni
 def _tokenize_sources(
     sources: list[str], read: dict[str, tuple], options: TokenizeOptions, tokenizer: Any, num_workers: int
 ) -> TokenizedSet:
-    sets, bad, first = [], [], 0
+    sets, bad, counts, first = [], [], [], 0
     for source in sources:
         rows, bad_in_source = read.get(source) or read_rows(source, skip_bad_rows=options.skip_bad_rows)
         if not sets and not options.skip_bad_rows:
@@ -194,10 +264,12 @@ def _tokenize_sources(
                 raise UserError(f"{source}: {error}") from error
         one = tokenize_parallel(rows, tokenizer, options, f"{source}, row", num_workers=num_workers)
         sets.append(dataclasses.replace(one, source_rows=one.source_rows + first))
+        counts.append(len(rows))
         bad += bad_in_source
         first += len(rows)
     result = merge(sets)
-    summary = result.summary
+    summary = {**result.summary, "file_rows": counts}
+    result = dataclasses.replace(result, summary=summary)
     check_renamed(sources[0], options.columns, summary["renamed"], sum(summary["formats"].values()))
     summary["format"] = in_words(summary["formats"])
     summary["rows"] += len(bad)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints.prompts import CHAT, in_words, taught_as
+from tpu_tune.config import source_paths
 from tpu_tune.inference.public_names import Base, base_name, hub_id, private_directories, scrubbed
 
 _SHOWN_EVALUATIONS = 20
@@ -109,7 +110,7 @@ def _front_matter(facts: CardFacts) -> str:
     config, row, dataset = facts.config, judged(facts.config, facts.metrics, facts.step), _hub_data(facts)
     results = []
     if row:
-        where = base_name(config.data.eval or config.data.train)
+        where = _names(config.data.eval or config.data.train)
         values = (
             ("loss", "loss", row["eval_loss"]), ("perplexity", "perplexity", row.get("eval_perplexity")),
             ("accuracy", "token accuracy", row.get("eval_token_accuracy")),
@@ -185,14 +186,14 @@ def _method(config: ConfigDict) -> str:
 def _data(facts: CardFacts) -> str:
     config, counts = facts.config, facts.summary.get("data") or {}
     dataset = _hub_data(facts)
-    name = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"`{base_name(config.data.train)}`"
+    name = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"`{_names(config.data.train)}`"
     lines = [f"- trained on: {name}{_counted(counts.get('train'))}"]
     configured = "" if config.data.format == "auto" else config.data.format
     row_format = (counts.get("train") or {}).get("format") or configured
     if row_format:
         lines.append(f"- row format: {row_format}")
     if config.data.eval:
-        lines.append(f"- evaluated on: `{base_name(config.data.eval)}`{_counted(counts.get('eval'))}")
+        lines.append(f"- evaluated on: `{_names(config.data.eval)}`{_counted(counts.get('eval'))}")
     elif config.data.eval_ratio > 0 or config.data.eval_dataset_size:
         share = (
             f"{config.data.eval_dataset_size:,}"
@@ -359,7 +360,13 @@ def _code(caption: str, text: str, language: str = "python") -> str:
 
 
 def _hub_data(facts: CardFacts) -> str:
-    return hub_id(facts.config.data.train, facts.run, facts.config.output_dir)
+    train = source_paths(facts.config.data.train)
+    return hub_id(train[0], facts.run, facts.config.output_dir) if len(train) == 1 else ""
+
+
+def _names(sources: Any) -> str:
+    """The public names of data.train or data.eval."""
+    return ", ".join(map(base_name, source_paths(sources)))
 
 
 def _evaluations(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.towers import parts_left_aside
 from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
-from tpu_tune.transforms import LoraConfig, find_targets, without_adapter
+from tpu_tune.transforms import LoraConfig, experts_words, find_targets
 
 ROLES = {
     "embed": "turns token ids into vectors",
@@ -37,6 +37,8 @@ ROLES = {
     "delta_rate": "DeltaNet: rate of decay, its logarithm",
     "delta_shift": "DeltaNet: shift of the decay",
     "router": "sends each token to some experts",
+    "router_scale": "factors on the router's input",
+    "expert_scale": "factors on the experts' weights",
     "choice_bias": "added to the router's scores for the choice",
     "expert_gate": "experts: gate",
     "expert_up": "experts: up",
@@ -67,7 +69,7 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
       `family`, `hidden_size`, `num_layers` (of an encoder-decoder the decoder's, beside `num_encoder_layers`),
       `num_heads`, `num_kv_heads`, `vocab_size`, `parameters`, `modules` (a list of `name`, `shape` (in, out), `layers`,
       `experts`, `kind`, `role`, `tied_to`, `bias`), `left_aside` (part -> `tensors` and `parameters` of what lies
-      beside the text model), and `lora`: `targets`, `without` (a line on experts without adapters, or ""),
+      beside the text model), and `lora`: `targets`, `experts` (a line on those with and without, or ""),
       `trainable`, `all`.
     """
     source = open_source(path)
@@ -96,7 +98,7 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
                 {"name": t.module.path, "layers": len(t.layers) or 1, "rank": t.rank, "trainable": t.num_parameters}
                 for t in targets.adapted
             ],
-            "without": without_adapter(arch.modules(), targets),
+            "experts": experts_words(arch.modules(), targets),
             "trainable": added + saved + biases,
             # PEFT counts a saved module twice: the frozen original stays beside the trained copy.
             "all": total + added + saved,

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import json_text, storage
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
+from tpu_tune.config import source_paths
 from tpu_tune.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -111,7 +112,7 @@ def base_name(path: str) -> str:
 
 def private_directories(config: ConfigDict, run: str) -> list[str]:
     """Return the directories that must not be told, the longest first."""
-    paths = [run, *(value for key in _PATH_KEYS for value in [_get(config, key)] if value)]
+    paths = [run, *(path for key in _PATH_KEYS for path in source_paths(_get(config, key) or ""))]
     directories = {os.path.expanduser("~"), os.getcwd()}
     for path in paths:
         if len(path) < 4096 and not _is_template(path) and "://" not in path:

@@ -44,6 +44,10 @@ class LayerNames:
       expert_gate, expert_up, expert_gate_up, expert_down: the MLPs of the experts, without an expert's index.
       shared_gate, shared_up, shared_gate_up, shared_down: an MLP beside the experts that all tokens go through.
       shared_switch: gives the number whose sigmoid that MLP's result is multiplied by.
+      router_scale: vector that the router's input, normed for it alone, is multiplied with.
+      expert_scale: vector of factors on the experts' weights.
+      experts_norm, experts_out_norm, dense_out_norm: where a sparse layer has a dense MLP (`down`) too: what the
+        experts read, and the norms of both results before they are added.
     """
 
     attention_norm: str
@@ -91,6 +95,11 @@ class LayerNames:
     shared_gate_up: str = ""
     shared_down: str = ""
     shared_switch: str = ""
+    router_scale: str = ""
+    expert_scale: str = ""
+    experts_norm: str = ""
+    experts_out_norm: str = ""
+    dense_out_norm: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +142,7 @@ class Experts:
       width: width of each one's MLP.
       path: the part of their names after which the files have an expert's index; "" where a file holds all experts of a
         layer in one tensor (see `Module.experts_path`).
+      in_parameters: whether such tensors have no `.weight` behind their names.
       rule: how the router's scores become a choice and weights, see `experts.RULES`.
       renormalize: whether the weights of the chosen are divided by their sum.
       scale: factor on the weights.
@@ -145,6 +155,7 @@ class Experts:
     per_token: int
     width: int
     path: str = ""
+    in_parameters: bool = False
     rule: str = "softmax"
     renormalize: bool = False
     scale: float = 1.0
@@ -457,13 +468,21 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
     """List the modules of a sparse MLP: the router, the experts, and what stands beside them."""
     width, inner, shared = arch.hidden_size, experts.width, experts.shared_width
     modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), is_router=True)]
-    if names.choice_bias:
-        modules.append(Module(names.choice_bias, "norm", (experts.count,), (None,), is_parameter=True))
+    for name, size in (
+        (names.choice_bias, experts.count),
+        (names.router_scale, width),
+        (names.expert_scale, experts.count),
+    ):
+        if name:
+            modules.append(Module(name, "norm", (size,), (None,), is_parameter=True))
+    for name in (names.experts_norm, names.experts_out_norm, names.dense_out_norm):
+        if name:
+            modules.append(Module(name, "norm", (width,), (None,), arch.has_norm_bias))
     of_experts = {
         "experts": experts.count,
         "experts_per_token": experts.per_token,
         "experts_path": experts.path,
-        "no_adapter": "adapters on experts are not implemented yet",
+        "is_parameter": experts.in_parameters,
     }
 
     def linear(name: str, shape: tuple[int, int], axes: tuple[str, str | None], **facts: Any) -> None:

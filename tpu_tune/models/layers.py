@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,12 +128,14 @@ class Layer:
     def _sequential(self, x: Array, past: Past) -> tuple[Array, Past]:
         """x = x + attention(norm(x)); x = x + mlp(norm(x)), or x = norm(x + ...) where norms follow."""
         attended, own = (delta_net if self.kinds[0].delta else self_attention)(self, x, past.own)
+        ends = () if self.input is None else (self.input,)
         if self.kinds[0].experts:
             x = self.each_token(_add_attention, (x, attended), *_ATTENTION_OUT)
             real = self.context.layout.query_segments > 0
-            x, logits = self.each_token(_add_sparse_mlp, (x, real.astype(jnp.float32)), *_MLP, *SPARSE)
+            tokens = (x, real.astype(jnp.float32), *ends)
+            x, logits = self.each_token(_add_sparse_mlp, tokens, *_MLP, *SPARSE, *_END)
             return x, Past(own, load=load(self.kinds[0].experts, logits, real))
-        tokens = (x, attended) if self.input is None else (x, attended, self.input)
+        tokens = (x, attended, *ends)
         return self.each_token(_add_attention_then_mlp, tokens, *_ATTENTION_OUT, *_MLP, *_END), Past(own)
 
     def _parallel(self, x: Array, past: Past) -> tuple[Array, Past]:
@@ -202,11 +204,17 @@ def _add_mlp(layer: Layer, weights: Branch, x: Array) -> Array:
     return x + _update(arch, norm(arch, weights, names.mlp_out_norm, update))
 
 
-def _add_sparse_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, Array]) -> tuple[Array, Array]:
+def _add_sparse_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, ...]) -> tuple[Array, Array]:
     """Return x plus its sparse MLP, and the router's logits."""
-    arch, names, (x, real) = layer.arch, layer.names, tokens
-    update, logits = sparse_mlp(layer, weights, norm(arch, weights, names.mlp_norm, x), real)
-    return x + _update(arch, norm(arch, weights, names.mlp_out_norm, update)), logits
+    arch, names, (x, real, *own_input) = layer.arch, layer.names, tokens
+    normed = norm(arch, weights, names.mlp_norm, x)
+    read = norm(arch, weights, names.experts_norm, x) if names.experts_norm else normed
+    update, logits = sparse_mlp(layer, weights, read, x if names.router_scale else normed, real)
+    if names.down:
+        update = norm(arch, weights, names.experts_out_norm, update)
+        update = update + norm(arch, weights, names.dense_out_norm, mlp(layer, weights, normed))
+    x = x + _update(arch, norm(arch, weights, names.mlp_out_norm, update))
+    return _end(layer, weights, x, own_input), logits
 
 
 def _update(arch: Architecture, update: Array) -> Array:
@@ -216,7 +224,11 @@ def _update(arch: Architecture, update: Array) -> Array:
 
 def _add_attention_then_mlp(layer: Layer, weights: Branch, tokens: tuple[Array, ...]) -> Array:
     x, attended, *own_input = tokens
-    x = _add_mlp(layer, weights, _add_attention(layer, weights, (x, attended)))
+    return _end(layer, weights, _add_mlp(layer, weights, _add_attention(layer, weights, (x, attended))), own_input)
+
+
+def _end(layer: Layer, weights: Branch, x: Array, own_input: Sequence[Array]) -> Array:
+    """Return what leaves the layer: with its own input, if it has one, and its scalar."""
     for part in own_input:
         x = _add_input(layer, weights, x, part)
     if layer.names.scalar:  # transformers keeps it as a buffer

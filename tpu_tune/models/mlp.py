@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import gate_unit
-from tpu_tune.models.branch import PROJECTION, Branch, linear
+from tpu_tune.models.branch import PROJECTION, Branch, linear, unweighted_norm
 from tpu_tune.models.experts import Dispatch, grouped_linear, over_experts, route, router_logits
 from tpu_tune.tensors import dense
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # The modules of a sparse MLP, by their role in `LayerNames`.
 _EXPERTS = ("expert_gate", "expert_up", "expert_gate_up", "expert_down")
 SPARSE = (
-    "router", "choice_bias", *_EXPERTS, "shared_gate", "shared_up", "shared_gate_up", "shared_down", "shared_switch",
+    "router", "choice_bias", "router_scale", "expert_scale", "experts_norm", "experts_out_norm", "dense_out_norm",
+    *_EXPERTS, "shared_gate", "shared_up", "shared_gate_up", "shared_down", "shared_switch",
 )  # fmt: skip
 
 
@@ -31,21 +32,31 @@ def mlp(layer: Layer, weights: Branch, x: Float[Array, "B T D"]) -> Float[Array,
 
 
 def sparse_mlp(
-    layer: Layer, weights: Branch, x: Float[Array, "B T D"], real: Float[Array, "B T"]
+    layer: Layer, weights: Branch, x: Float[Array, "B T D"], routed: Float[Array, "B T D"], real: Float[Array, "B T"]
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"]]:
     """Return the sparse MLP of x, already normed, and the router's logits in float32; padding goes to no expert.
 
     Args:
       layer: the layer.
       weights: its modules of the roles `SPARSE`.
-      x: what router and experts read.
+      x: what the experts read.
+      routed: what the router reads.
       real: 0 where padding stands.
     """
     names, experts = layer.names, layer.kinds[0].experts
     router = weights.at(names.router)
-    logits = router_logits(x, router.leaf("weight"), router.leaf("bias"))
-    bias = dense(weights.at(names.choice_bias).leaf("weight")) if names.choice_bias else None
-    scores, chosen = route(experts, logits, bias)
+
+    def vector(name: str) -> Array | None:
+        return dense(weights.at(name).leaf("weight")) if name else None
+
+    scale = vector(names.router_scale)
+    if scale is not None:
+        routed = unweighted_norm(layer.arch, routed) * scale * layer.arch.hidden_size**-0.5
+    logits = router_logits(routed, router.leaf("weight"), router.leaf("bias"))
+    scores, chosen = route(experts, logits, vector(names.choice_bias))
+    scale = vector(names.expert_scale)
+    if scale is not None:
+        scores = scores * scale[chosen]
     chosen = jnp.where(real[..., None] > 0, chosen, experts.count)
     leaves = {role: weights.at(getattr(names, role)).leaves() for role in _EXPERTS if getattr(names, role)}
     activation = ACTIVATIONS[layer.arch.activation]

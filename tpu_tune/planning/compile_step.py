@@ -83,6 +83,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         "gradients": device_bytes(model.trainable),
         "parameters": model.num_parameters,
         "trainable": model.num_trainable,
+        "idle": _idle(model),
         "rows": rows * accumulation,
         "width": batch["input_ids"].shape[-1],
         "encoder_width": batch["encoder_ids"].shape[-1] if "encoder_ids" in batch else 0,
@@ -240,6 +241,14 @@ def too_large(message: str, arguments: int) -> dict[str, int]:
     temporaries = find(r"temporaries \(([\d.]+)([KMGT]?)B?\)")
     capacity = find(r"of ([\d.]+)([KMGT]?) hbm") or find(r"available HBM \(([\d.]+)([KMGT]?)B?\)")
     return {"peak": used or (temporaries + arguments if temporaries else 0), "capacity": capacity}
+
+
+def _idle(model: PreparedModel) -> int:
+    """Return the parameters of the adapters on experts that a token does not go to."""
+    of_experts = [target for target in getattr(model.method, "adapted", ()) if target.module.experts]
+    return round(
+        sum(one.num_parameters * (1 - one.module.experts_per_token / one.module.experts) for one in of_experts)
+    )
 
 
 def _waiting(config: Any, model: PreparedModel, state: Any) -> list[int]:

@@ -183,7 +183,7 @@ def _step(
     config: ConfigDict, device: Device, arch: Architecture, measured: Mapping[str, Any], breakdown: Mapping[str, int]
 ) -> dict[str, Any]:
     rows, width, encoder_width = measured["rows"], measured["width"], measured["encoder_width"]
-    adapters = measured["trainable"] if config.method == "lora" else 0
+    adapters = measured["trainable"] - measured.get("idle", 0) if config.method == "lora" else 0
     work = step_work(arch, config, rows, width, encoder_width, adapters)
     seconds, bound = roofline_seconds(
         device,

@@ -40,7 +40,7 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
       rows: rows per step, over all devices and micro-batches.
       width: tokens per row; with an encoder, those of the decoder.
       encoder_width: tokens per row of the encoder.
-      adapters: number of LoRA's parameters; 0 in full fine-tuning.
+      adapters: number of LoRA's parameters, of experts those that a token goes to; 0 in full fine-tuning.
     """
     encoder = arch.encoder
     cross_names = tuple(name for kind in arch.kinds for name in (kind.names.cross_k, kind.names.cross_v) if name)

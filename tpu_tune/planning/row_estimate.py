@@ -25,7 +25,7 @@ def estimate_rows(config: ConfigDict, packed: bool) -> int | None:
       UserError: a directory without data files, or a file of another kind.
     """
     path = config.data.train
-    if not path or not os.path.exists(os.path.expanduser(path)):
+    if not isinstance(path, str) or not path or not os.path.exists(os.path.expanduser(path)):
         return None
     files = [Path(name) for name in resolve(path)[0]]
     size = sum(file.stat().st_size for file in files)

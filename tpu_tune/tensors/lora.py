@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tpu_tune.kernels.chunks import token_keys
 from tpu_tune.kernels.random_bits import keep_mask
-from tpu_tune.tensors.leaf import dense, embed, matmul, unembed
-from tpu_tune.tensors.product import product
+from tpu_tune.tensors.leaf import dense, embed, grouped_matmul, matmul, unembed
+from tpu_tune.tensors.product import grouped_product, product
 
 
 @functools.partial(
@@ -27,9 +27,9 @@ class LoraTensor:
 
     Attributes:
       base: the frozen leaf: an array, a `QuantizedTensor` or a `Transposed`.
-      a: (..., in, rank) float32; for an embedding (..., vocabulary, rank).
-      b: (..., rank, out) float32.
-      scale: (...,) float32, alpha / rank or alpha / sqrt(rank).
+      a: (..., in, rank) float32; for an embedding (..., vocabulary, rank). Of experts, (..., experts, in, rank).
+      b: (..., rank, out) float32; of experts, (..., experts, rank, out).
+      scale: (...,) float32, alpha / rank or alpha / sqrt(rank); of experts, (..., experts), the same for all.
       key: a typed PRNG key a layer for dropout, or None in evaluation.
       magnitude: DoRA's magnitudes, (..., out) float32; None for plain LoRA.
       active: (...,) bool, which of the stacked layers carry the adapter; None: all. Only DoRA needs to know: where a
@@ -58,6 +58,11 @@ class LoraTensor:
         base = y if dropped is x else matmul(dropped, self.base)
         decomposed = y + (ratio - 1) * base + ratio * update
         return decomposed if self.active is None else jnp.where(self.active, decomposed, y)
+
+    def grouped_matmul(self, x: Float[Array, "rows in"], sizes: Int[Array, " experts"]) -> Float[Array, "rows out"]:
+        """Return what `matmul` does, each row with its expert's base, A and B; there is no dropout and no DoRA here."""
+        update = grouped_product(grouped_product(x, self.a, sizes), self.b, sizes)
+        return grouped_matmul(x, self.base, sizes) + update * self.scale[0].astype(x.dtype)
 
     def embed(self, ids: Int[Array, "*batch"], dtype: Any) -> Float[Array, "*batch dim"]:
         """Return the rows of base + scale * a @ b."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,15 @@ def evaluate(steps: Steps | Evaluation, trainable: Mapping[str, Any], session: S
     Returns:
       `eval_loss` (over all that the objective counts), `eval_perplexity` = exp(eval_loss) where the loss is a
       likelihood, the objective's own metrics (of cross-entropy `eval_token_accuracy`, the share of first guesses that
-      are right), `eval_num_tokens` (targets; of another objective, what it counts), `eval_runtime` (seconds).
+      are right), `eval_NAME_loss` of each source of several, `eval_num_tokens` (targets; of another objective, what it
+      counts), `eval_runtime` (seconds).
     """
     start, objective = time.monotonic(), steps.objective
-    sums = sum_batches(steps, trainable, session.model.frozen, session.eval_batches())
+    frozen = session.model.frozen
+    parts = {
+        name: sum_batches(steps, trainable, frozen, session.eval_batches(name)) for name in session.data.eval_parts
+    }
+    sums = _total(list(parts.values())) if parts else sum_batches(steps, trainable, frozen, session.eval_batches())
     count = float(np.ravel(sums["loss"][1])[0])
     means = {f"eval_{name}": float(mean(*pair)) for name, pair in sums.items()}
     loss = means.pop("eval_loss")
@@ -33,9 +38,17 @@ def evaluate(steps: Steps | Evaluation, trainable: Mapping[str, Any], session: S
         "eval_loss": loss,
         **perplexity,
         **means,
+        **{f"eval_{name}_loss": float(mean(*one["loss"])) for name, one in parts.items()},
         f"eval_num_{objective.unit}": int(count) if count.is_integer() else count,
         "eval_runtime": round(time.monotonic() - start, 3),
     }
+
+
+def _total(parts: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, tuple[Any, Any]]:
+    """Add up the sums and weights of several sources."""
+    names = dict.fromkeys(name for one in parts for name in one)
+    held = {name: [one[name] for one in parts if name in one] for name in names}
+    return {name: (sum(total for total, _ in each), sum(weight for _, weight in each)) for name, each in held.items()}
 
 
 def sum_batches(

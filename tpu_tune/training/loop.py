@@ -31,12 +31,13 @@ from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.meter import LoopState, Meter
 from tpu_tune.training.opening import Session, open_session
 from tpu_tune.training.optimizers import learning_rate, set_learning_rate
+from tpu_tune.training.preference_settings import unbalanced
 from tpu_tune.training.prepare_steps import Steps, prepare_steps
 from tpu_tune.training.progress import Progress
 from tpu_tune.training.result import write_result
 from tpu_tune.training.run_lock import RunLock, refuse_second
 from tpu_tune.training.step import TrainState
-from tpu_tune.transforms import Targets, without_adapter
+from tpu_tune.transforms import Targets, experts_words
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +310,7 @@ def _introduce(session: Session, say: Callable[[str], None]) -> None:
     if aside := parts_left_aside(model.source, model.architecture):
         say(f"only its text model is loaded; left aside, and unchanged: {', '.join(aside)}")
     say(arithmetic.trainable_words(model.num_trainable, model.num_parameters))
-    if isinstance(model.method, Targets) and (line := without_adapter(model.architecture.modules(), model.method)):
+    if isinstance(model.method, Targets) and (line := experts_words(model.architecture.modules(), model.method)):
         say(line)
     say(_data_line(data))
     say(arithmetic.words(session.length, len(data.train.documents) > len(data.train)))
@@ -321,6 +322,8 @@ def _warnings(session: Session) -> list[str]:
     """Return what of a run's length and of its added tokens is rarely meant so."""
     config, model, data = session.config, session.model, session.data
     lines = too_little.of_length(config, session.length, data.eval is not None, len(data.train.documents))
+    if config.objective.name == "kto":
+        lines += unbalanced(config, data.train.data.roles[data.train.documents])
     if config.model.add_special_tokens:
         known = open_source(config.model.path).load_tokenizer().get_vocab()
         lines += too_little.of_tokens(config, model.architecture, model.method, known)

@@ -23,8 +23,7 @@ from tpu_tune.checkpoints.methods import METHODS, check_method
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import check_tokens, open_configured
-from tpu_tune.data import Batches, Datasets, PairRows, eval_batches, load_data
-from tpu_tune.data.sources import resolve
+from tpu_tune.data import Batches, Datasets, PairRows, eval_batches, load_data, mixture
 from tpu_tune.data.training_sets import mismatch_group
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, check_length
@@ -64,14 +63,18 @@ class Session:
         train, batches = self.config.train, self.batches
         rows = train.per_device_train_batch_size
         devices = batches.batch_rows // rows
-        return arithmetic.run_length(
+        length = arithmetic.run_length(
             len(batches.rows), rows, devices, batches.accumulation, train.num_train_epochs, train.max_steps
         )
+        if train.max_steps > 0:
+            return length
+        return dataclasses.replace(length, total_steps=batches.steps(train.num_train_epochs))
 
-    def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the held-out rows batch by batch; rows that another process reads are empty."""
+    def eval_batches(self, name: str = "") -> Iterator[dict[str, np.ndarray]]:
+        """Yield the held-out rows, or those of one source, batch by batch; another process's rows are empty."""
         local_rows = sharding.rows_here(self.model.mesh, self.eval_batch_rows)
-        return eval_batches(self.data.eval, self.eval_batch_rows, local_rows)
+        rows = self.data.eval_part(name) if name else self.data.eval
+        return eval_batches(rows, self.eval_batch_rows, local_rows)
 
 
 def open_session(
@@ -121,7 +124,8 @@ def open_session(
     load_seconds = time.monotonic() - started
     before.seed, before.data.data_seed = config.seed, config.data.data_seed
     same = before.model.to_dict() == config.model.to_dict()  # else what was trained is evaluated
-    data = add_reference(data, before, eval_batch_rows, model if same else None, mesh, say)
+    used = ("eval",) if evaluate_only else ("train", "eval")
+    data = add_reference(data, before, eval_batch_rows, model if same else None, mesh, say, used)
     batches = Batches(
         data.train,
         batch_rows,
@@ -156,9 +160,10 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
             "model.adapter needs method=lora; to train a merged model in full, merge it with tpu-tune export first"
         )
     if with_data:
-        resolve(config.data.train)
+        mixture.check(mixture.sources_of(config.data.train), config.data.mix_strategy)
+        mixture.resolve_all(config.data.train)
     if with_data and config.data.eval:
-        resolve(config.data.eval)
+        mixture.resolve_all(config.data.eval, "data.eval")
     return config
 
 

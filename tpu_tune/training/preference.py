@@ -39,9 +39,9 @@ class LogProbs:
         """Return the number of documents."""
         return jnp.sum(batch["document_roles"] > 0)
 
-    def __call__(self, head: Head, hidden: Float[Array, "B T D"], batch: Batch) -> Float[Array, "B S"]:
-        """Return each document's summed log-probability, 0 where there is none."""
-        return _document_sums(_log_probs(self.chunk, head, hidden, batch["targets"]), batch)
+    def __call__(self, head: Head, hidden: Float[Array, "B T D"], batch: Batch) -> tuple[Float[Array, "B S"], Sums]:
+        """Return each document's summed log-probability, 0 where there is none, and no metrics."""
+        return _document_sums(_log_probs(self.chunk, head, hidden, batch["targets"]), batch), {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
+from tpu_tune.data.tokenized_set import CHOSEN, REJECTED
 from tpu_tune.errors import UserError
 
 DPO_LOSSES = (
@@ -27,6 +29,7 @@ KEYS = {
     "cpo": ("loss_type", "beta", "label_smoothing", "simpo_gamma", "cpo_alpha"),
     "kto": ("loss_type", "beta", "desirable_weight", "undesirable_weight", "reference"),
 }
+_EVERY = ("name", "router_aux_loss_coef")  # keys of all objectives
 REFERENCED = ("dpo", "kto")  # objectives that compare with a reference model
 
 
@@ -51,7 +54,7 @@ def check(config: ConfigDict) -> None:
             "CPO-SimPO set objective.name=cpo with objective.loss_type=simpo"
         )
     if name in KEYS or name == "sft":
-        read = ("name", "cpo_alpha", *KEYS["simpo"]) if name == "simpo" else ("name", *KEYS.get(name, ()))
+        read = (*_EVERY, *KEYS.get(name, ()), *(("cpo_alpha",) if name == "simpo" else ()))
         for key in objective:
             if key not in read and objective[key] != default[key]:
                 users = ", ".join(other for other, keys in KEYS.items() if key in keys)
@@ -63,6 +66,26 @@ def check(config: ConfigDict) -> None:
             "objective.name=kto compares each prompt with the answer of another row of its micro-batch; set "
             "train.per_device_train_batch_size to 2 or more, or objective.loss_type=apo_zero_unpaired"
         )
+
+
+def unbalanced(config: ConfigDict, roles: np.ndarray) -> list[str]:
+    """Return TRL's warning that desirable and undesirable answers do not weigh about the same (kto).
+
+    Args:
+      config: the whole configuration.
+      roles: those of the answers to train on.
+    """
+    desirable, undesirable = int(np.sum(roles == CHOSEN)), int(np.sum(roles == REJECTED))
+    if desirable == undesirable:
+        return []
+    weights = config.objective.desirable_weight, config.objective.undesirable_weight
+    wanted = max(undesirable, 1) * weights[1] / max(desirable, 1)
+    if round(wanted, 2) <= weights[0] <= round(1.33 * wanted, 2):
+        return []
+    return [
+        f"{desirable} desirable and {undesirable} undesirable answers do not weigh the same; with objective."
+        f"desirable_weight between {wanted:.2f} and {1.33 * wanted:.2f} they would"
+    ]
 
 
 def _check_loss_types(config: ConfigDict) -> None:

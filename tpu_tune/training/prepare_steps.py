@@ -114,7 +114,7 @@ def prepare_scoring(config: ConfigDict, model: PreparedModel) -> Callable[[Mappi
 
     @functools.partial(jax.jit, out_shardings=replicated)
     def score(trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
-        return model_loss(trainable, frozen, batch, None)
+        return model_loss(trainable, frozen, batch, None)[0]
 
     return lambda batch: score(model.trainable, model.frozen, _put_batch(model.mesh, batch, 0))
 

@@ -17,7 +17,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -52,6 +52,7 @@ def add_reference(
     model: PreparedModel | None,
     mesh: Mesh,
     say: Callable[[str], None] = lambda line: None,
+    only: Sequence[str] = ("train", "eval"),
 ) -> Datasets:
     """Return the data with the reference's log-probabilities, computing those that are not known.
 
@@ -62,6 +63,7 @@ def add_reference(
       model: that of `config`, where it is loaded already.
       mesh: the devices.
       say: receives a line for the user.
+      only: the parts of the data that are used.
 
     Raises:
       UserError: `objective.reference` cannot be used.
@@ -70,7 +72,8 @@ def add_reference(
         return data
     start = _named(config) if config.objective.reference else config
     folder, kept = cache.directory(config.data.cache_dir) / "reference", _kept(start)
-    parts = [rows for rows in (data.train, data.eval) if rows is not None]
+    named = {name: getattr(data, name) for name in only if getattr(data, name) is not None}
+    parts = list(named.values())
     sets = {id(rows.data): rows.data for rows in parts}
     stores = {number: _Store(folder / _key(one, kept)) for number, one in sets.items()}
     known = {number: stores[number].read(len(one)) for number, one in sets.items()}
@@ -91,8 +94,8 @@ def add_reference(
                 store, values = stores[id(rows.data)], known[id(rows.data)]
                 write = functools.partial(store.write, values=values)
                 _compute(rows, numbers, values, start, model, batch_rows, write, advance)
-    found = [dataclasses.replace(rows, reference=known[id(rows.data)]) for rows in parts]
-    return dataclasses.replace(data, train=found[0], eval=found[1] if len(found) > 1 else None)
+    found = {name: dataclasses.replace(rows, reference=known[id(rows.data)]) for name, rows in named.items()}
+    return dataclasses.replace(data, **found)
 
 
 def _named(config: ConfigDict) -> ConfigDict:

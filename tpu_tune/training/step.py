@@ -137,8 +137,8 @@ def make_train_step(
 
     The batch's arrays are (accumulation, rows, tokens). The metrics are float32 scalars: the objective's own, and
     `STEP_METRICS`: `loss` (of the window), `weight` (what it was divided by; the first part of several), `grad_norm`
-    (before clipping), `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where it
-    was applied), `failures` (steps in a row without one).
+    (before clipping), `learning_rate` (of this update), `num_tokens` (padding not counted), `finite` (1 where the
+    update was applied), `failures` (steps in a row without one).
     """
     objective = model_loss.objective
 

@@ -6,7 +6,7 @@ from tpu_tune.transforms.lora import Target, Targets, TokenRows
 from tpu_tune.transforms.merge import merge, merged_tensors, unties_head
 from tpu_tune.transforms.methods import FULL, FullTuning, Method
 from tpu_tune.transforms.quantize import quantize, quantize_weight, quantized_paths
-from tpu_tune.transforms.targets import find_targets, token_rows, without_adapter
+from tpu_tune.transforms.targets import experts_words, find_targets, token_rows
 
 __all__ = [
     "FULL",
@@ -27,5 +27,5 @@ __all__ = [
     "sharding",
     "token_rows",
     "unties_head",
-    "without_adapter",
+    "experts_words",
 ]

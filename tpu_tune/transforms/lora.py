@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -58,17 +58,31 @@ class Target:
     @property
     def num_parameters(self) -> int:
         """Parameters of A and B, padding not counted."""
-        return sum(rank * sum(self.module.shape) for rank in self.ranks)
+        return self._count(self.ranks)
 
     @property
     def padding(self) -> int:
         """Zeros in the stored A and B where ranks differ between layers."""
-        return sum((self.rank - rank) * sum(self.module.shape) for rank in self.ranks)
+        return self._count(self.rank - rank for rank in self.ranks)
+
+    def _count(self, ranks: Iterable[int]) -> int:
+        return sum(ranks) * sum(self.module.shape) * max(self.module.experts, 1)
 
     @property
     def names(self) -> list[str]:
-        """Hugging Face names of the adapted layers."""
-        return [self.module.name(layer) for layer in self.layers or (None,)]
+        """Hugging Face names of the adapted layers, each of their experts by itself."""
+        return [name for layer in self.layers or (None,) for name in self.module.names_of(layer)]
+
+    @property
+    def places(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """Of each matrix that Hugging Face has: its name, its index in A and B, its rank."""
+        if not self.layers:
+            return [(self.module.path, (), self.ranks[0])]
+        return [
+            (name, (index, expert) if self.module.experts_path else (index,), rank)
+            for index, (layer, rank) in enumerate(zip(self.layers, self.ranks, strict=True))
+            for expert, name in enumerate(self.module.names_of(layer))
+        ]
 
     @property
     def a_path(self) -> str:
@@ -89,7 +103,7 @@ class Target:
         """Return path -> facts of its leaves; the axes are those of the weight, the rank is never cut."""
         module, (inner, outer) = self.module, self.module.axes
         of_embedding = module.kind == "embedding"
-        facts = LeafSpec((inner, None), bool(self.layers), decay=module.decay)
+        facts = LeafSpec((inner, None), bool(self.layers), decay=module.decay, experts=bool(module.experts))
         a = dataclasses.replace(facts, lora_plus="embedding" if of_embedding else "")
         b = dataclasses.replace(
             facts, axes=(None, outer), unit=module.unit, lora_plus="embedding" if of_embedding else "ratio"
@@ -204,6 +218,8 @@ class Targets:
             if module.layers:
                 key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(module.layers))
         active = None
+        if module.experts:
+            scales = np.repeat(scales[:, None], module.experts, axis=1)
         if not module.layers:
             scale = jnp.asarray(scales[0])
         elif target.layers == module.layers:
@@ -211,7 +227,7 @@ class Targets:
         else:
             count = len(module.layers)
             chosen = np.searchsorted(module.layers, target.layers)
-            scale = jnp.zeros(count, jnp.float32).at[chosen].set(scales)
+            scale = jnp.zeros((count, *scales.shape[1:]), jnp.float32).at[chosen].set(scales)
             a, b = (jnp.zeros((count, *part.shape[1:]), part.dtype).at[chosen].set(part) for part in (a, b))
             if magnitude is not None:
                 # Unused where a layer has no adapter: `active` is False there.
@@ -238,7 +254,9 @@ def init(targets: Targets, params: Mapping[str, Any], key: Array) -> dict[str, A
         for layer, rank in zip(target.layers or (0,), target.ranks, strict=True):
             layer_key = jax.random.fold_in(path_key(key, module.path), layer)
             a, b = _initial_pair(layer_key, module, rank, targets.spec.init_lora_weights)
-            pairs.append((jnp.pad(a, [(0, 0), (0, target.rank - rank)]), jnp.pad(b, [(0, target.rank - rank), (0, 0)])))
+            lead = [(0, 0)] * (a.ndim - 2)
+            short = (0, target.rank - rank)
+            pairs.append((jnp.pad(a, [*lead, (0, 0), short]), jnp.pad(b, [*lead, short, (0, 0)])))
         a, b = (jnp.stack(parts) if target.layers else parts[0] for parts in zip(*pairs, strict=True))
         adapters |= {target.a_path: a, target.b_path: b}
         if targets.spec.use_dora:
@@ -252,7 +270,11 @@ def path_key(key: Array, path: str) -> Array:
 
 
 def _initial_pair(key: Array, module: Module, rank: int, how: str) -> tuple[Array, Array]:
+    """Return A and B of one layer; of experts, one pair each on a leading axis."""
     inner, outer = module.shape
+    if module.experts:
+        one = dataclasses.replace(module, experts=0)
+        return jax.vmap(lambda key: _initial_pair(key, one, rank, how))(jax.random.split(key, module.experts))
     if module.kind == "embedding":
         return jnp.zeros((inner, rank)), jax.random.normal(key, (rank, outer))
     if how == "gaussian":

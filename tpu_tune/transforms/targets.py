@@ -44,14 +44,18 @@ def find_targets(modules: Sequence[Module], config: LoraConfig, default_targets:
     return Targets(adapted, tuple(saved), _biases(modules, config, saved, chosen), config, tokens)
 
 
-def without_adapter(modules: Sequence[Module], targets: Targets) -> str:
-    """Return a line on the experts that stay as they are beside adapted modules; "" where there are none."""
+def experts_words(modules: Sequence[Module], targets: Targets) -> str:
+    """Return which experts carry adapters and which stay as they are, in words; "" where there are none."""
     adapted = {target.module.path for target in targets.adapted}
-    left = [module for module in modules if module.experts and module.path not in adapted]
-    if not left:
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        if module.experts:
+            found.setdefault("adapted" if module.path in adapted else "without an adapter", []).append(module.path)
+    if not found:
         return ""
-    why = next((f": {module.no_adapter}" for module in left if module.no_adapter), "")
-    return f"without an adapter: {', '.join(module.path for module in left)} ({left[0].experts} experts each){why}"
+    count = next(module.experts for module in modules if module.experts)
+    parts = [f"{words}: {', '.join(paths)}" for words, paths in sorted(found.items())]
+    return f"{count} experts a layer, {'; '.join(parts)}"
 
 
 def _target(module: Module, layers: tuple[int | None, ...], config: LoraConfig) -> Target:
@@ -63,13 +67,45 @@ def _target(module: Module, layers: tuple[int | None, ...], config: LoraConfig) 
         )
     if module.no_adapter:
         raise UserError(f"lora.target_modules: '{module.path}' cannot carry an adapter: {module.no_adapter}")
-    names = [module.name(layer) for layer in layers]
-    ranks = tuple(int(by_pattern(config.rank_pattern, name, config.rank)) for name in names)
-    alphas = tuple(float(by_pattern(config.alpha_pattern, name, config.alpha)) for name in names)
+    if module.experts:
+        _check_of_experts(module, config)
+    ranks = tuple(int(_of_layer("rank_pattern", config, module, layer, config.rank)) for layer in layers)
+    alphas = tuple(float(_of_layer("alpha_pattern", config, module, layer, config.alpha)) for layer in layers)
     scales = tuple(
         alpha / (math.sqrt(rank) if config.use_rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)
     )
     return Target(module, tuple(layer for layer in layers if layer is not None), ranks, alphas, scales)
+
+
+def _of_layer(key: str, config: LoraConfig, module: Module, layer: int | None, default: float) -> float:
+    """Return a layer's value of `rank_pattern` or `alpha_pattern`, which its experts share.
+
+    Raises:
+      UserError: the experts of a layer differ.
+    """
+    found = {by_pattern(getattr(config, key), name, default) for name in module.names_of(layer)}
+    if len(found) > 1:
+        raise UserError(
+            f"lora.{key} gives the experts of '{module.name(layer)}' different values; they stand in one array and "
+            "have one: leave out the expert's index"
+        )
+    return found.pop()
+
+
+def _check_of_experts(module: Module, config: LoraConfig) -> None:
+    """Refuse what adapters on experts cannot do, in PEFT neither.
+
+    Raises:
+      UserError: dropout or DoRA is asked for.
+    """
+    instead = "or leave the experts out with lora.exclude_modules"
+    if config.dropout:
+        raise UserError(
+            f"lora.dropout={config.dropout:g}: the adapters on the experts '{module.path}' have no dropout (PEFT's "
+            f"have none either); set lora.dropout=0, {instead}"
+        )
+    if config.use_dora:
+        raise UserError(f"lora.use_dora: there is no DoRA on the experts '{module.path}'; set it to False, {instead}")
 
 
 def _saved(modules: Sequence[Module], config: LoraConfig, chosen: Mapping[str, tuple]) -> list[Module]:
@@ -92,6 +128,11 @@ def _saved(modules: Sequence[Module], config: LoraConfig, chosen: Mapping[str, t
                 )
             if module.no_adapter:
                 raise UserError(f"lora.modules_to_save: '{path}' cannot carry an adapter: {module.no_adapter}")
+            if module.experts:
+                raise UserError(
+                    f"lora.modules_to_save: '{path}' are experts, which have no trained copy beside the frozen ones; "
+                    "target them with LoRA, or train the model in full"
+                )
             if path in chosen:
                 raise UserError(
                     f"lora.modules_to_save: '{name}' takes '{path}', which has an adapter too; exclude it from one"

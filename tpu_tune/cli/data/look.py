@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
     path, model = options.input or config.data.train, options.tokenizer_path or config.model.path
     if not path or not model:
         raise UserError("give INPUT and --tokenizer, or a --config that sets data.train and model.path")
+    if not isinstance(path, str):
+        raise UserError("data.train names several sources; give one of them as INPUT")
     if options.count < 1 or (options.row is not None and options.row < 1):
         raise UserError("-n and --row must be at least 1")
     from tpu_tune.checkpoints.chat_template import template_of

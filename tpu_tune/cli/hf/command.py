@@ -14,12 +14,12 @@ from tpu_tune.cli.memory_check import check_memory
 from tpu_tune.errors import UserError
 
 _ABOUT = """
-Every other argument is a flag of the script: of Hugging Face's TrainingArguments, of qlora.py, or of the PygmalionAI
-training code, with dashes or underscores. A launcher before the flags, such as `accelerate launch ./train.py`, is
-ignored. Flags of TrainingArguments that are not given have Hugging Face's defaults, also where qlora.py has others (a
-line names these); flags that only qlora.py or the training code has, have the defaults of that script. tpu-tune chooses
-by itself what changes no result (recomputing layers, attention kernels), unless a flag sets it. --config.KEY=VALUE
-overrides the flags.
+Every other argument is a flag of the script: of Hugging Face's TrainingArguments, of qlora.py, of the PygmalionAI
+training code, or of TRL's DPO, ORPO, CPO and KTO (`trl dpo`, `orpo.py`: the script says which), with dashes or
+underscores. A launcher before the flags, such as `accelerate launch ./train.py`, is ignored. Flags of
+TrainingArguments that are not given have Hugging Face's defaults, also where qlora.py has others (a line names these);
+flags that only qlora.py or the training code has, have the defaults of that script. tpu-tune chooses by itself what
+changes no result (recomputing layers, attention kernels), unless a flag sets it. --config.KEY=VALUE overrides flags.
 """
 
 # Variables that a bash script may export for the run.

@@ -96,7 +96,7 @@ def check_answers(flags: ScriptFlags, config: ConfigDict) -> None:
 
     names = [name for name in ("assistant_only_loss", "completion_only_loss") if flags.get(name)]
     path = config.data.train
-    if not names or not os.path.exists(os.path.expanduser(path)):
+    if not names or not isinstance(path, str) or not os.path.exists(os.path.expanduser(path)):
         return
     source = resolve(path)[0][0]
     rows = [] if is_hub(source) else read_rows(source)[0]
@@ -179,7 +179,7 @@ def fit_max_length(config: ConfigDict) -> list[str]:
     from tpu_tune.planning.model_config import model_config
 
     notes, data = [], config.data
-    tokenized = [path for path in (data.train, data.eval) if path.lower().endswith(".arrow")]
+    tokenized = [path for path in (data.train, data.eval) if isinstance(path, str) and path.lower().endswith(".arrow")]
     longest = [_longest(path) for path in tokenized]
     if longest and None not in longest:
         data.max_length = -(-max(longest) // 64) * 64

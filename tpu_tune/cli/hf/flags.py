@@ -62,6 +62,9 @@ ALIASES = {
     "validation_file": "eval_file", "model_max_length": "max_length", "max_seq_length": "max_length",
     "max_seq_len": "max_length", "block_size": "max_length", "dataset_name": "dataset", "no_cuda": "use_cpu",
     "apply_xformers": "use_xformers", "use_bnb_nested_quant": "double_quant", "bnb_4bit_quant_type": "quant_type",
+    "pref_loss": "loss_type", "pref_beta": "beta", "pref_ftx": "rpo_alpha", "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight", "dataset_num_proc": "preprocessing_num_workers",
+    "dataset_config": "dataset_config_name", "dataset_streaming": "streaming",
     "use_flash_attention_2": "use_xformers", "use_flash_attn": "use_xformers",
 }  # fmt: skip
 
@@ -95,6 +98,9 @@ _USED = {
     "lora_alpha": float, "lora_dropout": float, "lora_target_modules": list, "max_memory_MB": float,
     "do_mmlu_eval": bool,
     "resume_from_checkpoint": str, "tokenizer_name": str,
+    "stage": str, "loss_type": list, "loss_weights": list, "beta": float, "label_smoothing": float, "rpo_alpha": float,
+    "simpo_gamma": float, "cpo_alpha": float, "desirable_weight": float, "undesirable_weight": float, "ref_model": str,
+    "disable_dropout": bool, "max_prompt_length": int, "max_completion_length": int,
 }  # fmt: skip
 
 _KEYS = {
@@ -130,6 +136,16 @@ _KEYS = {
 
 # Reason -> flags, each with its type after a colon unless it is str.
 _IGNORED = {
+    "the reference's log-probabilities are always computed once, and kept": (
+        "precompute_ref_log_probs:bool precompute_ref_batch_size:int"
+    ),
+    "rows are packed and padded as data.packing says": (
+        "padding_free:bool pad_to_multiple_of pad_token padding_value:int label_pad_token_id:int "
+        "is_encoder_decoder:bool"
+    ),
+    "it only counts with a flag that is not supported": (
+        "f_alpha_divergence_coef:float discopop_tau:float ref_model_mixup_alpha:float ref_model_sync_steps:int"
+    ),
     "the compiled step averages gradients, without DistributedDataParallel (the guide is mistaken: in torch too the "
     "flag does not switch the averaging off)": "ddp_find_unused_parameters:bool",
     "jax finds the devices, and the compiled step averages gradients, without DistributedDataParallel": (
@@ -155,7 +171,7 @@ _IGNORED = {
         "tf32:bool half_precision_backend fp16_opt_level fp16_backend"
     ),
     "model.remat recomputes layers, and needs no further settings": (
-        "gradient_checkpointing_kwargs:dict activation_checkpointing_kwargs:dict"
+        "gradient_checkpointing_kwargs:dict activation_checkpointing_kwargs:dict activation_offloading:bool"
     ),
     "all rows are padded to the same length, so sorting them would save nothing": (
         "group_by_length:bool length_column_name sortish_sampler:bool"
@@ -199,6 +215,7 @@ _IGNORED = {
     "use tpu-tune plan --suggest to find the largest batch": "auto_find_batch_size:bool",
     "on the same machine, the same seed always gives the same results": "full_determinism:bool",
     "training generates no text; use tpu-tune generate afterwards": (
+        "generate_during_eval:bool "
         "do_predict:bool predict_with_generate:bool generation_max_length:int generation_num_beams:int "
         "generation_config max_new_tokens:int min_new_tokens:int do_sample:bool num_beams:int num_beam_groups:int "
         "penalty_alpha:float use_cache:bool temperature:float top_k:int top_p:float typical_p:float "
@@ -228,6 +245,15 @@ _REFUSED = {
     "model_type": refused(str, "is not supported: models are not trained from scratch", ""),
     "config_overrides": refused(str, "is not supported; the configuration is always the model's own", ""),
     "dataset_config_name": refused(str, "is not supported; give the files", "", "default"),
+    "truncation_mode": refused(str, "can only be keep_start", "keep_start"),
+    "ld_alpha": refused(float, "(LD-DPO) is not supported; leave it out", 1.0),
+    "f_divergence_type": refused(str, "can only be reverse_kl, which is DPO's own", "reverse_kl"),
+    "use_weighting": refused(bool, "(WPO) is not supported; leave it out", False),
+    "sync_ref_model": refused(bool, "is not supported: the reference stays as it is at the start", False),
+    "alpha": refused(float, "(AlphaPO) is not supported; leave it out", 0.0),
+    "ref_adapter_name": refused(str, "is not supported; the reference is the adapter as training starts"),
+    "dataset_train_split": refused(str, "can only be train; give a split's files by --train_file", "train"),
+    "dataset_test_split": refused(str, "can only be test; give a split's files by --eval_file", "test"),
     "uft": refused(bool, "is not needed: rows with `text` are always trained on in full", False),
 }
 

@@ -23,6 +23,7 @@ from tpu_tune.cli.hf.flags import (
     QLORA_DEFAULTS,
     QLORA_TRAINER,
 )
+from tpu_tune.cli.hf.preference_flags import set_objective
 from tpu_tune.errors import UserError
 from tpu_tune.training.arithmetic import AT_THE_END
 from tpu_tune.training.too_little import of_warmup
@@ -81,6 +82,8 @@ def translate(flags: ScriptFlags, platform: Callable[[], str], environ: Mapping[
     _precision(flags, config, platform)
     set_data(flags, config, evaluates)
     derived_length = set_lengths(flags, config)
+    if set_objective(flags, config):
+        derived_length = False
     _intervals(flags, config, evaluates, trains)
     _optimizer(flags, config)
     _run(flags, config)

@@ -1,6 +1,6 @@
 """Gemma 4 (text): layers of two attentions, the last ones on the keys and values of earlier ones, inputs by layer.
 
-Its experts (`enable_moe_block`) are not implemented.
+With `enable_moe_block` every layer has experts beside its MLP.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tpu_tune.models import rope
 from tpu_tune.models.activations import check_activation
 from tpu_tune.models.architecture import Architecture, LayerKind
 from tpu_tune.models.families.gemma import FOUR_NORMS
+from tpu_tune.models.families.gemma4_experts import with_experts
 from tpu_tune.models.families.llama import NAMES
 
 _LAYER_NAMES = dataclasses.replace(
@@ -53,8 +54,6 @@ def gemma4(config: Mapping[str, Any]) -> Architecture:
     config["rope_parameters"] = config["rope_parameters"] or defaults["rope_parameters"]
     if config.get("per_layer_config") is not None:  # transformers writes 05 where there are ten layers or more
         config["per_layer_config"] = {int(layer): sizes for layer, sizes in config["per_layer_config"].items()}
-    if config.get("enable_moe_block"):
-        raise UserError(f"'enable_moe_block' is set in the config of this {family} model: its experts are not known")
     if config.get("use_bidirectional_attention") == "all":
         raise UserError(f"use_bidirectional_attention='all' in the config of this {family} model is not implemented")
     bias = bool(config.get("attention_bias", False))
@@ -96,7 +95,8 @@ def _layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
             f"the config of this {config['model_type']} model: num_kv_shared_layers="
             f"{config['num_kv_shared_layers']} of {count} layers leaves no layer to share with"
         )
-    return tuple(_layer_kind(config, types, layer, own) for layer in range(count))
+    kinds = [_layer_kind(config, types, layer, own) for layer in range(count)]
+    return tuple(with_experts(config, kind) for kind in kinds) if config.get("enable_moe_block") else tuple(kinds)
 
 
 def _layer_kind(config: Mapping[str, Any], types: list[str], layer: int, own: int) -> LayerKind:

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from tpu_tune.data import load_data
 from tpu_tune.data.loading import PackedRows
+from tpu_tune.data.mixture import resolve_all
 from tpu_tune.data.pairs import PairRows
-from tpu_tune.data.sources import read_rows, resolve
+from tpu_tune.data.sources import read_rows
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import Model
 from tpu_tune.inference.scoring import IGNORED, Row, score
@@ -87,9 +88,9 @@ def _text_bytes(config: ConfigDict, format: str) -> np.ndarray | None:
     data = config.data
     if format != "text" or data.response_markers:
         return None
-    train, held_out = resolve(data.train)
+    train, held_out = resolve_all(data.train)
     if data.eval:
-        named, named_eval = resolve(data.eval)
+        named, named_eval = resolve_all(data.eval, "data.eval")
         held_out = named_eval or named
     column = next((old for old, new in data.columns.items() if new == "text"), "text")
     rows = [row for source in held_out or train for row in read_rows(source, skip_bad_rows=data.skip_bad_rows)[0]]

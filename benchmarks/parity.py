@@ -30,7 +30,7 @@ NAMES = {
     "ministral3": "Ministral 3 (text)", "cohere": "Command R, Aya", "cohere2": "Command R7B", "seed_oss": "Seed-OSS",
     "exaone4": "EXAONE 4", "nanochat": "nanochat", "mixtral": "Mixtral",
     "qwen2_moe": "Qwen2-MoE", "qwen3_moe": "Qwen3-MoE", "olmoe": "OLMoE", "granitemoe": "Granite-MoE",
-    "granitemoeshared": "Granite-MoE, shared", "glm4_moe": "GLM-4.5", "t5": "T5, FLAN-T5",
+    "granitemoeshared": "Granite-MoE, shared", "glm4_moe": "GLM-4.5", "gpt_oss": "gpt-oss", "t5": "T5, FLAN-T5",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels import attention as choosing
 from tpu_tune.kernels import gpu
 from tpu_tune.kernels.attention import attention, chosen, for_device, reference
+from tpu_tune.kernels.blockwise import blockwise
 from tpu_tune.kernels.layout import TokenLayout
 from tpu_tune.kernels.sequence import ring
 from tpu_tune.kernels.splash import fits, splash
@@ -145,6 +146,71 @@ def test_splash_takes_rows_that_are_cut_over_devices(mesh, window, cap):
     assert fits(length, mesh_of(mesh)) and not fits(length - 128, mesh_of(mesh)) and fits(length - 56, None)
 
 
+@functools.cache
+def with_sinks(length: int, size: int, window: int | None, ends: tuple[int, ...]) -> tuple[list[Any], list[np.ndarray]]:
+    """Return [q, k, v, sinks, weights], and the formula's result and gradients in float64, by torch."""
+    torch = pytest.importorskip("torch")
+    states, weights = inputs(length, 4, 2, size)
+    sinks = jnp.asarray([-2.0, 0.5, 1.0, 4.0])
+    q, k, v, logits, g = (torch.tensor(np.asarray(x), dtype=torch.float64) for x in (*states, sinks, weights))
+    for part in (q, k, v, logits):
+        part.requires_grad_()
+    heads_first = [part.transpose(1, 2) for part in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
+    scores = heads_first[0] @ heads_first[1].transpose(2, 3) * SCALE
+    visible = torch.tensor(np.asarray(layout(length, ends).mask(window)))[:, None]
+    scores = torch.cat([scores.masked_fill(~visible, -torch.inf), logits[:, None, None].expand(2, 4, length, 1)], -1)
+    out = (torch.softmax(scores, -1)[..., :-1] @ heads_first[2]).transpose(1, 2)
+    (out * g).sum().backward()
+    return [*states, sinks, weights], [x.detach().numpy() for x in (out, q.grad, k.grad, v.grad, logits.grad)]
+
+
+def sunk(name: str, where: TokenLayout, window: int | None) -> Any:
+    """Return the function (q, k, v, sinks) of an implementation."""
+    in_parts = mesh_of("all three")
+    return {
+        "reference": lambda q, k, v, sinks: reference(q, k, v, where, window, SCALE, sinks=sinks),
+        "blockwise": lambda q, k, v, sinks: blockwise(q, k, v, where, window, SCALE, 16, sinks=sinks),
+        "with a bias": lambda q, k, v, sinks: choosing.rematerialised(
+            q, k, v, where, window, SCALE, lambda *index: jnp.zeros((2, 4, 16, 48)), block=16, sinks=sinks
+        ),
+        "ring": lambda q, k, v, sinks: ring(q, k, v, where, window, SCALE, in_parts, block=5, sinks=sinks),
+        "splash": lambda q, k, v, sinks: splash(
+            q, k, v, where.query_segments, window, SCALE, None, interpret=True, sinks=sinks
+        ),
+        "splash on a mesh": lambda q, k, v, sinks: splash(
+            q, k, v, where.query_segments, window, SCALE, None, in_parts, interpret=True, sinks=sinks
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "window"),
+    [
+        ("reference", 48, 9),
+        ("blockwise", 48, 9),
+        ("blockwise", 48, None),
+        ("with a bias", 48, 9),
+        ("ring", 48, None),
+        ("ring", 48, 9),
+        ("splash", 200, 70),
+        ("splash on a mesh", 256, None),
+    ],
+)
+def test_sinks_are_the_float64_formulas_with_gradients(name, length, window):
+    """Two documents in a row, and padding: also the sinks' own gradient."""
+    ends = (length // 3, length - 12)
+    size = 64 if "splash" in name else 8
+    (*states, weights), expected = with_sinks(length, size, window, ends)
+    function = sunk(name, layout(length, ends), window)
+
+    def loss(*states: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = function(*states)
+        return jnp.sum(out * weights), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*states)
+    assert_near([out, *grads], expected)
+
+
 def device(platform: str, kind: str, capability: str | None = None) -> types.SimpleNamespace:
     facts = {} if capability is None else {"compute_capability": capability}
     return types.SimpleNamespace(platform=platform, device_kind=kind, **facts)
@@ -238,3 +304,11 @@ def test_rows_cut_over_devices_go_round_the_ring(ran):
 def test_auto_holds_the_scores_of_short_rows_only():
     assert chosen("auto", 512, 512) == chosen("auto", 1, 4096) == "reference"
     assert chosen("auto", 1024, 1024) == "blockwise"
+
+
+def test_what_has_no_sinks_is_not_chosen(ran):
+    sinks = jnp.zeros(2)
+    assert ran("cudnn", packed=False, sinks=sinks) == ran("pallas", sinks=sinks) == "blockwise"
+    assert ran("pallas", sinks=sinks, length=32) == "reference"
+    assert ran("splash", sinks=sinks) == "splash"
+    assert ran("pallas", sinks=sinks, mesh=mesh_of("all three")) == "ring"

@@ -203,7 +203,7 @@ def test_wrong_types_name_the_key(key, value, says):
     ("key", "value", "says"),
     [
         ("model.dtype", "fp16", "bfloat16, float16, float32"),
-        ("quantize.format", "int3", "none, int8, int4, nf4"),
+        ("quantize.format", "int3", "none, int8, int4, nf4, mxfp4"),
         ("train.eval_strategy", "always", "no, steps, epoch"),
         ("data.format", "chatml", "messages"),
         ("lora.rank", 0, "positive"),

@@ -168,21 +168,28 @@ def test_round_trip_laws(data):
     double = data.draw(st.booleans())
     random = np.random.default_rng(data.draw(st.integers(0, 99)))
     codes = random.integers(0, 2 ** FORMATS[format].bits, (layers, rows, columns)).astype(np.uint8)
-    scales = random.random((layers, -(-rows // group), columns)).astype(np.float32)
+    shape = (layers, -(-rows // group), columns)
+    scales = random.random(shape).astype(np.float32)
+    if FORMATS[format].exponents:
+        scales = random.integers(120, 134, shape).astype(np.uint8)
     weight = random.standard_normal((layers, rows, columns)).astype(np.float32)
     unpacked, dequantized, values, stacked, one, found, absmax = everything(
         codes, scales, weight, format, group, double
     )
 
     np.testing.assert_array_equal(unpacked, codes)
+    scales = 2.0 ** (scales - 128.0) if FORMATS[format].exponents else scales
     np.testing.assert_allclose(dequantized, np.asarray(values) * np.repeat(scales, group, axis=1)[:, :rows], rtol=1e-6)
     sliced = jax.tree.map(lambda leaf: leaf[1], stacked)
     for mine, expected in zip(jax.tree.leaves(sliced), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-6)
     assert sliced.shape == one.shape == (rows, columns)
     absmax = np.asarray(absmax)
-    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "nf4": (NF4_VALUES[1] - NF4_VALUES[0]) / 2}[format] + 1e-5
-    slack = 0.51 / 255 * absmax.max(1, keepdims=True) if double else 0
+    nf4, fp4 = (NF4_VALUES[1] - NF4_VALUES[0]) / 2, 2  # of twice the numbers, between 8 and 12
+    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "nf4": nf4, "mxfp4": fp4}[format] + 1e-5
+    if FORMATS[format].exponents:
+        absmax = 2.0 ** (absmax - 128.0)
+    slack = 0.51 / 255 * absmax.max(1, keepdims=True) if double and not FORMATS[format].exponents else 0
     limit = np.repeat(absmax * step + slack, group, axis=1)[:, :rows]
     assert np.all(np.abs(np.asarray(found) - weight) <= limit)
 

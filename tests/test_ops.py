@@ -10,7 +10,7 @@ import pytest
 from tpu_tune.tensors import LoraTensor, SavedTensor, Transposed, dense, embed, matmul, quantize_tensor, unembed
 
 IN, OUT, RANK = 64, 12, 3
-FORMATS = ["int8", "int4", "nf4"]
+FORMATS = ["int8", "int4", "nf4", "mxfp4"]
 
 
 def arrays(*shapes, seed=0):

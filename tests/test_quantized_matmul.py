@@ -35,7 +35,8 @@ def close(found: jax.Array, wanted: np.ndarray, tolerance: float = 2e-6) -> None
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "format, group_size, double_quant", [("nf4", 64, True), ("nf4", 32, False), ("int4", 128, True)]
+    "format, group_size, double_quant",
+    [("nf4", 64, True), ("nf4", 32, False), ("int4", 128, True), ("mxfp4", 32, False)],
 )
 def test_the_pallas_kernel_is_the_product_with_the_dequantized_layer(format, group_size, double_quant, transposed):
     leaf = stack(format, group_size, double_quant)
@@ -89,7 +90,7 @@ def test_what_the_pallas_kernel_takes():
     assert not kernel.fits((512, 128), 256, 256)  # a group over both halves of a block
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "mxfp4"])
 @pytest.mark.parametrize("implementation", ["xla", "pieces"])
 @pytest.mark.parametrize("piece", [128 * COLUMNS, 300 * ROWS, 2**24])  # small ones, some that overlap, all at once
 def test_a_layer_in_its_stack_multiplies_like_the_layer_alone(format, implementation, piece, monkeypatch):

@@ -517,6 +517,19 @@ CONFIGS = {
         norm_topk_prob=False,
         tie_word_embeddings=True,
     ),
+    "gpt_oss": _like_llama(
+        "gpt_oss",
+        hidden_size=64,
+        intermediate_size=32,
+        head_dim=16,
+        num_hidden_layers=4,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        swiglu_limit=1.0,
+        rope_theta=5000.0,
+        rope_scaling={**_YARN, "original_max_position_embeddings": 8, "beta_fast": 4.0, "truncate": False},
+    ),
     "t5": _t5(),
     "t5_gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decoder_layers=3),
 }
@@ -524,8 +537,8 @@ FAMILY_CASES = [
     "llama2", "mistral_window", "qwen2_upper_windows", "qwen3_alternating", "neox_parallel", "gptj", "gpt2", "opt_350m",
     "gemma", "gemma2", "gemma3", "gemma4", "gemma4_unified", "phi", "phi3", "smollm3", "olmo2", "olmo3", "granite",
     "granite4", "glm", "glm4", "ministral3", "cohere", "cohere2", "seed_oss", "exaone4", "nanochat", "mixtral",
-    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "qwen3_5", "qwen3_5_moe",
-    "qwen3_next", "t5",
+    "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "glm4_moe", "gpt_oss", "qwen3_5",
+    "qwen3_5_moe", "qwen3_next", "t5",
 ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def load(
     Args:
       path: run directory, Hugging Face id, model directory or .gguf file, local or gs://.
       dtype: of activations and plain weights: float32, bfloat16 or float16.
-      quantize: none, int8, int4 or nf4; by default as the run stored its base, none of a model.
+      quantize: none, int8, int4, nf4 or mxfp4; by default as the run stored its base, none of a model.
       adapter: a PEFT adapter directory, or a run that has trained one; of a run, in place of its own.
       step: a checkpoint of the run: its step, "last" or "best"; by default what the run ended with, or, where it has
         not ended, its last checkpoint (the best under `train.load_best_model_at_end`).

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints import bitsandbytes, json_text
+from tpu_tune.checkpoints import bitsandbytes, json_text, mxfp4
 from tpu_tune.checkpoints.params import with_stored_head
 from tpu_tune.checkpoints.stacked_experts import with_experts_apart
 from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
@@ -39,8 +39,8 @@ _ENTRY_KINDS = {
 def open_huggingface(directory: str) -> WeightSource:
     """Open a model directory as Hugging Face writes it; only headers are read, and a tied head that is stored.
 
-    bitsandbytes' 4-bit matrices appear under their own name and logical (out, in) shape, and are read as
-    `QuantizedTensor`.
+    bitsandbytes' 4-bit matrices appear under their own name and logical (out, in) shape, gpt-oss' blocks under theirs
+    and (experts, in, out); they are read as `QuantizedTensor`.
 
     Args:
       directory: holds `config.json`, the tokenizer's files, and `model.safetensors` or `pytorch_model.bin` (or shards
@@ -55,7 +55,9 @@ def open_huggingface(directory: str) -> WeightSource:
     tensors = _stored_tensors(directory)
     read = functools.partial(_read_named, tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if config.get("quantization_config"):
+    if mxfp4.is_stored(config):
+        shapes, read = mxfp4.as_quantized(directory, shapes, read)
+    elif config.get("quantization_config"):
         shapes, read = bitsandbytes.as_quantized(directory, config["quantization_config"], shapes, read)
     source = WeightSource(
         path=directory,

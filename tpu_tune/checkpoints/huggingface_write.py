@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tpu_tune.checkpoints import chat_template, storage, towers
+from tpu_tune.checkpoints import chat_template, mxfp4, storage, towers
 from tpu_tune.checkpoints.ends import write_closing_end
 from tpu_tune.checkpoints.stacked_experts import as_in_files
 from tpu_tune.checkpoints.weight_source import WeightSource
@@ -56,23 +56,29 @@ def write_model(
       source: the opened base model; its config and tokenizer files are taken over, and what it has beside the tree's
         tensors: the other parts of a multimodal model, each in the dtype that it has.
       architecture: the model's facts.
-      dtype: the tree's tensors' dtype; by default the original's (float32 where the original does not say).
+      dtype: the tree's tensors' dtype; by default the original's (float32 where the original does not say), and experts
+        that it has in mxfp4 stay in it where no adapter is on them.
       shard_bytes: largest shard.
 
     Raises:
       UserError: the directory cannot be written.
     """
-    untied = unties_head(params, architecture.modules())
+    modules = architecture.modules()
+    untied = unties_head(params, modules)
     name = dtype or _stored_dtype(source.config)
+    packed = {} if dtype else mxfp4.untouched(source.config, params, modules)
+    params = {path: leaf for path, leaf in params.items() if path not in packed}
     names = towers.file_names(source, architecture)
     trained = (
         (names.get(tensor, tensor), value.astype(DTYPES[name]))
         for tensor, value in tensors_with_head(params, architecture, untied)
     )
-    tensors = itertools.chain(as_in_files(trained, source), towers.left_aside(source, architecture))
+    tensors = itertools.chain(
+        as_in_files(trained, source), mxfp4.file_tensors(packed, modules), towers.left_aside(source, architecture)
+    )
     with storage.whole_directory(directory) as aside:
         _write_shards(aside, tensors, shard_bytes)
-        write_config(aside, source, name, untied)
+        write_config(aside, source, name, untied, bool(packed))
         write_tokenizer(aside, source)
         write_closing_end(aside, source)
 
@@ -98,9 +104,12 @@ def tensors_with_head(
             yield module.weight, np.asarray(dense(base)) * np.float32(architecture.head_scale)
 
 
-def write_config(directory: str, source: WeightSource, dtype: str, untied: bool = False) -> None:
+def write_config(
+    directory: str, source: WeightSource, dtype: str, untied: bool = False, quantized: bool = False
+) -> None:
     """Write config.json: the source's, with the tensors' dtype, without a quantization that is no longer there."""
-    config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "torch_dtype")}
+    gone = ("torch_dtype",) if quantized else ("quantization_config", "torch_dtype")
+    config = {key: value for key, value in source.config.items() if key not in gone}
     config["dtype" if "torch_dtype" not in source.config else "torch_dtype"] = dtype
     if isinstance(config.get("text_config"), Mapping):
         text = config["text_config"]

@@ -222,7 +222,7 @@ def _whole_modules(trainable: Mapping[str, Any], targets: Targets, architecture:
                 one = value[index] if module.layers else value
                 one = module.to_torch(one) if suffix == "weight" else module.deinterleave(one)
                 inner = ".base_layer" if suffix == "bias" and module.path in adapted else ""
-                tensors[f"{PREFIX}{name}{inner}.{suffix}"] = np.ascontiguousarray(one)
+                tensors[PREFIX + module.tensor_name(name + inner, suffix)] = np.ascontiguousarray(one)
     return tensors
 
 
@@ -465,9 +465,9 @@ def _read_target(target: Target, spec: LoraConfig, take: Any) -> dict[str, Any]:
 
 def _read_whole(module: Module, path: str, take: Any, adapted: bool) -> Any:
     suffix = path.rsplit(".", 1)[1]
-    shape = module.torch_shape if suffix == "weight" else module.shape[-1:]
+    shape = module.torch_shape if suffix == "weight" else module.stacked_in_file + module.shape[-1:]
     inner = ".base_layer" if suffix == "bias" and adapted else ""
-    values = [take(f"{name}{inner}.{suffix}", shape) for name in module.names()]
+    values = [take(module.tensor_name(name + inner, suffix), shape) for name in module.names()]
     values = [module.from_torch(value) if suffix == "weight" else module.interleave(value) for value in values]
     return jnp.asarray(np.stack(values) if module.layers else values[0])
 

@@ -74,7 +74,7 @@ def _parts(arch: Architecture) -> Mapping[str, tuple[str, ...]]:
     parts: dict[str, tuple[str, ...]] = {}
     for layer, kind in enumerate(arch.layer_kinds):
         experts, names = kind.experts, kind.names
-        if experts is None:
+        if experts is None or experts.alternating:  # whose files are what transformers has in memory
             continue
         both = [names.expert_gate_up] if names.expert_gate_up else [names.expert_gate, names.expert_up]
         for block in _BLOCKS:

@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("none", "int8", "int4", "nf4"),
+        choices=("none", "int8", "int4", "nf4", "mxfp4"),
         help="store the linear layers so (default: as the run did)",
     )
     parser.add_argument(

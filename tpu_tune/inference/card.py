@@ -18,6 +18,7 @@ from tpu_tune import config as configuration
 from tpu_tune.checkpoints.prompts import CHAT, in_words, taught_as
 from tpu_tune.config import source_paths
 from tpu_tune.inference.public_names import Base, base_name, hub_id, private_directories, scrubbed
+from tpu_tune.transforms import group_size
 
 _SHOWN_EVALUATIONS = 20
 # Told elsewhere in the card, or nobody's business.
@@ -178,8 +179,8 @@ def _method(config: ConfigDict) -> str:
     stored = config.quantize.format
     text = f"{'LoRA' if stored == 'none' else 'QLoRA'} of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
     if stored != "none":
-        twice = ", double quantized" if config.quantize.double_quant and stored != "int8" else ""
-        text += f", over weights stored as {stored} (groups of {config.quantize.group_size}{twice})"
+        twice = ", double quantized" if config.quantize.double_quant and stored in ("int4", "nf4") else ""
+        text += f", over weights stored as {stored} (groups of {group_size(config.quantize)}{twice})"
     return text
 
 

@@ -124,7 +124,8 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     Args:
       path: Hugging Face id, local directory, or .gguf file.
       dtype: the dtype of activations and unquantized weights: float32, bfloat16 or float16.
-      quantize: int8, int4 or nf4 for the linear layers (groups of 64, double quantization at four bits).
+      quantize: int8, int4, nf4 or mxfp4 for the linear layers (groups of 64, mxfp4 of 32; double quantization at
+        four bits).
       adapter: a PEFT adapter directory; special tokens that its run added are added here too, and the chat template
         beside it is used.
 

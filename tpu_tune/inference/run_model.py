@@ -32,7 +32,7 @@ def load_any(
     Args:
       path: run directory, Hugging Face id, model directory or .gguf file.
       dtype: the dtype of activations and plain weights; by default the run's own, float32 for a model.
-      quantize: none, int8, int4 or nf4; by default as the run stored its base, none of a model.
+      quantize: none, int8, int4, nf4 or mxfp4; by default as the run stored its base, none of a model.
       adapter: a PEFT adapter directory, or a run that has trained one; of a run, in place of its own.
       before: load a run's model as it was before training.
       step: a checkpoint of the run (of `adapter`'s, where only that is one): its step, `last` or `best`. By default

@@ -3,6 +3,10 @@
 `reference` holds all scores at once. `blockwise.py` holds those of two blocks, on any device; `splash.py` is the kernel
 for newer TPUs, `gpu.py` has those for newer GPUs. `sequence.py` is blockwise attention over rows that are cut over
 devices. Scores with a learned bias go through `rematerialised`, which lets JAX derive the bias's gradient.
+
+A sink is one more logit of each head in the softmax, whose weight goes to no value (gpt-oss). Kernels that do not know
+it give the scores' log-sum-exp, from which `with_sinks` corrects their result; the GPU's give none that has a gradient,
+and are not used then.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ def attention(
     scale: float | None = None,
     cap: float | None = None,
     bias: Bias | None = None,
+    sinks: Float[Array, " H"] | None = None,
     implementation: str = "auto",
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T H D"]:
@@ -51,8 +56,9 @@ def attention(
       scale: factor on the scores; D ** -0.5 by default.
       cap: soft limit of the scores, see `soft_cap`.
       bias: function from the indices to what is added to the scores; None without one.
+      sinks: one more logit of each head in the softmax, which no value belongs to; None without them.
       implementation: auto | reference | blockwise | splash | cudnn | pallas. What the last three cannot do (a cache, a
-        bias, an encoder; for the GPU's also other things, see `gpu.py`) goes to auto.
+        bias, an encoder; for the GPU's also sinks and other things, see `gpu.py`) goes to auto.
       mesh: the devices, each of which attends in its own part; None on one device.
 
     Raises:
@@ -65,17 +71,17 @@ def attention(
     row = bias is None and q.shape[1] == k.shape[1]  # queries and keys are the same tokens
     pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
     if implementation in _KERNELS and row and layout.causal:
-        out = _kernel(implementation, q, k, v, layout, window, scale, cap, mesh)
+        out = _kernel(implementation, q, k, v, layout, window, scale, cap, sinks, mesh)
         if out is not None:
             return out
     if pieces > 1 and row and implementation != "reference" and q.shape[1] % pieces == 0:
-        return ring(q, k, v, layout, window, scale, mesh, cap)
+        return ring(q, k, v, layout, window, scale, mesh, cap, sinks=sinks)
     implementation = chosen("auto" if implementation in _KERNELS else implementation, q.shape[1], k.shape[1])
     if implementation == "reference":
-        return reference(q, k, v, layout, window, scale, cap, bias)
+        return reference(q, k, v, layout, window, scale, cap, bias, sinks)
     if bias is not None:
-        return rematerialised(q, k, v, layout, window, scale, bias, cap)
-    return blockwise(q, k, v, layout, window, scale, cap=cap)
+        return rematerialised(q, k, v, layout, window, scale, bias, cap, sinks=sinks)
+    return blockwise(q, k, v, layout, window, scale, cap=cap, sinks=sinks)
 
 
 def _kernel(
@@ -87,13 +93,16 @@ def _kernel(
     window: int | None,
     scale: float,
     cap: float | None,
+    sinks: Array | None,
     mesh: Mesh | None,
 ) -> Array | None:
     """Return causal self-attention by a device's own kernel; None where it cannot do what is asked."""
     segments = layout.query_segments
     if implementation == "splash":
-        return tpu.splash(q, k, v, segments, window, scale, cap, mesh) if tpu.fits(q.shape[1], mesh) else None
-    if cap is not None or (mesh is not None and mesh.shape[SEQUENCE] > 1):
+        return (
+            tpu.splash(q, k, v, segments, window, scale, cap, mesh, sinks=sinks) if tpu.fits(q.shape[1], mesh) else None
+        )
+    if cap is not None or sinks is not None or (mesh is not None and mesh.shape[SEQUENCE] > 1):
         return None
     if implementation == "cudnn" and not layout.packed and gpu.cudnn_takes(q):
         return gpu.cudnn(q, k, v, window, scale, mesh)
@@ -162,6 +171,7 @@ def reference(
     scale: float,
     cap: float | None = None,
     bias: Bias | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Attention with all scores at once."""
     batch, length, heads, size = q.shape
@@ -173,7 +183,10 @@ def reference(
         scores += bias(layout.query_index, layout.key_index).reshape(scores.shape)
     # A finite floor: a padded query that sees no key must give zeros to the gradient, not NaN.
     scores = jnp.where(layout.mask(window)[:, None, None], scores, jnp.float32(-1e30))
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is not None:
+        each_query = sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(each_query, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(batch, length, heads, size)
 
 
@@ -187,6 +200,7 @@ def rematerialised(
     bias: Bias,
     cap: float | None = None,
     block: int = BLOCK,
+    sinks: Array | None = None,
 ) -> Array:
     """Attention over blocks of queries, scores recomputed in the backward pass."""
     batch, length, heads, size = q.shape
@@ -200,7 +214,7 @@ def rematerialised(
     def one_block(_: None, queries: tuple[Array, Array, Array]) -> tuple[None, Array]:
         q_block, index, segments = queries
         block_layout = dataclasses.replace(layout, query_index=index, query_segments=segments)
-        return None, reference(q_block, k, v, block_layout, window, scale, cap, bias)
+        return None, reference(q_block, k, v, block_layout, window, scale, cap, bias, sinks)
 
     _, out = jax.lax.scan(one_block, None, (blocks(q), blocks(layout.query_index), blocks(layout.query_segments)))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tpu_tune.kernels.layout import TokenLayout, soft_cap
+from tpu_tune.kernels.layout import TokenLayout, soft_cap, with_sinks
 
 BLOCK = 512
 _NEVER = -1e30  # finite: a query that sees no key must give zeros, not NaN
@@ -78,14 +78,14 @@ def blockwise(
     scale: float,
     block: int = BLOCK,
     cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Return attention as `attention.reference` does; see there for the arguments. `block`: tokens in a block."""
-    batch, length, heads, size = q.shape
+    length = q.shape[1]
     # Self-attention without a cache: an index is the position in the row, so that block numbers tell which are visible.
     aligned = layout.causal and length == k.shape[1]
     blocks, cut_up = in_blocks(q, k, v, layout, window, scale, cap, block, aligned)
-    out = _flash(blocks, *cut_up)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, size)[:, :length]
+    return with_sinks(*joined(*_flash(blocks, *cut_up), length), sinks)
 
 
 def in_blocks(
@@ -126,9 +126,17 @@ def in_blocks(
     return Blocks(window, scale, cap, block, q.shape[0], k.shape[0], layout.causal, aligned), (q, k, v, where)
 
 
+def joined(out: Array, normaliser: Array, length: int) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    """Put what `forward` returns in blocks together again: rows of `length` tokens."""
+    batch, size = out.shape[1], out.shape[-1]
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, out.shape[3] * out.shape[4], size)
+    normaliser = jnp.transpose(normaliser, (1, 0, 4, 2, 3)).reshape(out.shape[:3])
+    return out[:, :length], normaliser[:, :length]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> Array:
-    return forward(blocks, q, k, v, where, v.dtype)[0]
+def _flash(blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
+    return forward(blocks, q, k, v, where, v.dtype)
 
 
 def _scores(blocks: Blocks, q: Array, k: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -177,21 +185,28 @@ def forward(
     return results
 
 
-def _flash_forward(blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, tuple]:
+def _flash_forward(
+    blocks: Blocks, q: Array, k: Array, v: Array, where: tuple[Array, ...]
+) -> tuple[tuple[Array, Array], tuple]:
     out, normaliser = forward(blocks, q, k, v, where, v.dtype)
-    return out, (q, k, v, where, out, normaliser)
+    return (out, normaliser), (q, k, v, where, out, normaliser)
 
 
-def _flash_backward(blocks: Blocks, residuals: tuple, g: Array) -> tuple:
+def _flash_backward(blocks: Blocks, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
     q, k, v, where, out, normaliser = residuals
     to_q = jnp.zeros(q.shape, jnp.float32)
-    to_q, to_k, to_v = backward(blocks, q, k, v, where, g, normaliser, delta_of(out, g), to_q, k.dtype)
+    delta = delta_of(out, *gradients)
+    to_q, to_k, to_v = backward(blocks, q, k, v, where, gradients[0], normaliser, delta, to_q, k.dtype)
     return to_q.astype(q.dtype), to_k, to_v, no_gradient(where)
 
 
-def delta_of(out: Array, g: Array) -> Array:
-    """Return what the softmax's derivative needs of each query: the product of its result and the result's gradient."""
-    return jnp.einsum("nbtkgd,nbtkgd->nbkgt", out.astype(jnp.float32), g.astype(jnp.float32))
+def delta_of(out: Array, g: Array, g_normaliser: Array) -> Array:
+    """Return what the scores' derivative needs of each query.
+
+    It is the product of its result and the result's gradient, minus the gradient of its log-sum-exp, whose derivative
+    by a score is the softmax's weight.
+    """
+    return jnp.einsum("nbtkgd,nbtkgd->nbkgt", out.astype(jnp.float32), g.astype(jnp.float32)) - g_normaliser
 
 
 def no_gradient(where: tuple[Array, ...]) -> tuple[np.ndarray, ...]:

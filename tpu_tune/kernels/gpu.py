@@ -3,7 +3,7 @@
 Both are causal self-attention that never holds the scores, in float16 or bfloat16. cuDNN's is the faster one and takes
 windows, but no segments in linear memory; it is for rows of one document each. Pallas' takes segments, but no windows;
 it wants tokens in multiples of its blocks (elsewhere it reads past the end: jax issue 23819), so rows are padded. On a
-mesh every device runs them on its own rows and heads.
+mesh every device runs them on its own rows and heads. Neither has a gradient with a sink in the softmax.
 """
 
 from __future__ import annotations

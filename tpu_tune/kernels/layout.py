@@ -1,4 +1,4 @@
-"""What every attention implementation shares: who sees whom, and the soft cap on scores."""
+"""What attention implementations share: who sees whom, the soft cap on scores, and sinks behind the softmax."""
 
 from __future__ import annotations
 
@@ -63,3 +63,19 @@ def documents(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
     """Return cap * tanh(x / cap), which keeps x between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def with_sinks(
+    out: Float[Array, "B T H D"], normaliser: Float[Array, "B T H"], sinks: Float[Array, " H"] | None
+) -> Float[Array, "B T H D"]:
+    """Return what attention gives when its softmax has a sink beside the keys; `out` where there is none.
+
+    Args:
+      out: attention's result without the sinks.
+      normaliser: log-sum-exp of each query's scores, float32.
+      sinks: a logit for each head.
+    """
+    if sinks is None:
+        return out
+    share = jax.nn.sigmoid(normaliser - sinks.astype(jnp.float32))
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)

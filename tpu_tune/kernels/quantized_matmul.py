@@ -75,6 +75,11 @@ def fits(shape: tuple[int, int], pack_block: int, group_size: int) -> bool:
     return pack_block == BLOCK and rows % BLOCK == 0 and columns % 128 == 0 and (BLOCK // 2) % group_size == 0
 
 
+def powers_of_two(exponents: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """Return 2^(s - 128) in float32 for the exponents s of mxfp4's scales; 0 for s < 2, which has no normal float32."""
+    return jax.lax.bitcast_convert_type(jnp.maximum(exponents.astype(jnp.int32) - 1, 0) << 23, jnp.float32)
+
+
 def quantized_matmul(
     x: Float[Array, "*batch k"],
     codes: UInt8[Array, "layers half_in out"],
@@ -92,10 +97,11 @@ def quantized_matmul(
     Args:
       x: left operand; k is `in`, or `out` where transposed.
       codes: four-bit codes, two a byte.
-      scales: (layers, in / group_size, out), float32, or uint8 with their largest in `scale_max`.
+      scales: (layers, in / group_size, out), float32; or uint8, with their largest in `scale_max`, or as exponents (see
+        `powers_of_two`).
       scale_max: each column's largest scale under double quantization.
       layer: index of the layer in the stack.
-      decode: integer codes -> float32 in [-1, 1], elementwise.
+      decode: integer codes -> float32, elementwise.
       group_size: number of rows that share a scale; divides 128.
       transposed: whether to contract over `out`.
       plan: says whether operands are float32, and on which mesh to run.
@@ -222,7 +228,7 @@ def _backward(decode: Any, group_size: int, dtype: Any, _: Any, g: Any, codes: A
 def _group_scales(scales: Any, largest: list[Any]) -> Array:
     stored = scales[0]
     if not largest:
-        return stored
+        return stored if stored.dtype == jnp.float32 else powers_of_two(stored)
     return stored.astype(jnp.int32).astype(jnp.float32) * (largest[0][0] * jnp.float32(1 / 255))
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from tpu_tune.kernels.blockwise import BLOCK, Blocks, backward, delta_of, forward, in_blocks, no_gradient
-from tpu_tune.kernels.layout import TokenLayout
+from tpu_tune.kernels.blockwise import BLOCK, Blocks, backward, delta_of, forward, in_blocks, joined, no_gradient
+from tpu_tune.kernels.layout import TokenLayout, with_sinks
 from tpu_tune.kernels.mesh import SEQUENCE, on_each_device
 
 
@@ -33,6 +33,7 @@ def ring(
     mesh: Mesh,
     cap: float | None = None,
     block: int = BLOCK,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Return self-attention as `attention.reference` does; see there for the arguments.
 
@@ -40,18 +41,18 @@ def ring(
       mesh: the devices; T divides over the axis `sequence`.
       block: number of tokens in a block, on each device.
     """
-    heads, size = q.shape[2:]
 
-    def local(q: Array, k: Array, v: Array, index: Array, segments: Array) -> Array:
+    def local(q: Array, k: Array, v: Array, index: Array, segments: Array) -> tuple[Array, Array]:
         local_layout = dataclasses.replace(
             layout, query_index=index, key_index=index, query_segments=segments, key_segments=segments
         )
         blocks, cut_up = in_blocks(q, k, v, local_layout, window, scale, cap, block, layout.causal)
-        out = _ring(_Ring(mesh.shape[SEQUENCE], q.shape[1], blocks), *cut_up)
-        return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, q.shape[2], size)[:, : q.shape[1]]
+        out, normaliser = joined(*_ring(_Ring(mesh.shape[SEQUENCE], q.shape[1], blocks), *cut_up), q.shape[1])
+        return out, normaliser[..., None]
 
-    run = on_each_device(local, mesh, heads, k.shape[2])
-    return run(q, k, v, layout.query_index, layout.query_segments)
+    run = on_each_device(local, mesh, q.shape[2], k.shape[2])
+    out, normaliser = run(q, k, v, layout.query_index, layout.query_segments)
+    return with_sinks(out, normaliser[..., 0], sinks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +75,13 @@ class _Ring:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> Array:
+def _ring(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, Array]:
     return _ring_forward(way, q, k, v, where)[0]
 
 
-def _ring_forward(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, ...]) -> tuple[Array, tuple]:
+def _ring_forward(
+    way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, ...]
+) -> tuple[tuple[Array, Array], tuple]:
     def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
         out, normaliser, keys, values, key_layout = carry
         part, more = forward(way.blocks, q, keys, values, (*where[:2], *key_layout), jnp.float32, way.offset(step))
@@ -90,7 +93,7 @@ def _ring_forward(way: _Ring, q: Array, k: Array, v: Array, where: tuple[Array, 
     start = (jnp.zeros(q.shape, jnp.float32), nothing, k, v, where[2:])
     (out, normaliser, *_), _ = jax.lax.scan(one_step, start, jnp.arange(way.devices))
     out = out.astype(v.dtype)
-    return out, (q, k, v, where, out, normaliser)
+    return (out, normaliser), (q, k, v, where, out, normaliser)
 
 
 def _weights(logs: Array) -> Array:
@@ -98,9 +101,9 @@ def _weights(logs: Array) -> Array:
     return jnp.moveaxis(jnp.exp(logs), 4, 2)[..., None]
 
 
-def _ring_backward(way: _Ring, residuals: tuple, g: Array) -> tuple:
+def _ring_backward(way: _Ring, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
     q, k, v, where, out, normaliser = residuals
-    delta = delta_of(out, g)
+    g, delta = gradients[0], delta_of(out, *gradients)
 
     def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
         to_q, to_k, to_v, keys, values, key_layout = carry

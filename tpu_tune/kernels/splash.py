@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from tpu_tune.kernels.mesh import SEQUENCE, on_each_device
+from tpu_tune.kernels.mesh import SEQUENCE, cut_heads, on_each_device
 
 _LANES = 128  # tokens come in multiples of this
 _BLOCKS = (512, 256, 128)
@@ -38,6 +38,7 @@ def splash(
     cap: float | None,
     mesh: Mesh | None = None,
     interpret: bool = False,
+    sinks: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Return causal self-attention.
 
@@ -47,25 +48,30 @@ def splash(
       scale, cap: factor on the scores and their soft limit, see `attention`.
       mesh: the devices over which rows, heads and tokens are cut; None on one device. See `fits`.
       interpret: run the kernel as plain JAX, to test it without a TPU.
+      sinks: logits of each head that no value belongs to, see `attention`.
     """
     length, heads, groups = q.shape[1], q.shape[2], k.shape[2]
-    pieces, tensor = (1, 1) if mesh is None else (mesh.shape[SEQUENCE], mesh.shape["tensor"])
+    pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
+    cut = None if mesh is None else cut_heads(mesh, heads, groups)
     short = -length % _LANES
     q, k, v = (jnp.pad(part, [(0, 0), (0, short), (0, 0), (0, 0)]) for part in (q * scale, k, v))
     segments = jnp.pad(segments, [(0, 0), (0, short)], constant_values=-1)
-    local_heads = heads // tensor if heads % tensor == 0 and groups % tensor == 0 else heads
-    kernel = _kernel(local_heads, length + short, pieces, window, cap, interpret)
+    kernel = _kernel(heads // mesh.shape[cut] if cut else heads, length + short, pieces, window, cap, interpret)
 
-    def local(kernel: Any, q: Array, k: Array, v: Array, segments: Array) -> Array:
+    def local(kernel: Any, sinks: Array | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
         key_segments = segments
         if pieces > 1:
             k, v, key_segments = (jax.lax.all_gather(part, SEQUENCE, axis=1, tiled=True) for part in (k, v, segments))
         heads_first = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
-        return jnp.swapaxes(jax.vmap(kernel)(*heads_first, splash_attention.SegmentIds(segments, key_segments)), 1, 2)
+        each_row = jax.vmap(functools.partial(kernel, sinks=sinks))
+        return jnp.swapaxes(each_row(*heads_first, splash_attention.SegmentIds(segments, key_segments)), 1, 2)
 
-    masks = None if mesh is None else kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, SEQUENCE)))
-    run = on_each_device(local, mesh, heads, groups, masks)
-    return run(kernel, q, k, v, segments)[:, :length].astype(v.dtype)
+    first = ()
+    if mesh is not None:
+        masks = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, SEQUENCE)))
+        first = masks, PartitionSpec(cut)
+    run = on_each_device(local, mesh, heads, groups, first)
+    return run(kernel, sinks, q, k, v, segments)[:, :length].astype(v.dtype)
 
 
 def _kernel(heads: int, length: int, pieces: int, window: int | None, cap: float | None, interpret: bool) -> Any:

@@ -39,6 +39,7 @@ class LayerNames:
         head by head under `delta_qkvz` and `delta_ba`.
       delta_conv, delta_rate, delta_shift, delta_norm: its convolution, the rate of decay and the shift of a, both by
         head, and the norm of each head's output.
+      sinks: one more logit of each head in attention's softmax, which no value belongs to.
       router: gives each token a score for every expert.
       choice_bias: vector that is added to the scores for the choice of experts alone.
       expert_gate, expert_up, expert_gate_up, expert_down: the MLPs of the experts, without an expert's index.
@@ -84,6 +85,7 @@ class LayerNames:
     delta_rate: str = ""
     delta_shift: str = ""
     delta_norm: str = ""
+    sinks: str = ""
     router: str = ""
     choice_bias: str = ""
     expert_gate: str = ""
@@ -149,6 +151,10 @@ class Experts:
       groups, top_groups: number of groups of consecutive experts, and how many of them a token may choose from.
       balance: weight that the config gives the load-balancing loss in training; 0 where it leaves it out.
       shared_width: width of the MLP beside them that all tokens go through; 0 where there is none.
+      bias: whether router and experts have biases.
+      alternating: whether the file's fused gate and up alternate column by column, and its matrices are (in, out).
+      clamp: gate is at most this, up at most this and at least its negative; None for no limit.
+      gain: a in gate * sigmoid(a * gate) * (up + 1), which then stands for the activation; None: activation(gate) * up.
     """
 
     count: int
@@ -163,6 +169,10 @@ class Experts:
     top_groups: int = 1
     balance: float = 0.0
     shared_width: int = 0
+    bias: bool = False
+    alternating: bool = False
+    clamp: float | None = None
+    gain: float | None = None
 
     @property
     def has_balance(self) -> bool:
@@ -443,6 +453,9 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     norm(names.k_norm, kv_width if whole else head_dim)
     if kind.delta is not None:
         modules += delta_modules(names, kind.delta, width)
+    if names.sinks:
+        parameter = {"is_parameter": True, "no_adapter": "it is a parameter of the attention, and no module"}
+        modules.append(Module(names.sinks, "norm", (arch.num_heads,), (None,), **parameter))
     linear(names.o, (o_width, width), ("heads", "embed"), o_bias)
     norm(names.attention_out_norm)
     norm(names.cross_norm)
@@ -460,14 +473,14 @@ def layer_modules(arch: Architecture, kind: LayerKind) -> list[Module]:
     linear(names.input_projection, (arch.layer_input_size, width), ("mlp", "embed"), False)
     norm(names.input_norm)
     if names.scalar:
-        modules.append(Module(names.scalar, "norm", (1,), (None,), is_parameter=True))
+        modules.append(Module(names.scalar, "norm", (1,), (None,), is_parameter=True, decay=False))
     return modules
 
 
 def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> list[Module]:
     """List the modules of a sparse MLP: the router, the experts, and what stands beside them."""
     width, inner, shared = arch.hidden_size, experts.width, experts.shared_width
-    modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), is_router=True)]
+    modules = [Module(names.router, "linear", (width, experts.count), ("embed", None), experts.bias, is_router=True)]
     for name, size in (
         (names.choice_bias, experts.count),
         (names.router_scale, width),
@@ -478,11 +491,15 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
     for name in (names.experts_norm, names.experts_out_norm, names.dense_out_norm):
         if name:
             modules.append(Module(name, "norm", (width,), (None,), arch.has_norm_bias))
+    unable = "adapters on experts whose gate and up alternate are not implemented yet"
     of_experts = {
         "experts": experts.count,
         "experts_per_token": experts.per_token,
         "experts_path": experts.path,
-        "is_parameter": experts.in_parameters,
+        "bias": experts.bias,
+        "is_parameter": experts.in_parameters or experts.alternating,
+        "fan_in_fan_out": experts.alternating,
+        "no_adapter": unable if experts.alternating else "",
     }
 
     def linear(name: str, shape: tuple[int, int], axes: tuple[str, str | None], **facts: Any) -> None:
@@ -490,7 +507,8 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
             modules.append(Module(name, "linear", shape, axes, **facts))
 
     def mlp(gate: str, up: str, gate_up: str, down: str, inner: int, **facts: Any) -> None:
-        linear(gate_up, (width, 2 * inner), ("embed", "mlp"), segments=(inner, inner), unit=gate_unit(inner), **facts)
+        both = {"segments": (inner, inner), "unit": gate_unit(inner), **facts}
+        linear(gate_up, (width, 2 * inner), ("embed", "mlp"), alternating=bool(facts) and experts.alternating, **both)
         linear(gate, (width, inner), ("embed", "mlp"), **facts)
         linear(up, (width, inner), ("embed", "mlp"), **facts)
         linear(down, (inner, width), ("mlp", "embed"), **facts)

@@ -59,7 +59,6 @@ def sparse_mlp(
         scores = scores * scale[chosen]
     chosen = jnp.where(real[..., None] > 0, chosen, experts.count)
     leaves = {role: weights.at(getattr(names, role)).leaves() for role in _EXPERTS if getattr(names, role)}
-    activation = ACTIVATIONS[layer.arch.activation]
 
     def run(leaves: dict[str, Any], rows: Array, dispatch: Dispatch) -> Array:
         def product(role: str, rows: Array) -> Array:
@@ -69,7 +68,7 @@ def sparse_mlp(
             gate, up = halves(product("expert_gate_up", rows))
         else:
             gate, up = product("expert_gate", rows), product("expert_up", rows)
-        return product("expert_down", activation(gate) * up)
+        return product("expert_down", _gated(layer, gate, up))
 
     y = over_experts(run, leaves, x, scores, chosen, experts.count, layer.context.mesh)
     if not names.shared_down:
@@ -78,6 +77,16 @@ def sparse_mlp(
     if names.shared_switch:
         shared = jax.nn.sigmoid(linear(weights.at(names.shared_switch), x)) * shared
     return y + shared, logits
+
+
+def _gated(layer: Layer, gate: Array, up: Array) -> Array:
+    """Return what an expert's down projection reads."""
+    experts = layer.kinds[0].experts
+    if experts.clamp is not None:
+        gate, up = jnp.minimum(gate, experts.clamp), jnp.clip(up, -experts.clamp, experts.clamp)
+    if experts.gain is None:
+        return ACTIVATIONS[layer.arch.activation](gate) * up
+    return gate * jax.nn.sigmoid(gate * experts.gain) * (up + 1)
 
 
 def _mlp(layer: Layer, weights: Branch, x: Array, gate: str, up: str, gate_up: str, down: str) -> Array:

@@ -13,6 +13,7 @@ from tpu_tune.kernels.attention import attention
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.architecture import LayerKind
 from tpu_tune.models.branch import Branch, linear, norm, unweighted_norm
+from tpu_tune.tensors import dense
 
 if TYPE_CHECKING:
     from tpu_tune.models.layers import Layer
@@ -32,6 +33,7 @@ def self_attention(
     """
     arch, context = layer.arch, layer.context
     qkv, gate = layer.each_token(_qkv, x, *_QKV)
+    sinks = dense(Branch(layer.leaves).at(layer.names.sinks).leaf("weight")) if layer.names.sinks else None
 
     def attend(kind: LayerKind, q: Array, *own: Array) -> tuple[Array, KeysValues | None]:
         k, v = own or context.kept[kind.keys_from]
@@ -57,6 +59,7 @@ def self_attention(
             scale=arch.attention_scale,
             cap=arch.attention_soft_cap,
             bias=context.bias,
+            sinks=sinks,
             implementation=context.implementation,
             mesh=context.mesh,
         )

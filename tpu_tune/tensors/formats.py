@@ -1,13 +1,18 @@
-"""Number formats for frozen weights: int8, int4 and nf4 codes, one scale a group of input rows.
+"""Number formats for frozen weights: int8, int4, nf4 and mxfp4 codes, one scale a group of input rows.
 
-A format turns a float32 weight (..., in, out) into codes and per-group absolute maxima and back. Everything is
+A format turns a float32 weight (..., in, out) into codes and a scale for each group, and back. Everything is
 elementwise arithmetic: nf4 is decoded by a tree of selects on the code's bits, never by a table gather, which costs
 eight times the bytes on a TPU. How codes are packed and scales stored is `quantized.py`'s business.
+
+mxfp4 is the format of gpt-oss' experts (OCP Microscaling Formats 1.0): a code is a number of one sign, two exponent
+and one mantissa bits, a scale is a power of two 2^(s - 127) with s in a byte, for 32 rows. Here codes are decoded to
+twice the standard's numbers, small integers, and scales to half of its scales: 2^(255 - 127) is no float32.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -30,21 +35,67 @@ NF4_THRESHOLDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A number format: `decode(encode(x))` approximates x in [-1, 1].
+    """A number format: `decode(encode(x))` approximates x in [-largest, largest].
 
     Attributes:
       bits: bits a code takes in storage; 4-bit codes are packed two a byte.
-      encode: float32 in [-1, 1] -> uint8 codes of the same shape.
-      decode: uint8 codes -> float32 in [-1, 1].
+      encode: float32 in [-largest, largest] -> uint8 codes of the same shape.
+      decode: uint8 codes -> float32 in [-largest, largest].
+      largest: the largest number that a code stands for.
+      group_size: number of rows that share a scale, where the format says it; 0 where any number may.
+      exponents: whether scales are powers of two, each stored as its exponent in one byte.
     """
 
     bits: int
     encode: Callable[[Float[Array, "..."]], UInt8[Array, "..."]]
     decode: Callable[[UInt8[Array, "..."]], Float[Array, "..."]]
+    largest: float = 1.0
+    group_size: int = 0
+    exponents: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"a code takes 4 or 8 bits, not {self.bits}: nothing else is packed")
+
+
+# Twice the standard's numbers of codes 0 to 7. What lies in the middle of two goes to the even code.
+_FP4_VALUES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+_ONE = 0x3F800000  # bits of 1.0
+
+
+def _encode_fp4(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
+    codes = jnp.where(jnp.signbit(x), jnp.uint8(8), jnp.uint8(0))
+    for code, (below, above) in enumerate(itertools.pairwise(_FP4_VALUES)):
+        middle = (below + above) / 2
+        codes += (jnp.abs(x) >= middle if code % 2 else jnp.abs(x) > middle).astype(jnp.uint8)
+    return codes
+
+
+def _decode_fp4(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    # From 2 on, the code's exponent and mantissa bits are the float32's, moved up and counted from 1.0.
+    codes = codes.astype(jnp.int32)
+    size = codes & 7
+    bits = jnp.where(size < 2, size * _ONE, (size << 22) + _ONE)
+    return jax.lax.bitcast_convert_type(bits | ((codes & 8) << 28), jnp.float32)
+
+
+def fp4_tiny(codes: UInt8[Array, "..."], exponents: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """Return mxfp4 weights whose scale is 2^-127 or 2^-126 (an exponent of 0 or 1), exact to the bit.
+
+    Products flush such numbers to zero: they are less than float32's smallest normal one, or nearly. Their bits are
+    made from those of the code, which has its last numbers below its smallest exponent as float32 does.
+    """
+    codes = codes.astype(jnp.int32)
+    size = codes & 7
+    halved = jnp.where(size < 4, size << 21, (size - 2) << 22)
+    bits = jnp.where(exponents == 0, halved, size << 22)
+    return jax.lax.bitcast_convert_type(bits | ((codes & 8) << 28), jnp.float32)
+
+
+def exponents_of(maxima: Float[Array, "..."]) -> UInt8[Array, "..."]:
+    """Return for each group's absolute maximum the exponent of the smallest scale under which it is a code's number."""
+    bits = jax.lax.bitcast_convert_type(maxima / 6, jnp.int32)
+    return jnp.clip((bits + 0x7FFFFF) >> 23, 2, 254).astype(jnp.uint8)
 
 
 def _encode_nf4(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
@@ -87,4 +138,5 @@ FORMATS: dict[str, Format] = {
     "int8": _symmetric(8),
     "int4": _symmetric(4),
     "nf4": Format(4, _encode_nf4, _decode_nf4),
+    "mxfp4": Format(4, _encode_fp4, _decode_fp4, largest=_FP4_VALUES[-1], group_size=32, exponents=True),
 }

@@ -65,6 +65,7 @@ class Module:
       fan_in_fan_out: whether the file holds the weight as (in, out), as GPT-2's Conv1D does.
       segments: widths of the matrices that the file has side by side along `out`, in order; () where there is one.
         In the tree they lie in pieces, a `unit` holding the matching piece of each: see `from_torch`.
+      alternating: whether the file has them column by column in turn instead: the first of each, the second of each.
       unit: columns of `out` that belong together; a mesh cuts between units only.
       decay: False where weight decay does not apply to its weight though it is no norm.
       is_delicate: whether quantization takes it only by name: a small matrix whose error the model magnifies.
@@ -88,6 +89,7 @@ class Module:
     tied_to: str = ""
     fan_in_fan_out: bool = False
     segments: tuple[int, ...] = ()
+    alternating: bool = False
     unit: int = 1
     decay: bool = True
     is_delicate: bool = False
@@ -116,7 +118,9 @@ class Module:
     def leaves(self) -> dict[str, LeafSpec]:
         """Return path -> facts of its leaves: the weight, and the bias where there is one."""
         common = {"stacked": bool(self.layers), "unit": self.unit, "experts": bool(self.experts)}
-        specs = {self.weight: LeafSpec(self.axes, decay=self.decay and self.kind != "norm", **common)}
+        # Hugging Face's Trainer spares modules that are norms, not parameters of others.
+        decay = self.decay and (self.kind != "norm" or self.is_parameter)
+        specs = {self.weight: LeafSpec(self.axes, decay=decay, **common)}
         if self.bias:
             specs[f"{self.path}.bias"] = LeafSpec((None,), decay=False, **common)
         return specs
@@ -188,6 +192,8 @@ class Module:
             return columns
         leading, count = columns.shape[:-1], sum(self.segments) // self.unit
         ends = list(itertools.accumulate(self.segments))
+        if self.alternating:
+            columns = _concatenate([columns[..., first :: len(ends)] for first in range(len(ends))])
         parts = [columns[..., end - width : end] for end, width in zip(ends, self.segments, strict=True)]
         pieces = [part.reshape(*leading, count, part.shape[-1] // count) for part in parts]
         return _concatenate(pieces).reshape(columns.shape)
@@ -200,7 +206,10 @@ class Module:
         units = columns.reshape(*leading, count, self.unit)
         ends = [end // count for end in itertools.accumulate(self.segments)]
         parts = [units[..., end - width // count : end] for end, width in zip(ends, self.segments, strict=True)]
-        return _concatenate([part.reshape(*leading, -1) for part in parts])
+        parts = [part.reshape(*leading, -1) for part in parts]
+        if self.alternating:
+            return _concatenate([part[..., None] for part in parts]).reshape(columns.shape)
+        return _concatenate(parts)
 
     @property
     def _is_convolution(self) -> bool:

@@ -6,7 +6,8 @@ Invariants:
   * Four-bit codes are packed inside blocks of `pack_block` input rows: row k shares a byte with row k + pack_block/2.
     A shard of whole blocks is a valid tensor of its own, which a row-parallel matmul needs.
   * Group g holds rows g*group_size .. (g+1)*group_size - 1; the last group may be short.
-  * With double quantization `scales` are uint8, linear between 0 and one float32 maximum an output column.
+  * With double quantization `scales` are uint8, linear between 0 and one float32 maximum an output column. In mxfp4
+    they are uint8 too, the exponents of powers of two, and there is no maximum.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels.quantized_matmul import MatmulPlan
-from tpu_tune.tensors.formats import FORMATS
+from tpu_tune.kernels.quantized_matmul import MatmulPlan, powers_of_two
+from tpu_tune.tensors.formats import FORMATS, exponents_of, fp4_tiny
 from tpu_tune.tensors.layer_view import LayerView
 from tpu_tune.tensors.product import contract_array, grouped_product, product
 
@@ -41,7 +42,7 @@ class QuantizedTensor:
 
     Attributes:
       codes: uint8, (..., in/2, out) packed at four bits, (..., in, out) at eight.
-      scales: (..., groups, out), each group's absolute maximum: float32, or uint8 under double quantization.
+      scales: (..., groups, out), each group's scale: its absolute maximum in float32, or uint8 (see above).
       scale_max: (..., 1, out) float32, the column's largest scale, under double quantization; else None.
       format: a key of `formats.FORMATS`.
       shape: the logical shape, (in, out).
@@ -61,11 +62,14 @@ class QuantizedTensor:
     def from_codes(
         cls,
         codes: UInt8[Array, "*layers in out"],
-        scales: Float[Array, "*layers groups out"],
+        scales: Float[Array, "*layers groups out"] | UInt8[Array, "*layers groups out"],
         format: str,
         group_size: int,
     ) -> QuantizedTensor:
-        """Pack codes, one a byte as `Format.encode` gives them, with float32 scales into a tensor."""
+        """Pack codes, one a byte as `Format.encode` gives them, and float32 scales (mxfp4: exponents) into a tensor.
+
+        numpy's arrays stay numpy's.
+        """
         shape = tuple(codes.shape[-2:])
         block = pack_block(shape[0], format)
         return cls(_pack(codes, block) if block > 1 else codes, scales, None, format, shape, group_size, block)
@@ -80,15 +84,21 @@ class QuantizedTensor:
         return _unpack(self.codes, self.pack_block) if self.pack_block > 1 else self.codes
 
     def group_scales(self) -> Float[Array, "*layers groups out"]:
-        """Return each group's scale in float32."""
+        """Return each group's scale in float32; of mxfp4's, which its codes' numbers want halved, see `formats`."""
+        if FORMATS[self.format].exponents:
+            return powers_of_two(self.scales)
         if self.scale_max is None:
             return self.scales.astype(jnp.float32)
         return self.scales.astype(jnp.float32) * (self.scale_max * jnp.float32(1 / 255))
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "*layers in out"]:
-        """Return the weight: decoded and scaled in float32, then cast, as bitsandbytes does."""
-        values = FORMATS[self.format].decode(self.unpacked())
-        return _scale_groups(values, self.group_scales(), self.group_size).astype(dtype)
+        """Return the weight: decoded and scaled in float32, then cast, as bitsandbytes and transformers do."""
+        codes, form = self.unpacked(), FORMATS[self.format]
+        values = _scale_groups(form.decode(codes), self.group_scales(), self.group_size)
+        if form.exponents:
+            exponents = _each_row(self.scales, self.group_size, self.shape[0])
+            values = jnp.where(exponents < 2, fp4_tiny(codes, exponents), values)
+        return values.astype(dtype)
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return x @ w."""
@@ -161,21 +171,26 @@ def quantize_tensor(
 
     For nf4 at group 64 codes and scales equal bitsandbytes' (QLoRA, arXiv:2305.14314, section 3) on the transposed
     torch weight where 64 divides `in`. Double quantization stores the scales as uint8, linear up to the column's
-    largest; its error equals that of bitsandbytes' dynamic map at 4 + 8/64 + 32/in bits a weight.
+    largest; its error equals that of bitsandbytes' dynamic map at 4 + 8/64 + 32/in bits a weight. mxfp4's scales take
+    a byte by themselves. What was dequantized from mxfp4 comes back as it was.
 
     Raises:
       UserError: four bits and an odd number of input rows.
     """
     weight = weight.astype(jnp.float32)
-    scales = _absolute_maxima(weight, group_size)
-    inverse = jnp.where(scales > 0, 1.0 / jnp.where(scales > 0, scales, 1.0), 0.0)
-    codes = FORMATS[format].encode(_scale_groups(weight, inverse, group_size))
+    form, maxima = FORMATS[format], _absolute_maxima(weight, group_size)
+    scales = exponents_of(maxima) if form.exponents else maxima
+    steps = powers_of_two(scales) if form.exponents else maxima
+    inverse = jnp.where(steps > 0, 1.0 / jnp.where(steps > 0, steps, 1.0), 0.0)
+    codes = form.encode(_scale_groups(weight, inverse, group_size))
     tensor = QuantizedTensor.from_codes(codes, scales, format, group_size)
     return double_quantize(tensor) if double_quant else tensor
 
 
 def double_quantize(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Store the group scales as uint8, linear between 0 and the output column's largest."""
+    """Store the group scales as uint8, linear between 0 and the output column's largest; mxfp4's are a byte already."""
+    if FORMATS[tensor.format].exponents:
+        return tensor
     scales = tensor.group_scales()
     largest = jnp.max(scales, axis=-2, keepdims=True)
     codes = jnp.round(scales * (255 / jnp.where(largest > 0, largest, 1.0))).astype(jnp.uint8)
@@ -192,7 +207,11 @@ def _scale_groups(values: Array, scales: Array, group_size: int) -> Array:
     rows = values.shape[-2]
     if rows % group_size == 0:
         return (_grouped(values, group_size) * scales[..., None, :]).reshape(values.shape)
-    return values * jnp.repeat(scales, group_size, axis=-2)[..., :rows, :]
+    return values * _each_row(scales, group_size, rows)
+
+
+def _each_row(scales: Array, group_size: int, rows: int) -> Array:
+    return jnp.repeat(scales, group_size, axis=-2)[..., :rows, :]
 
 
 def _grouped(values: Array, size: int) -> Array:
@@ -206,7 +225,7 @@ def _pad_rows(values: Array, count: int) -> Array:
 
 def _pack(codes: Array, block: int) -> Array:
     blocks = _grouped(codes, block)
-    low, high = jnp.split(blocks, 2, axis=-2)
+    low, high = blocks[..., : block // 2, :], blocks[..., block // 2 :, :]
     packed = low | (high << 4)
     return packed.reshape(*codes.shape[:-2], codes.shape[-2] // 2, codes.shape[-1])
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints import mxfp4
 from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.checkpoints.methods import METHODS
 from tpu_tune.checkpoints.params import load_params, open_architecture
@@ -125,8 +126,10 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
     dtype, quantized = storage_dtype(config), quantized_paths(arch.modules(), quantization)
     specs = arch.leaves()
     base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
-    quantize = functools.partial(quantize_weight, config=quantization)
-    base = {path: jax.eval_shape(quantize, leaf) if path in quantized else leaf for path, leaf in base.items()}
+    formats = dict.fromkeys(quantized, quantization)
+    formats |= dict.fromkeys(mxfp4.stored_paths(model_config, arch.modules()), QuantizeConfig("mxfp4"))
+    for path, how in formats.items():
+        base[path] = jax.eval_shape(functools.partial(quantize_weight, config=how), base[path])
 
     trainable, frozen = jax.eval_shape(lambda params: _split(method, params, adapters, config.seed), base)
     shardings = sharding.shardings(base, specs, mesh)

@@ -5,7 +5,7 @@ from tpu_tune.transforms import lora, sharding
 from tpu_tune.transforms.lora import Target, Targets, TokenRows
 from tpu_tune.transforms.merge import merge, merged_tensors, unties_head
 from tpu_tune.transforms.methods import FULL, FullTuning, Method
-from tpu_tune.transforms.quantize import quantize, quantize_weight, quantized_paths
+from tpu_tune.transforms.quantize import group_size, quantize, quantize_weight, quantized_paths
 from tpu_tune.transforms.targets import experts_words, find_targets, token_rows
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Targets",
     "TokenRows",
     "find_targets",
+    "group_size",
     "lora",
     "merge",
     "merged_tensors",

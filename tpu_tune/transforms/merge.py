@@ -23,8 +23,7 @@ def merged_tensors(params: Mapping[str, Any], modules: list[Module]) -> Iterator
       params: a combined tree (see `methods.combine`).
       modules: the model's modules.
     """
-    present = [module for module in modules if module.weight in params]
-    places = [(module, layer) for module in present for layer in module.layers or (None,)]
+    places = [(module, layer) for module in modules for layer in module.layers or (None,)]
     places.sort(key=lambda place: (place[0].experts > 0, place[1] if place[0].experts else 0))
     for module, layer in places:
         for suffix in ("weight", "bias"):

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tpu_tune.tensors import LeafSpec, Module
+from tpu_tune.errors import UserError
+from tpu_tune.tensors import LeafSpec, Module, QuantizedTensor
 
 Tree = dict[str, Any]
 
@@ -73,7 +74,17 @@ class FullTuning:
         return {}
 
     def split(self, params: Mapping[str, Any], adapters: Mapping[str, Array]) -> tuple[Tree, Tree]:
-        """Return all leaves as trainable, and none as frozen."""
+        """Return all leaves as trainable, and none as frozen.
+
+        Raises:
+          UserError: a leaf is quantized: the model's files have it so.
+        """
+        for path, leaf in params.items():
+            if isinstance(leaf, QuantizedTensor):
+                raise UserError(
+                    f"method 'full' trains every weight, and the model's files have {path} in {leaf.format}; set "
+                    "method=lora, or give the unquantized model"
+                )
         return {path: jnp.asarray(leaf, jnp.float32) for path, leaf in params.items()}, {}
 
     def combine(

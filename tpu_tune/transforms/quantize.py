@@ -54,8 +54,13 @@ def quantize_weight(weight: Any, config: QuantizeConfig) -> QuantizedTensor:
     if isinstance(weight, QuantizedTensor):
         return weight
     return quantize_tensor(
-        weight, config.format, config.group_size, config.double_quant and FORMATS[config.format].bits == 4
+        weight, config.format, group_size(config), config.double_quant and FORMATS[config.format].bits == 4
     )
+
+
+def group_size(config: QuantizeConfig) -> int:
+    """Return the number of rows that share a scale: what the format says, else what the config does."""
+    return FORMATS[config.format].group_size or config.group_size
 
 
 def quantize(params: Mapping[str, Any], modules: Sequence[Module], config: QuantizeConfig) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class TpuTuneLM(LM):
       pretrained: run directory, Hugging Face id, local directory or .gguf file.
       adapter: a PEFT adapter directory.
       dtype: float32 | bfloat16 | float16; by default the run's own, float32 of a model.
-      quantize: none | int8 | int4 | nf4; by default as the run stored its base.
+      quantize: none | int8 | int4 | nf4 | mxfp4; by default as the run stored its base.
       step: a checkpoint of the run: its step, last or best; by default what the run ended with.
       batch_size: rows that go through the model together; "auto" or 1, the harness's default, leave it to us.
       max_batch_size, device: taken and not used: jax finds its device itself.

@@ -18,6 +18,7 @@ from tpu_tune.models.families.gemma4 import gemma4
 from tpu_tune.models.families.glm import glm, glm4, glm4_moe
 from tpu_tune.models.families.gpt2 import gpt2
 from tpu_tune.models.families.gpt_neox import gpt_neox
+from tpu_tune.models.families.gpt_oss import gpt_oss
 from tpu_tune.models.families.gptj import gptj
 from tpu_tune.models.families.granite import granite, granite_hybrid, granite_moe
 from tpu_tune.models.families.llama import llama, mistral, qwen2, qwen3
@@ -74,6 +75,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "granitemoe": granite_moe,
     "granitemoeshared": granite_moe,
     "glm4_moe": glm4_moe,
+    "gpt_oss": gpt_oss,
     "t5": t5,
 }
 

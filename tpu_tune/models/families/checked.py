@@ -42,7 +42,7 @@ KINDS = {
     "moe_intermediate_size": _WIDTH | NOTHING,
     "mlp_only_layers": listing(whole(0, MOST_LAYERS)) | NOTHING,
     **dict.fromkeys(("router_aux_loss_coef", "routed_scaling_factor"), number(0)),
-    "clip_qkv": _POSITIVE | NOTHING,
+    **dict.fromkeys(("clip_qkv", "swiglu_limit", "swiglu_alpha"), _POSITIVE | NOTHING),
     "linear_conv_kernel_dim": whole(2, 256),
     "full_attention_interval": whole(1, MOST_LAYERS),
     "position_embedding_type": TEXT | NOTHING,

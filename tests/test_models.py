@@ -205,7 +205,7 @@ def test_what_is_not_known_is_named():
         match="rope type 'axial' is not implemented.*default, linear, dynamic, llama3, yarn, longrope, proportional",
     ):
         architecture({**config, "rope_scaling": {"rope_type": "axial", "factor": 2.0}})
-    for kind, near in (("qwen3_omni", "qwen3_moe"), ("gemma5", "gemma"), ("falcon", "llama")):
+    for kind, near in (("qwen4", "qwen3"), ("gemma5", "gemma"), ("falcon", "llama")):
         with pytest.raises(UserError, match=f"'{kind}' is not known.*'{near}'.*; the known"):
             architecture({**config, "model_type": kind})
     for case, change, says in (

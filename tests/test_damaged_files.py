@@ -35,7 +35,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.card import judged
 from tpu_tune.models import architecture
 from tpu_tune.models.families import FAMILIES
-from tpu_tune.models.families.checked import KINDS
+from tpu_tune.models.families.checked import _OWN_KINDS, KINDS
 
 LLAMA = next(config for config in CONFIGS.values() if config["model_type"] == "llama")
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -99,7 +99,8 @@ def test_a_config_with_odd_rotary_settings(key, name, data):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_refuses_sizes_that_are_none(name):
     config = next(config for config in CONFIGS.values() if config["model_type"] == name)
-    sizes = [key for key in config if key in KINDS and KINDS[key].words.startswith("a whole number from 1 ")]
+    kinds = KINDS | _OWN_KINDS.get(name, {})
+    sizes = [key for key in config if key in kinds and kinds[key].words.startswith("a whole number from 1 ")]
     assert len(sizes) >= 4
     for key in sizes:
         for value in ("8", 8.5, 0, -8, 10**18, [8], True, float("nan")):

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 from test_peft import randomized
 from tokenizers import Tokenizer, models
 
+from tpu_tune.checkpoints.expert_adapters import stacked_form
 from tpu_tune.checkpoints.huggingface_write import write_model
-from tpu_tune.checkpoints.peft import adapter_tensors, read_adapter, write_adapter
+from tpu_tune.checkpoints.peft import PREFIX, adapter_tensors, read_adapter, write_adapter
 from tpu_tune.errors import UserError
 from tpu_tune.inference.inspection import inspect_model
 from tpu_tune.models import Execution, architecture
@@ -84,7 +85,11 @@ def test_default_targets_are_pefts(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_all_linear_is_torchs_and_they_alone_are_quantized(case):
-    """LoRA's all-linear, and what four bits store by default: every linear layer but the head; nothing else."""
+    """LoRA's all-linear, and what four bits store by default: every linear layer but the head; nothing else.
+
+    Experts, which transformers 5 keeps in parameters, count as the linear layers that they are; what is delicate is
+    adapted and not quantized.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     arch = architecture(tiny_models.CONFIGS[case])
@@ -97,8 +102,14 @@ def test_all_linear_is_torchs_and_they_alone_are_quantized(case):
     modules = arch.modules()
     adapted_ones = find_targets(modules, LoraConfig(target_modules="all-linear"), arch.default_targets).adapted
     stored = quantized_paths(modules, QuantizeConfig("nf4"))
-    assert {name for target in adapted_ones for name in target.module.names()} == theirs
-    assert {name for module in modules if module.weight in stored for name in module.names()} == theirs
+    experts = {module for module in modules if module.experts}
+    able = {module for module in experts if not module.no_adapter}
+    assert {target.module for target in adapted_ones if target.module.experts} == able
+    assert {name for one in adapted_ones if not one.module.experts for name in one.module.names()} == theirs
+    delicate = {name for module in modules if module.is_delicate for name in module.names()}
+    quantized = {module for module in modules if module.weight in stored}
+    assert {name for module in quantized - experts for name in module.names()} == theirs - delicate
+    assert experts <= quantized
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -181,7 +192,17 @@ def loss_and_gradients(case, directory):
     expected.backward()
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     theirs = {name.replace(".default", ""): weight.grad.numpy() for name, weight in trained.items()}
-    return float(loss), adapter_tensors(grads, targets, arch), expected.item(), theirs
+    experts = tuple(target for target in targets.adapted if target.module.experts)
+    others = dataclasses.replace(targets, adapted=tuple(one for one in targets.adapted if one not in experts))
+    ours = adapter_tensors(grads, others, arch)
+    if experts:  # in memory PEFT has gate and up in one matrix, whose other two blocks no file holds
+        stacked, ones = (
+            stacked_form(experts, tree, targets, arch, PREFIX)[0]
+            for tree in (grads, jax.tree.map(jnp.ones_like, trainable))
+        )
+        ours |= stacked
+        theirs |= {name: theirs[name] * mask for name, mask in ones.items()}
+    return float(loss), ours, expected.item(), theirs
 
 
 @pytest.mark.parametrize(

@@ -569,7 +569,6 @@ def test_trls_defaults_for_rated_answers():
         (["trl", "dpo", "--f_divergence_type", "js_divergence"], "can only be reverse_kl"),
         (["trl", "dpo", "--truncation_mode", "keep_end"], "can only be keep_start"),
         (["trl", "dpo", "--sync_ref_model", "true"], "the reference stays as it is"),
-        (["--stage", "rm"], "--stage is 'rm'; it must be one of sft, pt, dpo, kto"),
     ],
 )
 def test_what_has_no_place_among_rated_answers_is_refused(words, says):

@@ -30,6 +30,7 @@ _ONE_ROW = {
 }  # fmt: skip
 _QLORA = {"data.max_length": 2048, **_ONE_ROW}
 _CHUNKED = {**_QLORA, "model.token_chunk_size": 512}  # projections and MLP of so many tokens at one time
+_SPARSE = {"lora.dropout": 0.0}  # adapters on experts have none
 _OFFLOAD = {"model.remat": "offload", "lora.rank": 32}
 _OVER_EIGHT = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.sequence": 8}
 
@@ -109,9 +110,11 @@ JOBS = (
         None,
         {**_QLORA, **_OFFLOAD, "data.max_length": 78848},
     ),
-    Job("30b-a3b-v5e-8", "Qwen3-30B-A3B QLoRA", "qwen3-30b-a3b", "v5e-8", None),
-    Job("8x7b-v5e-8", "Mixtral-8x7B QLoRA", "mixtral-8x7b", "v5e-8", None),
-    Job("8x7b-a100", "Mixtral-8x7B QLoRA", "mixtral-8x7b", "a100-80g", None, _CHUNKED),
+    Job("30b-a3b-v5e-8", "Qwen3-30B-A3B QLoRA", "qwen3-30b-a3b", "v5e-8", None, {**_QLORA, **_SPARSE}),
+    Job("8x7b-v5e-8", "Mixtral-8x7B QLoRA", "mixtral-8x7b", "v5e-8", None, {**_QLORA, **_SPARSE}),
+    Job("8x7b-a100", "Mixtral-8x7B QLoRA", "mixtral-8x7b", "a100-80g", None, {**_CHUNKED, **_SPARSE}),
+    Job("gpt-oss-20b-v5e-4", "gpt-oss-20b LoRA over its mxfp4", "gpt-oss-20b", "v5e-4", None),
+    Job("gpt-oss-20b-v5e-1", "gpt-oss-20b LoRA over its mxfp4", "gpt-oss-20b", "v5e-1", None, _CHUNKED),
 )
 
 _HEAD = """# Memory of the promised jobs

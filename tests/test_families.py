@@ -266,7 +266,7 @@ def test_inspect_says_what_each_module_does(case, tmp_path):
     assert all(module["role"] for module in facts["modules"])
     assert facts["parameters"] == sum(np.prod(shape) for shape in arch.leaf_shapes().values())
     assert facts["lora"]["trainable"] == sum(
-        4 * sum(m.shape) * (len(m.layers) or 1)
+        4 * sum(m.shape) * (len(m.layers) or 1) * (m.experts or 1)
         for m in arch.modules()
         if m.kind == "linear" and not (m.is_head or m.is_router or m.no_adapter)
     )

@@ -108,13 +108,14 @@ def inspect_model(path: str, spec: LoraConfig) -> dict[str, Any]:
 
 
 def _describe(arch: Architecture, module: Module) -> dict[str, Any]:
+    path = module.path.replace(f"{module.layers_path}[{module.layers[0]}]", module.layers_path) if module.layers else ""
     return {
         "name": module.name("N", "E"),
         "shape": list(module.shape),
         "layers": len(module.layers),
         "experts": module.experts,
         "kind": module.kind,
-        "role": _roles(arch).get(module.path, "norm" if module.kind == "norm" else ""),
+        "role": _roles(arch).get(path or module.path, "norm" if module.kind == "norm" else ""),
         "tied_to": module.tied_to,
         "bias": module.bias,
     }

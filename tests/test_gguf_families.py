@@ -259,8 +259,8 @@ CASES = {
     "seed_oss": Case(
         "seed_oss",
         "seed_oss",
-        DECODER | {"head_dim": HD, "attention_out_bias": True},
-        decoder("model.layers", GEMMA, LLAMA_ENDS | {"lm_head": (V, D)}) | qkv_biases("self_attn.o_proj"),
+        DECODER | {"head_dim": HD},
+        decoder("model.layers", GEMMA, LLAMA_ENDS | {"lm_head": (V, D)}) | qkv_biases(),
         RMS | {"attention.key_length": HD, "rope.freq_base": 10000.0},
     ),
     "exaone4": Case(

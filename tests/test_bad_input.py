@@ -137,7 +137,7 @@ def test_safetensors_whose_header_is_not_one(refused, copy):
             "model_type 'mamba' is not known (by the keys of its config, the nearest is 'llama'); the known "
             "architectures are llama, mistral, qwen2",
         ),
-        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not known (the nearest is 'qwen3')"),
+        ({"model_type": "qwen4"}, "model_type 'qwen4' is not known (did you mean 'qwen"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": 3}, "9 tensors are missing: model.layers.2."),

@@ -111,7 +111,7 @@ def test_as_a_module_and_its_version():
         ["generate", "--model", "x", "--config.seed=1"],
         ["export", "x", "--output", "y", "--merge", "--base"],
         ["export", "x", "--output", "y", "--gguf", "--merge"],
-        ["export", "x", "--output", "y", "--gguf", "--gguf-type", "q4_0"],
+        ["export", "x", "--output", "y", "--gguf", "--gguf-type", "q9_0"],
     ],
 )
 def test_a_wrong_command_line_is_status_2(capsys, words):

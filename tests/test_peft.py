@@ -258,7 +258,6 @@ def edit(directory, **changes):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("target_parameters", ["x"]),
         ("lora_bias", True),
         ("layer_replication", [[0, 1]]),
         ("alora_invocation_tokens", [5]),

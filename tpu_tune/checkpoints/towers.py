@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints.params import check_names, sorted_names
+from tpu_tune.checkpoints.params import check_names, open_architecture, sorted_names
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.models import WRAPPERS, Architecture, text_config
 from tpu_tune.tensors import QuantizedTensor
@@ -52,10 +52,13 @@ def parts_left_aside(source: WeightSource, architecture: Architecture) -> dict[s
 
 
 def as_text_model(source: WeightSource) -> WeightSource:
-    """Return a source whose config is its text model's, for formats that hold language models only."""
+    """Return a source whose config and tensors' names are its text model's, for formats of language models only."""
     if source.config["model_type"] not in WRAPPERS:
         return source
-    return dataclasses.replace(source, config=text_config(source.config))
+    architecture = open_architecture(source)
+    stored = check_names(source, architecture)
+    shapes = text_names(((name, source.shapes[there]) for name, there in stored.items()), architecture)
+    return dataclasses.replace(source, config=text_config(source.config), shapes=dict(shapes))
 
 
 def text_names(tensors: Iterable[tuple[str, Any]], architecture: Architecture) -> Iterator[tuple[str, Any]]:

@@ -385,7 +385,7 @@ def _finish(loaded: _Loaded, formats: Mapping[str, int]) -> TokenizedSet:
         join(loaded.source_rows, np.int64),
         summary,
         targets,
-        roles if roles.any() else None,
+        roles=roles if roles.any() else None,
     )
 
 

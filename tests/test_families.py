@@ -52,6 +52,8 @@ def adapted(case, targets, **settings):
     # T5's scores are not scaled: a large change of q would make its softmax a step, and float32 too coarse for it. So
     # is the gate of Gemma 4's inputs by layer.
     is_sharp = arch.encoder or arch.layer_input_size
+    if arch.family in ("glm4_moe", "qwen3_next"):  # PEFT takes their dense MLPs' names for experts, and drops them
+        settings = {"exclude_modules": r".*(shared_expert.*|layers\.\d+\.mlp\.(gate|up|down)_proj)", **settings}
     spec = LoraConfig(rank=4, alpha=4.0 if is_sharp else 12.0, target_modules=targets, **settings)
     found = find_targets(arch.modules(), spec, arch.default_targets)
     trainable, frozen = found.split(params, found.init(params, jax.random.key(0)))

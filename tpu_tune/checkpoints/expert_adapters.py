@@ -23,7 +23,7 @@ from tpu_tune.transforms import LoraConfig, Target, Targets
 from tpu_tune.transforms.select import by_pattern
 
 # Families whose single experts' tensors PEFT understands.
-_BY_EXPERT = ("mixtral", "qwen3_moe", "olmoe", "glm4_moe")
+_BY_EXPERT = ("mixtral", "qwen3_moe", "olmoe", "glm4_moe", "qwen3_next")
 # Path of the experts inside a layer, as transformers 5 calls it in memory.
 _CONTAINER = {
     "granitemoe": "block_sparse_moe.experts",
@@ -46,6 +46,21 @@ def stacked(targets: Targets, architecture: Architecture) -> tuple[Target, ...]:
     roles = {_role(one, architecture) for one in experts}
     both = roles.isdisjoint(("expert_gate", "expert_up")) or {"expert_gate", "expert_up"} <= roles
     return () if plain and whole and both else experts
+
+
+def unread_by_peft(targets: Targets, architecture: Architecture) -> list[str]:
+    """Return the adapted modules beside the experts that PEFT leaves out, whichever form the experts have.
+
+    In the families whose single experts it understands it takes every target of an expert's name for one of them, in
+    Qwen3-Next without experts too.
+    """
+    if architecture.family not in _BY_EXPERT:
+        return []
+    names = {target.module.path.rpartition(".")[2] for target in targets.adapted if target.module.experts}
+    if architecture.family == "qwen3_next":
+        names |= {"gate_proj", "up_proj", "down_proj"}
+    others = [target.module.path for target in targets.adapted if not target.module.experts]
+    return [path for path in others if path.rpartition(".")[2] in names]
 
 
 def stacked_form(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ from tpu_tune.models import Architecture
 from tpu_tune.tensors import Module
 from tpu_tune.transforms import LoraConfig, Target, Targets, find_targets
 from tpu_tune.transforms.select import by_pattern
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -78,6 +81,12 @@ def write_adapter(
       UserError: the directory cannot be written.
     """
     with storage.whole_directory(directory) as aside:
+        if unread := expert_adapters.unread_by_peft(targets, architecture):
+            logger.warning(
+                "%s: peft 0.21 leaves out the adapters on %s beside those on the experts; tpu_tune reads all",
+                directory,
+                ", ".join(unread),
+            )
         experts = expert_adapters.stacked(targets, architecture)
         others = _without(targets, experts) if experts else targets
         tensors = {

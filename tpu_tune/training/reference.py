@@ -110,7 +110,7 @@ def _named(config: ConfigDict) -> ConfigDict:
 
 def _kept(config: ConfigDict) -> str:
     """Return what of a configuration decides a model's log-probabilities, besides the rows."""
-    source = open_configured(config.model, read_text(config.data.chat_template))
+    source = open_configured(config, read_text(config.data.chat_template))
     parts = [base_fingerprint(source, config), str(storage_dtype(config)), config.model.dtype]
     if config.model.adapter:
         for name in storage.list_names(config.model.adapter):

@@ -222,7 +222,7 @@ def test_postgres(tmp_path, monkeypatch, piece):
     ]
     assert tally.empty == 1
     assert [str(bad).partition("dump.sql")[2] for bad in tally.skipped.examples] == [
-        "!posts:4: 1 values for 3 columns",
+        "!posts:4: 1 value for 3 columns",
         "!posts:7: value 3 is no literal (ARRAY); only a database can tell it",
     ]
     assert texts(tmp_path, POSTGRES, table="users") == ["ann"]

@@ -103,6 +103,8 @@ def test_smollm2_learns_to_prefer(
         train__max_steps=30,
         train__eval_steps=10,
         train__loss_chunk_size=0,
+        train__per_device_train_batch_size=1,
+        mesh__fsdp=-1,
         train__save_strategy="no",
     )
     started = time.monotonic()

@@ -88,13 +88,14 @@ class PairObjective:
     Attributes:
       chunk: tokens of each row whose logits exist at one time.
       loss: function of the pairs -> (each pair's loss, rewards and log-probabilities to log, further metrics).
-      likelihood: weight of the chosen answers' cross-entropy, a mean over their tokens.
+      likelihood: weight of the chosen answers' cross-entropy, a mean over their tokens, which is then the metric
+        `nll_loss`, also where the weight is 0; None: there is none.
       with_prompt: whether that is over their prompts' tokens too.
     """
 
     chunk: int
     loss: Callable[[Pairs], tuple[Array, tuple[Array, ...], Mapping[str, Array]]]
-    likelihood: float = 0.0
+    likelihood: float | None = None
     with_prompt: bool = False
     unit: ClassVar[str] = "pairs"
     is_likelihood: ClassVar[bool] = False
@@ -114,9 +115,9 @@ class PairObjective:
         negative, tokens = -jnp.sum(jnp.where(likely, log_probs, 0.0)), jnp.sum(likely)
         metrics = pairs.metrics(*logged)
         metrics |= {name: (pairs.sum(values), jnp.sum(pairs.there)) for name, values in more.items()}
-        if self.likelihood:
+        if self.likelihood is not None:
             metrics["nll_loss"] = (negative, tokens)
-        return jnp.stack([pairs.sum(each), self.likelihood * negative]), metrics
+        return jnp.stack([pairs.sum(each), (self.likelihood or 0.0) * negative]), metrics
 
     def _likely(self, batch: Batch) -> Bool[Array, "B T"]:
         """Which targets the cross-entropy counts."""
@@ -225,7 +226,7 @@ def _dpo(config: ConfigDict, chunk: int) -> PairObjective:
         each = sum((weight * term(ratios, beta, smoothing) for term, weight in terms), jnp.zeros_like(chosen))
         return each, (beta * chosen, beta * rejected, pairs.chosen, pairs.rejected), {}
 
-    return PairObjective(chunk, loss, likelihood)
+    return PairObjective(chunk, loss, likelihood or None)
 
 
 def _cpo(config: ConfigDict, chunk: int, kind: str, likelihood: float) -> PairObjective:

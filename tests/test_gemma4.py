@@ -39,7 +39,7 @@ def test_keys_and_values_that_no_layer_uses_are_passed_over():
     more = {f"model.layers.4.self_attn.{name}.weight": np.ones(shape) for name, shape in unused.items()}
     assert check_names(tiny_models.source(config, tensors | more), arch).keys() == tensors.keys()
     for name in ("model.layers.3.self_attn.v_proj.weight", "model.layers.4.self_attn.sinks"):
-        with pytest.raises(UserError, match=f"1 tensors are not part of a gemma4_text model: {name}"):
+        with pytest.raises(UserError, match=f"1 tensor is not part of a gemma4_text model: {name}"):
             check_names(tiny_models.source(config, tensors | {name: np.ones((2, 2))}), arch)
 
 

@@ -226,7 +226,7 @@ def test_bos_and_eos_as_the_file_says(tmp_path):
 
 
 def test_unknown_tokenizers_are_named():
-    with pytest.raises(UserError, match=r"a\.gguf: its tokenizer is 'rwkv'.*known: gpt2, llama, t5"):
+    with pytest.raises(UserError, match=r"a\.gguf: its tokenizer is 'rwkv'.*known: gpt2, llama, gemma4, t5"):
         build_tokenizer("a.gguf", small_metadata(model="rwkv"))
     with pytest.raises(UserError, match=r"a\.gguf: its pre-tokenizer 'new-bpe'.*smollm"):
         build_tokenizer("a.gguf", small_metadata(model="gpt2", pre="new-bpe", merges=[]))

@@ -172,7 +172,7 @@ def test_complaints(rows, tmp_path, capsys):
     assert "nowhere.jsonl: cannot be read" in refusal(capsys, tmp_path, "nowhere.jsonl", "--split-ratio", "1,1")
     same = tmp_path / "same.jsonl"
     same.write_text('{"id": 1}\n' * 9)
-    assert "take all 1 values of 'id'" in refusal(capsys, tmp_path, same, "--group-key", "id", "--val-count", 3)
+    assert "take every value of 'id' (1)" in refusal(capsys, tmp_path, same, "--group-key", "id", "--val-count", 3)
     same.write_text("\n\n")
     assert "same.jsonl: no rows" in refusal(capsys, tmp_path, same, "--split-ratio", "1,1")
 
@@ -205,7 +205,7 @@ def test_any_split_is_a_partition_in_order(tmp_path_factory, values, size, keys,
     try:
         found = split_file(file, directory / "out", options)
     except UserError as error:
-        assert "take all 1 values" in str(error) and len(set(values)) == 1
+        assert "every value of 'k' (1)" in str(error) and len(set(values)) == 1
         return
     parts = [[json.loads(line)["n"] for line in open(directory / "out" / name)] for name in NAMES]
     assert sorted(parts[0] + parts[1]) == list(range(len(values)))

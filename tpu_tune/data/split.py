@@ -213,8 +213,8 @@ def _whole_groups(path: str, sizes: Counter, count: int, options: SplitOptions) 
         rows += sizes[value]
     if len(chosen) == len(sizes):
         raise UserError(
-            f"{path}: {counted(count, 'validation row takes', 'validation rows take')} all {len(sizes)} values of "
-            f"'{options.group_key}'; ask for fewer"
+            f"{path}: {counted(count, 'validation row takes', 'validation rows take')} every value of "
+            f"'{options.group_key}' ({len(sizes)}); ask for fewer"
         )
     return chosen.__contains__
 

@@ -32,14 +32,17 @@ def gguf_metadata(config: dict[str, Any]) -> tuple[str, Metadata, Tensors]:
       configuration (frequency factors).
 
     Raises:
-      UserError: a family that llama.cpp does not know, or a setting that GGUF cannot express.
+      UserError: a family of which no GGUF is written, or a setting that GGUF cannot express.
     """
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
     if kind not in WRITERS:
         known = ", ".join(sorted(WRITERS))
-        raise UserError(f"no GGUF is written of a '{kind}' model: llama.cpp does not know the family (known: {known})")
+        raise UserError(
+            f"no GGUF is written of a '{kind}' model (written: {known}); export it with --merge, which llama.cpp's "
+            "convert_hf_to_gguf.py takes if it knows the family"
+        )
     architecture, translate = WRITERS[kind]
     full = dict(config) | CONFIG_MAPPING[kind].from_dict(config).to_dict()
     if kind == "t5":  # transformers 5 ties every T5 and keeps what the config said under another name

@@ -72,7 +72,7 @@ def write_gguf(
       untied: the head has a weight of its own although the source's configuration ties it.
 
     Raises:
-      UserError: llama.cpp does not know the family, GGUF cannot express the configuration or the tokenizer, a weight
+      UserError: a family of which no GGUF is written, GGUF cannot express the configuration or the tokenizer, a weight
         does not fit into half precision, or the file cannot be written.
     """
     config = untied_config(source.config) if untied else source.config

@@ -91,7 +91,7 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
       step: a checkpoint's (see `run_result.find_step`); by default what the run ended with.
 
     Raises:
-      UserError: llama.cpp does not know the family, or GGUF cannot express the model or its tokenizer.
+      UserError: a family of which no GGUF is written, or GGUF cannot express the model or its tokenizer.
     """
     directory = RunDirectory(run)
     config = directory.config()

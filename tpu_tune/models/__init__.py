@@ -1,9 +1,10 @@
 """One decoder for every family; an Architecture says how families differ."""
 
-from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
+from tpu_tune.models.architecture import Architecture, LayerKind
 from tpu_tune.models.classifiers import SCORE, classifier_config, is_classifier, label_names
 from tpu_tune.models.decoder import Cache, Decoder, EncoderOutput, apply_head, check_length, empty_cache, encode
 from tpu_tune.models.families import FAMILIES, architecture
+from tpu_tune.models.names import LayerNames, Names
 from tpu_tune.models.rope import Rope
 from tpu_tune.models.scan import Execution
 from tpu_tune.models.wrappers import WRAPPERS, text_config, with_keys

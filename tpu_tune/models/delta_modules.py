@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tpu_tune.tensors import Module
 
 if TYPE_CHECKING:
-    from tpu_tune.models.architecture import LayerNames
+    from tpu_tune.models.names import LayerNames
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,12 @@ from tpu_tune.kernels.chunks import over_tokens
 from tpu_tune.kernels.layout import Bias, TokenLayout
 from tpu_tune.models import rope as rotary
 from tpu_tune.models.activations import ACTIVATIONS
-from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames
+from tpu_tune.models.architecture import Architecture, LayerKind
 from tpu_tune.models.branch import Branch, linear, norm
 from tpu_tune.models.delta_net import TapsState, delta_net, empty_taps_state
 from tpu_tune.models.experts import load
 from tpu_tune.models.mlp import SPARSE, mlp, sparse_mlp
+from tpu_tune.models.names import LayerNames
 from tpu_tune.models.self_attention import KeysValues, self_attention
 from tpu_tune.tensors import dense
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpu_tune.models import rope
-from tpu_tune.models.architecture import Architecture, Experts, LayerKind, LayerNames
+from tpu_tune.models.architecture import Architecture, Experts, LayerKind
 from tpu_tune.models.families.llama import LAYER_NAMES, head_dim_of, like_llama, same_layers
 from tpu_tune.models.families.qwen_moe import SPARSE
+from tpu_tune.models.names import LayerNames
 
 _GLM = dataclasses.replace(LAYER_NAMES, gate="", up="", gate_up="mlp.gate_up_proj")
 _GLM4 = dataclasses.replace(_GLM, attention_out_norm="post_self_attn_layernorm", mlp_out_norm="post_mlp_layernorm")

@@ -7,7 +7,8 @@ from typing import Any
 
 from tpu_tune.models import rope
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
+from tpu_tune.models.architecture import Architecture, LayerKind
+from tpu_tune.models.names import LayerNames, Names
 
 NAMES = Names(
     embed="gpt_neox.embed_in",

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
+from tpu_tune.models.architecture import Architecture, LayerKind
+from tpu_tune.models.names import LayerNames, Names
 from tpu_tune.models.rope import Rope
 
 NAMES = Names(

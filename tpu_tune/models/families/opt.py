@@ -8,7 +8,8 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names
+from tpu_tune.models.architecture import Architecture, LayerKind
+from tpu_tune.models.names import LayerNames, Names
 
 NAMES = Names(
     embed="model.decoder.embed_tokens",

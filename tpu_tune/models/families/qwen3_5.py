@@ -8,10 +8,11 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models import rope
-from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames
+from tpu_tune.models.architecture import Architecture, LayerKind
 from tpu_tune.models.delta_modules import DeltaNet
 from tpu_tune.models.families.llama import LAYER_NAMES, head_dim_of, like_llama
 from tpu_tune.models.families.qwen_moe import SHARED, SPARSE, experts_of
+from tpu_tune.models.names import LayerNames
 
 _ATTENTION = dataclasses.replace(LAYER_NAMES, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 _DELTA = dataclasses.replace(

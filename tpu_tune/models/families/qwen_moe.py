@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpu_tune.models import rope
-from tpu_tune.models.architecture import Architecture, Experts, LayerKind, LayerNames
+from tpu_tune.models.architecture import Architecture, Experts, LayerKind
 from tpu_tune.models.families.llama import LAYER_NAMES, head_dim_of, like_llama
+from tpu_tune.models.names import LayerNames
 
 # A sparse layer's: the MLP's own names are those of each expert.
 SPARSE = {

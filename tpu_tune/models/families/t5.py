@@ -8,7 +8,8 @@ from typing import Any
 
 from tpu_tune.errors import UserError
 from tpu_tune.models.activations import check_activation
-from tpu_tune.models.architecture import Architecture, LayerKind, LayerNames, Names, RelativePositions
+from tpu_tune.models.architecture import Architecture, LayerKind, RelativePositions
+from tpu_tune.models.names import LayerNames, Names
 
 _ATTENTION = "layer.0.SelfAttention"
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from tpu_tune.training.late import read_late
 from tpu_tune.training.objectives import mean
 from tpu_tune.training.opening import Session
 from tpu_tune.training.prepare_steps import Evaluation, Steps
@@ -59,8 +59,8 @@ def sum_batches(
 ) -> dict[str, tuple[Any, Any]]:
     """Return the (sum, weight) of `loss` and of each metric over batches of (rows, tokens), in float64."""
     totals: dict[str, tuple[Any, Any]] = {"loss": (0.0, 0.0)}
-    for batch in batches:
-        for name, pair in jax.device_get(steps.evaluate(trainable, frozen, steps.put_batch(batch, 0))).items():
+    for sums in read_late(steps.evaluate(trainable, frozen, steps.put_batch(batch, 0)) for batch in batches):
+        for name, pair in sums.items():
             total, weight = (np.asarray(each, np.float64) for each in pair)
             before = totals.get(name, (0.0, 0.0))
             totals[name] = (before[0] + total, before[1] + weight)

@@ -3,16 +3,18 @@
     settings, data, model -> run directory -> steps -> restore -> loop(step, log, evaluate, save) -> result
 
 The data of a step and its dropout follow from (seed, step) alone and a checkpoint holds the rest, so that a run that
-was killed goes on exactly as it would have.
+was killed goes on exactly as it would have. The device never waits for the loop: a step's metrics are read once the
+next step is handed over, whose batch is on the device by then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.towers import parts_left_aside
 from tpu_tune.data import Datasets, PackedRows, PairRows, prefetch
-from tpu_tune.errors import UserError, counted
+from tpu_tune.errors import counted
 from tpu_tune.training import (
     arithmetic,
     distributed,
@@ -39,11 +41,13 @@ from tpu_tune.training import (
 )
 from tpu_tune.training.interrupt import catch_signals
 from tpu_tune.training.meter import LoopState, Meter
+from tpu_tune.training.not_finite import check_ended_finite, check_finite
 from tpu_tune.training.opening import Session, open_session
 from tpu_tune.training.optimizers import learning_rate, set_learning_rate
 from tpu_tune.training.preference_settings import unbalanced
 from tpu_tune.training.prepare_steps import Steps, prepare_steps
 from tpu_tune.training.progress import Progress
+from tpu_tune.training.restore import check_same_step, restore
 from tpu_tune.training.result import write_result
 from tpu_tune.training.run_lock import RunLock, refuse_second
 from tpu_tune.training.step import TrainState
@@ -122,13 +126,13 @@ def _train(
     steps = prepare_steps(config, model, total)
     with RunCheckpoints(run.checkpoints, model.fingerprint(config), config.train.save_total_limit) as checkpoints:
         # --- restore: the state to go on from -------------------------------------------------------------------
-        state, loop_state = _restore(checkpoints, steps, session, say)
+        state, loop_state = restore(checkpoints, steps, session, say)
         first = int(state.step)
         # Asked before anything is written there: a process that is behind must see what the others saw.
         stopped_early = loop_state.out_of_patience(config.train.early_stopping_patience)
         ended = (first >= total or stopped_early) and storage.is_complete(result)
         main_step, is_done = distributed.from_main([first, ended], "checkpoint")
-        distributed.together("checkpoint", lambda: _check_same_step(first, main_step))
+        distributed.together("checkpoint", lambda: check_same_step(first, main_step))
         if is_main:
             run.truncate_metrics(first)
         if is_done:
@@ -165,7 +169,7 @@ def _train(
         if config.train.load_best_model_at_end and best and best != taken:
             state = checkpoints.restore(state, best)[0]
             say(f"taking the weights of step {best}, eval_loss {loop_state.best_loss:.4f}")
-        _check_ended_finite(loop_state, taken, total)
+        check_ended_finite(loop_state, taken, total)
         write_result(config, model, state, result)
         if is_main:
             run.update_summary({"result_step": taken})
@@ -213,6 +217,8 @@ class TrainingLoop:
         self.steps_per_epoch = session.batches.steps_per_epoch
         self.meter = Meter(loop_state, first, self.steps_per_epoch)
         self.signal = 0  # what has interrupted it
+        self.unread: tuple[int, Mapping[str, jax.Array]] | None = None  # the last step, and its metrics
+        self.started = 0.0  # seconds
         self.progress = Progress(self.total, first, self.every["logging"], show=jax.process_index() == 0)
 
     def run(self, state: TrainState) -> tuple[TrainState, str]:
@@ -223,15 +229,14 @@ class TrainingLoop:
         """
         steps, train, frozen = self.steps, self.train, self.session.model.frozen
         first, total, evaluates = self.first, self.total, self.session.data.eval is not None
-        started, status, step, last_eval = time.monotonic(), "finished", first, 0
-        with self.progress, catch_signals() as interrupted_at:
-            for step, batch in enumerate(prefetch(self.session.batches.batch, first, total), start=first + 1):
-                state, metrics = steps.train(state, frozen, steps.put_batch(batch, leading=1))
-                metrics = self.meter.add(step, metrics)
-                if step == first + 1:
-                    self.say(f"first step after {time.monotonic() - started:.1f} s, compiling included")
-                _check_finite(metrics, step, train.max_nonfinite_steps)
-                self.log(step)
+        status, step, last_eval = "finished", first, 0
+        make, self.started = self.session.batches.batch, time.monotonic()
+        batches = prefetch(lambda number: steps.put_batch(make(number), leading=1), first, total)
+        with self.progress, catch_signals() as interrupted_at, self.row_before_error():
+            for step, batch in enumerate(batches, start=first + 1):
+                state, metrics = steps.train(state, frozen, batch)
+                self.settle()
+                self.unread = step, metrics
                 stop, self.signal = False, interrupted_at(step)
                 if evaluates and self.is_due(train.eval_strategy, self.every["eval"], step):
                     last_eval = step
@@ -247,11 +252,39 @@ class TrainingLoop:
                     self.progress.write(f"stopping early: eval_loss has not improved in {count} evaluations")
                     status = "stopped early"
                     break
+            self.settle()
             if evaluates and train.eval_strategy != "no" and first < total and last_eval != step:
                 state = self.evaluate(state)
             if train.save_strategy != "no" and first < total:
                 self.save(state)
         return state, status
+
+    def settle(self) -> None:
+        """Read the step whose metrics are still on the device, if there is one: count it, judge it, log it.
+
+        The loop does so once the device has the next step to work on, and at once where the step is evaluated or saved,
+        whose state the next one would overwrite.
+
+        Raises:
+          UserError: too many steps in a row were not finite.
+        """
+        if self.unread is None:
+            return
+        (step, metrics), self.unread = self.unread, None
+        metrics = self.meter.add(step, metrics)
+        if step == self.first + 1:
+            self.say(f"first step after {time.monotonic() - self.started:.1f} s, compiling included")
+        check_finite(metrics, step, self.train.max_nonfinite_steps)
+        self.log(step)
+
+    @contextlib.contextmanager
+    def row_before_error(self) -> Iterator[None]:
+        """Give the last step that was made its row before an error in what comes after it ends the loop."""
+        try:
+            yield
+        except Exception:
+            self.settle()
+            raise
 
     def is_due(self, strategy: str, every: int, step: int) -> bool:
         """Whether something with a strategy of no | steps | epoch is to be done after a step."""
@@ -268,6 +301,7 @@ class TrainingLoop:
 
     def evaluate(self, state: TrainState) -> TrainState:
         """Evaluate on the held-out rows, log and judge the result; under reduce_lr_on_plateau it may lower the rate."""
+        self.settle()
         step = int(state.step)
         metrics = evaluation.evaluate(self.steps, state.trainable, self.session)
         loggers.log(self.sinks, {"step": step, "epoch": self.meter.epoch(step), **metrics})
@@ -298,6 +332,7 @@ class TrainingLoop:
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint, and before it the metric rows that lead to it."""
+        self.settle()
         loggers.flush(self.sinks)
         if self.train.load_best_model_at_end:
             self.checkpoints.best_step = self.loop_state.best_step or None
@@ -354,54 +389,3 @@ def _rows(rows: PackedRows | PairRows) -> str:
     examples = len(rows.documents)
     s = "" if len(rows) == 1 else "s"
     return f"{examples} examples in {len(rows)} packed row{s}" if examples > len(rows) else f"{len(rows)} row{s}"
-
-
-def _restore(
-    checkpoints: RunCheckpoints, steps: Steps, session: Session, say: Callable[[str], None]
-) -> tuple[TrainState, LoopState]:
-    """Return the last checkpoint's state, or a fresh one."""
-    state, loop_state = steps.initial_state, LoopState()
-    rows = session.length.batch
-    restored = checkpoints.restore(state)
-    if restored is not None:
-        state, loop_state = restored[0], LoopState.from_saved(restored[1])
-        checkpoints.best_step = loop_state.best_step or None
-        say(f"resuming from step {int(state.step)} of {session.length.total_steps}")
-        if loop_state.rows not in (0, rows):
-            say(
-                f"a step was {loop_state.rows} rows and is now {rows}, because the mesh has changed: order and "
-                "schedule are new from here on"
-            )
-    loop_state.rows = rows
-    return state, loop_state
-
-
-def _check_same_step(step: int, main_step: int) -> None:
-    if step != main_step:
-        raise UserError(
-            f"read checkpoint {step} where process 0 read {main_step}: a damaged one, or an output_dir that is not the "
-            "same for all hosts; use a gs:// path or a shared disk"
-        )
-
-
-def _check_finite(metrics: dict[str, float], step: int, most: int) -> None:
-    if metrics["failures"] >= most:
-        raise UserError(
-            f"the loss or the gradient was not finite in {int(metrics['failures'])} steps in a row, up to step {step}; "
-            f"no update was made from them (last loss {metrics['loss']:.4g}). Lower train.learning_rate, or set "
-            "model.dtype=float32 to see whether it is the precision"
-        )
-
-
-def _check_ended_finite(loop_state: LoopState, taken: int, total: int) -> None:
-    """Hold against a run that would end as done although nothing came of it; a start after that says so again."""
-    if not loop_state.loss_is_finite:
-        what = "its last loss is not finite"
-    elif taken and loop_state.skipped >= taken:
-        what = "no update was made, because the loss or the gradient was not finite in any of them"
-    else:
-        return
-    raise UserError(
-        f"the run has made {taken} of {total} steps, and {what}; it has no result. In another output_dir, lower "
-        "train.learning_rate, or set model.dtype=float32 to see whether it is the precision"
-    )

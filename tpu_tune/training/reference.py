@@ -34,6 +34,7 @@ from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.data import Datasets, PackedRows, cache
 from tpu_tune.data.tokenized_set import TokenizedSet
 from tpu_tune.errors import UserError
+from tpu_tune.training.late import read_late
 from tpu_tune.training.preference_settings import REFERENCED
 from tpu_tune.training.prepare_model import PreparedModel, prepare_model, storage_dtype
 from tpu_tune.training.prepare_steps import prepare_scoring
@@ -146,11 +147,14 @@ def _compute(
     """Fill in `values` for the given rows; `write` stores those of some examples, `progress` hears of rows done."""
     score = prepare_scoring(config, model)
     local, written, waiting = sharding.rows_here(model.mesh, batch_rows), time.monotonic(), []
-    for start in range(0, len(numbers), batch_rows):
-        chosen = numbers[start : start + batch_rows]
+
+    def of_batch(start: int) -> tuple[int, jax.Array]:
         filled = np.full(batch_rows, -1, np.int64)
-        filled[: len(chosen)] = chosen
-        found = np.asarray(score(rows.take(np.where(local, filled, -1))))
+        filled[: len(numbers) - start] = numbers[start : start + batch_rows]
+        return start, score(rows.take(np.where(local, filled, -1)))
+
+    for start, found in read_late(map(of_batch, range(0, len(numbers), batch_rows))):
+        chosen = numbers[start : start + batch_rows]
         for number, sums in zip(chosen, found, strict=False):
             documents = rows.packing.documents[rows.packing.offsets[number] : rows.packing.offsets[number + 1]]
             values[documents] = sums[: len(documents)]

@@ -64,12 +64,16 @@ def assert_near(found: list[jax.Array], expected: list[jax.Array]) -> None:
         np.testing.assert_allclose(one, other, atol=1e-5 * (size or max(sizes)), rtol=0)
 
 
-@pytest.mark.parametrize(("length", "heads", "groups", "size"), [(200, 4, 2, 64), (128, 2, 2, 16), (140, 3, 1, 48)])
-def test_pallas_equals_reference_with_gradients(length, heads, groups, size):
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "size", "hopper"),
+    [(200, 4, 2, 64, False), (128, 2, 2, 16, False), (140, 3, 1, 48, False), (200, 2, 1, 128, True)],
+)
+def test_pallas_equals_reference_with_gradients(length, heads, groups, size, hopper):
     """Lengths that are no multiples of the kernel's blocks, head sizes that are no powers of two."""
     states, weights = inputs(length, heads, groups, size)
     where = layout(length, (length // 3, length - 20))
-    found = results(lambda *qkv: gpu.pallas(*qkv, where.query_segments, SCALE, interpret=True), states, weights)
+    kernel = functools.partial(gpu.pallas, segments=where.query_segments, scale=SCALE, hopper=hopper, interpret=True)
+    found = results(kernel, states, weights)
     assert_near(found, results(lambda *qkv: reference(*qkv, where, None, SCALE), states, weights))
 
 
@@ -217,6 +221,7 @@ def device(platform: str, kind: str, capability: str | None = None) -> types.Sim
 
 
 H100, RTX3090, T4 = (device("gpu", *card) for card in (("NVIDIA H100", "9.0"), ("RTX 3090", "8.6"), ("T4", "7.5")))
+B200 = device("gpu", "NVIDIA B200", "10.0")
 AMD, CPU = device("gpu", "AMD Instinct", "gfx942"), device("cpu", "cpu")
 V2, V3, V4, V5E = (device("tpu", kind) for kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v5 lite"))
 
@@ -225,11 +230,11 @@ def test_each_device_gets_the_attention_that_it_has():
     for new in (V4, V5E):
         assert for_device("auto", new) == for_device("auto", new, jnp.float32) == "splash"
     assert for_device("blockwise", V4) == "blockwise"
-    for card in (H100, RTX3090):
+    for card, kernel in ((H100, "pallas_hopper"), (B200, "pallas"), (RTX3090, "pallas")):
         for dtype in (jnp.bfloat16, jnp.float16):
-            assert for_device("auto", card, dtype) == "pallas"
+            assert for_device("auto", card, dtype) == kernel
             assert for_device("auto", card, dtype, packed=False) == "cudnn"
-            assert for_device("pallas", card, dtype, packed=False) == "pallas"
+            assert for_device("pallas", card, dtype, packed=False) == kernel
         assert for_device("auto", card, jnp.float32, packed=False) == "auto"
         with pytest.raises(UserError, match="model.attention=cudnn takes no packed rows; set data.packing=false"):
             for_device("cudnn", card)
@@ -277,7 +282,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_kernel_runs_where_it_can_and_else_the_next_best(ran):
     assert ran("cudnn", packed=False) == ran("cudnn", packed=False, window=100) == "cudnn"
-    assert ran("cudnn") == ran("pallas", packed=False) == ran("pallas") == "pallas"
+    assert ran("cudnn") == ran("pallas", packed=False) == ran("pallas") == ran("pallas_hopper") == "pallas"
     assert ran("cudnn", packed=False, size=256) == ran("pallas", window=1024) == "pallas"
     for facts in ({"cap": 5.0}, {"window": 20}, {"size": 512}, {"dtype": jnp.float32}, {"keys": 2048}):
         assert ran("pallas", **facts) == "blockwise"

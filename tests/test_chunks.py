@@ -177,6 +177,7 @@ def test_chunks_by_default() -> None:
     config = helpers.make_config(data__max_length=8192)
     assert token_chunk(config, 1, 1) == 0 and token_chunk(config, 2, 2) == 0
     assert token_chunk(config, 2, 1) == 2048 and token_chunk(config, 4, 1) == 1024
+    assert token_chunk(config, 2, 1, 8192) == 0 and token_chunk(config, 4, 1, 8192) == 2048
     assert loss_chunk(config, 32000, 1) == 1024 and loss_chunk(config, 128256, 1) == 512
     assert loss_chunk(config, 262144, 1) == 256 and loss_chunk(config, 262144, 8) == 32
     config.train.loss_chunk_size = config.model.token_chunk_size = 100

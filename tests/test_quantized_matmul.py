@@ -94,7 +94,7 @@ def test_what_the_pallas_kernel_takes():
 @pytest.mark.parametrize("implementation", ["xla", "pieces"])
 @pytest.mark.parametrize("piece", [128 * COLUMNS, 300 * ROWS, 2**24])  # small ones, some that overlap, all at once
 def test_a_layer_in_its_stack_multiplies_like_the_layer_alone(format, implementation, piece, monkeypatch):
-    monkeypatch.setattr(layer_view, "PIECE", piece)
+    monkeypatch.setitem(layer_view.PIECES, "pieces", piece)
     leaf, x = stack(format), tokens(2, 5, ROWS)
     alone = jax.tree.map(lambda part: part[2], leaf)
     view = LayerView(leaf, jnp.int32(2), MatmulPlan(implementation))
@@ -113,6 +113,15 @@ def test_parts_of_a_layer():
     np.testing.assert_array_equal(view.cut(0, 256, 256).dequantize(), whole[256:])
 
 
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8", "mxfp4"])
+@pytest.mark.parametrize("rows", [ROWS, 192])  # blocks of 256, and one block of all rows
+def test_looking_numbers_up_gives_the_same_bits(format, rows):
+    leaf = quantize_tensor(jax.random.normal(jax.random.key(0), (2, rows, 130)), format, 32, format == "nf4")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found, wanted = leaf.looked_up(dtype), leaf.dequantize(dtype)
+        np.testing.assert_array_equal(np.asarray(found.astype(jnp.float32)), wanted.astype(jnp.float32))
+
+
 def test_quantized_leaves_stay_outside_a_scan():
     leaves = {"w": stack("nf4"), "b": jnp.arange(LAYERS)}
     walked, layer_of = outside_scan(leaves, MatmulPlan("pieces"))
@@ -129,7 +138,7 @@ def test_quantized_leaves_stay_outside_a_scan():
 
 
 def test_training_in_pieces_equals_training_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(layer_view, "PIECE", 2**14)
+    monkeypatch.setitem(layer_view.PIECES, "pieces", 2**14)
     base = helpers.write_tiny_llama(tmp_path / "base", hidden_size=256, intermediate_size=512)
     documents = [helpers.documents(24, 3, 16, 2, seed) for seed in (0, 50)]
     batches = [helpers.window(helpers.rows_of(list(zip(*documents, strict=True)), 32), 1)]

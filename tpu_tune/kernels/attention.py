@@ -29,7 +29,8 @@ from tpu_tune.kernels.mesh import SEQUENCE
 from tpu_tune.kernels.sequence import ring
 
 IMPLEMENTATIONS = ("auto", "reference", "blockwise", "splash", "cudnn", "pallas")
-_KERNELS = ("splash", "cudnn", "pallas")  # the devices' own; what they cannot do goes to auto
+_HOPPER = "pallas_hopper"  # pallas, with blocks for compute capability 9.0: `for_device` says it, no user
+_KERNELS = ("splash", "cudnn", "pallas", _HOPPER)  # the devices' own; what they cannot do goes to auto
 _OLDEST_GPU = (8, 0)  # compute capability of Ampere; older cards have neither cuDNN's kernel nor bfloat16
 
 
@@ -57,8 +58,9 @@ def attention(
       cap: soft limit of the scores, see `soft_cap`.
       bias: function from the indices to what is added to the scores; None without one.
       sinks: one more logit of each head in the softmax, which no value belongs to; None without them.
-      implementation: auto | reference | blockwise | splash | cudnn | pallas. What the last three cannot do (a cache, a
-        bias, an encoder; for the GPU's also sinks and other things, see `gpu.py`) goes to auto.
+      implementation: auto | reference | blockwise | splash | cudnn | pallas, or what `for_device` returns. What the
+        last three cannot do (a cache, a bias, an encoder; for the GPU's also sinks and other things, see `gpu.py`) goes
+        to auto.
       mesh: the devices, each of which attends in its own part; None on one device.
 
     Raises:
@@ -66,7 +68,7 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window = None if window is not None and window >= k.shape[1] else window
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (*IMPLEMENTATIONS, _HOPPER):
         raise UserError(f"model.attention is '{implementation}'; it must be one of {', '.join(IMPLEMENTATIONS)}")
     row = bias is None and q.shape[1] == k.shape[1]  # queries and keys are the same tokens
     pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
@@ -107,7 +109,7 @@ def _kernel(
     if implementation == "cudnn" and not layout.packed and gpu.cudnn_takes(q):
         return gpu.cudnn(q, k, v, window, scale, mesh)
     if window is None and gpu.pallas_takes(q):
-        return gpu.pallas(q, k, v, segments, scale, mesh)
+        return gpu.pallas(q, k, v, segments, scale, mesh, implementation == _HOPPER)
     return None
 
 
@@ -130,7 +132,7 @@ def for_device(implementation: str, device: Any, dtype: Any = jnp.bfloat16, pack
     if implementation == "auto":
         if has_splash:
             return "splash"
-        return ("pallas" if packed else "cudnn") if new_gpu and half else "auto"
+        implementation = ("pallas" if packed else "cudnn") if new_gpu and half else "auto"
     setting = f"model.attention={implementation}"
     if implementation == "splash" and not has_splash:
         raise UserError(f"{setting} needs a TPU v4 or later, and this is {kind}; leave it at auto")
@@ -146,7 +148,7 @@ def for_device(implementation: str, device: Any, dtype: Any = jnp.bfloat16, pack
             )
         if implementation == "cudnn" and packed:
             raise UserError(f"{setting} takes no packed rows; set data.packing=false, or leave it at auto")
-    return implementation
+    return _HOPPER if implementation == "pallas" and _capability(device)[0] == 9 else implementation
 
 
 def _capability(device: Any) -> tuple[int, int]:

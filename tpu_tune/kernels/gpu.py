@@ -19,6 +19,9 @@ from tpu_tune.kernels.mesh import on_each_device
 _HALF = (jnp.float16, jnp.bfloat16)
 _TOKENS = 128  # the largest block below
 
+# Options of XLA's compiler. DotMerger would join LoRA's A with a whole dequantized weight, which it copies for that.
+COMPILER_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+
 
 def cudnn_takes(q: Float[Array, "B T H D"]) -> bool:
     """Return whether cuDNN takes this dtype and head size (on every card: those from 9.0 take up to 256)."""
@@ -61,11 +64,13 @@ def pallas(
     segments: Int[Array, "B T"],
     scale: float,
     mesh: Mesh | None = None,
+    hopper: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
     """Return causal self-attention in which queries see keys of their own segment; see `attention` for the arguments.
 
     Args:
+      hopper: whether the card is of compute capability 9.0.
       interpret: run the kernel as plain JAX, to test it without a GPU.
     """
     length = q.shape[1]
@@ -75,8 +80,9 @@ def pallas(
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
         def one_member(q: Array, k: Array, v: Array) -> Array:
+            blocks = _blocks(q.shape[-1], hopper)
             return jax_pallas.mha(
-                q, k, v, segments, sm_scale=scale, causal=True, block_sizes=_blocks(q.shape[-1]), interpret=interpret
+                q, k, v, segments, sm_scale=scale, causal=True, block_sizes=blocks, interpret=interpret
             )
 
         # The kernel wants a key head a query head. Mapped over the members of a group, it reads the group's keys where
@@ -87,8 +93,11 @@ def pallas(
     return on_each_device(local, mesh, q.shape[2], k.shape[2])(q, k, v, segments)[:, :length]
 
 
-def _blocks(size: int) -> jax_pallas.BlockSizes:
-    """Return jax's default blocks; for large heads, those that fit the shared memory of compute capability 8.6."""
-    if size <= 128:
-        return jax_pallas.BlockSizes.get_default()
-    return jax_pallas.BlockSizes(64, 32, 32, 32, 32, 32)
+def _blocks(size: int, hopper: bool) -> jax_pallas.BlockSizes:
+    """Return the kernel's blocks: jax's default, but for large heads those that fit a card of 8.6's shared memory.
+
+    A Hopper card's registers hold four times the default's backward blocks, which are 32 by 32; older cards spill.
+    """
+    if size > 128:
+        return jax_pallas.BlockSizes(64, 32, 32, 32, 32, 32)
+    return jax_pallas.BlockSizes(128, 128, 64, 64, 64, 64) if hopper else jax_pallas.BlockSizes.get_default()

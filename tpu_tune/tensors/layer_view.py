@@ -18,7 +18,7 @@ from tpu_tune.tensors.product import contract_array, grouped_product, product
 if TYPE_CHECKING:
     from tpu_tune.tensors.quantized import QuantizedTensor
 
-PIECE = 2**24  # weights that exist dequantized at one time, where products are computed in pieces
+PIECES = {"pieces": 2**24, "large_pieces": 2**26}  # implementation -> weights that exist dequantized at one time
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=["plan"])
@@ -96,7 +96,7 @@ class LayerView:
                 axis == 1,
                 self.plan,
             )
-        return self._in_pieces(x, axis) if how == "pieces" else self.cut().contract(x, axis)
+        return self._in_pieces(x, axis, PIECES[how]) if how in PIECES else self.cut().contract(x, axis)
 
     def grouped_matmul(self, x: Float[Array, "rows in"], sizes: Int[Array, " experts"]) -> Float[Array, "rows out"]:
         """Return each row's product with its expert's matrix, of a stack of layers that stack experts."""
@@ -104,20 +104,21 @@ class LayerView:
 
     def expert(self, index: Int[Array, ""], dtype: Any) -> Float[Array, "in out"]:
         """Return one expert's matrix, dequantized."""
-        return jax.tree.map(lambda part: part[self.layer, index], self.stack).dequantize(dtype)
+        matrix = jax.tree.map(lambda part: part[self.layer, index], self.stack)
+        return matrix.looked_up(dtype) if self.plan.implementation in PIECES else matrix.dequantize(dtype)
 
-    def _in_pieces(self, x: Array, axis: int) -> Array:
-        """Compute the product some output columns, or some rows, at a time: no more of w exists dequantized."""
+    def _in_pieces(self, x: Array, axis: int, most: int) -> Array:
+        """Compute the product some output columns, or some rows, at a time: no more than `most` weights of w exist."""
         stack = self.stack
         unit = 128 if axis == 0 else stack.row_unit
         size, other = stack.shape[1 - axis], stack.shape[axis]
-        width = max(1, PIECE // other // unit) * unit
+        width = max(1, most // other // unit) * unit
         if width >= size or size % unit:
-            return self.cut().contract(x, axis)
+            return contract_array(x, self.cut().looked_up(x.dtype), axis, x.dtype)
 
         def piece(number: Array, y: Array) -> Array:
             start = jnp.minimum(number * (width // unit), (size - width) // unit) * unit  # the last ones overlap
-            part = contract_array(x, self.cut(1 - axis, start, width).dequantize(x.dtype), axis)
+            part = contract_array(x, self.cut(1 - axis, start, width).looked_up(x.dtype), axis, x.dtype)
             return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
 
         return jax.lax.fori_loop(0, -(-size // width), piece, jnp.zeros((*x.shape[:-1], size), x.dtype))

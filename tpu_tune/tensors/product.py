@@ -43,10 +43,16 @@ def product(x: Float[Array, "*batch k"], w: Array | Contracts, transposed: bool)
     return _contract(x, w, int(transposed))
 
 
-def contract_array(x: Array, w: Array, axis: int) -> Array:
-    """Return x @ w (axis 0) or x @ w.T (axis 1) of arrays, summed in float32 and rounded to x's dtype once."""
-    wide = jax.lax.dot_general(x, w, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
-    return wide.astype(x.dtype)
+def contract_array(x: Array, w: Array, axis: int, dtype: Any = jnp.float32) -> Array:
+    """Return x @ w (axis 0) or x @ w.T (axis 1) of arrays, summed in float32 and rounded to x's dtype once.
+
+    Args:
+      x, w: the operands, of one dtype.
+      axis: of w, to contract over.
+      dtype: what the product writes. A GPU's sums are float32 in any case, and x's own saves it a pass over memory.
+    """
+    dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, w, dimensions, preferred_element_type=dtype).astype(x.dtype)
 
 
 def _contract(x: Array, w: Any, axis: int) -> Array:

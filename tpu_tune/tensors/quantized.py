@@ -93,8 +93,25 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "*layers in out"]:
         """Return the weight: decoded and scaled in float32, then cast, as bitsandbytes and transformers do."""
-        codes, form = self.unpacked(), FORMATS[self.format]
-        values = _scale_groups(form.decode(codes), self.group_scales(), self.group_size)
+        return self._scaled(self.unpacked(), FORMATS[self.format].decode, dtype)
+
+    def looked_up(self, dtype: Any) -> Float[Array, "*layers in out"]:
+        """Return what `dequantize` does, bit for bit, in the way that is fast on GPUs.
+
+        nf4's numbers come from a table, and the halves of bytes are shifted side by side, not concatenated.
+        """
+        table = FORMATS[self.format].decode(jnp.arange(16, dtype=jnp.uint8))
+
+        def decode(codes: Array) -> Array:
+            return table.at[codes].get(mode="promise_in_bounds")
+
+        codes = _unpack_by_shift(self.codes, self.pack_block) if self.pack_block > 1 else self.codes
+        return self._scaled(codes, decode if self.format == "nf4" else FORMATS[self.format].decode, dtype)
+
+    def _scaled(self, codes: Array, decode: Callable[[Array], Array], dtype: Any) -> Array:
+        """Return the weight of codes in row order."""
+        form = FORMATS[self.format]
+        values = _scale_groups(decode(codes), self.group_scales(), self.group_size)
         if form.exponents:
             exponents = _each_row(self.scales, self.group_size, self.shape[0])
             values = jnp.where(exponents < 2, fp4_tiny(codes, exponents), values)
@@ -234,3 +251,9 @@ def _unpack(packed: Array, block: int) -> Array:
     blocks = _grouped(packed, block // 2)
     codes = jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2)
     return codes.reshape(*packed.shape[:-2], packed.shape[-2] * 2, packed.shape[-1])
+
+
+def _unpack_by_shift(packed: Array, block: int) -> Array:
+    blocks = _grouped(packed, block // 2)[..., None, :, :]
+    shifts = jnp.array([0, 4], jnp.uint8)[:, None, None]
+    return ((blocks >> shifts) & 0xF).reshape(*packed.shape[:-2], packed.shape[-2] * 2, packed.shape[-1])

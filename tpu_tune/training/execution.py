@@ -21,6 +21,7 @@ from tpu_tune.transforms import sharding
 
 LOGITS_BYTES = 256 * 2**20  # float32 logits that exist at one time, where train.loss_chunk_size is left to us
 TOKEN_CHUNK = 4096  # tokens of a device that a layer works on, where model.token_chunk_size is left to us
+_WIDTH = 11008  # LLaMA-7B's intermediate_size: on GPUs the layers of narrower models take so many more tokens
 
 
 def compute_dtype(config: ConfigDict) -> Any:
@@ -35,18 +36,19 @@ def loss_chunk(config: ConfigDict, vocabulary: int, rows: int) -> int:
     return max(1, (config.train.loss_chunk_size or min(most, 1024)) // rows)
 
 
-def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
+def token_chunk(config: ConfigDict, rows: int, shards: int, most: int = TOKEN_CHUNK) -> int:
     """Return the tokens of each of a device's `rows` that a layer works on at one time, attention apart; 0 for all.
 
     Args:
       config: the whole configuration.
       rows: number of rows of a micro-batch on one device.
       shards: number of devices that share a row.
+      most: tokens of a device in a chunk, where model.token_chunk_size is left to us; twice as many are no chunks yet.
     """
     if config.model.token_chunk_size:
         return max(1, config.model.token_chunk_size // rows)
     recomputed = config.model.remat in ("full", "offload")
-    return max(1, TOKEN_CHUNK // rows) if recomputed and rows * config.data.max_length > 2 * TOKEN_CHUNK * shards else 0
+    return max(1, most // rows) if recomputed and rows * config.data.max_length > 2 * most * shards else 0
 
 
 def check_mesh(architecture: Architecture, mesh: Mesh) -> None:
@@ -76,8 +78,12 @@ def execution(
     """
     dtype, packed, several = compute_dtype(config), config.data.packing, mesh if mesh.size > 1 else None
     attention = for_device(config.model.attention, mesh.devices.flat[0], dtype, packed)
-    chunk = token_chunk(config, rows, mesh.shape["sequence"])
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    most = TOKEN_CHUNK * max(1, _WIDTH // architecture.intermediate_size) if on_gpu else TOKEN_CHUNK
+    chunk = token_chunk(config, rows, mesh.shape["sequence"], most)
     plan = quantized_matmul.for_device(config.model.quantized_matmul, mesh)
+    if plan.implementation == "pieces" and config.model.quantized_matmul == "auto" and not chunk:
+        plan = dataclasses.replace(plan, implementation="large_pieces")  # nobody saves memory here, and they are faster
     plain = Execution(dtype, attention, several, config.model.remat, chunk, plan, packed=packed)
     if several is None:
         return plain

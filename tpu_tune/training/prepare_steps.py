@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from tpu_tune.kernels import gpu
 from tpu_tune.training import offload, plateau
 from tpu_tune.training.execution import execution, loss_chunk
 from tpu_tune.training.head_objectives import HEADS
@@ -87,8 +88,9 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
     start = jax.jit(start, out_shardings=shardings)
     state = jax.tree.map(abstract_leaf, shapes, shardings) if abstract else start(model.trainable)
     evaluation = prepare_evaluation(config, model)
+    options = gpu.COMPILER_OPTIONS if model.mesh.devices.flat[0].platform in ("gpu", "cuda") else None
     return Steps(
-        train=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        train=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options),
         evaluate=evaluation.evaluate,
         objective=evaluation.objective,
         initial_state=state,

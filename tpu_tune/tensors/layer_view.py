@@ -84,7 +84,7 @@ class LayerView:
     def contract(self, x: Array, axis: int) -> Array:
         """Return x @ w (axis 0) or x @ w.T (axis 1), as `plan` says."""
         stack, how = self.stack, self.plan.implementation
-        if how == "pallas" and fits(stack.shape, stack.pack_block, stack.group_size):
+        if how == "pallas" and fits(stack.shape, stack.pack_block, stack.group_size, self.plan):
             return quantized_matmul(
                 x,
                 stack.codes,

@@ -105,6 +105,7 @@ def test_the_pallas_kernel_cut_into_blocks(format, group_size, rows, tiles, core
     close(found, by_formula(leaf, x, 1, transposed))
 
 
+@pytest.mark.slow
 def test_outputs_behind_the_end_of_a_block_are_dropped(monkeypatch):
     leaf = quantize_tensor(jax.random.normal(jax.random.key(0), (1, 768, COLUMNS)), "nf4", 64, True)
     for transposed, tiles in ((False, Tiles(16, 256, 256)), (True, Tiles(16, 512, 128))):
@@ -120,15 +121,23 @@ def test_the_pallas_kernel_runs_on_each_devices_tokens(transposed):
     close(by_pallas(leaf, x, 1, transposed, MatmulPlan("pallas", mesh=mesh)), by_formula(leaf, x, 1, transposed))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("cut", [("tensor", None), (None, "tensor")])
+@pytest.mark.parametrize(
+    "cut, transposed",
+    [
+        (("tensor", None), False),  # sums of parts
+        pytest.param(("tensor", None), True, marks=pytest.mark.slow),
+        pytest.param((None, "tensor"), False, marks=pytest.mark.slow),
+        pytest.param((None, "tensor"), True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_pallas_kernel_runs_on_each_devices_part_of_the_weight(cut, transposed):
     weight = jax.random.normal(jax.random.key(0), (2, 512, 256))
-    leaf, mesh = quantize_tensor(weight, "nf4", 64, True), make_mesh({"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1})
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 2, "sequence": 1}, jax.devices()[:2])
+    leaf = quantize_tensor(weight, "nf4", 64, True)
     plan = MatmulPlan("pallas", mesh=mesh, cut=cut)
     assert kernel.fits(leaf.shape, leaf.pack_block, 64, plan)
     assert not kernel.fits((256, 128), leaf.pack_block, 64, plan)  # half of it is no whole block
-    x = tokens(4, 8, 256 if transposed else 512)
+    x = tokens(1, 16, 256 if transposed else 512)
     close(by_pallas(leaf, x, 1, transposed, plan), by_formula(leaf, x, 1, transposed))
 
 
@@ -210,6 +219,40 @@ def test_training_in_pieces_equals_training_whole(tmp_path, monkeypatch):
         losses[name] = [row["loss"] for row in helpers.run_steps(model, steps, batches * 2)[1]]
     assert losses["xla"][0] != losses["xla"][1]
     np.testing.assert_allclose(losses["xla"], losses["pieces"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_training_with_the_pallas_kernel_on_a_tensor_mesh_equals_training_without(tmp_path, monkeypatch):
+    sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2)
+    base = helpers.write_tiny_llama(tmp_path / "base", **sizes)
+    documents = [helpers.documents(24, 3, 16, 2, seed) for seed in (0, 50)]
+    batches = [helpers.window(helpers.rows_of(list(zip(*documents, strict=True)), 32), 1)]
+    interpreted, cuts = functools.partial(kernel.quantized_matmul, interpret=True), []
+
+    def product(*arguments) -> jax.Array:
+        cuts.append(arguments[-1].cut)
+        return interpreted(*arguments)
+
+    monkeypatch.setattr(layer_view, "quantized_matmul", product)
+    losses = {}
+    for name in ("xla", "pallas"):
+        monkeypatch.setattr(kernel, "for_device", lambda _, mesh, name=name: MatmulPlan(name, Core(), mesh))
+        config = helpers.make_config(
+            **{
+                "model.path": str(base),
+                "method": "lora",
+                "quantize.format": "nf4",
+                "train.per_device_train_batch_size": 2,
+                "train.learning_rate": 1e-2,
+                "mesh.data": 1,
+                "mesh.fsdp": 1,
+                "mesh.tensor": 2,
+            }
+        )
+        model, steps = helpers.prepare(config, 2, devices=2)
+        losses[name] = [row["loss"] for row in helpers.run_steps(model, steps, batches * 2)[1]]
+    assert {("tensor", None), (None, "tensor")} <= set(cuts)
+    np.testing.assert_allclose(losses["xla"], losses["pallas"], rtol=1e-5)
 
 
 def test_the_choice_by_device():

@@ -124,7 +124,8 @@ def best_tiles(tokens: int, shape: tuple[int, int], kernel: Kernel, x: Any) -> T
         rows, columns = kernel.matrix(deep, wide)
         held = size * wide * (4 + 2 * out) + size * deep * 2 * given + deep * wide * (2 * codes + used)
         held += size * deep * used if used != given else 0
-        return rows % BLOCK == 0 and contracted % deep == 0 and deep * wide <= _DECODED and held <= core.vmem
+        whole = rows % BLOCK == 0 and contracted % deep == 0 and wide <= outputs
+        return whole and deep * wide <= _DECODED and held <= core.vmem
 
     sizes = (1024, 512, 256, 128)
     pairs = [pair for pair in itertools.product(sizes, (2048, *sizes)) if fits(*pair)]

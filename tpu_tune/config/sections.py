@@ -68,6 +68,7 @@ class QuantizeConfig:
     format: Literal["none", "int8", "int4", "nf4", "mxfp4"] = key("none", "number format of the weights")
     group_size: int = key(64, "rows of the input dimension that share one scale (mxfp4: always 32)", above=0)
     double_quant: bool = key(True, "store the scales themselves in 8 bits (nf4 and int4)")
+    symmetric: bool = key(False, "int4 with 15 levels instead of 16: as runs from before had it")
     include: Pattern = key(["all-linear"], "names to quantize, matched like lora.target_modules")
     exclude: Pattern = key([], "names to leave alone; head and embeddings are only taken when included by name")
 

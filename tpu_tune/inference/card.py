@@ -37,7 +37,7 @@ _OF_TOKENS = ("epoch", "eval_loss", "eval_perplexity", "eval_token_accuracy")
 # What `load(quantize=...)` takes.
 _LOADED_AS_TRAINED = {
     "quantize.group_size": 64, "quantize.double_quant": True, "quantize.include": ["all-linear"],
-    "quantize.exclude": [],
+    "quantize.exclude": [], "quantize.symmetric": False,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
     metrics.jsonl    one row a line                   adapter/ | model/    the result of a finished run
     summary.json     counts, sizes, memory            curves.png, report.html
     samples.jsonl    answers before and after         run.lock             the process that trains, while it does
+    calibrated/      see `calibrated`                 initial_adapter/     see `starting`
 
 Small files are written aside and renamed, so that a kill leaves the old or the new one. A file in a bucket cannot be
 appended to: `MetricsFile` uploads it whole, now and then, and when it is flushed.

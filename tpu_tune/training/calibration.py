@@ -134,8 +134,8 @@ class Calibration:
         arch, dtype = self.arch, self.execution.dtype
         ids, positions, segments = chosen
         outside = self._outside()
-        states = [_on_host(layer_inputs(arch, self.execution, outside, ids[i : i + 1], positions[i : i + 1]))
-                  for i in range(len(ids))]  # fmt: skip
+        rows = [slice(row, row + 1) for row in range(len(ids))]
+        states = [_on_host(layer_inputs(arch, self.execution, outside, ids[row], positions[row])) for row in rows]
         del outside
         users = {kind.keys_from for kind in arch.layer_kinds if kind.keys_from is not None}
         kept: list[dict[int, Any]] = [{} for _ in states]
@@ -146,8 +146,7 @@ class Calibration:
             def tokens(row: int, layer: int = layer, kind: Any = kind) -> tuple[Any, ...]:
                 inputs = states[row][1]
                 others = {} if kind.keys_from is None else {kind.keys_from: kept[row][kind.keys_from]}
-                place = slice(row, row + 1)
-                return positions[place], segments[place], others, None if inputs is None else inputs[layer]
+                return positions[rows[row]], segments[rows[row]], others, None if inputs is None else inputs[layer]
 
             leaves, found = self._leaves(layer), calibrated.read_layer(self.folder, layer, self.mark, self.stamp)
             if found is None:

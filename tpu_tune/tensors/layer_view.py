@@ -18,7 +18,10 @@ from tpu_tune.tensors.product import contract_array, grouped_product, product
 if TYPE_CHECKING:
     from tpu_tune.tensors.quantized import QuantizedTensor
 
-PIECES = {"pieces": 2**24, "large_pieces": 2**26}  # implementation -> weights that exist dequantized at one time
+PIECE = 2**24  # weights that exist dequantized at one time, where products are computed in pieces
+SMALL_PIECE = 2**21  # on TPU v2 and v3, where each takes seven bytes on the way
+# Ways of GPUs, see `_piece`, and the weights that exist dequantized at one time.
+GPU_PIECES = {"gpu_pieces": 2**24, "gpu_large_pieces": 2**26}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=["plan"])
@@ -84,7 +87,7 @@ class LayerView:
     def contract(self, x: Array, axis: int) -> Array:
         """Return x @ w (axis 0) or x @ w.T (axis 1), as `plan` says."""
         stack, how = self.stack, self.plan.implementation
-        if how == "pallas" and fits(stack.shape, stack.pack_block, stack.group_size):
+        if how == "pallas" and fits(stack.shape, stack.pack_block, stack.group_size, self.plan):
             return quantized_matmul(
                 x,
                 stack.codes,
@@ -96,7 +99,7 @@ class LayerView:
                 axis == 1,
                 self.plan,
             )
-        return self._in_pieces(x, axis, PIECES[how]) if how in PIECES else self.cut().contract(x, axis)
+        return self._in_pieces(x, axis) if how in ("pieces", *GPU_PIECES) else self.cut().contract(x, axis)
 
     def grouped_matmul(self, x: Float[Array, "rows in"], sizes: Int[Array, " experts"]) -> Float[Array, "rows out"]:
         """Return each row's product with its expert's matrix, of a stack of layers that stack experts."""
@@ -105,23 +108,30 @@ class LayerView:
     def expert(self, index: Int[Array, ""], dtype: Any) -> Float[Array, "in out"]:
         """Return one expert's matrix, dequantized."""
         matrix = jax.tree.map(lambda part: part[self.layer, index], self.stack)
-        return matrix.looked_up(dtype) if self.plan.implementation in PIECES else matrix.dequantize(dtype)
+        return matrix.looked_up(dtype) if self.plan.implementation in GPU_PIECES else matrix.dequantize(dtype)
 
-    def _in_pieces(self, x: Array, axis: int, most: int) -> Array:
-        """Compute the product some output columns, or some rows, at a time: no more than `most` weights of w exist."""
-        stack = self.stack
+    def _in_pieces(self, x: Array, axis: int) -> Array:
+        """Compute the product some output columns, or some rows, at a time: no more of w exists dequantized."""
+        stack, how = self.stack, self.plan.implementation
         unit = 128 if axis == 0 else stack.row_unit
         size, other = stack.shape[1 - axis], stack.shape[axis]
+        most = GPU_PIECES.get(how, SMALL_PIECE if self.plan.core.old else PIECE)
         width = max(1, most // other // unit) * unit
         if width >= size or size % unit:
-            return contract_array(x, self.cut().looked_up(x.dtype), axis, x.dtype)
+            return self._piece(self.cut(), x, axis)
 
-        def piece(number: Array, y: Array) -> Array:
+        def add_piece(number: Array, y: Array) -> Array:
             start = jnp.minimum(number * (width // unit), (size - width) // unit) * unit  # the last ones overlap
-            part = contract_array(x, self.cut(1 - axis, start, width).looked_up(x.dtype), axis, x.dtype)
+            part = self._piece(self.cut(1 - axis, start, width), x, axis)
             return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
 
-        return jax.lax.fori_loop(0, -(-size // width), piece, jnp.zeros((*x.shape[:-1], size), x.dtype))
+        return jax.lax.fori_loop(0, -(-size // width), add_piece, jnp.zeros((*x.shape[:-1], size), x.dtype))
+
+    def _piece(self, weight: QuantizedTensor, x: Array, axis: int) -> Array:
+        """Compute the product with a part of the layer; on a GPU the way that is fast there, with the same weights."""
+        if self.plan.implementation in GPU_PIECES:
+            return contract_array(x, weight.looked_up(x.dtype), axis, x.dtype)
+        return weight.contract(x, axis)
 
 
 def outside_scan(leaves: Any, plan: MatmulPlan) -> tuple[Any, Callable[[Any, Array], Any]]:

@@ -82,8 +82,9 @@ def execution(
     most = TOKEN_CHUNK * max(1, _WIDTH // architecture.intermediate_size) if on_gpu else TOKEN_CHUNK
     chunk = token_chunk(config, rows, mesh.shape["sequence"], most)
     plan = quantized_matmul.for_device(config.model.quantized_matmul, mesh)
-    if plan.implementation == "pieces" and config.model.quantized_matmul == "auto" and not chunk:
-        plan = dataclasses.replace(plan, implementation="large_pieces")  # nobody saves memory here, and they are faster
+    if on_gpu and plan.implementation == "pieces":  # chunks save memory; where there are none, large pieces are faster
+        saves = chunk or config.model.quantized_matmul == "pieces"
+        plan = dataclasses.replace(plan, implementation="gpu_pieces" if saves else "gpu_large_pieces")
     plain = Execution(dtype, attention, several, config.model.remat, chunk, plan, packed=packed)
     if several is None:
         return plain
@@ -99,7 +100,8 @@ def execution(
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
         leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, gathered[path])
         if hasattr(leaf, "layer_view") and plan.implementation != "xla":
-            return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), plan)
+            own = dataclasses.replace(plan, cut=tuple(gathered[path].codes.spec[-2:]))
+            return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), own)
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_a_quantized_run_goes_on_and_exports(how, format, folder):
     """A run that was stopped goes on with the base that it had; what is exported is what was trained."""
     keys = {
         "quantize__format": format, "quantize__group_size": 32, "train__save_strategy": "steps", "train__save_steps": 1,
-        "lora__init_lora_weights": how, "train__lr_scheduler_type": "constant",
+        "lora__init_lora_weights": how, "train__lr_scheduler_type": "constant", "train__logging_steps": 1,
     }  # fmt: skip
     name = f"{how}-{format}"
     whole = train(config(folder, name, **keys), say=lambda line: None)

@@ -93,9 +93,9 @@ def quantized_matmul(
     Args:
       x: left operand; k is `in`, or `out` where transposed.
       codes: two a byte, or one.
-      scales: (layers, in / group_size, out), float32; or uint8, with their largest in `scale_max`, or as exponents (see
-        `powers_of_two`).
-      scale_max: each column's largest scale under double quantization.
+      scales: (layers, in / group_size, out), float32; or one byte, uint8 or with a sign int8, in parts of
+        `scale_max` / 255; or uint8 as exponents (see `powers_of_two`).
+      scale_max: what a scale's integer 255 stands for in each column under double quantization.
       layer: index of the layer in the stack.
       decode: integer codes -> float32, elementwise.
       group_size: number of rows that share a scale; divides 128.

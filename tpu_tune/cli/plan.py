@@ -60,6 +60,11 @@ def add(commands: Commands) -> None:
         help="estimate the memory from array sizes alone, in seconds instead of minutes",
     )
     parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="estimate the time of a TPU's own kernels from their instructions, which takes three times as long",
+    )
+    parser.add_argument(
         "--max-compiles",
         type=numbers.whole(1),
         default=8,
@@ -80,7 +85,8 @@ def run(options: argparse.Namespace) -> int:
     plans = []
     for device in devices:
         try:
-            plans.append(planning.plan(config, device, options.rows, not options.no_compile, say=say))
+            compile = not options.no_compile
+            plans.append(planning.plan(config, device, options.rows, compile, say=say, kernels=options.kernels))
         except UserError as error:
             if len(devices) == 1:
                 raise

@@ -174,7 +174,7 @@ class _Branch:
 
 @dataclasses.dataclass
 class Bundle:
-    """The parts of a bundle whose time or result counts: scalars, matrix units (rows, by unit), DMAs, waits, a branch."""
+    """What of a bundle takes time or decides: scalars, matrix units (unit -> rows), DMAs, waits, a branch."""
 
     scalars: list[_Scalar]
     stores: list[tuple[str, str]]

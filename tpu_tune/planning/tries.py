@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
+from tpu_tune.planning.choice import with_overrides
 from tpu_tune.planning.devices import Device
 from tpu_tune.planning.figures import plan
 from tpu_tune.planning.plan_text import override_flags
+from tpu_tune.training.execution import REMAT
 
 Overrides = dict[str, Any]
 Say = Callable[[str], None]
@@ -63,14 +65,6 @@ class Tries:
         return {**figures, "run": counted["run"]}
 
 
-def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """Return a copy of a configuration with single keys changed."""
-    changed = configuration.from_dict(configuration.to_dict(config))
-    for key, value in overrides.items():
-        configuration.assign(changed, key, value)
-    return configuration.check(changed)
-
-
 def rows_per_device(config: ConfigDict, rows: int) -> Overrides:
     """Return overrides for `rows` rows per device, with accumulation so that a step has as many rows as before."""
     rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
@@ -84,7 +78,10 @@ def changes(config: ConfigDict, overrides: Overrides) -> Overrides:
     """Return the overrides that differ from the config, with no more rows for evaluation than for training."""
     rows = overrides["train.per_device_train_batch_size"]
     changed = {**overrides, "train.per_device_eval_batch_size": min(config.train.per_device_eval_batch_size, rows)}
-    return {key: value for key, value in changed.items() if configuration.config_get(config, key) != value}
+    different = {key: value for key, value in changed.items() if configuration.config_get(config, key) != value}
+    if config.model.remat == "auto" and changed.get("model.remat") == REMAT:
+        del different["model.remat"]  # it is what auto takes where nothing faster fits
+    return different
 
 
 def persistent_bytes(figures: Mapping[str, Any]) -> int:

@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--suggest",
         action="store_true",
-        help="find the largest batch that fits, or else what would fit, and end with one recommendation",
+        help="find what trains most tokens a second of what fits, or else what would fit, and recommend one",
     )
     parser.add_argument(
         "--rows",

@@ -120,21 +120,29 @@ def run_bundles(path: str, core: Core, share: float = 1.0) -> Timing:
     if not bundles:
         raise ValueError(f"{path}: no bundles")
     machine = _Machine(core, share)
-    position, landing = 0, None  # landing: (bundle that a branch goes to, bundles until then)
+    position, target, left = 0, 0, 0  # `left` bundles are still issued before a branch's target
     while position < len(bundles):
-        bundle = bundles[position]
-        if machine.issued >= _MAX_BUNDLES:
-            raise ValueError(f"{path}: its bundles have no end")
-        taken = machine.issue(bundle)
+        bundle, taken = bundles[position], False
+        if bundle.is_plain:
+            machine.issued += 1
+            machine.now += 1
+        else:
+            taken = machine.issue(bundle)
         position += 1
-        if landing is not None:
-            landing = landing[0], landing[1] - 1
-            if not landing[1]:
-                position, landing = landing[0], None
+        if left:
+            left -= 1
+            if not left:
+                position = target
                 continue
         if taken and bundle.branch.region in regions:
-            landing = regions[bundle.branch.region], core.delay
+            target, left = regions[bundle.branch.region], core.delay
+            if machine.issued >= _MAX_BUNDLES:
+                raise ValueError(f"{path}: its bundles have no end")
     return machine.timing()
+
+
+Values = dict[str, int | None]  # of registers, or of places in SMEM; None is a value that is not known
+Reader = Callable[[Values], int | None]  # reads an operand: a register, or a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +155,12 @@ class _Condition:
 
 @dataclasses.dataclass(frozen=True)
 class _Scalar:
-    """A scalar instruction: `name` of `operands` into `target`, or `otherwise` where the condition does not hold."""
+    """A scalar instruction: `compute` (of registers and memory) into `target`, or `otherwise` under its condition."""
 
-    name: str
     target: str
-    operands: list[str]
-    condition: _Condition = _Condition()
-    otherwise: str | None = None
+    compute: Callable[[Values, Values], int | None]
+    condition: _Condition | None = None
+    otherwise: Reader | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +169,8 @@ class _Dma:
 
     of_hbm: bool
     condition: _Condition
-    size: str
-    flag: str | None
+    size: Reader
+    flag: Reader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +183,13 @@ class _Branch:
 class Bundle:
     """What of a bundle takes time or decides: scalars, matrix units (unit -> rows), DMAs, waits, a branch."""
 
-    scalars: list[_Scalar]
-    stores: list[tuple[str, str]]
-    rows: dict[str, int]
-    copies: list[_Dma]
-    waits: list[tuple[_Condition, str]]
+    scalars: list[_Scalar] = dataclasses.field(default_factory=list)
+    stores: list[tuple[str, Reader]] = dataclasses.field(default_factory=list)
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    copies: list[_Dma] = dataclasses.field(default_factory=list)
+    waits: list[tuple[_Condition, Reader]] = dataclasses.field(default_factory=list)
     branch: _Branch | None = None
+    is_plain: bool = False  # nothing of this
 
 
 _START = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
@@ -213,9 +221,10 @@ def read_bundles(path: str) -> tuple[list[Bundle], dict[int, int]]:
 def _bundle(text: str) -> Bundle:
     body = re.sub(r"/\*.*?\*/", "", text[text.index("{") + 1 :], flags=re.S)
     body = body[: body.rindex("}")] if "}" in body else body
-    result = Bundle([], [], {}, [], [])
+    result = Bundle()
     for part in body.split(";;"):
         _read_part(result, " ".join(part.split()))
+    result.is_plain = result == Bundle()
     return result
 
 
@@ -229,19 +238,20 @@ def _read_part(bundle: Bundle, part: str) -> None:
         bundle.branch = _Branch(_condition(found[2], found[1]), int(found[3]))
     elif found := _DMA.match(part):
         operands = [operand.strip() for operand in found[4].split(",")]
-        flag = operands[3] if len(operands) > 3 else None
-        bundle.copies.append(_Dma("hbm" in found[1], _condition(found[3], found[2]), operands[1], flag))
+        size, flag = _reader(operands[1]), _reader(operands[3] if len(operands) > 3 else "")
+        bundle.copies.append(_Dma("hbm" in found[1], _condition(found[3], found[2]), size, flag))
     elif found := _WAIT.match(part):
-        bundle.waits.append((_condition(found[2], found[1]), found[3].split(",")[0].strip()))
+        bundle.waits.append((_condition(found[2], found[1]), _reader(found[3].split(",")[0].strip())))
     elif found := _STORE.match(part):
-        bundle.stores.append((found[1], found[2]))
+        bundle.stores.append((found[1], _reader(found[2])))
     elif (found := _SCALAR.match(part)) and found[2] != "sphi":  # phis are copies between names of one register
         target, name, rest = found[1], found[2], found[3]
-        condition, otherwise = _Condition(), None
+        condition = otherwise = None
         if under := _PREDICATED.match(rest):
-            condition, otherwise, rest = _condition(under[2], under[1]), under[3], under[4]
+            condition, rest = _condition(under[2], under[1]), under[4]
+            otherwise = _reader(under[3]) if under[3] else None
         operands = [operand.strip() for operand in re.split(r",\s*(?![^\[]*\])", rest)]
-        bundle.scalars.append(_Scalar(name, _register(target) or target, operands, condition, otherwise))
+        bundle.scalars.append(_Scalar(_register(target) or target, _computation(name, operands), condition, otherwise))
 
 
 def _register(token: str | None) -> str | None:
@@ -254,61 +264,82 @@ def _condition(token: str | None, negation: str | None) -> _Condition:
     return _Condition(_register(token), negation == "!")
 
 
+def _reader(token: str) -> Reader:
+    name = _register(token)
+    if name is None:
+        number = _literal(token)
+        return lambda registers: number
+    if not token.startswith("!"):
+        return lambda registers: registers.get(name)
+
+    def negated(registers: Values) -> int | None:
+        value = registers.get(name)
+        return None if value is None else int(not value)
+
+    return negated
+
+
+def _computation(name: str, operands: list[str]) -> Callable[[Values, Values], int | None]:
+    """Return a scalar instruction as a function of registers and memory."""
+    base, readers = name.split(".")[0], [_reader(operand) for operand in operands]
+    if base == "sld":
+        place = re.match(r"\[smem:(.*)\]$", operands[0])
+        return lambda registers, memory: memory.get(place[1]) if place else None
+    if base == "scalar_select":
+        condition, yes, no = readers[:3]
+
+        def select(registers: Values, memory: Values) -> int | None:
+            chosen = condition(registers)
+            return None if chosen is None else (yes if chosen else no)(registers)
+
+        return select
+    if base == "scalar_lea":
+        operation: Callable[..., int] = lambda *values: sum(values)  # noqa: E731 - beside those of the table
+    elif base == "scmp":
+        compare, is_signed = _COMPARISONS[name.split(".")[1]], ".s32" in name
+        operation = lambda a, b: compare(_signed(a), _signed(b)) if is_signed else compare(a, b)  # noqa: E731
+    else:
+        operation, readers = _OPERATIONS.get(base, lambda *values: 0), readers[:2]
+    settled = {"pand": 0, "pnand": 0, "por": 1, "pnor": 1}.get(base)  # one such operand decides, whatever the other is
+    known = base in _OPERATIONS or base in ("scalar_lea", "scmp")
+
+    def compute(registers: Values, memory: Values) -> int | None:
+        values = [read(registers) for read in readers]
+        if settled is not None and settled in values:
+            return int(base in ("pnand", "por"))
+        return operation(*values) & _MASK if known and None not in values else None
+
+    return compute
+
+
 class _ScalarUnit:
-    """Scalar registers by their physical names, and SMEM; None is a value that is not known."""
+    """Scalar registers by their physical names, and SMEM."""
 
     def __init__(self) -> None:
-        self.registers: dict[str, int | None] = {}
-        self.memory: dict[str, int | None] = {}
+        self.registers: Values = {}
+        self.memory: Values = {}
 
     def holds(self, condition: _Condition) -> bool | None:
         """Whether a condition holds; None where that is not known."""
-        value = 1 if condition.register is None else self.registers.get(condition.register)
+        if condition.register is None:
+            return not condition.negated
+        value = self.registers.get(condition.register)
         return None if value is None else bool(value) != condition.negated
 
-    def value(self, token: str) -> int | None:
-        if name := _register(token):
-            found = self.registers.get(name)
-            return int(not found) if found is not None and token.startswith("!") else found
-        return _literal(token)
-
-    def run(self, scalars: Iterable[_Scalar], stores: Iterable[tuple[str, str]]) -> None:
+    def run(self, scalars: Iterable[_Scalar], stores: Iterable[tuple[str, Reader]]) -> None:
         """Run a bundle's scalar instructions: all read what was there before any of them writes."""
-        new: dict[str, int | None] = {}
+        new: Values = {}
         for one in scalars:
-            holds = self.holds(one.condition)
+            holds = one.condition is None or self.holds(one.condition)
             if holds:
-                new[one.target] = self.compute(one.name, one.operands)
+                new[one.target] = one.compute(self.registers, self.memory)
             elif holds is None:
                 new[one.target] = None
             elif one.otherwise is not None:
-                new[one.target] = self.value(one.otherwise)
-        for place, token in stores:
-            self.memory[place] = self.value(token)
+                new[one.target] = one.otherwise(self.registers)
+        for place, read in stores:
+            self.memory[place] = read(self.registers)
         self.registers.update(new)
-
-    def compute(self, name: str, operands: list[str]) -> int | None:
-        """Return an instruction's result."""
-        base = name.split(".")[0]
-        if base == "sld":
-            found = re.match(r"\[smem:(.*)\]$", operands[0])
-            return self.memory.get(found[1]) if found else None
-        values = [self.value(operand) for operand in operands]
-        if base == "scalar_select":
-            return None if values[0] is None else values[1 if values[0] else 2]
-        if base in ("pand", "pnand") and 0 in values[:2]:
-            return int(base == "pnand")
-        if base in ("por", "pnor") and 1 in values[:2]:
-            return int(base == "por")
-        if None in values:
-            return None
-        if base == "scalar_lea":
-            return sum(values) & _MASK
-        if base == "scmp":
-            a, b = map(_signed, values[:2]) if ".s32" in name else values[:2]
-            return int(_COMPARISONS[name.split(".")[1]](a, b))
-        operation = _OPERATIONS.get(base)
-        return None if operation is None else operation(*values[:2]) & _MASK
 
 
 @functools.cache
@@ -359,8 +390,8 @@ class _Machine:
         self.issued += 1
         if bundle.rows:
             self._multiply(bundle.rows)
-        for condition, token in bundle.waits:
-            arrival = self.arrives.get(self.scalars.value(token), 0.0)
+        for condition, read in bundle.waits:
+            arrival = self.arrives.get(read(self.scalars.registers), 0.0)
             if arrival > self.now and self.scalars.holds(condition):
                 self.dma_wait += arrival - self.now
                 self.now = arrival
@@ -398,10 +429,11 @@ class _Machine:
     def _copy(self, copy: _Dma) -> None:
         if not self.scalars.holds(copy.condition):
             return
-        size = (self.scalars.value(copy.size) or 0) * self.core.granule if copy.of_hbm else 0
+        registers = self.scalars.registers
+        size = (copy.size(registers) or 0) * self.core.granule if copy.of_hbm else 0
         self.moved += size
         self.channel = max(self.channel, self.now) + size * self.cycles_per_byte
-        self.arrives[self.scalars.value(copy.flag) if copy.flag else None] = self.channel + _LATENCY
+        self.arrives[copy.flag(registers)] = self.channel + _LATENCY
 
     def _taken(self, condition: _Condition) -> bool:
         taken = self.scalars.holds(condition)

@@ -1,9 +1,10 @@
 """How long a TPU takes for a compiled program, by what libtpu's compiler says of it, with no TPU at hand.
 
-Four kinds of evidence, each where it agrees with known facts (checked on a v5e's programs):
+Five kinds of evidence, each where it agrees with known facts (checked on a v5e's programs):
 
+- whatever was dumped: its bundles (`bundles`);
 - products that XLA fuses: the compiler's own `estimated_cycles`, and the bytes they move;
-- Pallas kernels: their bundles (`bundles`) where they were dumped, else a share of the peak stored here;
+- Pallas kernels: a share of the peak that is stored here;
 - other operations: their bytes at 90% of the bandwidth, or their vector instructions;
 - collectives: their bytes by the links' bandwidth. Asynchronous ones are hidden by the compute beside them.
 """
@@ -93,11 +94,17 @@ class _Pricing:
             hidden = one.opcode.endswith("-start")
             return Price(0.0 if hidden else seconds, "collectives", "link", behind=seconds if hidden else 0.0)
         sources = self.module.sources(one)
+        is_kernel = "tpu_custom_call" in one.text
+        kind, products = self._kind(one, around, sources)
+        if is_kernel and kind != "attention":
+            kind = "products"
+        if one.name in self.dumped:
+            timing = self._run(self.dumped[one.name], _unmasked(one) if is_kernel and kind == "attention" else 1.0)
+            return Price(timing.seconds, kind, "bundles", timing.hbm_bytes)
+        if is_kernel:
+            return self._kernel(one, around, kind)
         moved = self.module.traffic(one, around)
         memory = moved / self.bandwidth
-        if "tpu_custom_call" in one.text:
-            return self._kernel(one, around, sources)
-        kind, products = self._kind(one, around, sources)
         if products:
             cycles = one.number("estimated_cycles") / self.core.hertz
             least = sum(_padded(*sizes) for sizes in products) / self.device.flops
@@ -124,19 +131,13 @@ class _Pricing:
         )
         return numbers / _LANES / self.core.hertz
 
-    def _kernel(self, one: Operation, around: Computation, sources: str) -> Price:
-        """Return the price of a Pallas kernel: by its bundles, or by its work at a share of the peak."""
-        attention = is_attention(one, sources)
-        kind = "attention" if attention else "products"
-        if one.name in self.dumped:
-            share = _unmasked(one) if attention else 1.0
-            timing = self._run(self.dumped[one.name], share)
-            return Price(timing.seconds, kind, "bundles", timing.hbm_bytes)
+    def _kernel(self, one: Operation, around: Computation, kind: str) -> Price:
+        """Return the price of a Pallas kernel by its work at a share of the peak, which its memory is hidden behind."""
         self.by_share = True
-        moved = self.module.traffic(one, around)
+        attention = kind == "attention"
         work, part = _attention_work(one) if attention else _product_work(one, around, self.device.device_kind)
         seconds = max(work / (self.device.flops * part), sum(s.moved for s in one.shapes) / self.bandwidth)
-        return Price(seconds, kind, "share", moved if attention else 0.0)
+        return Price(seconds, kind, "share")
 
     def _run(self, path: str, share: float) -> bundles.Timing:
         with open(path, errors="replace") as file:

@@ -47,7 +47,7 @@ def check_memory(config: Any, max_bytes: float | None = None, ask_compiler: bool
         return None
     log.info("%s (compiler: %s)", planning.verdict(figures), figures["compiler"])
     if figures["fits"] or not ask_compiler or (compile and figures["compiler"].startswith("none")):
-        return figures
+        return figures if local is not None else None  # the stand-in for a CPU is no measure of its speed
     print(planning.table(figures), file=sys.stderr)
     if max_bytes is not None and device.capacity <= max_bytes:
         raise UserError(f"this job takes more than {max_bytes / 1e6:,.4g} MB of a device; {_advice(config, device)}")
@@ -60,18 +60,24 @@ def check_memory(config: Any, max_bytes: float | None = None, ask_compiler: bool
 def as_planned(config: Any, figures: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
     """Return the configuration with what a plan has chosen in it, and what the run's summary is to say of the plan.
 
-    Both choice and expected speed are said aloud. Without figures the configuration is as it was.
+    Both choice and expected speed are said aloud. Of several processes process 0's choice counts, since all have to run
+    the same program. Without figures the configuration is as it was.
     """
+    from tpu_tune import planning
+    from tpu_tune.training import distributed
+
+    ways, chosen = planning.choice.ways(config), (figures or {}).get("chosen")
+    number = ways.index(planning.choice.way_of(config, chosen)) if chosen else -1
+    number = distributed.from_main([number], "how a step is run")[0]
+    if number >= 0:
+        config = planning.choice.with_overrides(config, ways[number])
     if not figures:
         return config, {}
-    from tpu_tune import planning
-
-    time, chosen = figures["step"]["time"], figures.get("chosen")
+    time = figures["step"]["time"]
     facts: dict[str, Any] = {"estimate": {**time, "device": figures["device"]}}
     if chosen:
-        say(planning.choice.words(chosen))
         facts["chosen"] = chosen
-        config = planning.choice.with_overrides(config, {key: chosen[key] for key in chosen if key != "why"})
+        say(planning.choice.words(chosen))
     for line in planning.time_lines(time):
         say(line.strip())
     return config, facts

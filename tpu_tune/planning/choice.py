@@ -69,6 +69,11 @@ def chosen(
     return {**{key: way[key] for key in open_keys}, "why": why + (f"; {', '.join(larger)}" if larger else "")}
 
 
+def way_of(config: ConfigDict, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides of `KEYS` that a choice means."""
+    return {key: found.get(key, configuration.config_get(config, key)) for key in KEYS}
+
+
 def words(found: Mapping[str, Any]) -> str:
     """Return a choice as a line: `model.remat=dots: the fastest that fits, by the compiler; none needs 18.1 GB`."""
     keys = ", ".join(f"{key}={value}" for key, value in found.items() if key != "why")

@@ -172,7 +172,7 @@ def _attention_work(one: Operation) -> tuple[float, float]:
     sizes = max((shape.dims for shape in one.shapes), key=math.prod, default=(1, 1, 1))
     width, tokens = sizes[-1], sizes[-2] if len(sizes) > 1 else 1
     heads = math.prod(sizes[:-2])
-    products = 2 if _is_forward(one) else 5 if len(one.shapes) > 2 else 3  # dK and dV with or without dQ
+    products = 2 if _is_forward(one) else 4 if "dkv" in one.name else 3
     work = products * 2.0 * heads * max(width, _NARROW) * tokens * (tokens + 1) / 2
     return work, ATTENTION_SHARE["forward" if _is_forward(one) else "backward"]
 

@@ -62,7 +62,9 @@ class Tries:
             counted = plan(config, self.device, self.rows, compile=False, evaluate=False)
         except UserError as error:  # a step has more rows than the data
             return {**figures, "notes": [*figures["notes"], str(error)]}
-        return {**figures, "run": counted["run"]}
+        run, slower = counted["run"], figures["step"]["seconds_estimate"] / counted["step"]["seconds_estimate"]
+        hours = run["hours_estimate"]
+        return {**figures, "run": {**run, "hours_estimate": hours and hours * slower}}
 
 
 def rows_per_device(config: ConfigDict, rows: int) -> Overrides:

@@ -61,7 +61,6 @@ def test_a_gather_takes_the_links_bandwidth_unless_compute_hides_it():
     sent = 4096 * 4096 * 2 * 7 / 8
     assert gather.kind == "collectives"
     assert gather.seconds == pytest.approx(sent / (2 * tpu_time.LINK["TPU v5 lite"]))
-    assert not tpu_time.estimate(GATHER.replace("[1,8]", "[8,1]"), find_device("v5e-8"))[0]
 
 
 def test_where_the_time_goes_adds_up():

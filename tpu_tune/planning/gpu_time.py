@@ -19,9 +19,9 @@ from tpu_tune.planning.program_time import (
     BY_COMPILER,
     Cost,
     Price,
+    collectives,
     costs,
     is_attention,
-    is_collective,
     is_copy,
     is_dropout,
     link_seconds,
@@ -55,8 +55,10 @@ def estimate(text: str, device: Device) -> tuple[list[Cost], str]:
     def price(one: Operation, around: Computation) -> Price | None:
         if one.opcode.endswith(("-done", "-update")):
             return None
-        if is_collective(one):
-            return Price(link_seconds(one, _link(device, card), device.count) + START, "collectives", "link")
+        if sending := collectives(one, module.fused(one)):
+            seconds = sum(link_seconds(inner, _link(device, card), device.count) for inner in sending) + START
+            hidden = one.opcode.endswith("-start")
+            return Price(0.0 if hidden else seconds, "collectives", "link", behind=seconds if hidden else 0.0)
         sources = module.sources(one)
         products = module.products(one, around)
         moved = module.traffic(one, around)

@@ -99,8 +99,10 @@ def costs(module: Module, price: Pricing, bandwidth: float) -> list[Cost]:
                 found += walk(one.called("body"), runs * (turns or (around + 1) / 2), turns or 1)
             elif one.opcode == "conditional":
                 found += max((walk(branch, runs, around) for branch in module.branches(one)), key=total, default=[])
-            elif one.opcode == "call" or (one.opcode == "async-start" and one.called("calls")):
-                found += walk(one.called("to_apply") or one.called("calls"), runs, around)
+            elif one.opcode == "call":
+                found += walk(one.called("to_apply"), runs, around)
+            elif one.opcode == "async-start" and one.called("calls"):
+                behind += total(walk(one.called("calls"), 1.0, around))
             elif one.opcode not in FREE and (cost := price(one, computation)) is not None:
                 seconds, moved, behind = seconds + cost.seconds, moved + cost.bytes, behind + cost.behind
                 if cost.seconds:
@@ -130,14 +132,15 @@ def summary(found: list[Cost], how: str) -> dict[str, Any]:
     }
 
 
-def is_collective(one: Operation) -> bool:
-    """Whether an operation moves data between devices (its start, where it has one)."""
-    return bool(_COLLECTIVE.match(one.opcode))
+def collectives(one: Operation, fused: Computation) -> list[Operation]:
+    """Return the operations that move data between devices: this one (its start, where it has one), or those in it."""
+    return [inner for inner in (one, *fused.values()) if _COLLECTIVE.match(inner.opcode)]
 
 
 def is_attention(one: Operation, sources: str) -> bool:
     """Whether an operation belongs to attention, or to what stands in its place in other layers."""
-    text = f"{one.name} {one.op_name} {sources}".lower()
+    target = re.search(r'custom_call_target="([^"]*)"', one.text)
+    text = f"{one.name} {one.op_name} {sources} {target[1] if target else ''}".lower()
     return any(name in text for name in ("splash", "mha", "fmha", "kernels/blockwise", "kernels/delta_rule")) or (
         "kernels/attention" in text and "kernels/gpu" not in text
     )

@@ -24,15 +24,15 @@ from tpu_tune.planning.program_time import (
     BY_KERNELS,
     Cost,
     Price,
+    collectives,
     costs,
     is_attention,
-    is_collective,
     is_copy,
     is_dropout,
     link_seconds,
 )
 
-LINK = {  # bytes a second of one link in one direction, as published less a tenth; a ring uses both directions
+LINK = {  # bytes a second of one link in one direction, as published less a tenth
     "TPU v2": 56e9, "TPU v3": 74e9, "TPU v4": 45e9, "TPU v5 lite": 45e9, "TPU v5": 90e9, "TPU v6 lite": 90e9,
 }  # fmt: skip
 # Shares of the MXU's peak that a Pallas kernel reaches where its bundles were not dumped: of the quantized product by
@@ -89,10 +89,11 @@ class _Pricing:
             return Price(0.0, "copies", "bytes", min(sizes, default=0.0))
         if one.opcode.endswith(("-done", "-update")):
             return None
-        if is_collective(one):
-            seconds = link_seconds(one, 2 * LINK[self.device.device_kind], self.device.count)
-            hidden = one.opcode.endswith("-start")
-            return Price(0.0 if hidden else seconds, "collectives", "link", behind=seconds if hidden else 0.0)
+        links = 2 * LINK[self.device.device_kind]  # a ring uses both directions
+        sent = sum(link_seconds(i, links, self.device.count) for i in collectives(one, self.module.fused(one)))
+        if sent and not self.module.products(one, around):
+            hidden = "-start" in one.opcode or "-start" in one.name
+            return Price(0.0 if hidden else sent, "collectives", "link", behind=sent if hidden else 0.0)
         sources = self.module.sources(one)
         is_kernel = "tpu_custom_call" in one.text
         kind, products = self._kind(one, around, sources)
@@ -110,7 +111,7 @@ class _Pricing:
             least = sum(_padded(*sizes) for sizes in products) / self.device.flops
             if cycles and min(min(sizes[1:]) for sizes in products) >= _NARROW:
                 least = cycles
-            return Price(max(least, memory), kind, "estimate" if cycles else "FLOPs", moved)
+            return Price(max(least, memory), kind, "estimate" if cycles else "FLOPs", moved, behind=sent)
         return Price(max(memory, self._vector_seconds(one)), kind, "bytes", moved)
 
     def _kind(self, one: Operation, around: Computation, sources: str) -> tuple[str, list[tuple[int, int, int, int]]]:

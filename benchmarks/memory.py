@@ -31,7 +31,7 @@ _ONE_ROW = {
 _QLORA = {"data.max_length": 2048, **_ONE_ROW}
 _CHUNKED = {**_QLORA, "model.token_chunk_size": 512}  # projections and MLP of so many tokens at one time
 _SPARSE = {"lora.dropout": 0.0}  # adapters on experts have none
-_OFFLOAD = {"model.remat": "offload", "lora.rank": 32, "model.token_chunk_size": 4096}
+_OFFLOAD = {"model.remat": "offload", "lora.rank": 32}
 _OVER_EIGHT = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.sequence": 8}
 
 

@@ -510,7 +510,7 @@ def measured_by_rows(per_row, fixed):
         bits = {"none": 16, "int8": 8, "int4": 4, "nf4": 4}[config["quantize"]["format"]]
         rows = config["train"]["per_device_train_batch_size"]
         frozen = int(fixed * bits / 4) // job["count"]
-        within = int(per_row * rows * {"full": 1, "dots": 4, "none": 20}[config["model"]["remat"]])
+        within = int(per_row * rows * {"auto": 1, "full": 1, "dots": 4, "none": 20}[config["model"]["remat"]])
         within //= 4 if config["model"]["token_chunk_size"] else 1
         held = {"frozen": frozen, "trainable": 0, "optimizer": 0, "batch": 0}
         train = {"fits": True, "arguments": frozen, "peak": frozen + within, "host": 0}

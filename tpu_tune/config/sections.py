@@ -56,8 +56,8 @@ class Model:
     # full keeps each layer's input, offload keeps it on the host, dots the results of linear layers, none all;
     # auto: `tpu-tune train` takes the fastest that fits the device and records it; where it cannot tell, full.
     remat: Literal["auto", "none", "full", "dots", "offload"] = key("auto", "what the backward pass computes again")
-    # 0: as many as fit, chosen as remat is; where that cannot be told, all to 8,192, then 4,096.
-    token_chunk_size: int = key(0, "a device's tokens in a layer at a time; 0: as many as fit", at_least=0)
+    # Where remat=auto chooses, 0 is as many as fit.
+    token_chunk_size: int = key(0, "a device's tokens in a layer at a time; 0: all to 8,192, then 4,096", at_least=0)
     adapter: str = key("", "start from this PEFT adapter directory instead of a fresh one")
     add_special_tokens: Sequence[str] = key([], 'e.g. ["<|im_start|>"]; new rows are the mean of the old ones')
     train_added_tokens: bool = key(False, "train their rows under method=lora too; full trains every row anyway")

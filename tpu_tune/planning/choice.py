@@ -1,7 +1,8 @@
 """Which of the ways to run a step is taken where the configuration leaves it open: the fastest that fits.
 
-`model.remat=auto` and `model.token_chunk_size=0` change no result, only time and memory. Each way is a set of config
-overrides; what a device needs for it is estimated (`scratch`), and asked of the compiler where there is one.
+What `model.remat=auto` leaves open, with `model.token_chunk_size=0` beside it, changes no result, only time and memory.
+Each way is a set of config overrides; what a device needs for it is estimated (`scratch`), and asked of the compiler
+where there is one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
-from tpu_tune.training.execution import REMAT, TOKEN_CHUNK
+from tpu_tune.training.execution import REMAT, TOKEN_CHUNK, remat
 
 KEYS = ("model.remat", "model.token_chunk_size")
 MARGIN = 4 / 3  # of estimated scratch, where no compiler confirms the estimate
@@ -23,19 +24,25 @@ _FASTEST_FIRST = ("none", "dots", REMAT)  # by what they compute again
 def ways(config: ConfigDict) -> list[dict[str, Any]]:
     """Return the ways to run a step, as overrides of `KEYS`, from the fastest and largest to the slowest and smallest.
 
-    What the configuration sets stays as it is.
+    Without `model.remat=auto` the configuration is the only one, and what it sets of the tokens stays as it is.
     """
-    remats = _FASTEST_FIRST if config.model.remat == "auto" else (config.model.remat,)
+    if config.model.remat != "auto":
+        return [{key: configuration.config_get(config, key) for key in KEYS}]
     tokens = config.train.per_device_train_batch_size * config.data.max_length
     found = []
-    for remat in remats:
+    for kept in _FASTEST_FIRST:
         chunks = [config.model.token_chunk_size]
-        if not chunks[0] and remat in ("full", "offload"):
+        if not chunks[0] and kept == REMAT:
             # Where there are so many that 0 stands for chunks, the number of all of them says that they are not cut.
             whole = tokens if tokens > 2 * TOKEN_CHUNK else 0
             chunks = [whole, *[size for size in (TOKEN_CHUNK, _CHUNK) if size < tokens]]
-        found += [dict(zip(KEYS, (remat, chunk), strict=True)) for chunk in chunks]
+        found += [dict(zip(KEYS, (kept, chunk), strict=True)) for chunk in chunks]
     return found
+
+
+def usual(config: ConfigDict) -> dict[str, Any]:
+    """Return the way that is taken where nobody chooses."""
+    return {KEYS[0]: remat(config), KEYS[1]: config.model.token_chunk_size}
 
 
 def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
@@ -57,15 +64,11 @@ def chosen(
       tried: the ways that do not fit, each with `way` and `bytes` (0 where they are not known).
       by: whose word that it fits is.
     """
-    open_keys = [key for key in KEYS if configuration.config_get(config, key) != way.get(key, 0)]
-    if config.model.remat == "auto" and KEYS[0] not in open_keys:
-        open_keys.insert(0, KEYS[0])
+    open_keys = [key for key in KEYS if configuration.config_get(config, key) != way[key]]
     if not open_keys:
         return None
     why = f"the fastest that fits, {by}" if not _is_last(config, way) else f"what takes the least memory, {by}"
-    larger = [
-        f"{_short(one['way'])} {_needs(one['bytes'])}" for one in tried if one["way"].get(KEYS[0]) in _FASTEST_FIRST
-    ]
+    larger = [f"{_short(one['way'])} {_needs(one['bytes'])}" for one in tried]
     return {**{key: way[key] for key in open_keys}, "why": why + (f"; {', '.join(larger)}" if larger else "")}
 
 

@@ -74,10 +74,10 @@ def plan(
     shapes = model_config(config)
     arch = architecture(shapes)
     evaluates = evaluate and configuration.evaluates(config)
-    ways = choice.ways(config)
+    usual = choice.usual(config)
     job = {
-        "config": configuration.to_dict(choice.with_overrides(config, ways[-1])),
-        "ways": ways,
+        "config": configuration.to_dict(choice.with_overrides(config, usual)),
+        "ways": choice.ways(config),
         "model_config": shapes,
         "topology": device.topology,
         "count": device.count,
@@ -89,7 +89,7 @@ def plan(
     if compile:
         say(what_a_plan_does(device, kernels=kernels))
     measured = run_job(job, device.kind, timeout)
-    way = measured.get("way", ways[-1])
+    way = measured.get("way") or usual
     by = "by an estimate of its bytes" if not measured["compiler"] else program_time.BY_COMPILER
     found = figures(choice.with_overrides(config, way), device, arch, measured, rows, evaluates)
     return {**found, "chosen": choice.chosen(config, way, measured.get("tried", []), by)}

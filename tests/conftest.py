@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import itertools
 import os
 import pathlib
 import platform
@@ -53,6 +54,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 MEMORY_FOR_COMPILED_FUNCTIONS = 2.5e9  # bytes of a process
+MAPS_FOR_COMPILED_FUNCTIONS = 30_000  # pieces of its address space
+_tests_done = itertools.count(1)
 
 
 def _resident_bytes() -> int:
@@ -62,19 +65,41 @@ def _resident_bytes() -> int:
         return 0
 
 
+def _maps() -> int:
+    try:
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def _let_go() -> None:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library: it gives back what it will
+        pass
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _bounded_memory() -> Iterator[None]:
     """Let go of compiled functions after a file whose end finds many of them: else a worker grows to 7 GB."""
     yield
     if _resident_bytes() > MEMORY_FOR_COMPILED_FUNCTIONS:
-        import jax
+        _let_go()
 
-        jax.clear_caches()
-        gc.collect()
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # another C library: it gives back what it will
-            pass
+
+@pytest.fixture(autouse=True)
+def _bounded_maps() -> Iterator[None]:
+    """Let go of them within a file too: each is mapped in pieces, and Linux lets a process have 65,530.
+
+    Past that the compiler's allocations fail, and the process dies of a segmentation fault.
+    """
+    yield
+    if next(_tests_done) % 25 == 0 and _maps() > MAPS_FOR_COMPILED_FUNCTIONS:  # looking takes up to 50 ms
+        _let_go()
 
 
 def _fetch_or_skip(name: str) -> pathlib.Path:

@@ -122,6 +122,27 @@ def test_adafactor_equals_transformers():
     assert_close(run_ours(settings(optim="adafactor"), 20, lr), wanted, 2e-6)
 
 
+def test_muon_equals_torch_and_leaves_the_rest_to_adamw(monkeypatch):
+    """Torch's Newton-Schulz steps are in bfloat16, whose rounding is its own; here both are in float32."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.clone())
+    adam = dict(betas=(0.9, 0.99), eps=1e-6)
+
+    def make(groups):
+        matrices = [value for value in groups[0]["params"] if value.ndim == 2 and len(value) != 40]
+        rest = [value for value in groups[0]["params"] if not any(value is matrix for matrix in matrices)]
+        muon = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW([{"params": rest, "weight_decay": 0.1}, groups[1]], **adam)
+
+        def step():
+            muon.step()
+            adamw.step()
+
+        return types.SimpleNamespace(param_groups=[*muon.param_groups, *adamw.param_groups], step=step)
+
+    assert_close(run_ours(settings(optim="muon"), 20, lr), run_torch(make, 20, lr), 1e-5)
+
+
 def test_lion_equals_its_formula():
     params = {path: np.asarray(x, np.float64) for path, x in flat(random_tree(0)).items()}
     moments = {path: np.zeros_like(x) for path, x in params.items()}

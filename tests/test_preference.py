@@ -109,6 +109,9 @@ def test_thirty_steps_follow_trl(tiny: pathlib.Path, tmp_path: pathlib.Path, cas
     rows = preference.run(name, method, tiny, tmp_path)
     for key, expected in GOLDEN[case].items():
         found = np.array([row[key] for row in rows])
+        if name == "simpo" and key == "nll_loss":  # TRL writes 0, having no use for it; here it is what it is
+            assert not any(expected) and found.min() > 0
+            continue
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.nanmax(np.abs(expected)), err_msg=key)
     assert rows[-1]["loss"] < rows[0]["loss"]
 

@@ -102,6 +102,7 @@ def test_merged_and_gguf_exports_are_those_of_the_result(capsys, home, tmp_path,
             held = files(out) if out.is_dir() else out.read_bytes()
             figures.append((held, {**json.loads(capsys.readouterr().out), "output": ""}))
         assert figures[0] == figures[1]
+    assert (tmp_path / "ended-0" / "m.Modelfile").read_text().startswith("FROM ./m.gguf\n")
     stored = json.loads((tmp_path / "ended-0" / "half" / "config.json").read_text())
     assert stored["torch_dtype"] == "bfloat16"  # of a run that trained every weight too
 

@@ -194,7 +194,7 @@ def test_frozen_leaves_stay_bit_equal_and_the_optimizer_sees_none(tiny: pathlib.
 
 
 @pytest.mark.parametrize(
-    "optim", ["adamw", "adamw_8bit", "adafactor", "sgd", "lion", "adamw_bnb_8bit", "paged_lion_32bit"]
+    "optim", ["adamw", "adamw_8bit", "adafactor", "sgd", "lion", "muon", "adamw_bnb_8bit", "paged_lion_32bit"]
 )
 def test_every_optimizer_lowers_the_loss(tiny: pathlib.Path, optim: str) -> None:
     rate = {"sgd": 1.0, "lion": 3e-3, "paged_lion_32bit": 3e-3}.get(optim, 1e-2)

@@ -71,6 +71,9 @@ def check_forms(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run it; return the exit status."""
+    from tpu_tune.checkpoints import ollama
+    from tpu_tune.checkpoints.params import open_architecture
+    from tpu_tune.checkpoints.source import open_source
     from tpu_tune.inference import export
 
     figures: dict[str, Any] = {}
@@ -79,9 +82,13 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--step belongs to what was trained; the base is the same at every step")
     if options.gguf:
         kind = options.gguf_type or "f16"
+        export.check_output(ollama.modelfile_of(options.output))
         figures = export.export_gguf(
             options.run_directory, options.output, options.merge_base or "original", kind, options.step
         )
+        written = open_source(options.output)
+        runs_there = open_architecture(written).encoder is None
+        has_template = runs_there and ollama.write_modelfile(options.output, written)
         what = f"the merged model as GGUF, {kind.upper()}"
     elif options.base:
         export.export_base(
@@ -106,4 +113,7 @@ def run(options: argparse.Namespace) -> int:
             f"({figures['relative_logit_difference']:.2%} of the largest), the first guess is the same in "
             f"{figures['same_first_guesses']:.1%} of places"
         )
+    if options.gguf and runs_there:
+        file = ollama.modelfile_of(options.output)
+        print(f"{file}: for `ollama create NAME -f`{'' if has_template else ', which has to guess the template'}")
     return 0

@@ -15,12 +15,25 @@ from collections.abc import Sequence
 from tpu_tune import __version__
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import storage
-from tpu_tune.cli import curves, data, eval, export, generate, inspect, lr_find, plan, push, train
+from tpu_tune.cli import chat, curves, data, eval, export, generate, inspect, lr_find, plan, push, train
 from tpu_tune.cli.common import Commands, Parser
 from tpu_tune.cli.hf import command as hf
 from tpu_tune.errors import UserError
 
-COMMANDS = (train, lr_find, hf, plan, curves, data, generate, eval, export, push, inspect)  # in the order of the help
+COMMANDS = (
+    train,
+    lr_find,
+    hf,
+    plan,
+    curves,
+    data,
+    generate,
+    chat,
+    eval,
+    export,
+    push,
+    inspect,
+)  # in the order of the help
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ def export_result(run: str, output: str, step: Step = None) -> str:
     """
     directory = RunDirectory(run)
     config = directory.config()
-    _check_output(output)
+    check_output(output)
     write_result(directory, config, step, output)
     return config.method
 
@@ -69,7 +69,7 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     """
     directory = RunDirectory(run)
     config = directory.config()
-    _check_output(output)
+    check_output(output)
     if config.method != "lora" and not dtype:
         write_result(directory, config, step, output)
         return {"max_logit_difference": 0.0, "relative_logit_difference": 0.0, "same_first_guesses": 1.0}
@@ -97,7 +97,7 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
     config = directory.config()
     if not output.endswith(".gguf"):
         raise UserError(f"--output is {output}; a GGUF file's name ends with .gguf")
-    _check_output(output)
+    check_output(output)
     source, arch, load_tree = _trained(directory, config, step)
     text = says_how_taught(
         as_text_model(source), directory
@@ -170,7 +170,7 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
       base: dequantized (what the adapter was trained over) | original.
       dtype: the tensors' dtype; by default the original's, float32 from a GGUF.
     """
-    _check_output(output)
+    check_output(output)
     directory = RunDirectory(run)
     config = directory.config()
     source = open_base(directory, config)
@@ -179,7 +179,7 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
     write_model(output, load_params(source, arch, jnp.float32, quantization), source, arch, dtype)
 
 
-def _check_output(output: str) -> None:
+def check_output(output: str) -> None:
     """Refuse to replace what is there: it may be anything, the run itself too."""
     there = storage.exists(output) or os.path.islink(output)
     if there and not (storage.is_dir(output) and not storage.list_names(output)):

@@ -2,15 +2,15 @@
 
 Prompts are padded on the left to a common length, so that all rows write their next token at one position; padding is
 segment 0, which no token sees, and positions count from each prompt's first token. An encoder-decoder reads its
-prompts in the encoder and answers from its start token. The whole loop is one jitted function; it stops when every row
-has ended.
+prompts in the encoder and answers from its start token. `_start` reads the prompts and `_go_on` is the loop over
+tokens, one jitted function each; the loop stops when every row has ended, or for `stream_ids` after every few tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,13 +95,29 @@ def encode_prompt(
     """
     if not chat:
         return encode_text(tokenizer, prompt)
+    return encode_chat(tokenizer, [{"role": "user", "content": prompt}], template_kwargs)
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Return the token ids of a chat whose next message is the model's, through the chat template.
+
+    Args:
+      tokenizer: the model's tokenizer.
+      messages: `role` and `content` of each.
+      template_kwargs: variables of the template (`data.chat_template_kwargs`).
+
+    Raises:
+      UserError: there is no template, or it refuses the chat.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             "this tokenizer has no chat template; use --no-chat (chat=False in Python) to go on from plain text"
         )
     with template_errors(tokenizer.chat_template, _refused):
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
+            [dict(message) for message in messages],
             add_generation_prompt=True,
             tokenize=False,
             **(template_kwargs or {}),
@@ -166,9 +182,25 @@ def generate_ids(
     Raises:
       UserError: an empty prompt, or more tokens than the model has positions for.
     """
+    return (
+        list(stream_ids(arch, params, prompts, sampling, ends, dtype, sampling.max_new_tokens))[-1] if prompts else []
+    )
+
+
+def stream_ids(
+    arch: Architecture,
+    params: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    ends: Sequence[int],
+    dtype: Any,
+    every: int,
+) -> Iterator[list[list[int]]]:
+    """Yield what `generate_ids` returns as it grows: after every `every` tokens, and at the end.
+
+    Args: see `generate_ids`; at least one prompt.
+    """
     check_writes(arch)
-    if not prompts:
-        return []
     if not all(prompts):
         raise UserError("a prompt is empty; generation needs at least one token to go on from")
     encoder, starts = None, prompts
@@ -176,29 +208,27 @@ def generate_ids(
         encoder, starts = _padded(prompts), [[arch.start_token]] * len(prompts)
     check_length(arch, max(map(len, starts)) + sampling.max_new_tokens)
     steps = -(-sampling.max_new_tokens // _ROUND) * _ROUND
-    new = np.asarray(
-        _generate(
-            arch,
-            jnp.dtype(dtype),
-            steps,
-            sampling.top_k,
-            params,
-            _padded(starts),
-            encoder,
-            _Choice(
-                jnp.int32(sampling.max_new_tokens),
-                jnp.float32(sampling.temperature),
-                jnp.float32(sampling.top_p),
-                jax.random.key(sampling.seed),
-                jnp.asarray(list(ends) or [-1], jnp.int32),
-            ),
-        )
+    choice = _Choice(
+        jnp.float32(sampling.temperature),
+        jnp.float32(sampling.top_p),
+        jax.random.key(sampling.seed),
+        jnp.asarray(list(ends) or [-1], jnp.int32),
     )
-    answers = []
-    for row in new[:, : sampling.max_new_tokens]:
-        ended = np.flatnonzero(np.isin(row, list(ends)))
-        answers.append([int(token) for token in (row[: ended[0]] if len(ended) else row)])
-    return answers
+    ids, real = _padded(starts)
+    state = _start(arch, jnp.dtype(dtype), steps, params, ids, real, encoder)
+    last = np.sum(real, axis=1, dtype=np.int32) - 1
+    for written in range(every, sampling.max_new_tokens + every, every):
+        limit = jnp.int32(min(written, sampling.max_new_tokens))
+        state = _go_on(arch, jnp.dtype(dtype), sampling.top_k, params, state, last, limit, choice)
+        yield [_answer(row, ends) for row in np.asarray(state.written)[:, : int(limit)]]
+        if np.all(state.ended):
+            return
+
+
+def _answer(row: np.ndarray, ends: Sequence[int]) -> list[int]:
+    """The tokens of a row before the first that ends it."""
+    ended = np.flatnonzero(np.isin(row, list(ends)))
+    return row[: ended[0] if len(ended) else None].tolist()
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -215,49 +245,69 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 class _Choice(NamedTuple):
     """How tokens are chosen, as arrays: another value compiles nothing anew."""
 
-    limit: Int[Array, ""]
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
     key: Array
     ends: Int[Array, " E"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(
+class _State(NamedTuple):
+    """An answer so far: how many tokens, the next one's logits, the cache, the tokens, which rows have ended."""
+
+    number: Int[Array, ""]
+    logits: Float[Array, "B V"]
+    cache: Cache
+    written: Int[Array, "B steps"]
+    ended: Bool[Array, " B"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(
     arch: Architecture,
     dtype: Any,
     steps: int,
-    top_k: int,
     params: dict[str, Any],
-    prompts: tuple[Int[Array, "B T"], Int[Array, "B T"]],
+    ids: Int[Array, "B T"],
+    real: Int[Array, "B T"],
     encoder: tuple[Int[Array, "B M"], Int[Array, "B M"]] | None,
-    choice: _Choice,
-) -> Int[Array, "B steps"]:
+) -> _State:
+    """Read the prompts; there is room for `steps` tokens behind them."""
     model = Decoder(arch, params, Execution(dtype))
     encoder_output = encode(arch, params, Execution(dtype), *encoder) if encoder else None
-    ids, real = prompts
     batch, width = ids.shape
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-    cache = empty_cache(arch, batch, width + steps, dtype)
-    hidden, cache = model.hidden(ids, positions, real, cache, encoder_output)
+    hidden, cache = model.hidden(ids, positions, real, empty_cache(arch, batch, width + steps, dtype), encoder_output)
     logits = model.logits(hidden[:, -1]).astype(jnp.float32)
-    start = (jnp.int32(0), logits, cache, jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool))
+    return _State(jnp.int32(0), logits, cache, jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool))
 
-    def going(carry: tuple) -> Bool[Array, ""]:
-        number, _, _, _, ended = carry
-        return (number < choice.limit) & ~jnp.all(ended)
 
-    def one(carry: tuple) -> tuple[Array, Array, Cache, Array, Array]:
-        number, logits, cache, written, ended = carry
-        key = jax.random.fold_in(choice.key, number)
-        token = choose(logits, choice.temperature, top_k, choice.top_p, key)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _go_on(
+    arch: Architecture,
+    dtype: Any,
+    top_k: int,
+    params: dict[str, Any],
+    state: _State,
+    last: Int[Array, " B"],
+    limit: Int[Array, ""],
+    choice: _Choice,
+) -> _State:
+    """Write tokens until there are `limit` of them or all rows have ended; `last`: position of each prompt's end."""
+    model = Decoder(arch, params, Execution(dtype))
+
+    def going(state: _State) -> Bool[Array, ""]:
+        return (state.number < limit) & ~jnp.all(state.ended)
+
+    def one(state: _State) -> _State:
+        number, logits, cache, written, ended = state
+        token = choose(logits, choice.temperature, top_k, choice.top_p, jax.random.fold_in(choice.key, number))
         written = written.at[:, number].set(token)
         ended |= jnp.any(token[:, None] == choice.ends, axis=1)
-        position = positions[:, -1:] + 1 + number
-        hidden, cache = model.hidden(token[:, None], position, jnp.ones((batch, 1), jnp.int32), cache)
-        return number + 1, model.logits(hidden[:, -1]).astype(jnp.float32), cache, written, ended
+        position = last[:, None] + 1 + number
+        hidden, cache = model.hidden(token[:, None], position, jnp.ones_like(position), cache)
+        return _State(number + 1, model.logits(hidden[:, -1]).astype(jnp.float32), cache, written, ended)
 
-    return jax.lax.while_loop(going, one, start)[3]
+    return jax.lax.while_loop(going, one, state)
 
 
 def choose(logits: Float[Array, "B V"], temperature: Array, top_k: int, top_p: Array, key: Array) -> Int[Array, " B"]:

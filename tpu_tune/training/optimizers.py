@@ -13,6 +13,8 @@ How each relates to torch:
   to a root mean square of 1, no first moment, every matrix factored, vectors not).
 - sgd: `torch.optim.SGD` without momentum.
 - lion: bitsandbytes' Lion; its betas are `adam_beta1` and `adam_beta2`, as the Trainer passes them.
+- muon: `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` for matrices, adapters' too, and adamw for embeddings,
+  heads, norms and biases; see `muon`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import optax
 from tpu_tune.errors import UserError
 from tpu_tune.tensors import LeafSpec
 from tpu_tune.training.adam8bit import scale_by_adam_8bit
+from tpu_tune.training.muon import is_for_muon, scale_by_muon
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {  # our name -> Hugging Face's and bitsandbytes' spellings of it
     "adamw": (
@@ -38,6 +41,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {  # our name -> Hugging Face's and bit
     "adafactor": (),
     "sgd": (),
     "lion": ("lion_32bit", "paged_lion", "paged_lion_32bit"),
+    "muon": (),
 }  # fmt: skip
 
 
@@ -84,7 +88,7 @@ def make_optimizer(
     def mask(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: specs[dotted(path)].decay, params)
 
-    steps = [_direction(name, train, lambda path: specs[path].stacked, lambda path: specs[path].leading)]
+    steps = [_direction(name, train, specs)]
     if train.weight_decay:
         steps.append(optax.add_decayed_weights(train.weight_decay, mask))
     if factor is not None:
@@ -96,20 +100,25 @@ def make_optimizer(
     return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
 
 
-def _direction(
-    name: str, train: Any, stacked: Callable[[str], bool], leading: Callable[[str], int]
-) -> optax.GradientTransformation:
+def _direction(name: str, train: Any, specs: Mapping[str, LeafSpec]) -> optax.GradientTransformation:
     """Return an optimizer's update, before weight decay and the learning rate."""
     b1, b2, eps = train.adam_beta1, train.adam_beta2, train.adam_epsilon
+
+    def leading(path: str) -> int:
+        return specs[path].leading
+
     if name == "adamw":
         return optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
     if name == "adamw_8bit":
-        return scale_by_adam_8bit(b1, b2, eps, stacked)
+        return scale_by_adam_8bit(b1, b2, eps, lambda path: specs[path].stacked)
     if name == "adafactor":
         # Hugging Face factors every matrix, however small. Rows and columns change roles with the sizes in optax; the
         # product of the two factors is the same.
         matrix = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
-        return per_matrix(matrix, leading)
+        return per_matrix(lambda path: matrix, leading)
+    if name == "muon":
+        adam, muon = optax.scale_by_adam(b1, b2, eps), scale_by_muon()
+        return per_matrix(lambda path: muon if is_for_muon(specs[path].axes) else adam, leading)
     if name == "lion":
         return optax.scale_by_lion(b1, b2)
     if name == "sgd":
@@ -159,8 +168,10 @@ def set_learning_rate(opt_state: Any, rate: float) -> Any:
     return optax.tree.set(opt_state, learning_rate=jax.device_put(np.asarray(rate, old.dtype), old.sharding))
 
 
-def per_matrix(inner: optax.GradientTransformation, leading: Callable[[str], int]) -> optax.GradientTransformation:
-    """Apply `inner` to each matrix alone, of leaves that have so many leading axes of layers and experts.
+def per_matrix(
+    inner: Callable[[str], optax.GradientTransformation], leading: Callable[[str], int]
+) -> optax.GradientTransformation:
+    """Apply to each leaf what `inner` says, to each matrix alone of those with leading axes of layers and experts.
 
     The state is a dict from dotted path to the inner state of that leaf, whose arrays (the update count too) have the
     leaf's leading axes.
@@ -173,7 +184,7 @@ def per_matrix(inner: optax.GradientTransformation, leading: Callable[[str], int
 
     def init(params):
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-        return {dotted(path): each(inner.init, dotted(path))(leaf) for path, leaf in leaves}
+        return {dotted(path): each(inner(dotted(path)).init, dotted(path))(leaf) for path, leaf in leaves}
 
     def update(grads, state, params=None):
         leaves, treedef = jax.tree_util.tree_flatten_with_path(grads)
@@ -181,7 +192,7 @@ def per_matrix(inner: optax.GradientTransformation, leading: Callable[[str], int
         steps, new_state = [], {}
         for (path, grad), weight in zip(leaves, weights, strict=True):
             name = dotted(path)
-            step, new_state[name] = each(inner.update, name)(grad, state[name], weight)
+            step, new_state[name] = each(inner(name).update, name)(grad, state[name], weight)
             steps.append(step)
         return treedef.unflatten(steps), new_state
 

@@ -33,6 +33,7 @@ _COPY = {
     "pad",
 }
 _COPY |= {"fusion", "parameter", "constant", "tuple", "get-tuple-element", "copy-start", "slice-start"}
+_COPY |= {"convert", "broadcast"}  # casts, and zeros to start from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def is_dropout(one: Operation, sources: str) -> bool:
 
 
 def is_copy(one: Operation, fused: Computation) -> bool:
-    """Whether an operation only moves or lays out data."""
+    """Whether an operation only moves, lays out or casts data."""
     return {one.opcode, *(inner.opcode for inner in fused.values())} <= _COPY
 
 

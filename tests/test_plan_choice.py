@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
+import jax
 import pytest
 
 from tpu_tune import config as configuration
@@ -66,6 +67,29 @@ def test_the_fastest_way_that_fits_is_taken_and_said():
     assert (least["chosen"]["model.remat"], least["chosen"]["model.token_chunk_size"]) == ("full", 512)
     assert "model.remat=dots: the fastest that fits, by an estimate of its bytes" in planning.table(tight)
     assert within(3 * GB, model__remat="none")["chosen"] is None
+
+
+def test_the_compiler_has_the_last_word(monkeypatch):
+    """It finds the first way too large, refuses the second, and takes the third."""
+    answers = [
+        {"fits": True, "peak": int(200 * GB), "arguments": 0, "host": 0, "program": ""},
+        jax.errors.JaxRuntimeError("a kernel is too large"),
+        {"fits": True, "peak": int(9 * GB), "arguments": 0, "host": 0, "program": ""},
+    ]
+
+    def compile_one(*_):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return dict(answer)
+
+    module = importlib.import_module("tpu_tune.planning.figures")
+    monkeypatch.setattr(module, "run_job", lambda job, kind, timeout=0.0: compile_step.measure(job))
+    monkeypatch.setattr(compile_step, "find_devices", lambda job: (jax.devices("cpu")[:1], "a compiler", ""))
+    monkeypatch.setattr(compile_step, "compile_one", compile_one)
+    found = planning.plan(settings(), "h100", evaluate=False)
+    assert found["chosen"]["model.remat"] == "full" and not answers
+    assert found["chosen"]["why"] == "the fastest that fits, by the compiler; none needs 200.0 GB, dots needs more"
 
 
 def test_a_plan_says_what_its_time_is_from():

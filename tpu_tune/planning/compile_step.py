@@ -104,7 +104,13 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
             if least > capacity:
                 found["tried"].append({"way": way, "bytes": counted["train"]["peak"]})
                 continue
-        found |= _compiled(job, changed, model, found, waiting) if compiler else counted
+        try:
+            found |= _compiled(job, changed, model, found, waiting) if compiler else counted
+        except jax.errors.JaxRuntimeError:
+            if last:
+                raise
+            found["tried"].append({"way": way, "bytes": 0})  # the compiler refuses it
+            continue
         train = found["train"]
         if last or train["fits"] and train["peak"] <= (train.get("capacity") or capacity):
             break

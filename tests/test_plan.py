@@ -474,6 +474,18 @@ def test_the_real_step_compiles_for_a_chip(tiny):
     for name in ("frozen", "trainable", "gradients", "optimizer", "batch"):
         assert parts[name] == estimate[name]
     assert 0 < parts["scratch"] < 20 * estimate["scratch"]
+    time = found["step"]["time"]
+    assert time["how"].startswith("by the compiler") and sum(time["kinds"].values()) == pytest.approx(time["seconds"])
+    assert {"products", "attention", "elementwise"} <= set(time["kinds"]) and 0 < time["mfu"] < 1
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_with_its_kernels_bundles_a_step_takes_about_as_long(tiny):
+    config = settings(tiny, data__max_length=512, train__eval_strategy="no", model__remat="full")
+    plain, full = (planning.plan(config, "v5e-1", kernels=asked)["step"]["time"] for asked in (False, True))
+    assert full["how"] == "by the compiler with its kernels' bundles"
+    assert 1 / 3 < plain["seconds"] / full["seconds"] < 3  # so small operations are all start and no work
 
 
 @needs_libtpu

@@ -35,11 +35,11 @@ from tpu_tune.planning.program_time import (
 LINK = {  # bytes a second of one link in one direction, as published less a tenth
     "TPU v2": 56e9, "TPU v3": 74e9, "TPU v4": 45e9, "TPU v5 lite": 45e9, "TPU v5": 90e9, "TPU v6 lite": 90e9,
 }  # fmt: skip
-# Shares of the MXU's peak that a Pallas kernel reaches where its bundles were not dumped: of the quantized product by
-# tokens at a time, of splash attention on causal work by its pass. By the compiler, on a v5e; a v3's product apart.
+# Shares of the MXU's peak that Pallas kernels reach where their bundles were not dumped, from bundles on a v5e: of the
+# quantized product by tokens at a time, and apart on v2 and v3; of splash attention's causal work on whole columns.
 PRODUCT_SHARE = {2048: 0.52, 512: 0.37}
 PRODUCT_SHARE_V3 = 0.33
-ATTENTION_SHARE = {"forward": 0.30, "backward": 0.35}
+ATTENTION_SHARE = 0.5
 _NARROW = (
     128  # columns of a matrix unit: narrower products take as long, and estimated_cycles says up to three times that
 )
@@ -175,7 +175,7 @@ def _attention_work(one: Operation) -> tuple[float, float]:
     heads = math.prod(sizes[:-2])
     products = 2 if _is_forward(one) else 4 if "dkv" in one.name else 3
     work = products * 2.0 * heads * max(width, _NARROW) * tokens * (tokens + 1) / 2
-    return work, ATTENTION_SHARE["forward" if _is_forward(one) else "backward"]
+    return work, ATTENTION_SHARE
 
 
 def _is_forward(one: Operation) -> bool:

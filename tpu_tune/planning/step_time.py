@@ -29,7 +29,7 @@ def of_program(text: str, device: Device, dump: str = "") -> dict[str, Any] | No
     """
     try:
         found, how = tpu_time.estimate(text, device, dump) if device.kind == "tpu" else gpu_time.estimate(text, device)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, KeyError, IndexError, ValueError, TypeError, AttributeError, RecursionError) as error:
         log.warning("the compiled step's time could not be read (%s: %s)", type(error).__name__, error)
         return None
     return program_time.summary(found, how) if program_time.total(found) > 0 else None

@@ -356,6 +356,7 @@ def test_a_mesh_shares_what_is_held():
         (["--device", "v5e-1", "--config.lora.target_modules=nothing_here"], "nothing_here"),
         (["--device", "v5e-1", "--config.train.per_device_train_batch_size=0"], "must be positive"),
         (["--device", "v5e-1", "--rows=0"], "there must be at least one"),
+        (["--device", "v5e-1", "--kernels"], "--kernels .* does not go with --no-compile"),
     ],
 )
 def test_a_mistake_is_one_line(given, said, capfd):

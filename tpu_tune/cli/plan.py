@@ -78,6 +78,9 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune import planning
 
     config, devices = read_config(options), _devices(options)
+    if options.kernels and (options.suggest or options.no_compile):
+        other = "--suggest" if options.suggest else "--no-compile"
+        raise UserError(f"--kernels is for a plan by the compiler, and does not go with {other}; leave one of them out")
     if options.no_compile:
         planning.count_here(max(device.count for device in devices))
     if options.suggest:

@@ -80,7 +80,7 @@ class _Pricing:
         self.core = bundles.core_of(device)
         self.bandwidth = device.bandwidth * bundles.BANDWIDTH_SHARE
         self.by_share = False
-        self._alike: dict[str, bundles.Timing] = {}  # what a dump holds, without names -> its time
+        self._alike: dict[str, bundles.Timing | None] = {}  # what a dump holds, without names -> its time
 
     def price(self, one: Operation, around: Computation) -> Price | None:
         """Return what one run of an operation takes."""
@@ -99,8 +99,8 @@ class _Pricing:
         kind, products = self._kind(one, around, sources)
         if is_kernel and kind != "attention":
             kind = "products"
-        if one.name in self.dumped:
-            timing = self._run(self.dumped[one.name], _unmasked(one) if is_kernel and kind == "attention" else 1.0)
+        timing = self._run(one.name, _unmasked(one) if is_kernel and kind == "attention" else 1.0)
+        if timing:
             return Price(timing.seconds, kind, "bundles", timing.hbm_bytes)
         if is_kernel:
             return self._kernel(one, around, kind)
@@ -140,12 +140,19 @@ class _Pricing:
         seconds = max(work / (self.device.flops * part), sum(s.moved for s in one.shapes) / self.bandwidth)
         return Price(seconds, kind, "share")
 
-    def _run(self, path: str, share: float) -> bundles.Timing:
+    def _run(self, name: str, share: float) -> bundles.Timing | None:
+        """Return an operation's time by its bundles; None where none were dumped, or they could not be followed."""
+        if name not in self.dumped:
+            return None
+        path = self.dumped[name]
         with open(path, errors="replace") as file:
             content = re.sub(r"/\*.*?\*/", "", file.read(), flags=re.S)
         key = f"{hashlib.sha256(content.encode()).hexdigest()} {share}"
         if key not in self._alike:
-            self._alike[key] = bundles.run_bundles(path, self.core, share)
+            try:
+                self._alike[key] = bundles.run_bundles(path, self.core, share)
+            except ValueError:
+                self._alike[key] = None
         return self._alike[key]
 
 

@@ -6,7 +6,8 @@
 The text is the start of the Brown corpus, its words put together as they were printed; it is cut into windows of 512
 tokens which are scored apart, every token but a window's first (which is BOS where the tokenizer begins texts with
 one). All arithmetic is float32, so that rows differ by their weights alone. Bits per byte divide the summed loss by the
-bytes of the whole text. Models and text come through `launch/fetch.py`, once a machine.
+bytes of the whole text. Calibrated rows are rounded as `quantize.calibration` does it, against windows of the text that
+follows the scored one. Models and text come through `launch/fetch.py`, once a machine.
 
 Both files' weights are four-bit already (GGUF Q4_1 and Q4_K_M): the rows below the first measure what a second
 rounding, on another grid, adds. Against a model's original weights the losses of the four-bit formats are smaller than
@@ -29,15 +30,18 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "launch"))
 
-# name -> (storage dtype of what is not quantized, format, double quantization)
-VARIANTS = {
-    "file's own, as float32": ("float32", "none", False),
-    "bfloat16": ("bfloat16", "none", False),
-    "int8": ("float32", "int8", False),
-    "int4": ("float32", "int4", False),
-    "nf4": ("float32", "nf4", False),
-    "int4, double quantized": ("float32", "int4", True),
-    "nf4, double quantized": ("float32", "nf4", True),
+# name -> (storage dtype of what is not quantized, `quantize.*` settings)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "file's own, as float32": ("float32", {"format": "none"}),
+    "bfloat16": ("bfloat16", {"format": "none"}),
+    "int8": ("float32", {"format": "int8"}),
+    "int4, 15 levels (before)": ("float32", {"format": "int4", "double_quant": False, "symmetric": True}),
+    "int4": ("float32", {"format": "int4", "double_quant": False}),
+    "nf4": ("float32", {"format": "nf4", "double_quant": False}),
+    "int4, double quantized": ("float32", {"format": "int4"}),
+    "nf4, double quantized": ("float32", {"format": "nf4"}),
+    "int4, double quantized, calibrated": ("float32", {"format": "int4", "calibration": 1}),
+    "nf4, double quantized, calibrated": ("float32", {"format": "nf4", "calibration": 1}),
 }
 
 
@@ -88,8 +92,32 @@ def file_bits(path: str) -> tuple[int, float]:
     return size, 8 * size / sum(int(t.n_elements) for t in linear)
 
 
-def measure(source: Any, ids: Any, targets: Any, variant: tuple[str, str, bool], batch: int) -> dict[str, float]:
-    """Load the weights one way and score the windows.
+def calibrated_source(source: Any, arch: Any, quantization: Any, windows: tuple[Any, Any], note: Any) -> Any:
+    """Return the source with its matrices rounded against the windows."""
+    import tempfile
+
+    import numpy as np
+
+    from tpu_tune.checkpoints.calibrated import with_calibrated
+    from tpu_tune.training.calibration import Calibration
+
+    ids, targets = windows
+    places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    real = np.concatenate([np.ones_like(ids[:, :1]), targets[:, :-1] != -100], axis=1).astype(np.int32)
+    folder = tempfile.mkdtemp(prefix="calibrated-")
+    Calibration(source, arch, quantization, "float32", folder, "benchmark", "").run((ids, places, real), note)
+    return with_calibrated(source, arch, folder, "benchmark")
+
+
+def measure(
+    source: Any,
+    ids: Any,
+    targets: Any,
+    variant: tuple[str, dict[str, Any]],
+    batch: int,
+    calibration: tuple[Any, Any] | None = None,
+) -> dict[str, float]:
+    """Load the weights one way and score the windows; `calibration`: (ids, targets) of the windows to round against.
 
     Returns:
       `loss` (summed, nats), `tokens` (scored), `bytes` (of the linear weights) and `bits` (a weight).
@@ -104,9 +132,11 @@ def measure(source: Any, ids: Any, targets: Any, variant: tuple[str, str, bool],
     from tpu_tune.training.step import ModelLoss, make_eval_step
     from tpu_tune.transforms import FULL, QuantizeConfig, quantized_paths
 
-    dtype, format, double_quant = variant
+    dtype, settings = variant
     arch = architecture(source.config)
-    quantization = QuantizeConfig(format, double_quant=double_quant)
+    quantization = QuantizeConfig(**settings)
+    if quantization.calibration:
+        source = calibrated_source(source, arch, quantization, calibration, lambda line: None)
     params = load_params(source, arch, jnp.dtype(dtype), quantization)
     step = jax.jit(make_eval_step(ModelLoss(arch, Execution(jnp.float32), FULL, CrossEntropy(256))))
     loss = tokens = 0
@@ -153,6 +183,8 @@ def main() -> int:
     parser.add_argument("--characters", type=int, default=16_000, help="how much of the text to score")
     parser.add_argument("--window", type=int, default=512, help="tokens that are scored together")
     parser.add_argument("--batch", type=int, default=4, help="windows at a time")
+    parser.add_argument("--calibration", type=int, default=64, help="windows of further text to calibrate on")
+    parser.add_argument("--only", default="", help="the rows whose name matches this regular expression")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args()
 
@@ -163,17 +195,21 @@ def main() -> int:
     model = options.model
     if model in ("base", "gemma"):
         model = str(next(fetch.fetch(model).glob("*.gguf")))
-    text = brown_text(pathlib.Path(options.brown) if options.brown else fetch.fetch("brown"), options.characters)
+    brown = pathlib.Path(options.brown) if options.brown else fetch.fetch("brown")
+    more = options.characters + 8 * options.window * options.calibration
+    text, rest = brown_text(brown, options.characters), brown_text(brown, more)[options.characters :]
     source = open_source(model)
     ids, targets = encode(source, text, options.window)
+    calibration = tuple(part[: options.calibration] for part in encode(source, rest, options.window))
     size = len(text.encode())
     note = functools.partial(print, file=sys.stderr, flush=True)
     note(f"{len(text)} characters, {size} bytes, {len(ids)} windows of {options.window}")
     rows = []
-    for name, variant in VARIANTS.items():
+    chosen = {name: variant for name, variant in VARIANTS.items() if re.search(options.only, name)}
+    for name, variant in chosen.items():
         begun = time.monotonic()
-        found = measure(source, ids, targets, variant, options.batch)
-        if variant == ("float32", "none", False) and model.endswith(".gguf"):
+        found = measure(source, ids, targets, variant, options.batch, calibration)
+        if variant == VARIANTS["file's own, as float32"] and model.endswith(".gguf"):
             found["bytes"], found["bits"] = file_bits(model)
         mean = found["loss"] / found["tokens"]
         rows.append(

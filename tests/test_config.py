@@ -24,7 +24,7 @@ from tpu_tune.tensors import FORMATS
 CONTRACT = {
     "": "output_dir method seed",
     "model": "path dtype param_dtype attention remat adapter",
-    "quantize": "format group_size double_quant include exclude",
+    "quantize": "format group_size double_quant symmetric calibration include exclude",
     "lora": "rank alpha dropout target_modules exclude_modules bias modules_to_save layers_to_transform layers_pattern "
     "rank_pattern alpha_pattern use_rslora use_dora",
     "data": "train eval format columns chat_template chat_template_kwargs max_length packing train_on_source "

@@ -195,12 +195,13 @@ def test_experts_are_quantized_one_by_one_and_the_router_is_not():
 def test_statistics_of_experts_are_each_matrix_own():
     """Adafactor factors (in, out) of each expert of each layer by itself."""
     leading = {"experts": 2, "layers": 1}
-    optimizer = per_matrix(optax.scale_by_factored_rms(min_dim_size_to_factor=1), leading.__getitem__)
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+    optimizer = per_matrix(lambda path: factored, leading.__getitem__)
     weights = {"experts": jnp.zeros((2, 3, 4, 5)), "layers": jnp.zeros((2, 4, 5))}
     grads = {name: jax.random.normal(jax.random.key(1), value.shape) for name, value in weights.items()}
     updates, state = optimizer.update(grads, optimizer.init(weights), weights)
     alone = {name: 0 for name in leading}
-    one = per_matrix(optax.scale_by_factored_rms(min_dim_size_to_factor=1), alone.__getitem__)
+    one = per_matrix(lambda path: factored, alone.__getitem__)
     for name, index in (("experts", (1, 2)), ("layers", (1,))):
         part = {name: grads[name][index]}
         expected, _ = one.update(part, one.init(part), {name: weights[name][index]})

@@ -78,18 +78,52 @@ def test_double_quantization_is_no_worse_than_bitsandbytes():
         assert ours <= theirs * 1.0005  # equal but for the luck of rounding
 
 
-# On N(0, 1), 2^20 draws, groups of 64. The four-bit numbers are published beside bitsandbytes' definition; int8's is
-# the step absmax / 127 of a uniform quantizer over sqrt(12), the one of each 64 that is the maximum being exact.
+def sixteen_levels(weight):
+    """What 16 levels leave of a weight (rows, columns), by the formula: the extreme of each group at -8, float64."""
+    groups = weight.astype(np.float64).reshape(-1, GROUP, weight.shape[-1])
+    extremes = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
+    return (np.clip(np.round(groups / (extremes / -8)), -8, 7) * (extremes / -8)).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_int4_has_the_extreme_of_a_group_at_the_far_end(symmetric):
+    weight = np.random.default_rng(1).standard_normal((512, 5)).astype(np.float32)
+    tensor = quantize_tensor(jnp.asarray(weight), "int4", GROUP, symmetric=symmetric)
+    found, groups = np.asarray(tensor.dequantize()), weight.reshape(-1, GROUP, 5)
+    if symmetric:  # as runs from before had it
+        steps = np.repeat(np.abs(groups).max(1) / 7, GROUP, axis=0)
+        np.testing.assert_allclose(found, np.round(weight / steps) * steps, atol=1e-6)
+        assert int(tensor.unpacked().min()) == 1
+        return
+    np.testing.assert_allclose(found, sixteen_levels(weight), atol=1e-6)
+    at = np.abs(groups).argmax(1)[:, None]
+    extremes = np.take_along_axis(found.reshape(groups.shape), at, 1)
+    np.testing.assert_allclose(extremes, np.take_along_axis(groups, at, 1), rtol=1e-6)
+    assert {*np.unique(tensor.unpacked()).tolist()} == {*range(16)}
+    assert np.any(np.asarray(tensor.scales) < 0) and np.any(np.asarray(tensor.scales) > 0)
+    # Double quantization: one byte a scale, whose formula is the one of maxima.
+    small = quantize_tensor(jnp.asarray(weight), "int4", GROUP, double_quant=True)
+    assert small.scales.dtype == jnp.int8 and small.nbytes == tensor.nbytes - 3 * tensor.scales.size + 4 * 5
+    np.testing.assert_allclose(small.group_scales(), tensor.scales, atol=0.51 / 127 * np.abs(tensor.scales).max())
+
+
+# On N(0, 1), 2^20 draws, groups of 64. The numbers of nf4 and of 15 levels are published beside bitsandbytes'
+# definition; int4's is the formula's. int8's is the step absmax / 127 of a uniform quantizer over sqrt(12), the one of
+# each 64 that is the maximum being exact.
 @pytest.mark.parametrize(
     ("format", "double", "expected"),
-    [("nf4", False, 0.09199), ("nf4", True, 0.09201), ("int4", False, 0.10778), ("int8", False, None)],
-)
+    [("nf4", False, 0.09199), ("nf4", True, 0.09201), ("int4 symmetric", False, 0.10778), ("int4", True, None),
+     ("int8", False, None)],
+)  # fmt: skip
 def test_error_on_normal_weights(format, double, expected):
     weight = np.random.default_rng(0).standard_normal((4096, 256)).astype(np.float32)
-    if expected is None:
+    format, symmetric = format.removesuffix(" symmetric"), format.endswith("symmetric")
+    if format == "int4" and not symmetric:
+        expected = rmse(sixteen_levels(weight), weight)
+    elif expected is None:
         absmax = np.abs(weight).reshape(-1, GROUP, 256).max(1)
         expected = np.sqrt(np.mean(absmax**2) * (GROUP - 1) / GROUP) / 127 / np.sqrt(12)
-    found = rmse(quantize_tensor(jnp.asarray(weight), format, GROUP, double).dequantize(), weight)
+    found = rmse(quantize_tensor(jnp.asarray(weight), format, GROUP, double, symmetric).dequantize(), weight)
     assert found == pytest.approx(expected, rel=3e-3)
 
 
@@ -184,12 +218,17 @@ def test_round_trip_laws(data):
     for mine, expected in zip(jax.tree.leaves(sliced), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-6)
     assert sliced.shape == one.shape == (rows, columns)
-    absmax = np.asarray(absmax)
+    absmax = np.abs(absmax)
     nf4, fp4 = (NF4_VALUES[1] - NF4_VALUES[0]) / 2, 2  # of twice the numbers, between 8 and 12
-    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "nf4": nf4, "mxfp4": fp4}[format] + 1e-5
+    # int4: half a level, and a whole one at the end opposite to the extreme.
+    step = {"int8": 0.5 / 127, "int4": 1 / 7, "nf4": nf4, "mxfp4": fp4}[format] + 1e-5
     if FORMATS[format].exponents:
         absmax = 2.0 ** (absmax - 128.0)
-    slack = 0.51 / 255 * absmax.max(1, keepdims=True) if double and not FORMATS[format].exponents else 0
+    slack = (
+        (0.51 / 127 * 8 / 7 if format == "int4" else 0.51 / 255) * absmax.max(1, keepdims=True)
+        if double and not FORMATS[format].exponents
+        else 0
+    )
     limit = np.repeat(absmax * step + slack, group, axis=1)[:, :rows]
     assert np.all(np.abs(np.asarray(found) - weight) <= limit)
 

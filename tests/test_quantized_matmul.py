@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import helpers_training as helpers
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from tpu_tune.errors import UserError
+from tpu_tune.kernels import quantized_blocks
 from tpu_tune.kernels import quantized_matmul as kernel
+from tpu_tune.kernels.quantized_blocks import Core, Tiles
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.tensors import FORMATS, LayerView, QuantizedTensor, layer_view, matmul, outside_scan, quantize_tensor
 from tpu_tune.transforms.sharding import make_mesh
@@ -33,60 +36,127 @@ def close(found: jax.Array, wanted: np.ndarray, tolerance: float = 2e-6) -> None
     assert np.max(np.abs(np.asarray(found) - wanted)) <= tolerance * np.max(np.abs(wanted))
 
 
+def by_pallas(leaf: QuantizedTensor, x: jax.Array, layer: int, transposed: bool, plan: MatmulPlan) -> jax.Array:
+    """Return the product with one layer of a stack by the Pallas kernel, interpreted."""
+    decode = FORMATS[leaf.format].decode
+    return kernel.quantized_matmul(
+        x,
+        leaf.codes,
+        leaf.scales,
+        leaf.scale_max,
+        jnp.int32(layer),
+        decode,
+        leaf.group_size,
+        transposed,
+        plan,
+        interpret=True,
+    )
+
+
+def by_formula(leaf: QuantizedTensor, x: jax.Array, layer: int, transposed: bool) -> np.ndarray:
+    """Return the same in float64, with the layer dequantized whole."""
+    weight = np.asarray(leaf.dequantize(), np.float64)[layer]
+    return np.asarray(x, np.float64) @ (weight.T if transposed else weight)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "format, group_size, double_quant",
-    [("nf4", 64, True), ("nf4", 32, False), ("int4", 128, True), ("mxfp4", 32, False)],
+    "format, group_size, double_quant, old",
+    [
+        ("nf4", 64, True, False),
+        ("nf4", 32, False, True),
+        ("int4", 128, True, False),
+        ("int8", 64, True, False),
+        ("mxfp4", 32, False, False),
+    ],
 )
-def test_the_pallas_kernel_is_the_product_with_the_dequantized_layer(format, group_size, double_quant, transposed):
+def test_the_pallas_kernel_is_the_product_with_the_dequantized_layer(format, group_size, double_quant, old, transposed):
     leaf = stack(format, group_size, double_quant)
     assert kernel.fits(leaf.shape, leaf.pack_block, group_size)
     x = tokens(2, 23, COLUMNS if transposed else ROWS)  # 46 tokens: the last block is padded
-    weight = np.asarray(leaf.dequantize(), np.float64)
-    for layer in range(LAYERS):
-        found = kernel.quantized_matmul(
-            x,
-            leaf.codes,
-            leaf.scales,
-            leaf.scale_max,
-            jnp.int32(layer),
-            FORMATS[format].decode,
-            group_size,
-            transposed,
-            interpret=True,
-        )
-        close(found, np.asarray(x, np.float64) @ (weight[layer].T if transposed else weight[layer]))
+    for layer in (0, LAYERS - 1):
+        found = by_pallas(leaf, x, layer, transposed, MatmulPlan("pallas", Core(old=old)))
+        close(found, by_formula(leaf, x, layer, transposed))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "format, group_size, rows, tiles, cores",
+    [
+        ("nf4", 64, 768, Tiles(16, 256, 128), 2),  # three blocks of each kind, and for two cores
+        ("int8", 128, 1280, Tiles(32, 256, 128), 1),  # ten groups, two to a block
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("nf4", 64, 2304, Tiles(48, 256, 384), 1),  # more groups than a block of scales holds
+                ("int4", 2, 768, Tiles(16, 256, 128), 1),
+                ("mxfp4", 32, 1280, Tiles(32, 256, 128), 2),
+                ("int8", 64, 768, Tiles(16, 768, 384), 1),
+            )
+        ],
+    ],
+)
+def test_the_pallas_kernel_cut_into_blocks(format, group_size, rows, tiles, cores, transposed, monkeypatch):
+    weight = jax.random.normal(jax.random.key(0), (2, rows, COLUMNS))
+    leaf = quantize_tensor(weight, format, group_size, True)
+    x = tokens(41, COLUMNS if transposed else rows)
+    monkeypatch.setattr(quantized_blocks, "best_tiles", lambda *_: tiles)
+    found = by_pallas(leaf, x, 1, transposed, MatmulPlan("pallas", Core(count=cores)))
+    close(found, by_formula(leaf, x, 1, transposed))
+
+
+@pytest.mark.slow
+def test_outputs_behind_the_end_of_a_block_are_dropped(monkeypatch):
+    leaf = quantize_tensor(jax.random.normal(jax.random.key(0), (1, 768, COLUMNS)), "nf4", 64, True)
+    for transposed, tiles in ((False, Tiles(16, 256, 256)), (True, Tiles(16, 512, 128))):
+        monkeypatch.setattr(quantized_blocks, "best_tiles", lambda *_, tiles=tiles: tiles)
+        x = tokens(23, COLUMNS if transposed else 768)
+        close(by_pallas(leaf, x, 0, transposed, MatmulPlan("pallas")), by_formula(leaf, x, 0, transposed))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_pallas_kernel_runs_on_each_devices_tokens(transposed):
     leaf, mesh = stack("nf4"), make_mesh({"data": 2, "fsdp": 2, "tensor": 1, "sequence": 2})
     x = tokens(4, 16, COLUMNS if transposed else ROWS)
+    close(by_pallas(leaf, x, 1, transposed, MatmulPlan("pallas", mesh=mesh)), by_formula(leaf, x, 1, transposed))
 
-    def product(how: MatmulPlan) -> jax.Array:
-        return kernel.quantized_matmul(
-            x,
-            leaf.codes,
-            leaf.scales,
-            leaf.scale_max,
-            jnp.int32(1),
-            FORMATS["nf4"].decode,
-            64,
-            transposed,
-            how,
-            interpret=True,
-        )
 
-    np.testing.assert_allclose(
-        product(MatmulPlan("pallas", True, mesh)), product(MatmulPlan("pallas")), rtol=1e-6, atol=1e-5
-    )
+@pytest.mark.parametrize(
+    "cut, transposed",
+    [
+        (("tensor", None), False),  # sums of parts
+        pytest.param(("tensor", None), True, marks=pytest.mark.slow),
+        pytest.param((None, "tensor"), False, marks=pytest.mark.slow),
+        pytest.param((None, "tensor"), True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_pallas_kernel_runs_on_each_devices_part_of_the_weight(cut, transposed):
+    weight = jax.random.normal(jax.random.key(0), (2, 512, 256))
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 2, "sequence": 1}, jax.devices()[:2])
+    leaf = quantize_tensor(weight, "nf4", 64, True)
+    plan = MatmulPlan("pallas", mesh=mesh, cut=cut)
+    assert kernel.fits(leaf.shape, leaf.pack_block, 64, plan)
+    assert not kernel.fits((256, 128), leaf.pack_block, 64, plan)  # half of it is no whole block
+    x = tokens(1, 16, 256 if transposed else 512)
+    close(by_pallas(leaf, x, 1, transposed, plan), by_formula(leaf, x, 1, transposed))
+
+
+def test_the_tiles_fit_the_fast_memory_and_share_one_decoding():
+    wide = quantized_blocks.Kernel(FORMATS["nf4"].decode, None, True, 64, False, jnp.bfloat16, Core())
+    deep = dataclasses.replace(wide, transposed=True)
+    x = jnp.zeros(1, jnp.bfloat16)
+    assert quantized_blocks.best_tiles(2048, (4096, 11008), wide, x) == Tiles(2048, 512, 512)
+    assert quantized_blocks.best_tiles(2048, (4096, 11008), deep, x) == Tiles(2048, 512, 256)
+    assert quantized_blocks.best_tiles(512, (4096, 4096), wide, x).columns == 1024
+    assert quantized_blocks.best_tiles(4100, (4096, 4096), wide, x).tokens == 1376  # three even parts
+    assert quantized_blocks.best_tiles(3, (256, 128), wide, x) == Tiles(16, 256, 128)
 
 
 def test_what_the_pallas_kernel_takes():
     assert kernel.fits((512, 128), 256, 64)
     assert not kernel.fits((512, 100), 256, 64)  # a last block of columns that is not whole
     assert not kernel.fits((384, 128), 384, 64)  # packed over all rows
-    assert not kernel.fits((512, 128), 1, 64)  # a code a byte
+    assert kernel.fits((512, 128), 1, 64)  # a code a byte
     assert not kernel.fits((512, 128), 256, 256)  # a group over both halves of a block
 
 
@@ -151,9 +221,43 @@ def test_training_in_pieces_equals_training_whole(tmp_path, monkeypatch):
     np.testing.assert_allclose(losses["xla"], losses["pieces"], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_training_with_the_pallas_kernel_on_a_tensor_mesh_equals_training_without(tmp_path, monkeypatch):
+    sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2)
+    base = helpers.write_tiny_llama(tmp_path / "base", **sizes)
+    documents = [helpers.documents(24, 3, 16, 2, seed) for seed in (0, 50)]
+    batches = [helpers.window(helpers.rows_of(list(zip(*documents, strict=True)), 32), 1)]
+    interpreted, cuts = functools.partial(kernel.quantized_matmul, interpret=True), []
+
+    def product(*arguments) -> jax.Array:
+        cuts.append(arguments[-1].cut)
+        return interpreted(*arguments)
+
+    monkeypatch.setattr(layer_view, "quantized_matmul", product)
+    losses = {}
+    for name in ("xla", "pallas"):
+        monkeypatch.setattr(kernel, "for_device", lambda _, mesh, name=name: MatmulPlan(name, Core(), mesh))
+        config = helpers.make_config(
+            **{
+                "model.path": str(base),
+                "method": "lora",
+                "quantize.format": "nf4",
+                "train.per_device_train_batch_size": 2,
+                "train.learning_rate": 1e-2,
+                "mesh.data": 1,
+                "mesh.fsdp": 1,
+                "mesh.tensor": 2,
+            }
+        )
+        model, steps = helpers.prepare(config, 2, devices=2)
+        losses[name] = [row["loss"] for row in helpers.run_steps(model, steps, batches * 2)[1]]
+    assert {("tensor", None), (None, "tensor")} <= set(cuts)
+    np.testing.assert_allclose(losses["xla"], losses["pallas"], rtol=1e-5)
+
+
 def test_the_choice_by_device():
     mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1})
-    assert kernel.for_device("auto", mesh) == MatmulPlan("xla", False, mesh)
+    assert kernel.for_device("auto", mesh) == MatmulPlan("xla", Core(), mesh)
     assert kernel.for_device("pieces", mesh).implementation == "pieces"
     assert (
         kernel.for_device("pieces", make_mesh({"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1})).implementation

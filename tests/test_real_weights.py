@@ -23,7 +23,7 @@ def test_bits_per_byte(fixture, request, brown_dir):
     source = open_source(str(request.getfixturevalue(fixture)))
     text = benchmark.brown_text(brown_dir, 16_000)
     ids, targets = benchmark.encode(source, text, 512)
-    found = benchmark.measure(source, ids, targets, ("bfloat16", "none", False), 4)
+    found = benchmark.measure(source, ids, targets, benchmark.VARIANTS["bfloat16"], 4)
     assert found["tokens"] == np.sum(targets >= 0) > 3000
     bits = found["loss"] / math.log(2) / len(text.encode())
     assert abs(bits / EXPECTED[fixture] - 1) < 0.005

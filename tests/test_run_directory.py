@@ -1,11 +1,14 @@
 """The run directory: what may change between starts, and metrics that survive a kill."""
 
+import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tpu_tune import config as configuration
+from tpu_tune.checkpoints.run_checkpoints import base_fingerprint
 from tpu_tune.checkpoints.run_directory import MetricsFile, RunDirectory
 from tpu_tune.errors import UserError
 from tpu_tune.training import run_start
@@ -110,3 +113,24 @@ def test_metrics_round_trip_and_truncation(tmp_path):
     assert RunDirectory(tmp_path).truncate_metrics(4) == 2
     assert file.read_text().splitlines() == lines[:4] + lines[5:]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_an_int4_run_from_before_keeps_its_fifteen_levels(tmp_path):
+    """Its config.json has no `quantize.symmetric`, and its checkpoints' fingerprint did not know the newer keys."""
+    before = {"format": "int4", "group_size": 64, "double_quant": True, "include": ["all-linear"], "exclude": []}
+    source = SimpleNamespace(fingerprint="weights")
+    for format, symmetric in (("int4", True), ("nf4", False)):
+        held = {**before, "format": format}
+        (tmp_path / "config.json").write_text(json.dumps({"output_dir": str(tmp_path), "quantize": held}))
+        config = RunDirectory(tmp_path).config()
+        assert config.quantize.symmetric is symmetric and config.quantize.calibration == 0
+        written = hashlib.sha256(json.dumps(["weights", held, "auto"]).encode()).hexdigest()
+        assert base_fingerprint(source, config) == written
+        config.quantize.symmetric = not symmetric
+        assert (base_fingerprint(source, config) == written) is (format == "nf4")
+    new = configuration.from_dict({"output_dir": str(tmp_path / "new"), "quantize": before})
+    assert not new.quantize.symmetric
+    (tmp_path / "config.json").write_text(json.dumps({"output_dir": str(tmp_path), "quantize": before}))
+    new.output_dir = str(tmp_path)
+    with pytest.raises(UserError, match="quantize.symmetric was true and is now false"):
+        run_start.open_run(new, write=False)

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import peft
+from tpu_tune.checkpoints.starting import as_trained
 from tpu_tune.errors import UserError
 from tpu_tune.models import SCORE, Architecture
 from tpu_tune.transforms import FULL, LoraConfig, Method, find_targets, token_rows
@@ -38,7 +39,8 @@ def lora(config: ConfigDict, arch: Architecture, added_tokens: Iterable[int]) ->
             "starting from %s: its rank, alpha and targets replace lora.*; only lora.dropout is taken from the config",
             config.model.adapter,
         )
-        settings, adapters = peft.read_adapter(config.model.adapter, arch)
+        adapter = peft.read_adapter(config.model.adapter, arch)
+        settings, adapters = as_trained(config.output_dir, config, adapter, arch)
         settings = dataclasses.replace(settings, dropout=config.lora.dropout)
     if config.model.train_added_tokens:
         settings = _with_added_tokens(config, settings, arch, added_tokens, has_adapter=adapters is not None)

@@ -41,6 +41,7 @@ def load_params(
     quantization: QuantizeConfig | None = None,
     place: Callable[[str, Any], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    only: Callable[[Module], bool] = lambda module: True,
 ) -> dict[str, Any]:
     """Read all weights into a parameter tree.
 
@@ -51,6 +52,7 @@ def load_params(
       quantization: which weights are quantized as they are read, and how.
       place: (path, host leaf) -> leaf on its devices; by default the default device.
       progress: called with (tensors read, tensors in all).
+      only: which modules are read.
 
     Raises:
       UserError: a tensor is missing, left over, or of the wrong shape, or a name to quantize matches nothing.
@@ -61,7 +63,7 @@ def load_params(
     params: dict[str, Any] = {}
     done = 0
     for module in architecture.modules():
-        if module.tied_to:
+        if module.tied_to or not only(module):
             continue
         for path in module.leaves():
             stack: Any = None
@@ -81,6 +83,29 @@ def load_params(
                     progress(done, len(names))
             params[path] = place(path, stack)
     return params
+
+
+def read_layer(source: WeightSource, architecture: Architecture, layer: int) -> dict[str, Any]:
+    """Return one layer's leaves by their paths in the tree, as `load_params` would stack them.
+
+    Args:
+      source: an opened model whose names are checked.
+      architecture: its facts; of an encoder-decoder, the layer is the decoder's.
+      layer: the layer's index.
+    """
+    names, leaves = check_names(source, architecture), {}
+    for module in architecture.modules():
+        if module.layers_path != architecture.names.layers or layer not in module.layers:
+            continue
+        for path in module.leaves():
+            parts = [
+                value
+                for index, name in tensors_of(module, path)
+                if index[0] == module.layers.index(layer)
+                for _, value in _in_tree(module, path, index, source.read(names[name]))
+            ]
+            leaves[path] = jax.tree.map(lambda *each: np.stack(each), *parts) if module.experts else parts[0]
+    return leaves
 
 
 def tensors_of(module: Module, path: str) -> list[tuple[tuple[int, ...], str]]:

@@ -173,7 +173,13 @@ class RunCheckpoints:
 
 def base_fingerprint(source: WeightSource, config: ConfigDict) -> str:
     """Return a hash of the base weights and of how a run stores them, which a checkpoint's leaves belong to."""
-    stored = [source.fingerprint, configuration.to_dict(config.quantize), config.model.param_dtype]
+    quantize = configuration.to_dict(config.quantize)
+    # What says no more than runs had before these keys is left out, as their checkpoints have it.
+    if not quantize["calibration"]:
+        del quantize["calibration"]
+    if quantize["format"] != "int4" or quantize["symmetric"]:
+        del quantize["symmetric"]
+    stored = [source.fingerprint, quantize, config.model.param_dtype]
     return hashlib.sha256(json.dumps(stored).encode()).hexdigest()
 
 

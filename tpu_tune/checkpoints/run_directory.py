@@ -4,6 +4,7 @@
     metrics.jsonl    one row a line                   adapter/ | model/    the result of a finished run
     summary.json     counts, sizes, memory            curves.png, report.html
     samples.jsonl    answers before and after         run.lock             the process that trains, while it does
+    calibrated/      see `calibrated`                 initial_adapter/     see `starting`
 
 Small files are written aside and renamed, so that a kill leaves the old or the new one. A file in a bucket cannot be
 appended to: `MetricsFile` uploads it whole, now and then, and when it is flushed.
@@ -80,10 +81,24 @@ class RunDirectory:
         Raises:
           UserError: there is none that can be read.
         """
-        recorded = self.read_json("config.json")
+        recorded = self.recorded()
         if recorded is None:
             raise UserError(f"{self.path} is not a run directory: it has no config.json")
         return configuration.from_dict(recorded)
+
+    def recorded(self) -> dict[str, Any] | None:
+        """Return the configuration as recorded, or None where there is none; keys that came later may be missing.
+
+        int4 had 15 levels before `quantize.symmetric` could say so.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        recorded = self.read_json("config.json")
+        quantize = (recorded or {}).get("quantize")
+        if isinstance(quantize, dict) and quantize.get("format") == "int4":
+            quantize.setdefault("symmetric", True)
+        return recorded
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole rows of `metrics.jsonl`; none if there is no such file.

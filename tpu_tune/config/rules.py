@@ -32,6 +32,9 @@ _OF_HEADS = {
 }  # fmt: skip
 
 
+CALIBRATED = ("int8", "int4", "nf4")  # values of quantize.format that quantize.calibration is for
+
+
 def _hold_head(config: ConfigDict) -> None:
     head, labels = config.head, list(config.head.labels)
     for name, (neutral, owner) in _OF_HEADS.items():
@@ -48,6 +51,21 @@ def _hold_head(config: ConfigDict) -> None:
         )
     if head.name != "lm" and config.train.sample_prompts:
         raise UserError(f"config key 'train.sample_prompts' needs a model that writes; head.name is {head.name}")
+
+
+def _hold_start(config: ConfigDict) -> None:
+    how = config.lora.init_lora_weights
+    if config.method != "lora" or how in ("true", "gaussian"):
+        return
+    said = f"config key 'lora.init_lora_weights' is {how}, which"
+    if config.lora.use_dora:
+        raise UserError(f"{said} cannot be written with DoRA's magnitudes; set lora.use_dora=False, or it to true")
+    if how == "loftq" and config.quantize.format == "none":
+        raise UserError(f"{said} starts from what quantization has lost; set quantize.format, or it to true")
+    if how != "loftq" and config.quantize.calibration:
+        raise UserError(
+            f"{said} takes weights out of the model that quantize.calibration runs; use loftq, or set it to 0"
+        )
 
 
 def _hold(config: ConfigDict) -> None:
@@ -88,6 +106,12 @@ def _hold(config: ConfigDict) -> None:
             "config key 'model.train_added_tokens' is set and there are no tokens to train; name them in "
             "'model.add_special_tokens'"
         )
+    if config.quantize.calibration and config.quantize.format not in CALIBRATED:
+        raise UserError(
+            f"config key 'quantize.calibration' needs quantize.format to be one of {', '.join(CALIBRATED)}, and it is "
+            f"{config.quantize.format}"
+        )
+    _hold_start(config)
     if config.method == "full" and config.quantize.format != "none":
         raise UserError(
             "method 'full' trains every weight and a quantized weight cannot be trained; set quantize.format=none, or "

@@ -70,6 +70,8 @@ class QuantizeConfig:
     format: Literal["none", "int8", "int4", "nf4", "mxfp4"] = key("none", "number format of the weights")
     group_size: int = key(64, "rows of the input dimension that share one scale (mxfp4: always 32)", above=0)
     double_quant: bool = key(True, "store the scales themselves in 8 bits (nf4 and int4)")
+    symmetric: bool = key(False, "int4 with 15 levels instead of 16: as runs from before had it")
+    calibration: int = key(0, "rows of data.train by whose activations weights are rounded (GPTQ); 0: none", at_least=0)
     include: Pattern = key(["all-linear"], "names to quantize, matched like lora.target_modules")
     exclude: Pattern = key([], "names to leave alone; head and embeddings are only taken when included by name")
 
@@ -92,7 +94,10 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = key({}, "name or regex -> alpha, overrides alpha", at_least=0)
     use_rslora: bool = key(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = key(False, "weight-decomposed LoRA")
-    init_lora_weights: Literal["true", "gaussian"] = key("true", "of A: Kaiming uniform, or normal; B is zero")
+    # pissa, olora: from the weight's largest parts, which leave the base; loftq: from what quantizing it has lost.
+    init_lora_weights: Literal["true", "gaussian", "pissa", "olora", "loftq"] = key(
+        "true", "of A: Kaiming uniform, or normal, and B is zero; or both from the weight"
+    )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ _OF_TOKENS = ("epoch", "eval_loss", "eval_perplexity", "eval_token_accuracy")
 # What `load(quantize=...)` takes.
 _LOADED_AS_TRAINED = {
     "quantize.group_size": 64, "quantize.double_quant": True, "quantize.include": ["all-linear"],
-    "quantize.exclude": [],
+    "quantize.exclude": [], "quantize.symmetric": False, "quantize.calibration": 0,
 }  # fmt: skip
 
 
@@ -195,7 +195,8 @@ def _method(config: ConfigDict) -> str:
     text = f"{'LoRA' if stored == 'none' else 'QLoRA'} of rank {config.lora.rank}, alpha {config.lora.alpha:g}"
     if stored != "none":
         twice = ", double quantized" if config.quantize.double_quant and stored in ("int4", "nf4") else ""
-        text += f", over weights stored as {stored} (groups of {group_size(config.quantize)}{twice})"
+        fitted = ", rounded by activations (GPTQ)" if config.quantize.calibration else ""
+        text += f", over weights stored as {stored} (groups of {group_size(config.quantize)}{twice}{fitted})"
     return text
 
 

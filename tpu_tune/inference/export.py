@@ -25,7 +25,15 @@ from tpu_tune.checkpoints.towers import as_text_model, text_names
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import logits
-from tpu_tune.inference.run_result import Step, open_base, result_of, says_how_taught, write_result
+from tpu_tune.inference.run_result import (
+    Step,
+    open_base,
+    read_own_adapter,
+    result_of,
+    says_how_taught,
+    trained_over,
+    write_result,
+)
 from tpu_tune.models import Architecture
 from tpu_tune.transforms import QuantizeConfig, find_targets, unties_head
 
@@ -124,11 +132,13 @@ def _trained(
         return source, arch, lambda quantized: load_params(source, arch, jnp.float32)
     source = open_base(run, config)
     arch, quantization = open_architecture(source), QuantizeConfig(**config.quantize)
-    spec, adapters = peft.read_adapter(result_of(run, config, step), arch)
-    targets = find_targets(arch.modules(), spec, arch.default_targets)
+    result = result_of(run, config, step)
 
     def load_tree(quantized: bool) -> dict[str, Any]:
-        params = load_params(source, arch, jnp.float32, quantization if quantized else None)
+        stored = trained_over(run, config, source) if quantized else source
+        params = load_params(stored, arch, jnp.float32, quantization if quantized else None)
+        spec, adapters = read_own_adapter(run, config, result, arch) if quantized else peft.read_adapter(result, arch)
+        targets = find_targets(arch.modules(), spec, arch.default_targets)
         return targets.combine(*targets.split(params, adapters))
 
     return source, arch, load_tree
@@ -176,7 +186,8 @@ def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "
     source = open_base(directory, config)
     arch = open_architecture(source)
     quantization = QuantizeConfig(**config.quantize) if base == "dequantized" else None
-    write_model(output, load_params(source, arch, jnp.float32, quantization), source, arch, dtype)
+    stored = trained_over(directory, config, source) if quantization else source
+    write_model(output, load_params(stored, arch, jnp.float32, quantization), source, arch, dtype)
 
 
 def check_output(output: str) -> None:

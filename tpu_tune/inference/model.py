@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, check_writes, encode_prompt, end_tokens, generate
 from tpu_tune.models import Architecture, Decoder, Execution, check_length, encode, label_names
 from tpu_tune.tensors import FORMATS
-from tpu_tune.transforms import QuantizeConfig, Targets, find_targets
+from tpu_tune.transforms import LoraConfig, QuantizeConfig, Targets, find_targets
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -194,11 +194,21 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     return load_source(source, dtype, QuantizeConfig(quantize or "none"), adapter)
 
 
-def load_source(source: WeightSource, dtype: str, quantization: QuantizeConfig, adapter: str | None = None) -> Model:
-    """Load an opened model: see `load`; `quantization` says in full what is quantized and how."""
+def load_source(
+    source: WeightSource,
+    dtype: str,
+    quantization: QuantizeConfig,
+    adapter: str | None = None,
+    read_adapter: Callable[[str, Architecture], tuple[LoraConfig, dict[str, Any]]] | None = None,
+) -> Model:
+    """Load an opened model: see `load`; `quantization` says in full what is quantized and how.
+
+    `read_adapter` reads an adapter that the source is made for; by default `peft.read_adapter`.
+    """
     arch = open_architecture(source)
     # The adapter first: what is wrong with it is reported before the weights are read.
-    spec, trained = peft.read_adapter(adapter, arch, source.base_of == adapter) if adapter else (None, None)
+    read_adapter = read_adapter or functools.partial(peft.read_adapter, over_its_base=source.base_of == adapter)
+    spec, trained = read_adapter(adapter, arch) if adapter else (None, None)
     params = load_params(source, arch, jnp.dtype(dtype), quantization)
     targets = None
     if spec is not None:

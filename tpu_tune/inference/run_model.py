@@ -6,6 +6,7 @@ A run is its model as it was trained, with its adapter, its chat template, and p
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from ml_collections import ConfigDict
 
@@ -14,7 +15,7 @@ from tpu_tune.checkpoints.chat_template import with_template_of
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.errors import UserError
 from tpu_tune.inference.model import Model, load, load_source
-from tpu_tune.inference.run_result import Step, open_base, result_of
+from tpu_tune.inference.run_result import Step, open_base, read_own_adapter, result_of, trained_over
 from tpu_tune.inference.taught import prompts_of, run_of
 from tpu_tune.transforms import QuantizeConfig
 
@@ -76,9 +77,14 @@ def _load_run(
     quantization = QuantizeConfig(**config.quantize) if quantize is None else QuantizeConfig(quantize)
     trained = None if before or adapter else result_of(run, config, step)
     source = open_base(run, config)
+    as_in_training = quantize is None
+    if as_in_training:
+        source = trained_over(run, config, source, bool(trained))
     if adapter:
         source = base_of_adapter(with_template_of(source, adapter), adapter)
-    return load_source(source, dtype, quantization, adapter or trained or config.model.adapter or None)
+    chosen = adapter or trained or config.model.adapter or None
+    read = functools.partial(read_own_adapter, run, config) if trained and as_in_training else None
+    return load_source(source, dtype, quantization, chosen, read)
 
 
 def _adapter_of(run: RunDirectory, step: Step) -> str:

@@ -21,17 +21,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import huggingface_write, peft, storage
+from tpu_tune.checkpoints.calibrated import FOLDER, with_calibrated
 from tpu_tune.checkpoints.chat_template import read_text, template_of
 from tpu_tune.checkpoints.methods import METHODS
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.prompts import taught_as, with_record
 from tpu_tune.checkpoints.run_checkpoints import base_fingerprint, read_trainable
 from tpu_tune.checkpoints.run_directory import RunDirectory
+from tpu_tune.checkpoints.starting import as_others_read, as_trained, over_start
 from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture
-from tpu_tune.transforms import Method, QuantizeConfig, Targets
+from tpu_tune.transforms import LoraConfig, Method, QuantizeConfig, Targets
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +147,8 @@ def write_result(run: RunDirectory, config: ConfigDict, step: Step, directory: s
         frozen = _frozen(method, trained, source, arch, config)
     source = says_how_taught(source, run)
     # A leaf that is a NumPy array would be taken for one that wraps another: both have a `base`.
-    write_trained(directory, config, method, jax.tree.map(jnp.asarray, trained), frozen, source, arch)
+    trained = jax.tree.map(jnp.asarray, trained)
+    write_trained(directory, config, method, trained, frozen, source, arch, run.path)
 
 
 def write_trained(
@@ -156,6 +159,7 @@ def write_trained(
     frozen: Mapping[str, Any],
     source: WeightSource,
     arch: Architecture,
+    run: str = "",
 ) -> None:
     """Write trained leaves as a PEFT adapter where the method is LoRA, else as a whole Hugging Face model.
 
@@ -167,11 +171,13 @@ def write_trained(
       frozen: the others; beside an adapter only an adapted embedding or head is needed.
       source: the opened base model.
       arch: its facts.
+      run: the run's directory; by default `config.output_dir`.
 
     Raises:
       UserError: it cannot be written.
     """
     if isinstance(method, Targets):
+        method, trainable = as_others_read(run or config.output_dir, config, method, trainable, arch)
         peft.write_adapter(directory, trainable, method, arch, config.model.path, frozen, source)
     else:
         huggingface_write.write_model(directory, method.combine(trainable, frozen), source, arch)
@@ -201,6 +207,36 @@ def open_base(run: RunDirectory, config: ConfigDict) -> WeightSource:
         return open_configured(config, template)
     except UserError as error:
         raise UserError(f"the model that {run.path} was trained on cannot be opened: {error}") from None
+
+
+def read_own_adapter(
+    run: RunDirectory, config: ConfigDict, adapter: str, arch: Architecture
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """Read what `result_of` gives for a LoRA run as it was trained: over `trained_over`'s weights."""
+    return as_trained(run.path, config, peft.read_adapter(adapter, arch), arch)
+
+
+def trained_over(
+    run: RunDirectory, config: ConfigDict, source: WeightSource, with_adapter: bool = True
+) -> WeightSource:
+    """Return the source of the base that a run's adapter was trained over, given the model that `open_base` opened.
+
+    It differs where weights were rounded against activations, and where the adapter started from them.
+
+    Args:
+      run, config: the run.
+      source: its model.
+      with_adapter: the run's adapter goes over it; else what an adapter took out of the weights stays in them.
+
+    Raises:
+      UserError: what it is made of is not in the run.
+    """
+    if with_adapter:
+        source = over_start(source, open_architecture(source), run.path, config)
+    if not config.quantize.calibration:
+        return source
+    mark = base_fingerprint(source, config)
+    return with_calibrated(source, open_architecture(source), run.file(FOLDER), mark)
 
 
 def _frozen(

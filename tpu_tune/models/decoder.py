@@ -185,8 +185,7 @@ class Decoder(nnx.Module):
             layout = TokenLayout(index, jnp.zeros_like(encoder_segments), segment_ids, encoder_segments, causal=False)
             hidden = None if encoder_output is None else encoder_output.hidden
             context = dataclasses.replace(context, encoder=(hidden, layout))
-        x = run.constrain(self._embedded(input_ids, positions, on_embeddings))
-        inputs = self._layer_inputs(input_ids, x) if arch.layer_input_size else None
+        x, inputs = self.before_layers(input_ids, positions, on_embeddings)
         past = None if cache is None else cache.past
         x, past, load = run_layers(arch, run, self.layers.get_value(), x, context, past, inputs)
         x = norm(arch, self.outside, names.final_norm, x)
@@ -195,6 +194,16 @@ class Decoder(nnx.Module):
         if cache is None:
             return x, None, load
         return x, Cache(past, key_segments, cache.length + length, encoder_segments), None
+
+    def before_layers(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        on_embeddings: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T P"] | None]:
+        """Return the hidden states before the first layer, and what each layer gets beside them; None: nothing."""
+        x = self.execution.constrain(self._embedded(input_ids, positions, on_embeddings))
+        return x, self._layer_inputs(input_ids, x) if self.architecture.layer_input_size else None
 
     def _embedded(self, input_ids: Array, positions: Array, on_embeddings: Callable[[Array], Array] | None) -> Array:
         arch, names, dtype = self.architecture, self.architecture.names, self.execution.dtype

@@ -44,6 +44,8 @@ class Format:
       largest: the largest number that a code stands for.
       group_size: number of rows that share a scale, where the format says it; 0 where any number may.
       exponents: whether scales are powers of two, each stored as its exponent in one byte.
+      far_end: the number of the lowest code where that lies further out than the highest, else 0. A group's scale then
+        has a sign, which puts the group's extreme on that code, whatever the extreme's own sign.
     """
 
     bits: int
@@ -52,6 +54,7 @@ class Format:
     largest: float = 1.0
     group_size: int = 0
     exponents: bool = False
+    far_end: float = 0.0
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -121,22 +124,25 @@ def _decode_nf4(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
     return level[0]
 
 
-def _symmetric(bits: int) -> Format:
-    """Evenly spaced codes -(2^(b-1) - 1) .. 2^(b-1) - 1, stored with an offset of 2^(b-1)."""
+def _even(bits: int, far_end: bool) -> Format:
+    """Evenly spaced codes -2^(b-1) .. 2^(b-1) - 1, stored with an offset of 2^(b-1); the highest stands for 1.
+
+    Without `far_end` a group's scale is its absolute maximum, and the lowest code is not used.
+    """
     largest, offset = 2 ** (bits - 1) - 1, 2 ** (bits - 1)
 
     def encode(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
-        return (jnp.clip(jnp.round(x * largest), -largest, largest) + offset).astype(jnp.uint8)
+        return (jnp.clip(jnp.round(x * largest), -offset, largest) + offset).astype(jnp.uint8)
 
     def decode(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
         return (codes.astype(jnp.float32) - offset) * jnp.float32(1 / largest)
 
-    return Format(bits, encode, decode)
+    return Format(bits, encode, decode, far_end=-offset / largest if far_end else 0.0)
 
 
 FORMATS: dict[str, Format] = {
-    "int8": _symmetric(8),
-    "int4": _symmetric(4),
+    "int8": _even(8, far_end=False),
+    "int4": _even(4, far_end=True),
     "nf4": Format(4, _encode_nf4, _decode_nf4),
     "mxfp4": Format(4, _encode_fp4, _decode_fp4, largest=_FP4_VALUES[-1], group_size=32, exponents=True),
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tpu_tune.tensors.quantized import QuantizedTensor
 
 PIECE = 2**24  # weights that exist dequantized at one time, where products are computed in pieces
+SMALL_PIECE = 2**21  # on TPU v2 and v3, where each takes seven bytes on the way
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=["plan"])
@@ -84,7 +85,7 @@ class LayerView:
     def contract(self, x: Array, axis: int) -> Array:
         """Return x @ w (axis 0) or x @ w.T (axis 1), as `plan` says."""
         stack, how = self.stack, self.plan.implementation
-        if how == "pallas" and fits(stack.shape, stack.pack_block, stack.group_size):
+        if how == "pallas" and fits(stack.shape, stack.pack_block, stack.group_size, self.plan):
             return quantized_matmul(
                 x,
                 stack.codes,
@@ -111,16 +112,17 @@ class LayerView:
         stack = self.stack
         unit = 128 if axis == 0 else stack.row_unit
         size, other = stack.shape[1 - axis], stack.shape[axis]
-        width = max(1, PIECE // other // unit) * unit
+        piece = SMALL_PIECE if self.plan.core.old else PIECE
+        width = max(1, piece // other // unit) * unit
         if width >= size or size % unit:
             return self.cut().contract(x, axis)
 
-        def piece(number: Array, y: Array) -> Array:
+        def add_piece(number: Array, y: Array) -> Array:
             start = jnp.minimum(number * (width // unit), (size - width) // unit) * unit  # the last ones overlap
             part = contract_array(x, self.cut(1 - axis, start, width).dequantize(x.dtype), axis)
             return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
 
-        return jax.lax.fori_loop(0, -(-size // width), piece, jnp.zeros((*x.shape[:-1], size), x.dtype))
+        return jax.lax.fori_loop(0, -(-size // width), add_piece, jnp.zeros((*x.shape[:-1], size), x.dtype))
 
 
 def outside_scan(leaves: Any, plan: MatmulPlan) -> tuple[Any, Callable[[Any, Array], Any]]:

@@ -6,8 +6,9 @@ Invariants:
   * Four-bit codes are packed inside blocks of `pack_block` input rows: row k shares a byte with row k + pack_block/2.
     A shard of whole blocks is a valid tensor of its own, which a row-parallel matmul needs.
   * Group g holds rows g*group_size .. (g+1)*group_size - 1; the last group may be short.
-  * With double quantization `scales` are uint8, linear between 0 and one float32 maximum an output column. In mxfp4
-    they are uint8 too, the exponents of powers of two, and there is no maximum.
+  * With double quantization `scales` are integers of one byte, and a scale is its integer times scale_max / 255: uint8
+    where scales are maxima, int8 from -127 to 127 where they have a sign (int4). In mxfp4 they are uint8 too, the
+    exponents of powers of two, and there is no `scale_max`.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class QuantizedTensor:
 
     Attributes:
       codes: uint8, (..., in/2, out) packed at four bits, (..., in, out) at eight.
-      scales: (..., groups, out), each group's scale: its absolute maximum in float32, or uint8 (see above).
-      scale_max: (..., 1, out) float32, the column's largest scale, under double quantization; else None.
+      scales: (..., groups, out), each group's scale in float32 (its absolute maximum, or in int4 -7/8 of its extreme,
+        which code 0 then stands for), or one byte (see above).
+      scale_max: (..., 1, out) float32 under double quantization, what the integer 255 stands for; else None.
       format: a key of `formats.FORMATS`.
       shape: the logical shape, (in, out).
       group_size: number of input rows that share a scale.
@@ -62,7 +64,7 @@ class QuantizedTensor:
     def from_codes(
         cls,
         codes: UInt8[Array, "*layers in out"],
-        scales: Float[Array, "*layers groups out"] | UInt8[Array, "*layers groups out"],
+        scales: Float[Array, "*layers groups out"] | Int[Array, "*layers groups out"],
         format: str,
         group_size: int,
     ) -> QuantizedTensor:
@@ -163,44 +165,65 @@ def pack_block(rows: int, format: str) -> int:
     return PACK_BLOCK if rows % PACK_BLOCK == 0 else rows
 
 
-@functools.partial(jax.jit, static_argnames=("format", "group_size", "double_quant"))
+@functools.partial(jax.jit, static_argnames=("format", "group_size", "double_quant", "symmetric"))
 def quantize_tensor(
-    weight: Float[Array, "*layers in out"], format: str, group_size: int = 64, double_quant: bool = False
+    weight: Float[Array, "*layers in out"],
+    format: str,
+    group_size: int = 64,
+    double_quant: bool = False,
+    symmetric: bool = False,
 ) -> QuantizedTensor:
     """Quantize a kernel with one scale for each `group_size` input rows of each output column.
 
     For nf4 at group 64 codes and scales equal bitsandbytes' (QLoRA, arXiv:2305.14314, section 3) on the transposed
     torch weight where 64 divides `in`. Double quantization stores the scales as uint8, linear up to the column's
     largest; its error equals that of bitsandbytes' dynamic map at 4 + 8/64 + 32/in bits a weight. mxfp4's scales take
-    a byte by themselves. What was dequantized from mxfp4 comes back as it was.
+    a byte by themselves. What was dequantized from mxfp4 comes back as it was. int4 has the group's extreme at the
+    lowest of its 16 levels.
+
+    Args:
+      weight: the kernel, any number of layers before its two axes.
+      format, group_size: see `QuantizedTensor`.
+      double_quant: store the scales in a byte each.
+      symmetric: int4 with 15 levels, -7 to 7, the group's absolute maximum at one end, as runs had it once.
 
     Raises:
       UserError: four bits and an odd number of input rows.
     """
     weight = weight.astype(jnp.float32)
-    form, maxima = FORMATS[format], _absolute_maxima(weight, group_size)
-    scales = exponents_of(maxima) if form.exponents else maxima
-    steps = powers_of_two(scales) if form.exponents else maxima
-    inverse = jnp.where(steps > 0, 1.0 / jnp.where(steps > 0, steps, 1.0), 0.0)
-    codes = form.encode(_scale_groups(weight, inverse, group_size))
+    form = FORMATS[format]
+    found = group_scale(_grouped(_pad_rows(weight, -weight.shape[-2] % group_size), group_size), format, symmetric)
+    scales = exponents_of(found) if form.exponents else found
+    steps = powers_of_two(scales) if form.exponents else found
+    codes = form.encode(_scale_groups(weight, inverse_scale(steps), group_size))
     tensor = QuantizedTensor.from_codes(codes, scales, format, group_size)
     return double_quantize(tensor) if double_quant else tensor
 
 
+def group_scale(weights: Float[Array, "*n group out"], format: str, symmetric: bool = False) -> Float[Array, "*n out"]:
+    """Return the scale by which a group of rows is quantized: its absolute maximum, or by its extreme (int4)."""
+    sizes, form = jnp.abs(weights), FORMATS[format]
+    if not form.far_end or symmetric:
+        return jnp.max(sizes, axis=-2)
+    at = jnp.argmax(sizes, axis=-2)[..., None, :]
+    return jnp.take_along_axis(weights, at, axis=-2)[..., 0, :] * jnp.float32(1 / form.far_end)
+
+
+def inverse_scale(scales: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return 1 / scale, and 0 for a scale of 0."""
+    return jnp.where(scales != 0, 1.0 / jnp.where(scales != 0, scales, 1.0), 0.0)
+
+
 def double_quantize(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Store the group scales as uint8, linear between 0 and the output column's largest; mxfp4's are a byte already."""
-    if FORMATS[tensor.format].exponents:
+    """Store the group scales in a byte each, linear up to the output column's largest; mxfp4's are a byte already."""
+    form = FORMATS[tensor.format]
+    if form.exponents:
         return tensor
     scales = tensor.group_scales()
-    largest = jnp.max(scales, axis=-2, keepdims=True)
-    codes = jnp.round(scales * (255 / jnp.where(largest > 0, largest, 1.0))).astype(jnp.uint8)
-    return dataclasses.replace(tensor, scales=codes, scale_max=largest)
-
-
-def _absolute_maxima(weight: Array, group_size: int) -> Array:
-    rows = weight.shape[-2]
-    padded = _pad_rows(jnp.abs(weight), -rows % group_size)
-    return jnp.max(_grouped(padded, group_size), axis=-2)
+    largest = jnp.max(jnp.abs(scales), axis=-2, keepdims=True)
+    count, dtype = (127, jnp.int8) if form.far_end else (255, jnp.uint8)
+    codes = jnp.round(scales * (count / jnp.where(largest > 0, largest, 1.0))).astype(dtype)
+    return dataclasses.replace(tensor, scales=codes, scale_max=largest * jnp.float32(255 / count))
 
 
 def _scale_groups(values: Array, scales: Array, group_size: int) -> Array:

@@ -99,7 +99,8 @@ def execution(
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
         leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, gathered[path])
         if hasattr(leaf, "layer_view") and plan.implementation != "xla":
-            return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), plan)
+            own = dataclasses.replace(plan, cut=tuple(gathered[path].codes.spec[-2:]))
+            return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), own)
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def open_session(
     if evaluate_only and data.eval is None:
         raise UserError("there are no rows to evaluate on; give data.eval, or a data.eval_ratio above 0")
     started = time.monotonic()
-    model = prepare_model(config, mesh)
+    model = prepare_model(config, mesh, rows=data.train, say=say)
     jax.block_until_ready((model.trainable, model.frozen))
     load_seconds = time.monotonic() - started
     before.seed, before.data.data_seed = config.seed, config.data.data_seed

@@ -17,18 +17,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import mxfp4
+from tpu_tune.checkpoints import mxfp4, starting
+from tpu_tune.checkpoints.calibrated import with_calibrated
 from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.checkpoints.methods import METHODS
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.run_checkpoints import base_fingerprint
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import WeightSource
 from tpu_tune.checkpoints.vocabulary import open_configured
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
 from tpu_tune.tensors import LeafSpec
+from tpu_tune.training import distributed
+from tpu_tune.training.calibration import Rows, calibrate
 from tpu_tune.training.execution import check_mesh, compute_dtype
-from tpu_tune.transforms import Method, QuantizeConfig, quantize_weight, quantized_paths, sharding
+from tpu_tune.transforms import Method, QuantizeConfig, Targets, quantize_weight, quantized_paths, sharding
+from tpu_tune.transforms.starts import RESIDUAL, STARTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +90,21 @@ def storage_dtype(config: ConfigDict) -> Any:
     return compute_dtype(config) if config.model.param_dtype == "auto" else jnp.dtype(config.model.param_dtype)
 
 
-def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int], None] | None = None) -> PreparedModel:
+def prepare_model(
+    config: ConfigDict,
+    mesh: Mesh,
+    progress: Callable[[int, int], None] | None = None,
+    rows: Rows | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> PreparedModel:
     """Open, check and load the model, quantize it on the way, and split it by the method.
+
+    Args:
+      config: the whole configuration.
+      mesh: the devices.
+      progress: called with (tensors read, tensors in all).
+      rows: the training rows, for `quantize.calibration`.
+      say: receives lines for the user.
 
     Raises:
       UserError: anything about the model, the adapter or the LoRA settings that does not fit.
@@ -102,12 +120,52 @@ def prepare_model(config: ConfigDict, mesh: Mesh, progress: Callable[[int, int],
         shardings[path] = sharding.leaf_sharding(path, leaf, specs[path], mesh)
         return jax.tree.map(put, leaf, shardings[path])
 
-    params = load_params(source, arch, storage_dtype(config), quantization, shard, progress)
+    stored = source
+    if quantization.calibration:
+        folder = calibrate(source, arch, config, quantization, rows, say)
+        stored = with_calibrated(source, arch, folder, base_fingerprint(source, config))
+    if isinstance(method, Targets) and config.lora.init_lora_weights in STARTS:
+        stored, adapters = _started(config, method, adapters, (source, stored), arch, quantization)
+    params = load_params(stored, arch, storage_dtype(config), quantization, shard, progress)
     trainable, frozen = _split(method, params, adapters, config.seed)
     del params
     trained = sharding.shardings(trainable, method.leaves(specs), mesh)
     trainable = {path: put(leaf, trained[path]) for path, leaf in trainable.items()}
     return PreparedModel(source, arch, mesh, method, trainable, frozen, shardings)
+
+
+def _started(
+    config: ConfigDict,
+    method: Targets,
+    adapters: dict[str, Any] | None,
+    sources: tuple[WeightSource, WeightSource],
+    arch: Architecture,
+    quantization: QuantizeConfig,
+) -> tuple[WeightSource, dict[str, Any] | None]:
+    """Return the weights that adapters are trained over and the adapters, where these start from the weights.
+
+    Args:
+      config, method, arch, quantization: as in `prepare_model`.
+      adapters: those of `model.adapter`: an evaluation's are the run's own, others start from nothing here.
+      sources: the model, and its weights as far as they are stored already.
+    """
+    run, (source, stored) = config.output_dir, sources
+    found = starting.read_start(run, arch) if RunDirectory(run).exists() else None
+    if found is None:
+        if adapters is not None:
+            return stored, adapters
+        start = starting.make_start(source, stored, arch, method, quantization, config.seed)
+
+        def write() -> None:
+            if jax.process_index() == 0:
+                starting.write_start(run, start, method, arch, config.model.path)
+
+        distributed.together("initial adapter", write)
+        found = starting.read_start(run, arch)
+    targets, start = found
+    if config.lora.init_lora_weights in RESIDUAL:
+        stored = starting.with_residual(stored, arch, targets, start)
+    return stored, start if adapters is None else adapters
 
 
 def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Mesh) -> PreparedModel:

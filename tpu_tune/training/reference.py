@@ -105,6 +105,7 @@ def _named(config: ConfigDict) -> ConfigDict:
         named.model.adapter, named.method = path, "lora"
     else:
         named.model.path, named.model.adapter = path, ""
+        named.quantize.calibration = 0  # what the run has rounded is its own model
     return named
 
 

@@ -159,7 +159,7 @@ def check_shared(run: RunDirectory) -> None:
 def _recorded(run: RunDirectory) -> dict[str, Any] | None:
     """The recorded configuration, flat; None where there is none."""
     try:
-        recorded = run.read_json("config.json")
+        recorded = run.recorded()
     except UserError as error:
         raise UserError(f"{error}; choose another output_dir, or remove it") from error
     return None if recorded is None else dict(configuration.flatten(recorded))

@@ -53,9 +53,12 @@ def quantize_weight(weight: Any, config: QuantizeConfig) -> QuantizedTensor:
     """
     if isinstance(weight, QuantizedTensor):
         return weight
-    return quantize_tensor(
-        weight, config.format, group_size(config), config.double_quant and FORMATS[config.format].bits == 4
-    )
+    return quantize_tensor(weight, config.format, group_size(config), has_small_scales(config), config.symmetric)
+
+
+def has_small_scales(config: QuantizeConfig) -> bool:
+    """Return whether scales are stored in a byte: under double quantization, at four bits."""
+    return config.double_quant and FORMATS[config.format].bits == 4
 
 
 def group_size(config: QuantizeConfig) -> int:

@@ -21,11 +21,17 @@ from tpu_tune.transforms import sharding
 
 LOGITS_BYTES = 256 * 2**20  # float32 logits that exist at one time, where train.loss_chunk_size is left to us
 TOKEN_CHUNK = 4096  # tokens of a device that a layer works on, where model.token_chunk_size is left to us
+REMAT = "full"  # what model.remat=auto is where nobody has chosen for the device: what fits most often
 
 
 def compute_dtype(config: ConfigDict) -> Any:
     """Return the dtype of the activations."""
     return jnp.dtype(config.model.dtype)
+
+
+def remat(config: ConfigDict) -> str:
+    """Return what the backward pass computes again, `auto` resolved."""
+    return REMAT if config.model.remat == "auto" else config.model.remat
 
 
 def loss_chunk(config: ConfigDict, vocabulary: int, rows: int) -> int:
@@ -45,7 +51,7 @@ def token_chunk(config: ConfigDict, rows: int, shards: int) -> int:
     """
     if config.model.token_chunk_size:
         return max(1, config.model.token_chunk_size // rows)
-    recomputed = config.model.remat in ("full", "offload")
+    recomputed = remat(config) in ("full", "offload")
     return max(1, TOKEN_CHUNK // rows) if recomputed and rows * config.data.max_length > 2 * TOKEN_CHUNK * shards else 0
 
 
@@ -78,7 +84,7 @@ def execution(
     attention = for_device(config.model.attention, mesh.devices.flat[0], dtype, packed)
     chunk = token_chunk(config, rows, mesh.shape["sequence"])
     plan = quantized_matmul.for_device(config.model.quantized_matmul, mesh)
-    plain = Execution(dtype, attention, several, config.model.remat, chunk, plan, packed=packed)
+    plain = Execution(dtype, attention, several, remat(config), chunk, plan, packed=packed)
     if several is None:
         return plain
     specs = architecture.leaves()

@@ -26,7 +26,7 @@ TARGET = PROJECT / "benchmarks" / "MEMORY.md"
 
 _ONE_ROW = {
     "train.per_device_train_batch_size": 1, "train.per_device_eval_batch_size": 1,
-    "train.gradient_accumulation_steps": 1, "train.eval_strategy": "no",
+    "train.gradient_accumulation_steps": 1, "train.eval_strategy": "no", "model.remat": "full",
 }  # fmt: skip
 _QLORA = {"data.max_length": 2048, **_ONE_ROW}
 _CHUNKED = {**_QLORA, "model.token_chunk_size": 512}  # projections and MLP of so many tokens at one time

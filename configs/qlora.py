@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
 
     config.model.path = "meta-llama/Llama-3.2-1B"  # a hub id, a local directory, or a .gguf file
     config.model.dtype = "bfloat16"  # float16 on GPUs older than Ampere, such as the T4
-    config.model.remat = "full"  # keep each layer's input only: slower by a third, and far smaller
+    config.model.remat = "auto"  # of what is kept for the backward pass, the fastest that fits; full keeps least
 
     config.quantize.format = "nf4"  # int8 loses less and takes twice the room
     config.quantize.group_size = 64

@@ -47,7 +47,7 @@ def refused(place, capsys, monkeypatch):
     """Function that trains with some keys changed, and returns the one line that refuses it before a weight is read."""
 
     def train(**keys):
-        def too_late(*_):
+        def too_late(*_, **__):
             raise AssertionError("the model is being loaded before this is found")
 
         monkeypatch.setattr(tpu_tune.training.opening, "prepare_model", too_late)
@@ -455,7 +455,7 @@ def test_a_full_disk_at_the_beginning_of_a_run(place):
 
 
 def test_a_device_that_is_full(place, capsys, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore lines")
 
     monkeypatch.setattr(tpu_tune.training.opening, "prepare_model", full)

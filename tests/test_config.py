@@ -62,7 +62,7 @@ def test_every_key_is_explained():
     ("name", "there"),
     [
         ("model.attention", IMPLEMENTATIONS),
-        ("model.remat", ("none", *REMAT_POLICIES)),
+        ("model.remat", ("auto", "none", *REMAT_POLICIES)),
         ("quantize.format", ("none", *FORMATS)),
         ("data.format", ROW_FORMATS),
     ],

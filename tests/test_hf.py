@@ -928,7 +928,7 @@ def counted_here(monkeypatch):
 
 def test_a_cap_on_memory(run, tmp_path, capsys, monkeypatch, counted_here):
     started = []
-    monkeypatch.setattr("tpu_tune.cli.train.start", lambda config, as_json: started.append(config) or 0)
+    monkeypatch.setattr("tpu_tune.cli.train.start", lambda config, as_json, facts: started.append(config) or 0)
     flags = [word.replace(str(run[1]), str(tmp_path / "new")) for word in run[0]]
     flags += ["--bits", "16", "--max_length", "256", "--per_device_train_batch_size", "8"]
     assert main([*flags, "--max_memory_MB", "48000"]) == 0

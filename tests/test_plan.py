@@ -356,6 +356,7 @@ def test_a_mesh_shares_what_is_held():
         (["--device", "v5e-1", "--config.lora.target_modules=nothing_here"], "nothing_here"),
         (["--device", "v5e-1", "--config.train.per_device_train_batch_size=0"], "must be positive"),
         (["--device", "v5e-1", "--rows=0"], "there must be at least one"),
+        (["--device", "v5e-1", "--kernels"], "--kernels .* does not go with --no-compile"),
     ],
 )
 def test_a_mistake_is_one_line(given, said, capfd):
@@ -474,6 +475,18 @@ def test_the_real_step_compiles_for_a_chip(tiny):
     for name in ("frozen", "trainable", "gradients", "optimizer", "batch"):
         assert parts[name] == estimate[name]
     assert 0 < parts["scratch"] < 20 * estimate["scratch"]
+    time = found["step"]["time"]
+    assert time["how"].startswith("by the compiler") and sum(time["kinds"].values()) == pytest.approx(time["seconds"])
+    assert {"products", "attention", "elementwise"} <= set(time["kinds"]) and 0 < time["mfu"] < 1
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_with_its_kernels_bundles_a_step_takes_about_as_long(tiny):
+    config = settings(tiny, data__max_length=512, train__eval_strategy="no", model__remat="full")
+    plain, full = (planning.plan(config, "v5e-1", kernels=asked)["step"]["time"] for asked in (False, True))
+    assert full["how"] == "by the compiler with its kernels' bundles"
+    assert 1 / 3 < plain["seconds"] / full["seconds"] < 3  # so small operations are all start and no work
 
 
 @needs_libtpu
@@ -510,7 +523,7 @@ def measured_by_rows(per_row, fixed):
         bits = {"none": 16, "int8": 8, "int4": 4, "nf4": 4}[config["quantize"]["format"]]
         rows = config["train"]["per_device_train_batch_size"]
         frozen = int(fixed * bits / 4) // job["count"]
-        within = int(per_row * rows * {"full": 1, "dots": 4, "none": 20}[config["model"]["remat"]])
+        within = int(per_row * rows * {"auto": 1, "full": 1, "dots": 4, "none": 20}[config["model"]["remat"]])
         within //= 4 if config["model"]["token_chunk_size"] else 1
         held = {"frozen": frozen, "trainable": 0, "optimizer": 0, "batch": 0}
         train = {"fits": True, "arguments": frozen, "peak": frozen + within, "host": 0}

@@ -130,7 +130,7 @@ def test_several_devices_make_one_table(compiler, capsys):
     devices = ["--device", "rtx3060", "h100", "x2", "--device=rtx4090", "--memory", "8", "24", "ada"]
     assert main([*words, *devices]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = {line.split("  ")[0]: line.split()[-5:] for line in lines[3:8]}
+    rows = {line.split("  ")[0]: line.split()[-7:] for line in lines[3:8]}
     assert list(rows) == ["rtx3060", "h100 x2", "rtx4090", "ampere-8g", "ada-24g"]
     assert lines[2].split()[:2] == ["device", "fits"] and not any("device " in line for line in lines[8:])
     fits = [next(word for word in line.split() if word in ("yes", "no")) for line in lines[3:8]]

@@ -70,7 +70,7 @@ def plan(config: ConfigDict | Mapping[str, Any], device: str) -> dict[str, Any]:
     return plan_job(config, device)
 
 
-def train(config: ConfigDict | Mapping[str, Any]) -> Run:
+def train(config: ConfigDict | Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Run:
     """Train by a configuration, draw its curves and judge them on the way: see `tpu_tune.training.loop.train`.
 
     `curves.png` grows and a line says how it goes after every evaluation, and another where the learning rate looks
@@ -78,6 +78,7 @@ def train(config: ConfigDict | Mapping[str, Any]) -> Run:
 
     Args:
       config: a `ConfigDict` from `tpu_tune.config`, or nested dicts of what differs from the defaults.
+      facts: what else the run's `summary.json` is to hold.
 
     Returns:
       The run: `run.metrics` (rows of metrics.jsonl), `run.output_dir`, `run.result_dir`, `run.status`.
@@ -90,7 +91,7 @@ def train(config: ConfigDict | Mapping[str, Any]) -> Run:
     from tpu_tune.training.loop import train as train_loop
 
     config = from_dict(config)
-    run = train_loop(config, on_eval=on_evaluate(config.output_dir))
+    run = train_loop(config, on_eval=on_evaluate(config.output_dir), facts=facts)
     if run.status != "already finished" and jax.process_index() == 0:
         for line in on_train_end(config.output_dir):
             PRINT(line)

@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--suggest",
         action="store_true",
-        help="find the largest batch that fits, or else what would fit, and end with one recommendation",
+        help="find what trains most tokens a second of what fits, or else what would fit, and recommend one",
     )
     parser.add_argument(
         "--rows",
@@ -58,6 +58,11 @@ def add(commands: Commands) -> None:
         "--no-compile",
         action="store_true",
         help="estimate the memory from array sizes alone, in seconds instead of minutes",
+    )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="estimate the time of a TPU's own kernels from their instructions, which takes three times as long",
     )
     parser.add_argument(
         "--max-compiles",
@@ -73,6 +78,9 @@ def run(options: argparse.Namespace) -> int:
     from tpu_tune import planning
 
     config, devices = read_config(options), _devices(options)
+    if options.kernels and (options.suggest or options.no_compile):
+        other = "--suggest" if options.suggest else "--no-compile"
+        raise UserError(f"--kernels is for a plan by the compiler, and does not go with {other}; leave one of them out")
     if options.no_compile:
         planning.count_here(max(device.count for device in devices))
     if options.suggest:
@@ -80,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
     plans = []
     for device in devices:
         try:
-            plans.append(planning.plan(config, device, options.rows, not options.no_compile, say=say))
+            compile = not options.no_compile
+            plans.append(planning.plan(config, device, options.rows, compile, say=say, kernels=options.kernels))
         except UserError as error:
             if len(devices) == 1:
                 raise

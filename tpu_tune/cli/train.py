@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from tpu_tune.cli.common import Commands, add_config, join_hosts, read_config, stdout_for_json
-from tpu_tune.cli.memory_check import check_memory
+from tpu_tune.cli.memory_check import as_planned, check_memory
 
 
 def add(commands: Commands) -> None:
@@ -27,12 +27,11 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     config = read_config(options)
     join_hosts()
-    if not options.no_check:
-        check_memory(config)
-    return start(config, options.json)
+    config, facts = as_planned(config, check_memory(config, ask_compiler=not options.no_check))
+    return start(config, options.json, facts)
 
 
-def start(config: Any, as_json: bool) -> int:
+def start(config: Any, as_json: bool, facts: dict[str, Any] | None = None) -> int:
     """Train, after `join_hosts`, and print where the results are; return the exit status.
 
     It is 0 where the run has ended, and a shell's 128 + the signal where SIGINT (130) or SIGTERM (143) has stopped it.
@@ -42,7 +41,7 @@ def start(config: Any, as_json: bool) -> int:
     from tpu_tune.training import distributed
 
     with stdout_for_json(as_json), distributed.leaving_alone():
-        run = tpu_tune.train(config)
+        run = tpu_tune.train(config, facts)
     if as_json:
         result = {"status": run.status, "step": run.step, "output_dir": run.output_dir, "result": run.result_dir}
         print(json.dumps(result))

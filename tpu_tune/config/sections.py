@@ -53,8 +53,10 @@ class Model:
     attention: Attention = key("auto", "splash: TPU v4 and later; cudnn, pallas: GPUs of compute capability 8.0")
     # xla dequantizes whole matrices, pieces parts of them, pallas (TPUs) inside the matmul.
     quantized_matmul: Literal["auto", "xla", "pieces", "pallas"] = key("auto", "how quantized weights are multiplied")
-    # full keeps each layer's input, offload keeps it on the host, dots the results of linear layers.
-    remat: Literal["none", "full", "dots", "offload"] = key("full", "what the backward pass computes again")
+    # full keeps each layer's input, offload keeps it on the host, dots the results of linear layers, none all;
+    # auto: `tpu-tune train` takes the fastest that fits the device and records it; where it cannot tell, full.
+    remat: Literal["auto", "none", "full", "dots", "offload"] = key("auto", "what the backward pass computes again")
+    # Where remat=auto chooses, 0 is as many as fit.
     token_chunk_size: int = key(0, "a device's tokens in a layer at a time; 0: all to 8,192, then 4,096", at_least=0)
     adapter: str = key("", "start from this PEFT adapter directory instead of a fresh one")
     add_special_tokens: Sequence[str] = key([], 'e.g. ["<|im_start|>"]; new rows are the mean of the old ones')

@@ -138,6 +138,10 @@ def _speed(runs: Sequence[CurveRun]) -> Section:
         ("steps", lambda run: run.summary.get("total_steps")),
         ("rows a step", lambda run: run.summary.get("rows_per_step")),
         ("tokens a second, median", lambda run: _middle(run, "tokens_per_second")),
+        ("tokens a second, as estimated before", lambda run: _estimated(run, "tokens_per_second")),
+        ("the estimate is", lambda run: run.summary.get("estimate", {}).get("how")),
+        ("measured, of the estimate", _share_of_estimate),
+        ("taken for what was left open", lambda run: _chosen(run.summary.get("chosen"))),
         ("seconds an evaluation, median", lambda run: _middle(run, "eval_runtime")),
         (
             "tokens trained on",
@@ -179,6 +183,25 @@ def _value(value: Any) -> str:
 def _middle(run: CurveRun, key: str) -> float | None:
     _, values = series(run.metrics, key)
     return float(f"{np.median(values):.4g}") if len(values) else None
+
+
+def _estimated(run: CurveRun, key: str) -> float | None:
+    """A figure of the plan that the run was started with."""
+    value = run.summary.get("estimate", {}).get(key)
+    return float(f"{value:.4g}") if isinstance(value, (int, float)) else None
+
+
+def _share_of_estimate(run: CurveRun) -> str | None:
+    """How much of the estimated speed was measured."""
+    measured, estimated = _middle(run, "tokens_per_second"), _estimated(run, "tokens_per_second")
+    return f"{measured / estimated:.0%}" if measured and estimated else None
+
+
+def _chosen(found: Any) -> str | None:
+    if not isinstance(found, Mapping):
+        return None
+    keys = ", ".join(f"{key}={value}" for key, value in found.items() if key != "why")
+    return f"{keys}: {found.get('why', '')}"
 
 
 def _bytes(count: Any) -> str | None:

@@ -20,6 +20,7 @@ from tpu_tune.config import source_paths
 from tpu_tune.errors import counted
 from tpu_tune.inference.public_names import Base, base_name, hub_id, private_directories, scrubbed
 from tpu_tune.transforms import group_size
+from tpu_tune.transforms.starts import STARTS
 
 _SHOWN_EVALUATIONS = 20
 # Told elsewhere in the card, or nobody's business.
@@ -306,8 +307,11 @@ def _snippets(facts: CardFacts) -> list[str]:
     note = "" if facts.base.hub_id else "  # write here where the base is"
     load = f"base = {base!r}{note}\nadapter = {fetched}\n"
     quantize = facts.config.quantize.format
-    if quantize == "none" or any(
-        configuration.config_get(facts.config, key) != value for key, value in _LOADED_AS_TRAINED.items()
+    own_base = facts.config.lora.init_lora_weights in STARTS  # its quantized base is not the model's
+    if (
+        quantize == "none"
+        or own_base
+        or any(configuration.config_get(facts.config, key) != value for key, value in _LOADED_AS_TRAINED.items())
     ):
         quantize = ""
     plain = (

@@ -57,14 +57,11 @@ def for_device(implementation: str, mesh: Mesh) -> MatmulPlan:
         raise UserError(
             f"model.quantized_matmul=pallas needs a TPU, and this is {device.device_kind}; leave it at auto"
         )
-    core = core_of(device)
-    if implementation == "auto" and device.platform == "cpu":
-        implementation = "xla"
-    elif implementation == "auto":
-        implementation = "pallas" if on_tpu and not core.old else "pieces"  # a v3's vector unit is no match for XLA's
+    if implementation == "auto":
+        implementation = "pallas" if on_tpu else ("xla" if device.platform == "cpu" else "pieces")
     if mesh.shape["tensor"] > 1 and implementation == "pieces":
         implementation = "xla"  # which cuts codes and products over the axis by itself
-    return MatmulPlan(implementation, core, mesh if mesh.size > 1 else None)
+    return MatmulPlan(implementation, core_of(device), mesh if mesh.size > 1 else None)
 
 
 def fits(shape: tuple[int, int], pack_block: int, group_size: int, plan: MatmulPlan = MatmulPlan()) -> bool:
@@ -96,9 +93,9 @@ def quantized_matmul(
     Args:
       x: left operand; k is `in`, or `out` where transposed.
       codes: two a byte, or one.
-      scales: (layers, in / group_size, out), float32; or uint8, with their largest in `scale_max`, or as exponents (see
-        `powers_of_two`).
-      scale_max: each column's largest scale under double quantization.
+      scales: (layers, in / group_size, out), float32; or one byte, uint8 or with a sign int8, in parts of
+        `scale_max` / 255; or uint8 as exponents (see `powers_of_two`).
+      scale_max: what a scale's integer 255 stands for in each column under double quantization.
       layer: index of the layer in the stack.
       decode: integer codes -> float32, elementwise.
       group_size: number of rows that share a scale; divides 128.

@@ -5,12 +5,13 @@ training step from shapes (`compile_step`); it turns the result into figures, an
 `suggest` searches for the largest batch that fits, and where there is none for what would fit (`ways`).
 """
 
+from tpu_tune.planning import choice
 from tpu_tune.planning.cards import GENERATIONS, by_memory
 from tpu_tune.planning.compile_process import count_here, what_a_plan_does
 from tpu_tune.planning.devices import NAMES, Device, device_of, find_device, split_names
 from tpu_tune.planning.figures import plan
 from tpu_tune.planning.local_devices import local_device, local_device_within
-from tpu_tune.planning.plan_text import advice, best_of, comparison, override_flags, table, verdict
+from tpu_tune.planning.plan_text import advice, best_of, comparison, override_flags, table, time_lines, verdict
 from tpu_tune.planning.suggest import suggest
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "advice",
     "best_of",
     "by_memory",
+    "choice",
     "comparison",
     "count_here",
     "device_of",
@@ -31,6 +33,7 @@ __all__ = [
     "split_names",
     "suggest",
     "table",
+    "time_lines",
     "verdict",
     "what_a_plan_does",
 ]

@@ -16,14 +16,14 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from tpu_tune.planning.bundle_text import Bundle, Condition, Dma, Reader, Scalar, Values, read_bundles
 from tpu_tune.planning.devices import Device
 
 BANDWIDTH_SHARE = 0.9  # of HBM's bandwidth that a program gets; XLA's own cost analysis takes the same
 _LATENCY = 700  # cycles from a DMA's start to its first byte
 _MAX_BUNDLES = 20_000_000  # a loop whose end was not understood
-_MASK = 0xFFFFFFFF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,224 +120,55 @@ def run_bundles(path: str, core: Core, share: float = 1.0) -> Timing:
     if not bundles:
         raise ValueError(f"{path}: no bundles")
     machine = _Machine(core, share)
-    position, landing = 0, None  # landing: (bundle that a branch goes to, bundles until then)
+    position, target, left = 0, 0, 0  # `left` bundles are still issued before a branch's target
     while position < len(bundles):
-        bundle = bundles[position]
-        if machine.issued >= _MAX_BUNDLES:
-            raise ValueError(f"{path}: its bundles have no end")
-        taken = machine.issue(bundle)
+        bundle, taken = bundles[position], False
+        if bundle.is_plain:
+            machine.issued += 1
+            machine.now += 1
+        else:
+            taken = machine.issue(bundle)
         position += 1
-        if landing is not None:
-            landing = landing[0], landing[1] - 1
-            if not landing[1]:
-                position, landing = landing[0], None
+        if left:
+            left -= 1
+            if not left:
+                position = target
                 continue
         if taken and bundle.branch.region in regions:
-            landing = regions[bundle.branch.region], core.delay
+            target, left = regions[bundle.branch.region], core.delay
+            if machine.issued >= _MAX_BUNDLES:
+                raise ValueError(f"{path}: its bundles have no end")
     return machine.timing()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Condition:
-    """A predicate; `register` None always holds, and `negated` is where it must be false."""
-
-    register: str | None = None
-    negated: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scalar:
-    """A scalar instruction: `name` of `operands` into `target`, or `otherwise` where the condition does not hold."""
-
-    name: str
-    target: str
-    operands: list[str]
-    condition: _Condition = _Condition()
-    otherwise: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dma:
-    """A copy of `size` granules; `flag` is set when it has arrived."""
-
-    of_hbm: bool
-    condition: _Condition
-    size: str
-    flag: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Branch:
-    condition: _Condition
-    region: int
-
-
-@dataclasses.dataclass
-class Bundle:
-    """The parts of a bundle whose time or result counts: scalars, matrix units (rows, by unit), DMAs, waits, a branch."""
-
-    scalars: list[_Scalar]
-    stores: list[tuple[str, str]]
-    rows: dict[str, int]
-    copies: list[_Dma]
-    waits: list[tuple[_Condition, str]]
-    branch: _Branch | None = None
-
-
-_START = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:")
-_REGISTER = re.compile(r"!?%?[sp]\d+_([sp]\d+)$")
-_PREDICATED = re.compile(r"\(\s*(!?)(%p\d+_p\d+)(?:, (%[sp]\d+_[sp]\d+|[-\d]+))?\)\s*,\s*(.*)")
-_BRANCH = re.compile(r"(?:%\S+ = )?sbr\.rel(?: \((!?)(%\S+?)\))? target = \$region(\d+)")
-_DMA = re.compile(r"(?:%\S+ = )?(dma\.\w+) \[thread:\$\d+\]\s+(?:\((!?)(%\S+?)\), )?(.*)")
-_WAIT = re.compile(r"(?:%\S+ = )?dma\.done\.wait(?: \((!?)(%\S+?)\),)? (.*)")
-_STORE = re.compile(r"%\d+ = sst \[smem:(.*?)\] (.*)")
-_SCALAR = re.compile(r"(%[sp]\d+_[sp]\d+) = (\S+)\s+(.*)")
-
-
-def read_bundles(path: str) -> tuple[list[Bundle], dict[int, int]]:
-    """Return a dump's bundles, and the number of the first one of each region."""
-    texts: list[str] = []
-    with open(path, errors="replace") as file:
-        for line in file:
-            if _START.match(line):
-                texts.append(line)
-            elif texts and not line.startswith("="):
-                texts[-1] += line
-    regions: dict[int, int] = {}
-    for number, text in enumerate(texts):
-        for found in re.finditer(r"Start(?:/End empty)? region (\d+)", text):
-            regions.setdefault(int(found[1]), number)
-    return [_bundle(text) for text in texts], regions
-
-
-def _bundle(text: str) -> Bundle:
-    body = re.sub(r"/\*.*?\*/", "", text[text.index("{") + 1 :], flags=re.S)
-    body = body[: body.rindex("}")] if "}" in body else body
-    result = Bundle([], [], {}, [], [])
-    for part in body.split(";;"):
-        _read_part(result, " ".join(part.split()))
-    return result
-
-
-def _read_part(bundle: Bundle, part: str) -> None:
-    if not part or "vmatpush" in part:
-        return
-    if "vmatmul" in part:
-        kind, unit = re.search(r"vmatmul\.([a-z0-9]+)", part), re.search(r"mxu(\d)", part)
-        bundle.rows[unit[1] if unit else "0"] = 8 if kind and kind[1] in ("f32", "msra", "gmra") else 16
-    elif found := _BRANCH.match(part):
-        bundle.branch = _Branch(_condition(found[2], found[1]), int(found[3]))
-    elif found := _DMA.match(part):
-        operands = [operand.strip() for operand in found[4].split(",")]
-        flag = operands[3] if len(operands) > 3 else None
-        bundle.copies.append(_Dma("hbm" in found[1], _condition(found[3], found[2]), operands[1], flag))
-    elif found := _WAIT.match(part):
-        bundle.waits.append((_condition(found[2], found[1]), found[3].split(",")[0].strip()))
-    elif found := _STORE.match(part):
-        bundle.stores.append((found[1], found[2]))
-    elif (found := _SCALAR.match(part)) and found[2] != "sphi":  # phis are copies between names of one register
-        target, name, rest = found[1], found[2], found[3]
-        condition, otherwise = _Condition(), None
-        if under := _PREDICATED.match(rest):
-            condition, otherwise, rest = _condition(under[2], under[1]), under[3], under[4]
-        operands = [operand.strip() for operand in re.split(r",\s*(?![^\[]*\])", rest)]
-        bundle.scalars.append(_Scalar(name, _register(target) or target, operands, condition, otherwise))
-
-
-def _register(token: str | None) -> str | None:
-    """Return the physical register of a name such as %s9333_s20."""
-    found = _REGISTER.match(token) if token else None
-    return found[1] if found else None
-
-
-def _condition(token: str | None, negation: str | None) -> _Condition:
-    return _Condition(_register(token), negation == "!")
-
-
 class _ScalarUnit:
-    """Scalar registers by their physical names, and SMEM; None is a value that is not known."""
+    """Scalar registers by their physical names, and SMEM."""
 
     def __init__(self) -> None:
-        self.registers: dict[str, int | None] = {}
-        self.memory: dict[str, int | None] = {}
+        self.registers: Values = {}
+        self.memory: Values = {}
 
-    def holds(self, condition: _Condition) -> bool | None:
+    def holds(self, condition: Condition) -> bool | None:
         """Whether a condition holds; None where that is not known."""
-        value = 1 if condition.register is None else self.registers.get(condition.register)
+        if condition.register is None:
+            return not condition.negated
+        value = self.registers.get(condition.register)
         return None if value is None else bool(value) != condition.negated
 
-    def value(self, token: str) -> int | None:
-        if name := _register(token):
-            found = self.registers.get(name)
-            return int(not found) if found is not None and token.startswith("!") else found
-        return _literal(token)
-
-    def run(self, scalars: Iterable[_Scalar], stores: Iterable[tuple[str, str]]) -> None:
+    def run(self, scalars: Iterable[Scalar], stores: Iterable[tuple[str, Reader]]) -> None:
         """Run a bundle's scalar instructions: all read what was there before any of them writes."""
-        new: dict[str, int | None] = {}
+        new: Values = {}
         for one in scalars:
-            holds = self.holds(one.condition)
+            holds = one.condition is None or self.holds(one.condition)
             if holds:
-                new[one.target] = self.compute(one.name, one.operands)
+                new[one.target] = one.compute(self.registers, self.memory)
             elif holds is None:
                 new[one.target] = None
             elif one.otherwise is not None:
-                new[one.target] = self.value(one.otherwise)
-        for place, token in stores:
-            self.memory[place] = self.value(token)
+                new[one.target] = one.otherwise(self.registers)
+        for place, read in stores:
+            self.memory[place] = read(self.registers)
         self.registers.update(new)
-
-    def compute(self, name: str, operands: list[str]) -> int | None:
-        """Return an instruction's result."""
-        base = name.split(".")[0]
-        if base == "sld":
-            found = re.match(r"\[smem:(.*)\]$", operands[0])
-            return self.memory.get(found[1]) if found else None
-        values = [self.value(operand) for operand in operands]
-        if base == "scalar_select":
-            return None if values[0] is None else values[1 if values[0] else 2]
-        if base in ("pand", "pnand") and 0 in values[:2]:
-            return int(base == "pnand")
-        if base in ("por", "pnor") and 1 in values[:2]:
-            return int(base == "por")
-        if None in values:
-            return None
-        if base == "scalar_lea":
-            return sum(values) & _MASK
-        if base == "scmp":
-            a, b = map(_signed, values[:2]) if ".s32" in name else values[:2]
-            return int(_COMPARISONS[name.split(".")[1]](a, b))
-        operation = _OPERATIONS.get(base)
-        return None if operation is None else operation(*values[:2]) & _MASK
-
-
-@functools.cache
-def _literal(token: str) -> int | None:
-    """Return a number's value, and of an allocation a number that no other has."""
-    if re.fullmatch(r"-?\d+|0x[0-9a-f]+", token):
-        return int(token, 0)
-    found = re.fullmatch(r"\[?#allocation(\d+)(?:_spill)?(?: \+ \$(0x[0-9a-f]+))?\]?", token)
-    return int(found[1]) * 1_000_000 + int(found[2] or "0", 16) if found else None
-
-
-def _signed(value: int) -> int:
-    value &= _MASK
-    return value - (1 << 32) if value >> 31 else value
-
-
-_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
-    "ge": lambda a, b: a >= b, "lt": lambda a, b: a < b, "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b, "gt": lambda a, b: a > b, "le": lambda a, b: a <= b,
-}  # fmt: skip
-_OPERATIONS: dict[str, Callable[..., int]] = {
-    "smov": lambda a: a, "int_to_ptr": lambda a: a, "pmov": lambda a: a,
-    "pneg": lambda a: not a, "pand": lambda a, b: a & b, "pnand": lambda a, b: not a & b,
-    "por": lambda a, b: a | b, "pnor": lambda a, b: not a | b, "pxor": lambda a, b: a ^ b,
-    "sadd": lambda a, b: a + b, "ssub": lambda a, b: a - b, "smul": lambda a, b: a * b,
-    "sand": lambda a, b: a & b, "sor": lambda a, b: a | b, "sxor": lambda a, b: a ^ b,
-    "sshll": lambda a, b: a << min(b, 32), "sshrl": lambda a, b: (a & _MASK) >> min(b, 32),
-    "sshra": lambda a, b: _signed(a) >> min(b, 32),
-}  # fmt: skip
 
 
 class _Machine:
@@ -359,8 +190,8 @@ class _Machine:
         self.issued += 1
         if bundle.rows:
             self._multiply(bundle.rows)
-        for condition, token in bundle.waits:
-            arrival = self.arrives.get(self.scalars.value(token), 0.0)
+        for condition, read in bundle.waits:
+            arrival = self.arrives.get(read(self.scalars.registers), 0.0)
             if arrival > self.now and self.scalars.holds(condition):
                 self.dma_wait += arrival - self.now
                 self.now = arrival
@@ -395,15 +226,16 @@ class _Machine:
             self.busy[unit] = self.now + cycles
             self.mxu += cycles
 
-    def _copy(self, copy: _Dma) -> None:
+    def _copy(self, copy: Dma) -> None:
         if not self.scalars.holds(copy.condition):
             return
-        size = (self.scalars.value(copy.size) or 0) * self.core.granule if copy.of_hbm else 0
+        registers = self.scalars.registers
+        size = (copy.size(registers) or 0) * self.core.granule if copy.of_hbm else 0
         self.moved += size
         self.channel = max(self.channel, self.now) + size * self.cycles_per_byte
-        self.arrives[self.scalars.value(copy.flag) if copy.flag else None] = self.channel + _LATENCY
+        self.arrives[copy.flag(registers)] = self.channel + _LATENCY
 
-    def _taken(self, condition: _Condition) -> bool:
+    def _taken(self, condition: Condition) -> bool:
         taken = self.scalars.holds(condition)
         if taken is not None:
             return taken

@@ -8,12 +8,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from tpu_tune.errors import UserError
+from tpu_tune.planning.bundles import dump_flags
 from tpu_tune.planning.compile_step import measure, missing_compiler
 from tpu_tune.planning.devices import Device
 
@@ -22,6 +24,7 @@ _USUAL = {
     "gpu": "about a minute",
     "tpu": "three to six minutes",
 }  # measured of 0.1B and 7B: 33 s, and 240 to 310 s of one core
+_WITH_KERNELS = "ten to thirty minutes, its kernels' bundles written and read"
 
 _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 # Variables by which jax or libtpu would look for devices, for other hosts, or for a cache of compiled programs.
@@ -52,14 +55,15 @@ def environment(kind: str) -> dict[str, str]:
     }
 
 
-def what_a_plan_does(device: Device, compile: bool = True) -> str:
+def what_a_plan_does(device: Device, compile: bool = True, kernels: bool = False) -> str:
     """Return in words what a plan for a device does, and about how long that takes."""
     platform = str(device.topology["platform"])
     if not compile:
         return f"counting bytes for {device.name}: seconds"
     if missing_compiler(platform):
         return f"counting bytes for {device.name}, whose compiler is not installed: seconds"
-    return f"compiling the training step for {device.name}, which need not be here: {_USUAL[device.kind]}"
+    takes = _WITH_KERNELS if kernels and device.kind == "tpu" else _USUAL[device.kind]
+    return f"compiling the training step for {device.name}, which need not be here: {takes}"
 
 
 def count_here(devices: int) -> None:
@@ -79,7 +83,8 @@ def run_job(job: Mapping[str, Any], kind: str, timeout: float = TIMEOUT) -> dict
     Bytes are counted in this process where it has enough CPU devices and none of another kind.
 
     Args:
-      job: argument of `compile_step.measure`.
+      job: argument of `compile_step.measure`; with `kernels` the bundles of a TPU's kernels are dumped for it, into a
+        directory that is deleted afterwards, and it may take twice as long.
       kind: tpu | gpu.
       timeout: seconds that the process may take.
 
@@ -89,13 +94,11 @@ def run_job(job: Mapping[str, Any], kind: str, timeout: float = TIMEOUT) -> dict
     """
     if not job["compile"] and _counts_here(job["count"]):
         return measure(job)
-    command = [sys.executable, "-m", "tpu_tune.planning.compile_step"]
     try:
-        done = subprocess.run(
-            command, input=json.dumps(job), env=environment(kind), capture_output=True, text=True, timeout=timeout
-        )
-    except subprocess.TimeoutExpired:
-        why = f"the compiler took more than {timeout:.0f} s"
+        with tempfile.TemporaryDirectory(prefix="tpu_tune-plan-") as directory:
+            done = _compile(job, kind, timeout, directory)
+    except subprocess.TimeoutExpired as late:
+        why = f"the compiler took more than {late.timeout:.0f} s"
     else:
         lines = done.stdout.splitlines()
         if done.returncode == 0 and lines:
@@ -107,6 +110,16 @@ def run_job(job: Mapping[str, Any], kind: str, timeout: float = TIMEOUT) -> dict
     if not job["compile"]:
         raise RuntimeError(f"the planning process failed ({why})")
     return {**run_job({**job, "compile": False}, kind, timeout), "why": why}
+
+
+def _compile(job: Mapping[str, Any], kind: str, timeout: float, directory: str) -> subprocess.CompletedProcess[str]:
+    command, variables = [sys.executable, "-m", "tpu_tune.planning.compile_step"], environment(kind)
+    if job.get("kernels") and kind == "tpu":
+        flags = f"{variables.get('LIBTPU_INIT_ARGS', '')} {dump_flags(directory)}".strip()
+        job, variables, timeout = {**job, "dump": directory}, {**variables, "LIBTPU_INIT_ARGS": flags}, 2 * timeout
+    return subprocess.run(
+        command, input=json.dumps(job), env=variables, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

@@ -28,12 +28,14 @@ from jax.sharding import NamedSharding
 
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
+from tpu_tune.planning import choice, step_time
+from tpu_tune.planning.devices import Device
 from tpu_tune.planning.scratch import scratch_bytes
 from tpu_tune.training import offload
 from tpu_tune.training.opening import check_settings, micro_batch_rows
 from tpu_tune.training.preference_settings import KEYS, REFERENCED
 from tpu_tune.training.prepare_model import PreparedModel, abstract_model
-from tpu_tune.training.prepare_steps import prepare_steps
+from tpu_tune.training.prepare_steps import prepare_evaluation, prepare_steps
 from tpu_tune.transforms import sharding
 
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}  # packages, by platform
@@ -48,14 +50,17 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
       job: `config` (nested dicts), `model_config` (as config.json), `topology` (keywords of `get_topology_desc`),
-        `count` (devices), `compile` (False: count bytes only), `evaluate` (compile the evaluation step too).
+        `count` (devices), `compile` (False: count bytes only), `evaluate` (compile the evaluation step too), `device`
+        (the fields of a `Device`; without it nothing is said of time), `dump` (directory of the kernels' bundles),
+        `ways` (of which the first that fits is taken, see `choice`; without them `config` as it is).
 
     Returns:
       `compiler` (its name and version; "" where it was not used), `why` (no compiler), `held` (bytes a device: frozen,
       trainable, optimizer, batch; of the shapes), `gradients`, `train` and `evaluate` (arguments, peak, host, fits, and
-      capacity where it does not; of the compiler or of the estimate), `parameters`, `trainable`, `rows` (of a step),
-      `width` and `encoder_width` (tokens a row), `mesh`, `host_state` ("computed": the optimizer's state in host memory
-      is not in the compiled program, but taken off its figures).
+      capacity where it does not; of the compiler or of the estimate; of `train` also `time`, see `step_time`, where it
+      was compiled), `parameters`, `trainable`, `rows` (of a step), `width` and `encoder_width` (tokens a row), `mesh`,
+      `way` (the overrides taken) and `tried` (the ways that do not fit, each with its `bytes`), `host_state`
+      ("computed": the optimizer's state in host memory is not in the compiled program, but taken off its figures).
 
     Raises:
       UserError: settings that do not fit the model or the devices.
@@ -65,21 +70,19 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh, devices)
     rows, eval_rows = micro_batch_rows(config, mesh)
     model = abstract_model(config, job["model_config"], mesh)
-    steps = prepare_steps(config, model, max(config.train.max_steps, 1))
     accumulation = config.train.gradient_accumulation_steps
     batch = abstract_batch(config, model, (accumulation, rows))
-    state = steps.initial_state
+    state = prepare_steps(config, model, max(config.train.max_steps, 1)).initial_state
     waiting = _waiting(config, model, state)
-    held = {
-        "frozen": device_bytes(model.frozen),
-        "trainable": device_bytes(model.trainable),
-        "optimizer": device_bytes((state.opt_state, state.loss_scale)) - sum(waiting),
-        "batch": device_bytes(batch),
-    }
     found = {
         "compiler": compiler,
         "why": why,
-        "held": held,
+        "held": {
+            "frozen": device_bytes(model.frozen),
+            "trainable": device_bytes(model.trainable),
+            "optimizer": device_bytes((state.opt_state, state.loss_scale)) - sum(waiting),
+            "batch": device_bytes(batch),
+        },
         "gradients": device_bytes(model.trainable),
         "parameters": model.num_parameters,
         "trainable": model.num_trainable,
@@ -88,30 +91,74 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         "width": batch["input_ids"].shape[-1],
         "encoder_width": batch["encoder_ids"].shape[-1] if "encoder_ids" in batch else 0,
         "mesh": dict(mesh.shape),
+        "tried": [],
     }
-    per_device = config.train.per_device_train_batch_size, config.train.per_device_eval_batch_size
-    if not compiler:
-        for name, number in zip(("train", "evaluate"), per_device, strict=True):
-            scratch = scratch_bytes(model.architecture, config, number, found["width"], mesh.shape, name == "train")
-            scratch += (found["gradients"] if name == "train" else 0) + _dequantized(model)
-            found[name] = _estimate(sum(held.values()), scratch)
-        found["train"]["host"] = sum(waiting)
-        return found
-    on_tpu = job["topology"]["platform"] == "tpu"
-    found["train"] = compile_one(steps.train, (state, model.frozen, batch), on_tpu)
-    if waiting and not on_tpu:
-        # CUDA's devices that are not there name no host memory: the program compiled holds the state on the card.
-        train, largest = found["train"], max(waiting)
-        train["peak"] -= sum(waiting) - largest
-        train["arguments"] -= sum(waiting)
-        train["host"] += sum(waiting)
-        found["host_state"] = "computed"
-    if job.get("evaluate") and found["train"]["fits"]:
+    ways, capacity = job.get("ways") or [{}], job.get("device", {}).get("capacity", 0)
+    for way in ways:
+        found["way"], last = way, way is ways[-1]
+        changed = choice.with_overrides(config, way)
+        counted = _counted(changed, model, found, waiting)
+        if not last:
+            scratch = scratch_estimate(changed, model, found, training=True)
+            least = counted["train"]["peak"] + (0 if compiler else (choice.MARGIN - 1) * scratch)
+            if least > capacity:
+                found["tried"].append({"way": way, "bytes": counted["train"]["peak"]})
+                continue
+        try:
+            found |= _compiled(job, changed, model, found, waiting) if compiler else counted
+        except jax.errors.JaxRuntimeError:
+            if last:
+                raise
+            found["tried"].append({"way": way, "bytes": 0})  # the compiler refuses it
+            continue
+        train = found["train"]
+        if last or train["fits"] and train["peak"] <= (train.get("capacity") or capacity):
+            break
+        found["tried"].append({"way": way, "bytes": train["peak"]})
+    if job.get("evaluate") and compiler and found["train"]["fits"]:
+        steps = prepare_evaluation(changed, model)
         arguments = (model.trainable, model.frozen, abstract_batch(config, model, (eval_rows,)))
-        found["evaluate"] = compile_one(steps.evaluate, arguments, on_tpu)
+        found["evaluate"] = compile_one(steps.evaluate, arguments, job["topology"]["platform"] == "tpu")
+        del found["evaluate"]["program"]
         if found["evaluate"]["peak"]:  # the optimizer's state is held beside it, though the program does not see it
-            found["evaluate"]["peak"] += held["optimizer"]
+            found["evaluate"]["peak"] += found["held"]["optimizer"]
     return found
+
+
+def scratch_estimate(config: Any, model: PreparedModel, found: Mapping[str, Any], training: bool) -> int:
+    """Return the scratch of one device by an estimate, with gradients in training."""
+    train = config.train
+    rows = train.per_device_train_batch_size if training else train.per_device_eval_batch_size
+    scratch = scratch_bytes(model.architecture, config, rows, found["width"], found["mesh"], training)
+    return scratch + (found["gradients"] if training else 0) + _dequantized(model)
+
+
+def _counted(config: Any, model: PreparedModel, found: Mapping[str, Any], waiting: list[int]) -> dict[str, Any]:
+    """Return `train` and `evaluate` by counted bytes and estimated scratch."""
+    held = sum(found["held"].values())
+    train, evaluate = (_estimate(held, scratch_estimate(config, model, found, side)) for side in (True, False))
+    return {"train": {**train, "host": sum(waiting)}, "evaluate": evaluate}
+
+
+def _compiled(
+    job: Mapping[str, Any], config: Any, model: PreparedModel, found: Mapping[str, Any], waiting: list[int]
+) -> dict[str, Any]:
+    """Return `train` by the compiler, and `host_state`."""
+    on_tpu = job["topology"]["platform"] == "tpu"
+    steps = prepare_steps(config, model, max(config.train.max_steps, 1))
+    accumulation = config.train.gradient_accumulation_steps
+    batch = abstract_batch(config, model, (accumulation, found["rows"] // accumulation))
+    train = compile_one(steps.train, (steps.initial_state, model.frozen, batch), on_tpu)
+    program = train.pop("program")
+    if program and job.get("device"):
+        train["time"] = step_time.of_program(program, Device(**job["device"]), job.get("dump", ""))
+    if not waiting or on_tpu:
+        return {"train": train}
+    # CUDA's devices that are not there name no host memory: the program compiled holds the state on the card.
+    train["peak"] -= sum(waiting) - max(waiting)
+    train["arguments"] -= sum(waiting)
+    train["host"] += sum(waiting)
+    return {"train": train, "host_state": "computed"}
 
 
 def find_devices(job: Mapping[str, Any]) -> tuple[list[Any], str, str]:
@@ -185,7 +232,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict[str, Any]:
-    """Compile a jitted function and return what the compiler says of its memory, in bytes a device.
+    """Compile a jitted function and return what the compiler says of its memory, in bytes a device, and its `program`.
 
     The peak is on a TPU what its compiler holds against the chip's memory (its `temp_size_in_bytes` may be larger than
     the chip in a program that it accepts). It counts what is in the host's memory too; of a program that puts something
@@ -205,11 +252,13 @@ def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text or not re.search("hbm", text, re.IGNORECASE):
             raise  # a kernel's own small memory does not get larger with the device
-        return {"fits": False, "arguments": device_bytes(arguments), **too_large(text, device_bytes(arguments))}
+        needed = too_large(text, device_bytes(arguments))
+        return {"fits": False, "arguments": device_bytes(arguments), "program": "", **needed}
     found = compiled.memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     total = held + found.temp_size_in_bytes
-    total += 0 if on_tpu else cudnn_workspace(compiled.as_text() or "")
+    program = compiled.as_text() or ""
+    total += 0 if on_tpu else cudnn_workspace(program)
     host = found.host_temp_size_in_bytes + found.host_argument_size_in_bytes
     peak = found.peak_memory_in_bytes if on_tpu and found.peak_memory_in_bytes else total
     return {
@@ -217,6 +266,7 @@ def compile_one(function: Any, arguments: tuple[Any, ...], on_tpu: bool) -> dict
         "arguments": found.argument_size_in_bytes,
         "peak": min(peak, total) if host else peak,
         "host": host,
+        "program": program,
     }
 
 

@@ -5,6 +5,7 @@ The dictionary that `plan` returns is what `tpu-tune plan --json` prints; `repor
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,13 +15,16 @@ from ml_collections import ConfigDict
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, architecture
+from tpu_tune.planning import choice, program_time
 from tpu_tune.planning.compile_process import TIMEOUT, run_job, what_a_plan_does
 from tpu_tune.planning.devices import Device, find_device
 from tpu_tune.planning.flops import ROOFLINE_SHARE, roofline_seconds, step_work
 from tpu_tune.planning.model_config import model_config
 from tpu_tune.planning.row_estimate import estimate_rows
+from tpu_tune.planning.step_time import by_work, rates
 from tpu_tune.training import arithmetic, too_little
 from tpu_tune.training.arithmetic import run_length
+from tpu_tune.training.execution import remat
 from tpu_tune.training.opening import check_settings
 from tpu_tune.transforms import FULL, LoraConfig, find_targets
 from tpu_tune.transforms.sharding import mesh_sizes
@@ -39,6 +43,7 @@ def plan(
     evaluate: bool = True,
     timeout: float = TIMEOUT,
     say: Callable[[str], None] = lambda line: None,
+    kernels: bool = False,
 ) -> dict[str, Any]:
     """Return what a job needs of a device, without the weights and without the device.
 
@@ -50,12 +55,14 @@ def plan(
       evaluate: whether to plan the evaluation step too, where the configuration evaluates.
       timeout: seconds that the compiler may take.
       say: called before a compilation with a line about it, and about how long it takes.
+      kernels: estimate the time of a TPU's kernels by their bundles, which takes several times as long.
 
     Returns:
       `device`, `num_devices`, `peak_bytes_per_device`, `capacity_bytes_per_device`, `fits`, `compiler` ("none (why)"
       where bytes were counted only), `breakdown` (bytes a device, which add up to the peak: frozen, trainable,
       gradients, optimizer, batch, padding, scratch), `host_bytes_per_device`, `evaluation_peak_bytes_per_device`
-      (None without evaluation), `capacity_note`, `model`, `mesh`, `step`, `run`, `rules_of_thumb`, `notes`.
+      (None without evaluation), `capacity_note`, `model`, `mesh`, `step` (with `time`, see `step_time`), `run`,
+      `rules_of_thumb`, `notes`, `chosen` (what was taken for settings left open, and `why`; None where none was).
 
     Raises:
       UserError: an unknown device or model, or settings that do not fit it; one line.
@@ -67,18 +74,25 @@ def plan(
     shapes = model_config(config)
     arch = architecture(shapes)
     evaluates = evaluate and configuration.evaluates(config)
+    usual = choice.usual(config)
     job = {
-        "config": configuration.to_dict(config),
+        "config": configuration.to_dict(choice.with_overrides(config, usual)),
+        "ways": choice.ways(config),
         "model_config": shapes,
         "topology": device.topology,
         "count": device.count,
         "compile": compile,
         "evaluate": evaluates,
+        "device": dataclasses.asdict(device),
+        "kernels": kernels,
     }
     if compile:
-        say(what_a_plan_does(device))
+        say(what_a_plan_does(device, kernels=kernels))
     measured = run_job(job, device.kind, timeout)
-    return figures(config, device, arch, measured, rows, evaluates)
+    way = measured.get("way") or usual
+    by = "by an estimate of its bytes" if not measured["compiler"] else program_time.BY_COMPILER
+    found = figures(choice.with_overrides(config, way), device, arch, measured, rows, evaluates)
+    return {**found, "chosen": choice.chosen(config, way, measured.get("tried", []), by)}
 
 
 def figures(
@@ -191,19 +205,22 @@ def _step(
         weights=breakdown["frozen"] + breakdown["trainable"],
         state=breakdown["trainable"] + breakdown["optimizer"],
         micro_batches=config.train.gradient_accumulation_steps,
-        passes=2 + (config.model.remat in ("full", "offload")),
+        passes=2 + (remat(config) in ("full", "offload")),
     )
+    tokens = rows * (width + encoder_width)
+    time = rates(measured["train"].get("time") or by_work(seconds, bound), tokens, work.model, device)
     return {
         "rows": rows,
         "micro_batch_rows": rows // config.train.gradient_accumulation_steps,
-        "tokens": rows * (width + encoder_width),
+        "tokens": tokens,
         "flops": work.model,
         "hardware_flops": work.hardware,
         "flops_formula": work.formula,
         "roofline_seconds": seconds,
         "bound_by": bound,
         "roofline_share": ROOFLINE_SHARE,
-        "seconds_estimate": seconds / ROOFLINE_SHARE,
+        "seconds_estimate": time["seconds"],
+        "time": time,
     }
 
 

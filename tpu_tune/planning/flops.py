@@ -11,6 +11,7 @@ from tpu_tune.kernels.delta_rule import CHUNK, PRODUCTS
 from tpu_tune.models import Architecture
 from tpu_tune.models.delta_modules import DeltaNet
 from tpu_tune.planning.devices import Device
+from tpu_tune.training.execution import remat
 
 # Share of the roofline that well-tuned training reaches; papers and model cards of large models report 0.35 to 0.6.
 ROOFLINE_SHARE = 0.4
@@ -63,7 +64,7 @@ def step_work(arch: Architecture, config: ConfigDict, rows: int, width: int, enc
     full = config.method == "full"
     # The backward pass computes as much again for the inputs' gradients, and for those of trained weights.
     model = (3 if full else 2) * (layers + head) + 3 * needed + 6.0 * adapters * tokens
-    repeated = {"full": layers + executed, "offload": layers + executed, "dots": executed}.get(config.model.remat, 0.0)
+    repeated = {"full": layers + executed, "offload": layers + executed, "dots": executed}.get(remat(config), 0.0)
     hardware = model - 3 * needed + 3 * executed + repeated
     formula = (
         f"{6 if full else 4} x parameters of matrices"

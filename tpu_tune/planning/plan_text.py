@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpu_tune.errors import counted
+from tpu_tune.planning.choice import words
 
 _MOST_NAMES = 6  # devices that a line lists
 _LABELS = {
@@ -44,7 +45,10 @@ def table(figures: Mapping[str, Any]) -> str:
         lines.append(f"  {'peak in evaluation':<22}{_gb(figures['evaluation_peak_bytes_per_device']):>10}")
     if figures["host_bytes_per_device"]:
         lines.append(f"  {'in host memory':<22}{_gb(figures['host_bytes_per_device']):>10}")
-    lines += [verdict(figures), f"compiler: {figures['compiler']}", ""]
+    lines += [verdict(figures), f"compiler: {figures['compiler']}"]
+    if figures.get("chosen"):
+        lines.append(f"taken for what the configuration leaves open: {words(figures['chosen'])}")
+    lines.append("")
     lines += _work(step, run)
     lines += ["", *_rules(figures["rules_of_thumb"])]
     lines += ["", *[f"note: {note}" for note in figures["notes"]]] if figures["notes"] else []
@@ -79,11 +83,17 @@ def _what_fits(suggestion: Mapping[str, Any]) -> list[str]:
     for other in suggestion["alternatives"]:
         faster = tokens_per_second(other["figures"]) / tokens_per_second(figures) - 1
         lines += [
-            f"with less recomputation in the backward pass, {faster:+.0%} tokens a second by estimate: "
-            + _batch(other["figures"]),
+            f"{_kind(other)}, {faster:+.0%} tokens a second by estimate: {_batch(other['figures'])}",
             f"  {override_flags(other['overrides'])}",
         ]
     return lines
+
+
+def _kind(other: Mapping[str, Any]) -> str:
+    """Return in words how an alternative differs from the largest batch."""
+    if "model.remat" in other["overrides"]:
+        return "with less recomputation in the backward pass"
+    return "with fewer rows at a time"
 
 
 def _nothing_fits(suggestion: Mapping[str, Any]) -> list[str]:
@@ -119,7 +129,10 @@ def comparison(plans: Sequence[Mapping[str, Any]]) -> str:
     if found:
         model = found[0]["model"]
         lines += [f"{model['path']} ({model['family']}), trainable params: {model['trainable']:,}", ""]
-    lines.append(f"{'device':<18}{'fits':<6}{'peak GB':>9}{'of GB':>9}{'rows a step':>13}{'s a step':>10}{'hours':>9}")
+    lines.append(
+        f"{'device':<18}{'fits':<6}{'peak GB':>9}{'of GB':>9}{'rows a step':>13}{'s a step':>10}{'tokens/s':>10}"
+        f"{'MFU':>7}{'hours':>9}"
+    )
     for figures in plans:
         if "error" in figures:
             lines.append(f"{figures['device']:<18}no plan: {figures['error']}")
@@ -129,11 +142,12 @@ def comparison(plans: Sequence[Mapping[str, Any]]) -> str:
             f"{figures['device']:<18}{'yes' if figures['fits'] else 'no':<6}"
             f"{_gb(peak) if peak is not None else 'more':>9}{_gb(figures['capacity_bytes_per_device']):>9}"
             f"{figures['step']['rows']:>13,}{figures['step']['seconds_estimate']:>10.3g}"
+            f"{tokens_per_second(figures):>10,.0f}{figures['step']['time']['mfu']:>7.1%}"
             f"{'-' if hours is None else f'{hours:.2g}':>9}"
         )
     if found:
-        share = found[0]["step"]["roofline_share"]
-        lines += ["", f"peak and capacity of one device; times are estimates, at {share:.0%} of the roofline"]
+        hows = "; ".join(dict.fromkeys(figures["step"]["time"]["how"] for figures in found))
+        lines += ["", f"peak and capacity of one device; times are estimates, not measured: {hows}"]
     lines += [f"compiler: {name}" for name in dict.fromkeys(figures["compiler"] for figures in found)]
     notes: dict[str, list[str]] = {}
     for figures in found:
@@ -191,8 +205,8 @@ def _work(step: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
         f"a step: {counted(step['rows'], 'row')}, {counted(step['tokens'], 'token')}, {step['flops']:.3g} FLOPs "
         f"({step['hardware_flops']:.3g} with recomputed layers and masked scores)",
         f"  FLOPs = {step['flops_formula']}",
-        f"  roofline {_time(step['roofline_seconds'])} (bound by {step['bound_by']}); "
-        f"estimate {_time(step['seconds_estimate'])} (not measured), at {step['roofline_share']:.0%} of the roofline",
+        f"  roofline {_time(step['roofline_seconds'])} (bound by {step['bound_by']})",
+        *time_lines(step["time"]),
     ]
     if run["rows"] is not None:
         lines.append(f"the run: {run['arithmetic']} (rows: {run['rows_are']})")
@@ -202,6 +216,19 @@ def _work(step: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
         lines.append("the run: the number of rows is not known; give --rows N for the run's steps and hours")
     if run["hours_estimate"] is not None:
         lines.append(f"  estimate {run['hours_estimate']:.2g} hours, without compilation and evaluation")
+    return lines
+
+
+def time_lines(time: Mapping[str, Any]) -> list[str]:
+    """Return what a plan says of a step's time, and where it goes as far as that is known."""
+    seconds = time["seconds"]
+    lines = [
+        f"  estimate {_time(seconds)} a step, {time['tokens_per_second']:,.0f} tokens a second, MFU {time['mfu']:.1%} "
+        f"({time['how']}; not measured)"
+    ]
+    parts = sorted(time["kinds"].items(), key=lambda part: -part[1])
+    if parts:
+        lines.append("    " + ", ".join(f"{kind} {_time(spent)} ({spent / seconds:.0%})" for kind, spent in parts))
     return lines
 
 
@@ -226,4 +253,7 @@ def _gigabytes(count: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
+    """Return milliseconds, of long steps seconds."""
+    if seconds >= 10:
+        return f"{seconds:.1f} s"
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.2g} ms"

@@ -17,7 +17,7 @@ from tpu_tune.kernels.attention import chosen
 from tpu_tune.kernels.blockwise import BLOCK
 from tpu_tune.kernels.delta_rule import CHUNK
 from tpu_tune.models import Architecture, LayerKind
-from tpu_tune.training.execution import loss_chunk, token_chunk
+from tpu_tune.training.execution import loss_chunk, remat, token_chunk
 
 _FLOAT32 = 4
 
@@ -77,7 +77,7 @@ def scratch_bytes(
     logits = chunk * (arch.num_labels or arch.vocab_size) * _FLOAT32 * (2 if training else 1)
     if not training:
         return max(work + scores, logits) + tokens * hidden * size * 2
-    kept = {"full": hidden, "offload": 0, "dots": hidden + projected}.get(config.model.remat)
+    kept = {"full": hidden, "offload": 0, "dots": hidden + projected}.get(remat(config))
     if kept is None:  # everything that the backward pass reads, including scores
         return layers * (tokens * size * (2 * projected + 4 * hidden) + scores * 2 // 3) + max(work, logits)
     return layers * tokens * kept * size + max(2 * work + scores, logits) + tokens * hidden * size * 2

@@ -1,10 +1,11 @@
-"""`plan --suggest`: find the largest batch that fits, as config overrides; or else what would fit, and where.
+"""`plan --suggest`: find what fits and trains most tokens a second, as config overrides; or else what would fit, where.
 
 The search begins with the settings that change least: the configuration's own mesh and quantization, then other meshes,
 fewer bits, and at last fewer tokens at one time. Settings whose counted bytes are too large already are not compiled.
 From the first settings that fit with one row per device, the number of rows is raised: two measured batches give a
-line, and where it meets the capacity is tried next. At last, settings that recompute less are tried. Where nothing
-fits, other methods and optimizers are tried (`ways`), and larger devices.
+line, and where it meets the capacity is tried next. At last, settings that recompute less are tried, each with as many
+rows as fit. Of all that fits, what makes most tokens a second by the estimate of its time is recommended (`step_time`).
+Where nothing fits, other methods and optimizers are tried (`ways`), and larger devices.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _FORMATS = ("none", "int8", "nf4")  # each takes about half the bytes of the one
 _MAX_ROWS = 1024
 _MARGIN = 0.97  # share of the capacity to aim for after a batch was too large
 _CHUNK = 512  # tokens, whose activations in one layer are small compared with its weights
+_FASTER = 1.01  # a smaller batch has to be faster by so much, by the estimate, to be worth a mention
 _MAX_CONFIRMED = 2  # larger devices for which the compiler is asked
 
 
@@ -37,7 +39,7 @@ def suggest(
     max_compiles: int = MAX_COMPILES,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Search for the largest batch that fits.
+    """Search for what trains most tokens a second, and for the largest batch that fits.
 
     Args:
       config: the whole configuration.
@@ -48,12 +50,12 @@ def suggest(
       say: called with a line for each try.
 
     Returns:
-      `overrides` (config key -> value; None if nothing fits), `figures` (of that configuration, or None),
-      `alternatives` (settings that recompute less, each with `overrides` and `figures`), `recommended` (`overrides`,
-      `figures` and `why` of the one to take; None if there is none), `ways` (if nothing fits: what was tried that
-      changes the method, the optimizer or the rows, see `ways.find_ways`), `devices` (likewise: names of devices that
-      are large enough by an estimate, the smallest first), `compiled_device` (the first of them that the compiler
-      confirms, or ""), `compiles` (compilations made), `device`.
+      `overrides` (of the largest batch: config key -> value; None if nothing fits), `figures` (of that one, or None),
+      `alternatives` (settings that recompute less, or a faster smaller batch, each with `overrides` and `figures`),
+      `recommended` (`overrides`, `figures` and `why` of the fastest; None if there is none), `ways` (if nothing fits:
+      what was tried that changes the method, the optimizer or the rows, see `ways.find_ways`), `devices` (likewise:
+      names of devices that are large enough by an estimate, the smallest first), `compiled_device` (the first of them
+      that the compiler confirms, or ""), `compiles` (compilations made), `device`.
     """
     device = find_device(device) if isinstance(device, str) else device
     search = Tries(config, device, rows, compile, max_compiles, say)
@@ -99,7 +101,7 @@ def _suggestion(search: Tries, max_compiles: int, **found: Any) -> dict[str, Any
 def _recommended(largest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fastest by estimate of the largest batch and what recomputes less; the larger of equals."""
     choices = [largest, *largest["alternatives"]]
-    best = max(choices, key=lambda choice: tokens_per_second(choice["figures"]))
+    best = max(choices, key=lambda choice: tokens_per_second(choice["figures"]))  # the first of equals
     why = "the largest batch that fits" if len(choices) == 1 else "the fastest by estimate"
     return {"overrides": best["overrides"], "figures": best["figures"], "why": why}
 
@@ -152,18 +154,32 @@ def _raise_rows(search: Tries, one_row: Overrides, figures: dict[str, Any]) -> d
     return {
         "overrides": changes(search.config, chosen),
         "figures": search.with_run(chosen, tried[best]),
-        "alternatives": _less_recomputation(search, one_row, tried, best),
+        "alternatives": [
+            *_less_recomputation(search, one_row, tried, best),
+            *_faster_batches(search, one_row, tried, best),
+        ],
     }
 
 
+def _faster_batches(search: Tries, one_row: Overrides, tried: Mapping[int, Any], best: int) -> list[dict[str, Any]]:
+    """Return the fastest batch of those tried, if it is faster than the largest one that fits."""
+    fitting = {rows: figures for rows, figures in tried.items() if figures["fits"]}
+    fastest = max(fitting, key=lambda rows: (tokens_per_second(fitting[rows]), rows))
+    if tokens_per_second(fitting[fastest]) <= _FASTER * tokens_per_second(fitting[best]):
+        return []
+    settings = {**one_row, **rows_per_device(search.config, fastest)}
+    overrides = changes(search.config, settings)
+    return [{"overrides": overrides, "figures": search.with_run(settings, fitting[fastest])}]
+
+
 def _less_recomputation(search: Tries, one_row: Overrides, tried: Mapping[int, Any], best: int) -> list[dict[str, Any]]:
-    """Return at most one alternative that recomputes less, with as many rows as counted bytes make likely to fit."""
+    """Return settings that recompute less, each with as many rows as counted bytes make likely to fit."""
     fitting = sorted(rows for rows, result in tried.items() if result["fits"])[-2:]
     peaks = [tried[rows]["peak_bytes_per_device"] for rows in fitting]
     bytes_per_row = max(1.0, (peaks[-1] - peaks[0]) / max(1, fitting[-1] - fitting[0]))
     fixed_bytes = peaks[-1] - bytes_per_row * fitting[-1]
     capacity = tried[best]["capacity_bytes_per_device"]
-    full = search.try_out(one_row, compile=False)
+    full, found = search.try_out(one_row, compile=False), []
     for remat in ("none", "dots"):
         settings = {**one_row, "model.remat": remat}
         counted = search.try_out(settings, compile=False)
@@ -175,11 +191,13 @@ def _less_recomputation(search: Tries, one_row: Overrides, tried: Mapping[int, A
             chosen = {**settings, **rows_per_device(search.config, rows)}
             figures = search.try_out(chosen)
             if figures is None:
-                return []
+                return found
             if figures["fits"]:
-                return [{"overrides": changes(search.config, chosen), "figures": search.with_run(chosen, figures)}]
+                overrides = changes(search.config, chosen)
+                found.append({"overrides": overrides, "figures": search.with_run(chosen, figures)})
+                break
             rows //= 2
-    return []
+    return found
 
 
 def _next_guess(tried: Mapping[int, Mapping[str, Any]], limit: int) -> int:

@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 
 from tpu_tune import config as configuration
 from tpu_tune.errors import UserError
+from tpu_tune.planning.choice import with_overrides
 from tpu_tune.planning.devices import Device
 from tpu_tune.planning.figures import plan
 from tpu_tune.planning.plan_text import override_flags
+from tpu_tune.training.execution import REMAT
 
 Overrides = dict[str, Any]
 Say = Callable[[str], None]
@@ -60,15 +62,9 @@ class Tries:
             counted = plan(config, self.device, self.rows, compile=False, evaluate=False)
         except UserError as error:  # a step has more rows than the data
             return {**figures, "notes": [*figures["notes"], str(error)]}
-        return {**figures, "run": counted["run"]}
-
-
-def with_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """Return a copy of a configuration with single keys changed."""
-    changed = configuration.from_dict(configuration.to_dict(config))
-    for key, value in overrides.items():
-        configuration.assign(changed, key, value)
-    return configuration.check(changed)
+        run, slower = counted["run"], figures["step"]["seconds_estimate"] / counted["step"]["seconds_estimate"]
+        hours = run["hours_estimate"]
+        return {**figures, "run": {**run, "hours_estimate": hours and hours * slower}}
 
 
 def rows_per_device(config: ConfigDict, rows: int) -> Overrides:
@@ -84,7 +80,10 @@ def changes(config: ConfigDict, overrides: Overrides) -> Overrides:
     """Return the overrides that differ from the config, with no more rows for evaluation than for training."""
     rows = overrides["train.per_device_train_batch_size"]
     changed = {**overrides, "train.per_device_eval_batch_size": min(config.train.per_device_eval_batch_size, rows)}
-    return {key: value for key, value in changed.items() if configuration.config_get(config, key) != value}
+    different = {key: value for key, value in changed.items() if configuration.config_get(config, key) != value}
+    if config.model.remat == "auto" and changed.get("model.remat") == REMAT:
+        del different["model.remat"]  # it is what auto takes where nothing faster fits
+    return different
 
 
 def persistent_bytes(figures: Mapping[str, Any]) -> int:

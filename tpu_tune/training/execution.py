@@ -22,11 +22,17 @@ from tpu_tune.transforms import sharding
 LOGITS_BYTES = 256 * 2**20  # float32 logits that exist at one time, where train.loss_chunk_size is left to us
 TOKEN_CHUNK = 4096  # tokens of a device that a layer works on, where model.token_chunk_size is left to us
 _WIDTH = 11008  # LLaMA-7B's intermediate_size: on GPUs the layers of narrower models take so many more tokens
+REMAT = "full"  # what model.remat=auto is where nobody has chosen for the device: what fits most often
 
 
 def compute_dtype(config: ConfigDict) -> Any:
     """Return the dtype of the activations."""
     return jnp.dtype(config.model.dtype)
+
+
+def remat(config: ConfigDict) -> str:
+    """Return what the backward pass computes again, `auto` resolved."""
+    return REMAT if config.model.remat == "auto" else config.model.remat
 
 
 def loss_chunk(config: ConfigDict, vocabulary: int, rows: int) -> int:
@@ -47,7 +53,7 @@ def token_chunk(config: ConfigDict, rows: int, shards: int, most: int = TOKEN_CH
     """
     if config.model.token_chunk_size:
         return max(1, config.model.token_chunk_size // rows)
-    recomputed = config.model.remat in ("full", "offload")
+    recomputed = remat(config) in ("full", "offload")
     return max(1, most // rows) if recomputed and rows * config.data.max_length > 2 * most * shards else 0
 
 
@@ -85,7 +91,7 @@ def execution(
     if on_gpu and plan.implementation == "pieces":  # chunks save memory; where there are none, large pieces are faster
         saves = chunk or config.model.quantized_matmul == "pieces"
         plan = dataclasses.replace(plan, implementation="gpu_pieces" if saves else "gpu_large_pieces")
-    plain = Execution(dtype, attention, several, config.model.remat, chunk, plan, packed=packed)
+    plain = Execution(dtype, attention, several, remat(config), chunk, plan, packed=packed)
     if several is None:
         return plain
     specs = architecture.leaves()

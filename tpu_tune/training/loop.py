@@ -84,7 +84,12 @@ class Run:
     signal: int = 0
 
 
-def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEval | None = None) -> Run:
+def train(
+    config: ConfigDict,
+    say: Callable[[str], None] = PRINT,
+    on_eval: OnEval | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Run:
     """Train as the configuration says, resuming what is already in `output_dir`.
 
     Args:
@@ -92,6 +97,7 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
       say: receives the few lines meant for the user.
       on_eval: called with all metric rows after every evaluation and at the end, e.g. to draw curves; a line that it
         returns after an evaluation is shown.
+      facts: what else `summary.json` is to hold from the start, such as the speed that a plan expects.
 
     Raises:
       UserError: anything the user can mend; what is wrong with settings, data or model is found before anything is
@@ -110,11 +116,16 @@ def train(config: ConfigDict, say: Callable[[str], None] = PRINT, on_eval: OnEva
 
     with run_start.begin(run, session.config, say, on_main) as lock:
         distributed.together("run directory", lambda: run_start.check_shared(run))
-        return _train(session, run, lock, say, on_eval)
+        return _train(session, run, lock, say, on_eval, facts or {})
 
 
 def _train(
-    session: Session, run: RunDirectory, lock: RunLock | None, say: Callable[[str], None], on_eval: OnEval | None
+    session: Session,
+    run: RunDirectory,
+    lock: RunLock | None,
+    say: Callable[[str], None],
+    on_eval: OnEval | None,
+    facts: Mapping[str, Any],
 ) -> Run:
     """Train in a run directory that is this start's."""
     is_main = jax.process_index() == 0
@@ -139,7 +150,7 @@ def _train(
             say(f"this run is done: {first} of {counted(total, 'step')}; its result is in {result}")
             return Run(run.path, config, run.metrics(), first, total, result, "already finished")
         if is_main:
-            run.update_summary(summary.describe(session))
+            run.update_summary({**summary.describe(session), **facts})
         sample = summary.sampler(config, model, session.data, say)
         if first == 0:
             sample(state, 0)

@@ -125,6 +125,7 @@ def open_session(
     jax.block_until_ready((model.trainable, model.frozen))
     load_seconds = time.monotonic() - started
     before.seed, before.data.data_seed = config.seed, config.data.data_seed
+    before.model.remat, before.model.token_chunk_size = config.model.remat, config.model.token_chunk_size
     same = before.model.to_dict() == config.model.to_dict()  # else what was trained is evaluated
     used = ("eval",) if evaluate_only else ("train", "eval")
     data = add_reference(data, before, eval_batch_rows, model if same else None, mesh, say, used)

@@ -32,6 +32,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 _SCHEDULE = ("train.max_steps", "train.num_train_epochs")
 _SEEDS = ("seed", "data.data_seed")
+_LEFT_OPEN = {"model.remat": "auto", "model.token_chunk_size": 0}  # the run's first start has chosen for its device
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ def _resolve_seeds(config: ConfigDict, recorded: Mapping[str, Any] | None) -> tu
             value = secrets.randbelow(2**31) if value is None else value
             configuration.assign(resolved, key, value)
             notes.append(f"{key} = {value}")
+    for key, auto in _LEFT_OPEN.items():
+        value = (recorded or {}).get(key, auto)
+        if configuration.config_get(config, key) == auto != value:
+            configuration.assign(resolved, key, value)
+            notes.append(f"{key} = {value}, as this run has it")
     return resolved, notes
 
 

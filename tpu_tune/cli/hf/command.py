@@ -10,7 +10,7 @@ from typing import Any
 from tpu_tune import config as configuration
 from tpu_tune.cli import train
 from tpu_tune.cli.common import Commands, join_hosts, stdout_for_json
-from tpu_tune.cli.memory_check import check_memory
+from tpu_tune.cli.memory_check import as_planned, check_memory
 from tpu_tune.errors import UserError
 
 _ABOUT = """
@@ -111,9 +111,9 @@ def _translate(flags: Any, exported: dict[str, str], options: argparse.Namespace
 
 def _start(translation: Any, options: argparse.Namespace) -> int:
     if translation.train:
-        if not options.no_check:
-            check_memory(translation.config, translation.max_memory)
-        return train.start(translation.config, options.json)
+        figures = check_memory(translation.config, translation.max_memory, not options.no_check)
+        config, facts = as_planned(translation.config, figures)
+        return train.start(config, options.json, facts)
     from tpu_tune.training import distributed
     from tpu_tune.training.evaluate_only import evaluate_only
 

@@ -82,7 +82,8 @@ def job(case, layers=LAYERS):
 def compiled(compile_steps, request):
     """What was found of each case that is to run, all compiled in one go."""
     here = [item for item in request.session.items if item.path == request.path]
-    cases = [item.callspec.params["case"] for item in here if hasattr(item, "callspec")]
+    params = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    cases = [each["case"] for each in params if "case" in each]
     return dict(zip(cases, compile_steps(*map(job, cases)), strict=True))
 
 

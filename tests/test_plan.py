@@ -157,6 +157,7 @@ def test_the_catalogue_has_what_the_compilers_say():
         ("v5e-1", 1, 15.75),
         ("v5e-64", 64, 15.75),
         ("v6e-8", 8, 31.25),
+        ("tpu7x-8", 8, 94.75),
         ("v5p-8", 4, 95.74),
         ("v4-32", 16, 30.75),
     ]:
@@ -199,6 +200,7 @@ def test_an_unknown_device_is_told_with_what_there_is(text, said):
 def test_devices_by_what_jax_calls_them():
     named = {
         ("TPU v5 lite", 1): "v5e-1", ("TPU v3", 8): "v3-8", ("TPU v4", 4): "v4-8", ("TPU v6 lite", 8): "v6e-8",
+        ("TPU7x", 16): "tpu7x-16", ("NVIDIA B200", 1): "b200", ("NVIDIA GB10", 1): "gb10",
         ("NVIDIA GeForce RTX 4090", 2): "rtx4090 x2",
     }  # fmt: skip
     assert {key: planning.device_of(*key).name for key in named} == named

@@ -30,9 +30,10 @@ def add(commands: Commands) -> None:
         default=[],
         nargs="+",
         metavar="NAME",
-        help="a TPU slice (v2-8, v3-8, v4-8, v5e-1, v5e-4, v5e-8, v5e-64, v6e-1, v6e-8, v5p-8) or a GPU (t4, l4, "
-        "rtx2080ti, rtx3060, rtx3070, rtx3080, rtx3090, rtx4060, rtx4070, rtx4080, rtx4090, rtx5070, rtx5090, "
-        "a100-40g, a100-80g, h100, h200, rtx6000ada-48g); two GPUs: rtx4090 x2; several names make one table",
+        help="a TPU slice (v2-8, v3-8, v4-8, v5e-1, v5e-4, v5e-8, v5e-64, v6e-1, v6e-8, v5p-8, tpu7x-8) or a GPU (t4, "
+        "l4, rtx2080ti, rtx3060, rtx3070, rtx3080, rtx3090, rtx4060, rtx4070, rtx4080, rtx4090, rtx5070, rtx5090, "
+        "rtxpro6000, gb10, a100-40g, a100-80g, h100, h200, b200, rtx6000ada-48g); two GPUs: t4 x2; several names make "
+        "one table",
     )
     parser.add_argument(
         "--memory",

@@ -51,6 +51,7 @@ _CORES = (  # by the start of the device's name
     ("TPU v5 lite", Core()),
     ("TPU v5", Core(bandwidth=710, count=2)),
     ("TPU v6", Core(macs=262144, bandwidth=840, vmem=26 * 2**20)),
+    ("TPU7x", Core(macs=262144, bandwidth=1500, vmem=26 * 2**20)),
 )
 
 

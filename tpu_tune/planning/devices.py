@@ -1,9 +1,9 @@
 """The catalogue of devices that a plan can be made for, with the properties that the compilers need.
 
-TPU slices are named as in Google Cloud (v2, v3, v4 and v5p count TensorCores, v5e and v6e chips), GPUs by card, or by
-generation and memory (`ampere-12g`; `cards`). Capacity is the memory that a program may use. For a TPU it is the size
-that its compiler names when a program is too large. For a GPU it is the card's memory as CUDA reports it, times the
-share that `launch/common.sh` sets, minus a reserve.
+TPU slices are named as in Google Cloud (v2, v3, v4, v5p and tpu7x count TensorCores, v5e and v6e chips), GPUs by card,
+or by generation and memory (`ampere-12g`; `cards`). Capacity is the memory that a program may use. For a TPU it is the
+size that its compiler names when a program is too large. For a GPU it is the card's memory as CUDA reports it, times
+the share that `launch/common.sh` sets, minus a reserve.
 
 Sources: cloud.google.com/tpu/docs (system architecture of each version) for peaks (dense, bfloat16 with float32 sums)
 and bandwidths, libtpu 0.0.42 for a TPU's capacity.
@@ -31,7 +31,7 @@ class Device:
     Attributes:
       name: name in the catalogue, with `x4` added for four GPUs.
       kind: tpu | gpu.
-      count: number of devices as JAX counts them (a v2 or v3 chip is two).
+      count: number of devices as JAX counts them (a v2, v3 or tpu7x chip is two).
       capacity: bytes that a program may use on each device.
       capacity_note: source of the capacity, for the reader of a plan.
       flops: peak of one device, FLOP/s.
@@ -75,14 +75,16 @@ _TPUS = {
     "v5e": _Tpu("TPU v5 lite", 15.75, 197, 819, 1, 1, _FLAT),
     "v5p": _Tpu("TPU v5", 95.74, 459, 2765, 1, 2, _CUBES),
     "v6e": _Tpu("TPU v6 lite", 31.25, 918, 1640, 1, 1, _FLAT),
+    "tpu7x": _Tpu("TPU7x", 94.75, 1153.5, 3690, 2, 2, _CUBES),
 }
 
 
 # Devices that `plan` lists and `--suggest` tries, from small to large; other slices of the same TPUs are accepted too.
 NAMES = (
-    "v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v5e-64", "v6e-1", "v6e-8", "v5p-8", *CARDS,
+    "v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v5e-64", "v6e-1", "v6e-8", "v5p-8", "tpu7x-8",
+    *CARDS,
 )  # fmt: skip
-_TPU_NAME = re.compile(r"(v\d[ep]?)-(\d{1,9})")
+_TPU_NAME = re.compile(r"(v\d[ep]?|tpu7x)-(\d{1,9})")
 
 
 def find_device(text: str) -> Device:

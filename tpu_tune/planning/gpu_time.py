@@ -42,7 +42,7 @@ _TILES = (  # rows, columns, share of the best tile's speed
     (128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.93), (128, 64, 0.80), (64, 128, 0.80), (64, 64, 0.65),
     (128, 32, 0.5), (64, 32, 0.40), (32, 128, 0.5), (64, 16, 0.25),
 )  # fmt: skip
-_LINK = {"h100": 360e9, "h200": 360e9, "a100-40g": 240e9, "a100-80g": 240e9}  # NVLink; others have PCIe
+_LINK = {"h100": 360e9, "h200": 360e9, "a100-40g": 240e9, "a100-80g": 240e9, "b200": 720e9}  # NVLink; others have PCIe
 _PCIE = {(7, 5): 10e9}
 _UNPACKED = 1e5  # bytes of packed weights in a kernel that dequantizes
 

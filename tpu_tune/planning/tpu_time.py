@@ -34,6 +34,7 @@ from tpu_tune.planning.program_time import (
 
 LINK = {  # bytes a second of one link in one direction, as published less a tenth
     "TPU v2": 56e9, "TPU v3": 74e9, "TPU v4": 45e9, "TPU v5 lite": 45e9, "TPU v5": 90e9, "TPU v6 lite": 90e9,
+    "TPU7x": 90e9,
 }  # fmt: skip
 # Shares of the MXU's peak that Pallas kernels reach where their bundles were not dumped, from bundles on a v5e: of the
 # quantized product by tokens at a time, and apart on v2 and v3; of splash attention's causal work on whole columns.

@@ -87,7 +87,7 @@ def test_trained_weights_in_16_bits_gather_their_gradient_in_float32():
     np.testing.assert_array_equal(jax.jit(jax.grad(total))(weight).astype(jnp.float32), 4096)  # bfloat16 stops at 256
 
 
-@pytest.mark.parametrize("case", [*CASES, pytest.param("qwen3_next", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", tiny_models.mostly_slow([*CASES, "qwen3_next"], ("llama3", "gemma3", "t5")))
 def test_every_family_gives_the_same_loss_and_gradients_in_chunks(case: str) -> None:
     arch, params = tiny_models.load(tiny_models.CONFIGS[case])
     dropout = 0.25 if case == "llama3" else 0.0  # it compiles slowly, and lies in what all families share

@@ -599,6 +599,7 @@ def test_writing_is_the_inverse_of_reading(tmp_path, name):
 # The real file
 
 
+@pytest.mark.slow
 def test_gemma3_reads_as_the_gguf_package_reads_it(gemma3_gguf):
     source = open_gguf(gemma3_gguf)
     assert source.config["model_type"] == "gemma3_text" and source.config["num_hidden_layers"] == 18

@@ -114,9 +114,11 @@ def trained(path: str, folder: pathlib.Path, devices: int, **keys):
     "method, devices",
     [
         ("full", 1),
-        ("lora", 8),
         ("qlora", 8),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("full", 8), ("lora", 1), ("qlora", 1))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("full", 8), ("lora", 8), ("lora", 1), ("qlora", 1))
+        ),
     ],
 )
 def test_training_is_the_llamas(both, method, devices, tmp_path):

@@ -249,6 +249,7 @@ def test_a_hint_is_said_once_from_metrics_rows():
 
 
 # --- a model --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_tiny_models_suggestion_against_a_sweep_and_its_hints(trials, found):
     rate = found.suggestion.rate
     ends = {factor: rows_of(trials, rate * factor) for factor in (0.1, 0.3, 1, 3, 10, 1e3)}

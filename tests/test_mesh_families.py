@@ -100,7 +100,16 @@ def batches(case: str) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     ("case", "mesh", "method"),
     [
-        *((case, mesh, method) for case in ("phi3", "gpt2") for mesh in EIGHT for method in ("full", "qlora")),
+        *(
+            (case, mesh, method)
+            for case, mesh in zip(("phi3", "gpt2"), EIGHT, strict=True)
+            for method in ("full", "qlora")
+        ),
+        *(
+            pytest.param(case, mesh, method, marks=pytest.mark.slow)
+            for case, mesh in zip(("gpt2", "phi3"), EIGHT, strict=True)
+            for method in ("full", "qlora")
+        ),
         ("olmo2", EIGHT[1], "full"),
         *(pytest.param("qwen3_5", EIGHT[0], method, marks=pytest.mark.slow) for method in ("full", "qlora")),
         ("t5", EIGHT[1], "full"),

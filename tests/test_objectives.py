@@ -116,7 +116,9 @@ def by_the_formula(config: Any) -> tuple[list[dict[str, float]], dict[str, float
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "devices", "rows"), [(1, 1, 6), (3, 1, 2), (3, 2, 1)], ids=["whole", "accumulated", "two-devices"]
+    ("accumulation", "devices", "rows"),
+    [(1, 1, 6), pytest.param(3, 1, 2, marks=pytest.mark.slow), (3, 2, 1)],
+    ids=["whole", "accumulated", "two-devices"],
 )
 def test_an_objective_from_outside_is_exact(
     named: None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, devices: int, rows: int

@@ -73,7 +73,7 @@ def test_templates_as_their_makers_wrote_them(qwen3: Any, gemma3: Any, smollm2: 
 )
 def test_a_template_that_does_more_than_turns_is_not_written(qwen3: Any, template: str) -> None:
     class Tokenizer:
-        chat_template, bos_token, apply = template, None, qwen3.apply_chat_template
+        chat_template, bos_token_id = template, None
 
         def apply_chat_template(self, chat: Any, **facts: Any) -> str:
             return qwen3.apply_chat_template(chat, chat_template=template, **facts)

@@ -17,6 +17,7 @@ from tpu_tune.checkpoints import storage
 from tpu_tune.checkpoints.ends import closing_ids
 from tpu_tune.checkpoints.prompts import ALPACA, PLAIN, in_words, recorded
 from tpu_tune.checkpoints.template_limits import template_errors
+from tpu_tune.checkpoints.tokenizers import adds_bos
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
 
@@ -91,7 +92,7 @@ def turns_of(tokenizer: Any) -> Turns | None:
                 text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception:  # a template may refuse any chat, in words of its own; one with a system text, say
             return None
-        texts.append(_without_bos(text, tokenizer))
+        texts.append(text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text)
     parts = [_around(text, chat) for text, chat in zip(texts, _CHATS, strict=True)]
     if not all(parts):
         return None
@@ -145,10 +146,3 @@ def _around(text: str, chat: Chat) -> list[str] | None:
             return None
         parts.append(before)
     return [*parts, text]
-
-
-def _without_bos(text: str, tokenizer: Any) -> str:
-    bos = tokenizer.bos_token
-    if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return text.removeprefix(bos)
-    return text

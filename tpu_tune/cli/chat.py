@@ -48,16 +48,16 @@ def run(options: argparse.Namespace) -> int:
 
     if options.json:
         raise UserError("a chat has no --json; tpu-tune generate --json answers prompts one by one")
-    talk = Talk({}, sampling_of(options))
+    sampling = sampling_of(options)
     is_run, words = RunDirectory(options.model).exists(), (options.dtype, options.quantize)
     if options.compare and not (is_run or options.adapter):
         raise UserError("--compare sets a model beside the one before its training: --model a run, or give --adapter")
     models = {"": load_any(options.model, *words, options.adapter, step=options.step)}
     if options.compare:
         models = {"base": load_any(options.model, *words, before=is_run), "tuned": models[""]}
-    for name, model in models.items():
-        talk.speakers[name] = Conversation(model, options.system, chat=options.chat)
-    if not all(speaker.remembers for speaker in talk.speakers.values()):
+    speakers = {name: Conversation(model, options.system, chat=options.chat) for name, model in models.items()}
+    talk = Talk(speakers, sampling)
+    if not all(speaker.remembers for speaker in speakers.values()):
         print("note: asked without its chat template, a model sees each text by itself", file=sys.stderr)
     for text in _texts():
         if not respond(talk, text):

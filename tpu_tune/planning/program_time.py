@@ -22,18 +22,10 @@ FREE = {
 }  # fmt: skip
 _COLLECTIVE = re.compile(r"all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-")
 _COPY = {
-    "copy",
-    "transpose",
-    "reshape",
-    "bitcast",
-    "dynamic-slice",
-    "dynamic-update-slice",
-    "slice",
-    "concatenate",
-    "pad",
-}
-_COPY |= {"fusion", "parameter", "constant", "tuple", "get-tuple-element", "copy-start", "slice-start"}
-_COPY |= {"convert", "broadcast"}  # casts, and zeros to start from
+    "copy", "transpose", "reshape", "bitcast", "dynamic-slice", "dynamic-update-slice", "slice", "concatenate", "pad",
+    "convert", "broadcast",  # casts, and zeros to start from
+    "fusion", "parameter", "constant", "tuple", "get-tuple-element", "copy-start", "slice-start",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

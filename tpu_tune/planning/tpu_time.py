@@ -41,9 +41,8 @@ LINK = {  # bytes a second of one link in one direction, as published less a ten
 PRODUCT_SHARE = {2048: 0.91, 512: 0.87}
 PRODUCT_SHARE_V3 = 0.33
 ATTENTION_SHARE = 0.5
-_NARROW = (
-    128  # columns of a matrix unit: narrower products take as long, and estimated_cycles says up to three times that
-)
+# Columns of a matrix unit: narrower products take as long, and estimated_cycles says up to three times that.
+_NARROW = 128
 _SLOW = {
     "exponential": 8, "log": 8, "tanh": 8, "divide": 6, "rsqrt": 4, "sqrt": 4, "power": 16, "logistic": 10, "sine": 20,
     "cosine": 20, "erf": 10,

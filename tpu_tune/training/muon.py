@@ -1,7 +1,8 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; torch.optim.Muon): matrices move orthogonally.
 
 Each matrix' momentum is replaced by the nearest matrix whose singular values are about 1, by a few Newton-Schulz
-steps. Embeddings, the head, norms and biases are not for it: `optimizers.py` gives them AdamW's update.
+steps. Embeddings, the head, norms and biases are not for it: `optimizers.py` gives them AdamW's update. It is not
+`optax.contrib.muon` because that corrects the momentum's bias as Adam does, which torch's does not.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def as_plain_lora(targets: Targets, trainable: Mapping[str, Any], start: Mapping
         a, b, start_a, start_b = (
             np.asarray(tree[path]) for tree in (trainable, start) for path in (target.a_path, target.b_path)
         )
-        new_a = np.concatenate([np.zeros_like(a), np.zeros_like(a)], axis=-1)
-        new_b = np.concatenate([np.zeros_like(b), np.zeros_like(b)], axis=-2)
+        new_a = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
+        new_b = np.zeros((*b.shape[:-2], 2 * b.shape[-2], b.shape[-1]), b.dtype)
         for index, rank in enumerate(target.ranks):  # the start behind each layer's own rank
             at = (index,) if target.layers else ()
             new_a[at][..., : 2 * rank] = np.concatenate([a[at][..., :rank], start_a[at][..., :rank]], axis=-1)

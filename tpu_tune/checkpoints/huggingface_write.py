@@ -65,7 +65,7 @@ def write_model(
     """
     modules = architecture.modules()
     untied = unties_head(params, modules)
-    name = dtype or _stored_dtype(source.config)
+    name = dtype or stored_dtype(source.config)
     packed = {} if dtype else mxfp4.untouched(source.config, params, modules)
     params = {path: leaf for path, leaf in params.items() if path not in packed}
     names = towers.file_names(source, architecture)
@@ -120,8 +120,8 @@ def write_config(
         json.dump(config, stream, indent=2)
 
 
-def _stored_dtype(config: Mapping[str, Any]) -> str:
-    """The dtype that a config.json gives its model's tensors; of a multimodal model, its text model's may say it."""
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """Return the dtype that a config.json gives its model's tensors; a multimodal model's text model may say it."""
     nested = config.get("text_config")
     places = [config, nested if isinstance(nested, Mapping) else {}]
     said = [place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key)]

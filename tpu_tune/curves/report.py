@@ -149,6 +149,7 @@ def _speed(runs: Sequence[CurveRun]) -> Section:
         ),
         ("peak memory of a device", lambda run: _bytes(run.summary.get("device_peak_bytes"))),
         ("peak memory of the process", lambda run: _bytes(run.summary.get("host_peak_bytes"))),
+        ("the result, read back from its files, is", lambda run: _read_back(run.summary.get("result_read_back"))),
     ):
         row = [words, *[_value(value(run)) for run in runs]]
         if any(row[1:]):
@@ -202,6 +203,13 @@ def _chosen(found: Any) -> str | None:
         return None
     keys = ", ".join(f"{key}={value}" for key, value in found.items() if key != "why")
     return f"{keys}: {found.get('why', '')}"
+
+
+def _read_back(found: Any) -> str | None:
+    """What reading the written result back has shown."""
+    if not isinstance(found, Mapping):
+        return None
+    return ("NOT what was trained: " if found.get("failed") else "what was trained: ") + str(found.get("words"))
 
 
 def _bytes(count: Any) -> str | None:

@@ -11,19 +11,21 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from tpu_tune.checkpoints import peft, storage
 from tpu_tune.checkpoints.gguf_write import check_family, write_gguf
-from tpu_tune.checkpoints.huggingface_write import tensors_with_head, write_model
+from tpu_tune.checkpoints.huggingface_write import stored_dtype, tensors_with_head, write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
 from tpu_tune.checkpoints.towers import as_text_model, text_names
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
+from tpu_tune.inference.difference import logit_bound, logits_differ
 from tpu_tune.inference.model import logits
 from tpu_tune.inference.run_result import (
     Step,
@@ -35,9 +37,11 @@ from tpu_tune.inference.run_result import (
     write_result,
 )
 from tpu_tune.models import Architecture
+from tpu_tune.tensors import QuantizedTensor
 from tpu_tune.transforms import QuantizeConfig, find_targets, unties_head
 
 _PROBE_TOKENS = 64
+_GGUF_DTYPES = {"f16": "float16", "bf16": "bfloat16"}  # of types that are roundings
 
 
 def export_result(run: str, output: str, step: Step = None) -> str:
@@ -74,6 +78,9 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     Returns:
       `max_logit_difference` (largest absolute difference from the model as it was trained, over one probe text),
       `relative_logit_difference` (the same over the largest logit), `same_first_guesses` (share of positions).
+
+    Raises:
+      UserError: what was written is not the merged model, by more than rounding.
     """
     directory = RunDirectory(run)
     config = directory.config()
@@ -84,7 +91,12 @@ def export_merged(run: str, output: str, base: str = "original", dtype: str = ""
     source, arch, load_tree = _trained(directory, config, step)
     source = says_how_taught(source, directory)
     return _written_and_measured(
-        output, arch, load_tree, base, lambda params: write_model(output, params, source, arch, dtype)
+        output,
+        arch,
+        load_tree,
+        base,
+        lambda params: write_model(output, params, source, arch, dtype),
+        dtype or stored_dtype(source.config),
     )
 
 
@@ -116,7 +128,7 @@ def export_gguf(run: str, output: str, base: str = "original", kind: str = "f16"
         untied = unties_head(params, arch.modules())
         write_gguf(output, text_names(tensors_with_head(params, arch, untied), arch), text, kind, untied)
 
-    return _written_and_measured(output, arch, load_tree, base, write)
+    return _written_and_measured(output, arch, load_tree, base, write, _GGUF_DTYPES.get(kind, ""))
 
 
 def _trained(
@@ -150,25 +162,60 @@ def _written_and_measured(
     load_tree: Callable[[bool], dict[str, Any]],
     base: str,
     write: Callable[[dict[str, Any]], None],
+    rounded_to: str,
 ) -> dict[str, Any]:
-    """Write a tree, read it back, and compare its logits on one probe text with those of the tree as it was trained."""
+    """Write a tree, read it back, and compare its logits on one probe text with those of the tree as it was trained.
+
+    Where nothing but `rounded_to` lies between the tree and its files ("" where more does), their logits are held
+    against each other too.
+
+    Raises:
+      UserError: they differ by more than rounding explains; the files stay.
+    """
     # One tree at a time: the trained one gives the reference logits, then the exported one is written and measured.
-    probe = np.random.default_rng(0).integers(0, arch.vocab_size, (1, _PROBE_TOKENS))
-    trained = load_tree(True)
-    probes = [jnp.asarray(probe, jnp.int32)] * (2 if arch.encoder else 1)
-    reference = np.asarray(logits(arch, jnp.dtype("float32"), trained, *probes))
-    write(trained if base == "dequantized" else load_tree(False))
-    del trained
+    probe = jnp.asarray(np.random.default_rng(0).integers(0, arch.vocab_size, (1, _PROBE_TOKENS)), jnp.int32)
+
+    def probed(architecture: Architecture, params: dict[str, Any]) -> np.ndarray:
+        return np.asarray(logits(architecture, jnp.dtype("float32"), params, *[probe] * (2 if arch.encoder else 1)))
+
+    tree = load_tree(True)
+    reference = merged = probed(arch, tree)
+    if base != "dequantized":
+        parts = jax.tree.leaves(tree, is_leaf=lambda part: isinstance(part, QuantizedTensor))
+        is_quantized = any(isinstance(part, QuantizedTensor) for part in parts)
+        del tree
+        tree = load_tree(False)
+        if is_quantized and rounded_to:
+            merged = probed(arch, tree)
+    write(tree)
+    del tree
     exported = open_source(output)
     written_arch = open_architecture(exported)
-    written = load_params(exported, written_arch, jnp.float32)
-    measured = np.asarray(logits(written_arch, jnp.dtype("float32"), written, *probes))
-    difference = float(np.max(np.abs(measured - reference)))
+    measured = probed(written_arch, load_params(exported, written_arch, jnp.float32))
+    if rounded_to:
+        _check_written(output, merged, measured, rounded_to)
+    difference, relative = logits_differ(reference, measured)
     return {
         "max_logit_difference": difference,
-        "relative_logit_difference": difference / float(np.max(np.abs(reference))),
+        "relative_logit_difference": relative,
         "same_first_guesses": float(np.mean(measured.argmax(-1) == reference.argmax(-1))),
     }
+
+
+def _check_written(output: str, merged: np.ndarray, measured: np.ndarray, rounded_to: str) -> None:
+    """Refuse files that do not hold the tree that was written to them.
+
+    Raises:
+      UserError: with the numbers.
+    """
+    most, share = logits_differ(merged, measured)
+    bound = logit_bound(rounded_to)
+    if not share <= bound:  # a NaN is no agreement
+        raise UserError(
+            f"{output} does not hold the merged model: read back, its logits differ by up to {most:.3g} "
+            f"({share:.2%} of the largest), and rounding to {rounded_to} explains {bound:.2%}; do not use it, and "
+            "report this"
+        )
 
 
 def export_base(run: str, output: str, base: str = "dequantized", dtype: str = "") -> None:

@@ -35,6 +35,7 @@ from tpu_tune.training import (
     head_settings,
     loggers,
     plateau,
+    read_back,
     run_start,
     summary,
     too_little,
@@ -148,6 +149,7 @@ def _train(
             run.truncate_metrics(first)
         if is_done:
             say(f"this run is done: {first} of {counted(total, 'step')}; its result is in {result}")
+            read_back.check_before(run, result)
             return Run(run.path, config, run.metrics(), first, total, result, "already finished")
         if is_main:
             run.update_summary({**summary.describe(session), **facts})
@@ -186,9 +188,14 @@ def _train(
             run.update_summary({"result_step": taken})
         sample(state, taken)
         distributed.barrier("result")
+        found = read_back.read_back(config, model, state, result)
+        if is_main:
+            run.update_summary(found.summary())
     rows = run.metrics()
     if on_eval:
         on_eval(rows)
+    read_back.check(found.failed, found.words, result)
+    say(f"{result} read back: {found.words}")
     say(f"{status} after {counted(taken, 'step')}; the result is in {result}")
     return Run(run.path, config, rows, taken, total, result, status)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from tpu_tune.checkpoints import json_text
 from tpu_tune.errors import UserError
-from tpu_tune.models.values import NOTHING, OBJECT, TEXT, check, listing, number, one_line, shown, whole
+from tpu_tune.models.values import NOTHING, TEXT, check, listing, number, one_line, whole
 from tpu_tune.tensors import QuantizedTensor
 
 _STATE_KINDS = {
@@ -61,13 +61,10 @@ def as_quantized(
     Raises:
       UserError: another quantization than bitsandbytes' NF4, or a matrix whose `in` is not whole blocks.
     """
-    if not OBJECT.holds(quantization):
-        raise UserError(f"{path}: 'quantization_config' is {shown(quantization)}; it must be an object")
-    method = quantization.get("quant_method", "bitsandbytes")
-    four_bits = quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")
-    if method != "bitsandbytes" or not four_bits:
-        kind = "bitsandbytes int8" if method == "bitsandbytes" else method
-        raise UserError(f"{path}: weights quantized by {kind} are not read; use the unquantized model or an nf4 one")
+    if not (quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")):
+        raise UserError(
+            f"{path}: weights quantized by bitsandbytes int8 are not read; use the unquantized model or an nf4 one"
+        )
     states = {}
     for name in shapes:
         if _STATE in name:

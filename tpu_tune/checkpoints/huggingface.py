@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints import bitsandbytes, json_text, mxfp4
+from tpu_tune.checkpoints import json_text
 from tpu_tune.checkpoints.params import with_stored_head
+from tpu_tune.checkpoints.prequantized import as_unquantized
 from tpu_tune.checkpoints.stacked_experts import with_experts_apart
 from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
 from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
@@ -39,8 +40,7 @@ _ENTRY_KINDS = {
 def open_huggingface(directory: str) -> WeightSource:
     """Open a model directory as Hugging Face writes it; only headers are read, and a tied head that is stored.
 
-    bitsandbytes' 4-bit matrices appear under their own name and logical (out, in) shape, gpt-oss' blocks under theirs
-    and (experts, in, out); they are read as `QuantizedTensor`.
+    Quantized matrices appear under the names and with the shapes that they would have unquantized (`prequantized`).
 
     Args:
       directory: holds `config.json`, the tokenizer's files, and `model.safetensors` or `pytorch_model.bin` (or shards
@@ -54,11 +54,7 @@ def open_huggingface(directory: str) -> WeightSource:
     config = read_config(directory)
     tensors = _stored_tensors(directory)
     read = functools.partial(_read_named, tensors)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if mxfp4.is_stored(config):
-        shapes, read = mxfp4.as_quantized(directory, shapes, read)
-    elif config.get("quantization_config"):
-        shapes, read = bitsandbytes.as_quantized(directory, config["quantization_config"], shapes, read)
+    shapes, read, quantized = as_unquantized(directory, config, tensors, read)
     source = WeightSource(
         path=directory,
         config=config,
@@ -66,6 +62,7 @@ def open_huggingface(directory: str) -> WeightSource:
         read=read,
         load_tokenizer=functools.partial(load_tokenizer, directory),
         fingerprint=_fingerprint(directory, tensors),
+        quantized=quantized,
     )
     return with_stored_head(with_experts_apart(source))
 

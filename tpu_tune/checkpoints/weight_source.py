@@ -35,6 +35,7 @@ class WeightSource:
       new_head: whether its classification or reward head is in no file (`heads.with_head`).
       parts: name of a tensor in the files -> its shape there, and the names above of the tensors whose rows it holds
         one after the other (`stacked_experts`).
+      quantized: says what of its files is quantized and what becomes of it, "" for nothing; it may read small tensors.
       chat_template: what `chat_template.with_template` put in place of the tokenizer's own, or "".
     """
 
@@ -48,4 +49,5 @@ class WeightSource:
     added_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     chat_template: str | Mapping[str, str] = ""
     new_head: bool = False
+    quantized: Callable[[], str] = str
     parts: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = dataclasses.field(default_factory=dict)

@@ -126,6 +126,8 @@ def prepare_model(
         stored = with_calibrated(source, arch, folder, base_fingerprint(source, config))
     if isinstance(method, Targets) and config.lora.init_lora_weights in STARTS:
         stored, adapters = _started(config, method, adapters, (source, stored), arch, quantization)
+    if words := source.quantized():
+        say(words)
     params = load_params(stored, arch, storage_dtype(config), quantization, shard, progress)
     trainable, frozen = _split(method, params, adapters, config.seed)
     del params

@@ -1,0 +1,143 @@
+"""Models whose weights others have quantized: which formats are read, and what of a file stays packed.
+
+`config.json`'s `quantization_config` names the format; which matrices are in it, the files say themselves: those that
+`modules_to_not_convert` or `ignore` leave out have a plain weight there. A matrix that is exactly one of our formats
+keeps its codes, whatever `quantize.*` says, as bitsandbytes' nf4 and gpt-oss' mxfp4 do. Others are dequantized one at
+a time as they are read, and stored or quantized again as the configuration asks. All layers of a leaf are treated
+alike: where one is not quantized, or otherwise, none stays packed.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tpu_tune.checkpoints import bitsandbytes, mxfp4
+from tpu_tune.checkpoints.compressed_tensors import compressed_matrices
+from tpu_tune.checkpoints.gptq_awq import awq_matrices, gptq_matrices
+from tpu_tune.checkpoints.quantized_matrix import Matrix
+from tpu_tune.checkpoints.scaled_floats import fp8_matrices
+from tpu_tune.checkpoints.stored_tensor import StoredTensor
+from tpu_tune.errors import UserError
+from tpu_tune.models.values import OBJECT, one_line, shown
+from tpu_tune.tensors import QuantizedTensor
+
+Shapes = dict[str, tuple[int, ...]]
+Read = Callable[[str], Any]
+Words = Callable[[], str]
+
+# quant_method -> what finds a model's quantized matrices, and what it is called in messages
+_FORMATS: dict[str, tuple[Callable[..., dict[str, Matrix]], str]] = {
+    "gptq": (gptq_matrices, "GPTQ"),
+    "awq": (awq_matrices, "AWQ"),
+    "compressed-tensors": (compressed_matrices, "compressed-tensors"),
+    "fp8": (fp8_matrices, "FP8"),
+    "fbgemm_fp8": (fp8_matrices, "FP8"),
+}
+# Of activations and caches, which are not quantized here.
+_UNUSED = (
+    "input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "activation_scale",
+    "q_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point", "prob_scale",
+)  # fmt: skip
+
+
+def as_unquantized(
+    path: str, config: Mapping[str, Any], stored: Mapping[str, StoredTensor], read: Read
+) -> tuple[Shapes, Read, Words]:
+    """Turn stored names into logical ones where a config.json says that the weights are quantized.
+
+    Args:
+      path: where the model is, for messages.
+      config: config.json's content.
+      stored: the files' tensors by name.
+      read: reads one of them.
+
+    Returns:
+      Logical shapes; a function that reads a logical tensor, as `QuantizedTensor` where it stays packed, else as an
+      array; and one that says what is kept and what is dequantized, "" where there is nothing to say.
+
+    Raises:
+      UserError: a format that is not read, or a matrix whose parts are missing or misshapen.
+    """
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return shapes, read, str
+    if not OBJECT.holds(quantization):
+        raise UserError(f"{path}: 'quantization_config' is {shown(quantization)}; it must be an object")
+    if mxfp4.is_stored(config):
+        return *mxfp4.as_quantized(path, shapes, read), str
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method == "bitsandbytes":
+        return *bitsandbytes.as_quantized(path, quantization, shapes, read), str
+    if method not in _FORMATS:
+        known = ", ".join(["bitsandbytes nf4", "mxfp4", *_FORMATS])
+        raise UserError(
+            f"{path}: weights quantized by {shown(method)} are not read (known: {known}); give the unquantized model"
+        )
+    find, called = _FORMATS[method]
+    model = _Model(path, called, find(path, quantization, stored, read), shapes, read)
+    return model.shapes, model.read, model.words
+
+
+@dataclasses.dataclass
+class _Model:
+    """A model with quantized matrices.
+
+    Attributes:
+      path: where it is, for messages.
+      called: the format's name.
+      matrices: the quantized ones by logical name.
+      stored: the files' tensors' shapes.
+      read_stored: reads one of these.
+    """
+
+    path: str
+    called: str
+    matrices: Mapping[str, Matrix]
+    stored: Shapes
+    read_stored: Read
+
+    @functools.cached_property
+    def shapes(self) -> Shapes:
+        """Logical shapes."""
+        parts = {part for matrix in self.matrices.values() for part in matrix.parts}
+        plain = {name: shape for name, shape in self.stored.items() if name not in parts}
+        return {
+            **{name: shape for name, shape in plain.items() if not name.endswith(_UNUSED)},
+            **{name: matrix.shape for name, matrix in self.matrices.items()},
+        }
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, str]:
+        """Logical name without its layer -> what all of that name stay packed as, "" where they do not."""
+        found = collections.defaultdict(set)
+        for name in self.shapes:
+            matrix = self.matrices.get(name)
+            found[_of_all_layers(name)].add(matrix.kind() if matrix else "")
+        return {name: kinds.pop() if len(kinds) == 1 else "" for name, kinds in found.items()}
+
+    def read(self, name: str) -> np.ndarray | QuantizedTensor:
+        """Read a logical tensor."""
+        if name not in self.matrices:
+            return self.read_stored(name)
+        with one_line(f"{self.path}: {name} cannot be decoded"):
+            return self.matrices[name].packed() if self.kinds[_of_all_layers(name)] else self.matrices[name].dense()
+
+    def words(self) -> str:
+        """Say what becomes of the matrices."""
+        kinds = collections.Counter(self.kinds[_of_all_layers(name)] for name in self.matrices)
+        parts = [f"{count} stay as they are, {kind}" for kind, count in sorted(kinds.items()) if kind]
+        if kinds[""]:
+            parts.append(f"{kinds['']} are dequantized, and stored as quantize.* and the dtype say")
+        return f"{len(self.matrices)} matrices of its files are quantized by {self.called}: {'; '.join(parts)}"
+
+
+def _of_all_layers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)

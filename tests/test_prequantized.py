@@ -4,6 +4,7 @@ The codes are random and packed one by one, and the referees unpack them with to
 """
 
 import json
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ from helpers_training import make_config, write_rows, write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
 from tpu_tune.checkpoints.huggingface import open_huggingface
+from tpu_tune.errors import UserError
 from tpu_tune.tensors import QuantizedTensor
 from tpu_tune.training.loop import train
 
@@ -107,6 +109,162 @@ def test_gptq_is_what_gptqmodel_dequantizes_it_to(tmp_path, settings, inputs, ke
     assert getattr(value, "format", "") == kept
     assert ("1 stay as they are, int" in source.quantized()) is bool(kept)
     assert_close(as_array(value), gptq_dequantized(tensors, NAME, settings))
+
+
+def awq_tensors(name, inputs, outputs, group_size, scale_dtype, seed=0):
+    """Return a matrix of random codes and zero points as AutoAWQ's gemm layout has it."""
+    random, order = np.random.RandomState(seed), [0, 2, 4, 6, 1, 3, 5, 7]
+    groups = 1 if group_size == -1 else -(-inputs // group_size)
+
+    def shuffled(codes):
+        return packed(codes.reshape(len(codes), -1, 8)[..., order].reshape(codes.shape), 4, 1)
+
+    return {
+        f"{name}.qweight": shuffled(random.randint(0, 16, (inputs, outputs))),
+        f"{name}.qzeros": shuffled(random.randint(0, 16, (groups, outputs))),
+        f"{name}.scales": (random.rand(groups, outputs) / 50 + 0.001).astype(scale_dtype),
+    }
+
+
+def awq_dequantized(tensors, name, group_size):
+    """autoawq/awq/utils/packing_utils.py: unpack_awq, reverse_awq_order, dequantize_gemm; (out, in)."""
+    shifts = torch.arange(0, 32, 4)
+
+    def unpacked(part):
+        words = torch.from_numpy(tensors[f"{name}.{part}"])
+        codes = torch.bitwise_right_shift(words[:, :, None], shifts[None, None, :]).to(torch.int8)
+        codes = codes.view(codes.shape[0], -1)
+        order = torch.arange(codes.shape[-1]).view(-1, 8)[:, [0, 4, 1, 5, 2, 6, 3, 7]].reshape(-1)
+        return torch.bitwise_and(codes[:, order], 15)
+
+    weight, zeros = unpacked("qweight"), unpacked("qzeros")
+    size = len(weight) if group_size == -1 else group_size
+    scales = torch.from_numpy(tensors[f"{name}.scales"].astype(np.float32))
+    scales, zeros = (each.repeat_interleave(size, dim=0)[: len(weight)] for each in (scales, zeros))
+    return ((weight - zeros) * scales).numpy().T
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("scales", ["fp16", "bf16"])
+def test_awq_is_what_autoawq_dequantizes_it_to(tmp_path, group_size, scales):
+    tensors = awq_tensors(NAME, 160, 40, group_size, HALF[scales])
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm", "zero_point": True}
+    source = write_model(tmp_path, tensors, settings)
+    assert source.shapes == {f"{NAME}.weight": (40, 160)}
+    assert "1 are dequantized" in source.quantized()
+    assert_close(source.read(f"{NAME}.weight"), awq_dequantized(tensors, NAME, group_size))
+
+
+GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "compressed_tensors.npz")
+KEPT = {
+    "int4": "int4", "int4_channel_odd": "", "int4_channel": "int4", "int4_zeros": "", "int8_words": "int8",
+    "int8": "int8", "int8_zeros": "", "int8_tensor": "int8", "fp8_channel": "", "fp8_tensor": "", "fp8_block": "",
+    "mxfp4": "mxfp4", "nvfp4": "",
+}  # fmt: skip
+
+
+def golden_tensors(case):
+    """Return what the compressed-tensors library has stored, and its settings."""
+    dtypes, shapes = (json.loads(str(GOLDEN[f"{case}/{part}"])) for part in ("dtypes", "shapes"))
+    tensors = {}
+    for name, dtype in dtypes.items():
+        dtype = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+        tensors[f"{NAME}.{name}"] = GOLDEN[f"{case}/{name}"].view(dtype).reshape(shapes[name])
+    return tensors, json.loads(str(GOLDEN[f"{case}/config"]))
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_compressed_tensors_are_what_the_library_decompresses_them_to(tmp_path, case):
+    """Files and expected numbers are the library's own: `make_compressed_tensors_golden.py`."""
+    source = write_model(tmp_path, *golden_tensors(case))
+    expected = GOLDEN[f"{case}/expected"]
+    assert source.shapes == {f"{NAME}.weight": expected.shape}
+    value = source.read(f"{NAME}.weight")
+    assert getattr(value, "format", "") == KEPT[case]
+    rounded = 2**-8 if case == "nvfp4" else 2e-6  # which the library decompresses in bfloat16
+    np.testing.assert_allclose(as_array(value), expected, rtol=rounded, atol=1e-9)
+
+
+def fp8_tensors(name, shape, scales, scale_dtype=np.float32):
+    """Return random 8-bit floats with scales of a shape."""
+    random = np.random.RandomState(0)
+    tensors = {name: random.randn(*shape).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)}
+    return tensors | {f"{name}_scale_inv": np.asarray(random.rand(*scales) / 50 + 0.001).astype(scale_dtype)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "scales", "block"),
+    [
+        ((256, 128), (2, 1), [128, 128]),
+        ((70, 100), (3, 4), [32, 32]),  # short blocks at both ends
+        ((24, 48), (1, 1), None),  # Ministral's, one a tensor
+        ((24, 48), (), None),
+        ((3, 24, 48), (3, 1, 1), None),  # of experts
+        ((3, 64, 96), (3, 2, 3), [32, 32]),
+    ],
+)
+def test_fp8_is_what_transformers_dequantizes_it_to(tmp_path, shape, scales, block):
+    reference = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    name = f"{NAME}.weight"
+    tensors = fp8_tensors(name, shape, scales, ml_dtypes.bfloat16 if len(shape) == 2 else np.float32)
+    tensors[f"{NAME}.activation_scale"] = np.ones((), np.float32)
+    settings = {"quant_method": "fp8", "weight_block_size": block, "activation_scheme": "static"}
+    source = write_model(tmp_path, tensors, settings)
+    assert source.shapes == {name: shape}
+    weight = torch.from_numpy(tensors[name].view(np.uint8)).view(torch.float8_e4m3fn)
+    scale = torch.from_numpy(np.asarray(tensors[f"{name}_scale_inv"], np.float32))
+    wanted = reference._dequantize_fp8_weight(weight, scale, block, torch.float32)
+    np.testing.assert_array_equal(source.read(name), wanted.numpy())
+
+
+def test_scales_of_powers_of_two_in_a_byte(tmp_path):
+    """DeepSeek's ue8m0, as safetensors' own dtype."""
+    tensors = fp8_tensors(f"{NAME}.weight", (64, 64), (2, 2))
+    wanted = np.array([[0.25, 2.0], [1.0, 0.5]], np.float32)
+    tensors[f"{NAME}.weight_scale_inv"] = wanted.astype(ml_dtypes.float8_e8m0fnu)
+    source = write_model(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    numbers = tensors[f"{NAME}.weight"].astype(np.float32)
+    np.testing.assert_array_equal(source.read(f"{NAME}.weight"), numbers * wanted.repeat(32, 0).repeat(32, 1))
+
+
+def without(end):
+    return lambda tensors: {name: value for name, value in tensors.items() if not name.endswith(end)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        (gptq_settings() | {"bits": 3}, None, "has bits 3; only 4 and 8"),
+        (gptq_settings(checkpoint_format="marlin"), None, "checkpoint_format 'marlin' is not read"),
+        (gptq_settings(), without("scales"), r"q_proj.scales is missing, so .*q_proj.qweight cannot be decoded"),
+        (gptq_settings(group_size=64), None, r"has shape \(3, .* groups of 64 ask for \(2, "),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, None, "AWQ's version 'gemv' is not read"),
+        ({"quant_method": "hqq"}, None, "weights quantized by 'hqq' are not read .known: .*gptq.*fp8"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, None, "'marlin-24' is not read"),
+        ({"quant_method": ["fp8"]}, None, "are not read"),
+        ("fp8", None, "must be an object"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path, settings, change, message):
+    tensors = gptq_tensors(NAME, 96, 24, gptq_settings())
+    with pytest.raises(UserError, match=message) as caught:
+        write_model(tmp_path, change(tensors) if change else tensors, settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "end", "message"),
+    [
+        ("int4", "weight_scale", "weight_scale is missing"),
+        ("int4", "weight_shape", "weight_shape is missing"),
+        ("fp8_block", "weight_scale", "weight_scale is missing|_scale.* is missing"),
+        ("nvfp4", "weight_global_scale", "weight_global_scale is missing"),
+    ],
+)
+def test_a_missing_scale_is_named(tmp_path, case, end, message):
+    tensors, settings = golden_tensors(case)
+    with pytest.raises(UserError, match=message):
+        write_model(tmp_path, without(end)(tensors), settings)
 
 
 def gptq_model(directory, layers=2, **overrides):

@@ -111,7 +111,7 @@ def _words(files: _Files, name: str) -> Matrix:
         return unpack_int32(files.read(f"{name}_packed"), bits)[:, :inputs].T
 
     def zeros() -> np.ndarray:
-        return unpack_int32(files.read(f"{name}_zero_point"), bits, axis=0)[:outputs].T
+        return unpack_int32(files.read(f"{name}_zero_point"), bits, axis=0)[:outputs]
 
     parts = [f"{name}{end}" for end in ("_packed", "_shape", "_scale")]
     return _integers(files, name, (outputs, inputs), bits, codes, zeros, parts)
@@ -126,13 +126,8 @@ def _bytes(files: _Files, name: str) -> Matrix:
     shape = files.stored[name].shape
     if len(shape) != 2:
         raise UserError(f"{files.path}: {name} has shape {shape}; only matrices are read, one for each expert")
-    outputs = shape[0]
-
-    def zeros() -> np.ndarray:
-        found = as_codes(f"{name}_zero_point")
-        return np.broadcast_to(found.reshape(-1, found.shape[-1] if found.ndim > 1 else 1), (outputs, found.size)).T
-
-    return _integers(files, name, shape, 8, lambda: as_codes(name).T, zeros, [name, f"{name}_scale"])
+    codes, zeros = lambda: as_codes(name).T, lambda: as_codes(f"{name}_zero_point")  # noqa: E731
+    return _integers(files, name, shape, 8, codes, zeros, [name, f"{name}_scale"])
 
 
 def _integers(
@@ -144,7 +139,7 @@ def _integers(
     zeros: Callable[[], np.ndarray],
     parts: list[str],
 ) -> Matrix:
-    """A matrix of integers; `codes` reads them as (in, out), `zeros` the zero points as (groups, out)."""
+    """A matrix of integers; `codes` reads them as (in, out), `zeros` the zero points, one for each scale."""
     (outputs, inputs), scale = shape, files.stored[f"{name}_scale"].shape
     groups = scale[-1] if len(scale) == 2 and scale[0] == outputs else 1
     sizes = [size for size in files.setting("group_size") if type(size) is int and size > 0]
@@ -169,7 +164,7 @@ def _integers(
 
     def integers() -> Integers:
         scales = np.broadcast_to(files.read(f"{name}_scale").astype(np.float32).reshape(-1, groups), (outputs, groups))
-        offsets = np.broadcast_to(zeros(), (groups, outputs)) if has_zeros else None
+        offsets = np.broadcast_to(zeros().reshape(-1, groups), (outputs, groups)).T if has_zeros else None
         return Integers(codes(), scales.T, offsets, order(), bits, size)
 
     more = [f"{name}_zero_point"] * has_zeros + [f"{name}_g_idx"] * has_order

@@ -73,7 +73,7 @@ def as_unquantized(
         raise UserError(f"{path}: 'quantization_config' is {shown(quantization)}; it must be an object")
     if mxfp4.is_stored(config):
         return *mxfp4.as_quantized(path, shapes, read), str
-    method = quantization.get("quant_method", "bitsandbytes")
+    method = str(quantization.get("quant_method", "bitsandbytes"))
     if method == "bitsandbytes":
         return *bitsandbytes.as_quantized(path, quantization, shapes, read), str
     if method not in _FORMATS:

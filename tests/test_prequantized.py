@@ -5,17 +5,25 @@ The codes are random and packed one by one, and the referees unpack them with to
 
 import json
 import pathlib
+import re
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_models
 from helpers_training import make_config, write_rows, write_tiny_llama
 from safetensors.numpy import load_file, save_file
 
 from tpu_tune.checkpoints.huggingface import open_huggingface
+from tpu_tune.checkpoints.params import load_params, open_architecture
+from tpu_tune.config import QuantizeConfig
 from tpu_tune.errors import UserError
-from tpu_tune.tensors import QuantizedTensor
+from tpu_tune.inference.export import export_merged
+from tpu_tune.tensors import QuantizedTensor, dense
 from tpu_tune.training.loop import train
+from tpu_tune.training.prepare_model import abstract_model
+from tpu_tune.transforms import quantize_weight, sharding
 
 torch = pytest.importorskip("torch")
 
@@ -267,22 +275,133 @@ def test_a_missing_scale_is_named(tmp_path, case, end, message):
         write_model(tmp_path, without(end)(tensors), settings)
 
 
-def gptq_model(directory, layers=2, **overrides):
-    """Write a tiny Llama whose layers' matrices are in GPTQ's 4 bits; return it."""
-    directory = write_tiny_llama(directory, hidden_size=64, num_hidden_layers=layers, **overrides)
-    tensors = load_file(directory / "model.safetensors")
-    settings = gptq_settings()
-    for seed, name in enumerate([name for name in tensors if name.endswith("_proj.weight")]):
+def quantize_files(directory, settings, chosen, make):
+    """Replace matrices of a model's files by quantized ones; return name -> what they stand for, (out, in)."""
+    tensors, expected = load_file(directory / "model.safetensors"), {}
+    for seed, name in enumerate([name for name in tensors if chosen(name)]):
         outputs, inputs = tensors.pop(name).shape
-        tensors |= gptq_tensors(name.removesuffix(".weight"), inputs, outputs, settings, seed=seed)
+        more, expected[name] = make(name.removesuffix(".weight"), inputs, outputs, seed)
+        tensors |= more
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    return directory
+    return expected
+
+
+def make_gptq(settings):
+    def make(name, inputs, outputs, seed):
+        tensors = gptq_tensors(name, inputs, outputs, settings, seed=seed)
+        return tensors, gptq_dequantized(tensors, name, settings)
+
+    return make
+
+
+def gptq_model(directory, **changes):
+    """Write a tiny Llama whose layers' matrices are in GPTQ's bits; return it, and what the matrices stand for."""
+    directory = write_tiny_llama(directory, hidden_size=64)
+    settings = gptq_settings(**changes)
+    return directory, quantize_files(
+        directory, settings, lambda name: name.endswith("_proj.weight"), make_gptq(settings)
+    )
+
+
+def loaded(directory, quantize="none"):
+    source = open_huggingface(directory)
+    return source, load_params(source, open_architecture(source), quantization=QuantizeConfig(quantize))
+
+
+def layer_of(leaf, *index):
+    """Return one matrix of a leaf as (out, in)."""
+    return np.asarray(jax.tree.map(lambda part: part[index], dense(leaf))).T
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_what_is_ours_keeps_its_codes_whatever_is_asked(tmp_path, quantize):
+    directory, expected = gptq_model(tmp_path / "model")
+    _, params = loaded(directory, quantize)
+    for name, wanted in expected.items():
+        leaf = params[name.replace(".0.", ".").replace(".1.", ".")]
+        assert (leaf.format, leaf.group_size) == ("int4", 32)
+        assert_close(layer_of(leaf, int(name.split(".")[2])), wanted)
+
+
+def test_zero_points_are_dequantized_and_quantized_again_as_asked(tmp_path):
+    directory, expected = gptq_model(tmp_path / "model", sym=False)
+    source, params = loaded(directory)
+    assert "14 are dequantized, and stored as quantize.* and the dtype say" in source.quantized()
+    path = "model.layers.mlp.down_proj.weight"
+    assert_close(layer_of(params[path], 1), expected[path.replace("layers.", "layers.1.")])
+    _, again = loaded(directory, "int8")
+    assert again[path].format == "int8"
+    np.testing.assert_array_equal(again[path].codes, quantize_weight(params[path], QuantizeConfig("int8")).codes)
+
+
+def test_a_layer_that_is_not_quantized_takes_the_others_of_its_leaf_along(tmp_path):
+    directory = write_tiny_llama(tmp_path / "model", hidden_size=64)
+    settings = gptq_settings()
+
+    def chosen(name):
+        return name.endswith("_proj.weight") and name != "model.layers.0.mlp.up_proj.weight"
+
+    expected = quantize_files(directory, settings, chosen, make_gptq(settings))
+    source, params = loaded(directory)
+    assert "12 stay as they are, int4" in source.quantized() and "1 are dequantized" in source.quantized()
+    assert isinstance(params["model.layers.mlp.gate_proj.weight"], QuantizedTensor)
+    assert_close(layer_of(params["model.layers.mlp.up_proj.weight"], 1), expected["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_files_of_the_first_tools_empty_biases_and_settings_in_a_file_of_their_own(tmp_path):
+    directory, expected = gptq_model(tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors |= {name.replace("weight", "bias"): np.zeros(len(value), np.float16) for name, value in expected.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (directory / "config.json").write_text(json.dumps(config))
+    _, params = loaded(directory)
+    assert params["model.layers.mlp.up_proj.weight"].format == "int4"
+
+
+def make_fp8(name, inputs, outputs, seed):
+    tensors = fp8_tensors(f"{name}.weight", (outputs, inputs), (-(-outputs // 16), -(-inputs // 16)))
+    scales = tensors[f"{name}.weight_scale_inv"].repeat(16, 0).repeat(16, 1)[:outputs, :inputs]
+    return tensors, tensors[f"{name}.weight"].astype(np.float32) * scales
+
+
+@pytest.mark.parametrize(
+    ("settings", "make", "kept"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [16, 16]}, make_fp8, False),
+        (gptq_settings(group_size=16), make_gptq(gptq_settings(group_size=16)), True),
+    ],
+)
+def test_experts_with_a_tensor_each(tmp_path, settings, make, kept):
+    directory = pathlib.Path(tiny_models.write(tmp_path / "mixtral", tiny_models.CONFIGS["mixtral"]))
+    expected = quantize_files(directory, settings, lambda name: ".experts." in name, make)
+    _, params = loaded(directory)
+    assert expected
+    for name, wanted in expected.items():
+        layer, expert = (int(part) for part in name.split(".") if part.isdigit())
+        leaf = params[re.sub(r"\.\d+(?=\.)", "", name)]
+        assert isinstance(leaf, QuantizedTensor) is kept
+        assert_close(layer_of(leaf, layer, expert), wanted)
+
+
+def test_a_plan_has_the_leaves_that_the_files_give(tmp_path):
+    directory, _ = gptq_model(tmp_path / "model")
+    _, params = loaded(directory)
+    config = make_config(model__path=str(directory), method="lora", output_dir="none", data__train="none")
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    frozen = abstract_model(config, json.loads((directory / "config.json").read_text()), mesh).frozen
+    for path, leaf in params.items():
+        if isinstance(leaf, QuantizedTensor):
+            assert jax.tree.map(lambda part: (part.shape, part.dtype), frozen[path]) == jax.tree.map(
+                lambda part: (part.shape, part.dtype), leaf
+            ), path
 
 
 def test_lora_is_trained_on_a_gptq_model_whose_codes_stay(tmp_path):
-    base = gptq_model(tmp_path / "base")
+    base, _ = gptq_model(tmp_path / "base")
     rows = write_rows(tmp_path / "rows.jsonl", 8)
     config = make_config(
         model__path=str(base), output_dir=str(tmp_path / "run"), data__train=str(rows), data__max_length=64,
@@ -293,3 +412,6 @@ def test_lora_is_trained_on_a_gptq_model_whose_codes_stay(tmp_path):
     run = train(config, lines.append)
     assert run.status == "finished"
     assert any("14 matrices of its files are quantized by GPTQ: 14 stay as they are, int4" in line for line in lines)
+    export_merged(config.output_dir, str(tmp_path / "merged"))
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "model.layers.0.mlp.up_proj.weight" in load_file(tmp_path / "merged" / "model.safetensors")

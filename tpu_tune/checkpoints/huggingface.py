@@ -153,6 +153,9 @@ def read_config(directory: str) -> dict[str, Any]:
     if "model_type" not in config:
         raise UserError(f"{path}: has no model_type, so the architecture is unknown")
     check(config, {"model_type": TEXT}, path)
+    older = os.path.join(directory, "quantize_config.json")  # AutoGPTQ's, from before it was told in config.json
+    if "quantization_config" not in config and os.path.isfile(older):
+        return {**config, "quantization_config": {"quant_method": "gptq", **_read_json(older)}}
     return config
 
 

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,15 @@ import numpy as np
 from tpu_tune.checkpoints import bitsandbytes, mxfp4
 from tpu_tune.checkpoints.compressed_tensors import compressed_matrices
 from tpu_tune.checkpoints.gptq_awq import awq_matrices, gptq_matrices
+from tpu_tune.checkpoints.params import torch_shapes
 from tpu_tune.checkpoints.quantized_matrix import Matrix
 from tpu_tune.checkpoints.scaled_floats import fp8_matrices
 from tpu_tune.checkpoints.stored_tensor import StoredTensor
+from tpu_tune.config import QuantizeConfig
 from tpu_tune.errors import UserError
+from tpu_tune.models import architecture
 from tpu_tune.models.values import OBJECT, one_line, shown
-from tpu_tune.tensors import QuantizedTensor
+from tpu_tune.tensors import Module, QuantizedTensor
 
 Shapes = dict[str, tuple[int, ...]]
 Read = Callable[[str], Any]
@@ -75,15 +78,41 @@ def as_unquantized(
         return *mxfp4.as_quantized(path, shapes, read), str
     method = str(quantization.get("quant_method", "bitsandbytes"))
     if method == "bitsandbytes":
-        return *bitsandbytes.as_quantized(path, quantization, shapes, read), str
+        model = _of_bitsandbytes(path, quantization, shapes, read)
+        return model.shapes, model.read, model.words
     if method not in _FORMATS:
         known = ", ".join(["bitsandbytes nf4", "mxfp4", *_FORMATS])
         raise UserError(
             f"{path}: weights quantized by {shown(method)} are not read (known: {known}); give the unquantized model"
         )
     find, called = _FORMATS[method]
-    model = _Model(path, called, find(path, quantization, stored, read), shapes, read)
+    matrices = find(path, quantization, stored, read)
+    for name in _empty_biases(config, matrices, shapes, read):
+        del shapes[name]
+    model = _Model(path, called, matrices, shapes, read)
     return model.shapes, model.read, model.words
+
+
+def _of_bitsandbytes(path: str, quantization: Mapping[str, Any], shapes: Shapes, read: Read) -> _Model:
+    logical, read = bitsandbytes.as_quantized(path, quantization, shapes, read)
+
+    def matrix(name: str) -> Matrix:
+        packed = functools.partial(read, name)
+        return Matrix(logical[name], (), lambda: "nf4", packed, lambda: np.asarray(packed().dequantize()).T)
+
+    matrices = {name: matrix(name) for name in logical if f"{name}.absmax" in shapes}
+    return _Model(path, "bitsandbytes", matrices, logical, read)
+
+
+def _empty_biases(config: Mapping[str, Any], matrices: Mapping[str, Matrix], shapes: Shapes, read: Read) -> list[str]:
+    """Return the biases beside quantized matrices that the family has none of, all zeros: older tools wrote them."""
+    beside = [name for name in (f"{matrix.removesuffix('.weight')}.bias" for matrix in matrices) if name in shapes]
+    try:
+        known = torch_shapes(architecture(config)) if beside else {}
+    except UserError:  # whoever needs the architecture says what is wrong with it
+        return []
+    ends = {name.partition("layers.")[2] for name in known}
+    return [name for name in beside if name.partition("layers.")[2] not in ends and not read(name).any()]
 
 
 @dataclasses.dataclass
@@ -137,6 +166,58 @@ class _Model:
         if kinds[""]:
             parts.append(f"{kinds['']} are dequantized, and stored as quantize.* and the dtype say")
         return f"{len(self.matrices)} matrices of its files are quantized by {self.called}: {'; '.join(parts)}"
+
+
+def stored_formats(config: Mapping[str, Any], modules: Iterable[Module]) -> dict[str, QuantizeConfig]:
+    """Return path -> format of the leaves that stay packed, as far as a config.json says it; nothing is read.
+
+    For a plan: files that say they are symmetric and in order are taken at their word.
+    """
+    modules = list(modules)
+    if mxfp4.is_stored(config):
+        return dict.fromkeys(mxfp4.stored_paths(config, modules), QuantizeConfig("mxfp4"))
+    quantization = config.get("quantization_config")
+    how = _format_kept(quantization) if isinstance(quantization, Mapping) else None
+    if how is None:
+        return {}
+    keys = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules")
+    left_out = [str(name) for key in keys for name in quantization.get(key) or []]
+    return {
+        module.weight: how
+        for module in modules
+        if module.kind == "linear" and not (module.is_head or module.is_delicate or module.is_router)
+        if not any(_names(entry, name) for entry in left_out for name in module.names())
+    }
+
+
+def _format_kept(quantization: Mapping[str, Any]) -> QuantizeConfig | None:
+    method = str(quantization.get("quant_method", "bitsandbytes"))
+    if method == "bitsandbytes":
+        return QuantizeConfig("nf4", group_size=64, double_quant=False)
+    if method == "gptq":
+        bits, size = quantization.get("bits"), quantization.get("group_size")
+        is_ours = quantization.get("sym", True) and not quantization.get("desc_act")
+    elif method == "compressed-tensors":
+        groups = quantization.get("config_groups")
+        groups = [group for group in groups.values() if isinstance(group, Mapping)] if OBJECT.holds(groups) else []
+        weights = groups[0].get("weights") if len(groups) == 1 else None
+        if not isinstance(weights, Mapping):
+            return None
+        bits, size = weights.get("num_bits"), weights.get("group_size")
+        if weights.get("type") == "float":
+            return QuantizeConfig("mxfp4") if (bits, size) == (4, 32) else None
+        is_ours = weights.get("symmetric", True) and weights.get("actorder") != "group"
+    else:
+        return None
+    if not is_ours or bits not in (4, 8):
+        return None
+    size = size if type(size) is int and 0 < size and (size < 128 or size % 128) else 128
+    return QuantizeConfig(f"int{bits}", group_size=size, double_quant=False)
+
+
+def _names(entry: str, name: str) -> bool:
+    """Whether an entry of `ignore` and its like is about a module."""
+    return bool(re.match(entry[3:], name)) if entry.startswith("re:") else entry in name
 
 
 def _of_all_layers(name: str) -> str:

@@ -17,11 +17,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from tpu_tune.checkpoints import mxfp4, starting
+from tpu_tune.checkpoints import starting
 from tpu_tune.checkpoints.calibrated import with_calibrated
 from tpu_tune.checkpoints.chat_template import read_text
 from tpu_tune.checkpoints.methods import METHODS
 from tpu_tune.checkpoints.params import load_params, open_architecture
+from tpu_tune.checkpoints.prequantized import stored_formats
 from tpu_tune.checkpoints.run_checkpoints import base_fingerprint
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import WeightSource
@@ -187,7 +188,7 @@ def abstract_model(config: ConfigDict, model_config: Mapping[str, Any], mesh: Me
     specs = arch.leaves()
     base = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in arch.leaf_shapes().items()}
     formats = dict.fromkeys(quantized, quantization)
-    formats |= dict.fromkeys(mxfp4.stored_paths(model_config, arch.modules()), QuantizeConfig("mxfp4"))
+    formats |= stored_formats(model_config, arch.modules())
     for path, how in formats.items():
         base[path] = jax.eval_shape(functools.partial(quantize_weight, config=how), base[path])
 

@@ -184,7 +184,7 @@ def write_stopped_run(
                 path: jax.device_put(leaf + random.randn(*leaf.shape).astype(np.float32) / 8, leaf.sharding)
                 for path, leaf in steps.initial_state.trainable.items()
             }
-            state = dataclasses.replace(steps.initial_state, trainable=trainable)
+            state = dataclasses.replace(steps.initial_state, trainable=trainable, step=jax.numpy.int32(step))
             metrics.append({"step": step, "epoch": step / 10, "loss": loss, "learning_rate": 1e-3, "num_tokens": step})
             metrics.append({"step": step, "epoch": step / 10, "eval_loss": loss, "eval_perplexity": 9.0})
             checkpoints.save(step, state, {"best_step": min(losses, key=losses.get)})

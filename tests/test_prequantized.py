@@ -20,6 +20,7 @@ from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.config import QuantizeConfig
 from tpu_tune.errors import UserError
 from tpu_tune.inference.export import export_merged
+from tpu_tune.inference.model import load
 from tpu_tune.tensors import QuantizedTensor, dense
 from tpu_tune.training.loop import train
 from tpu_tune.training.prepare_model import abstract_model
@@ -95,21 +96,20 @@ def assert_close(found, wanted):
 
 
 @pytest.mark.parametrize(
-    ("settings", "inputs", "kept"),
+    ("settings", "inputs", "scales", "kept"),
     [
-        (gptq_settings(), 96, "int4"),
-        (gptq_settings(bits=8, group_size=64), 128, "int8"),
-        (gptq_settings(group_size=128), 320, "int4"),  # whose last group is short
-        (gptq_settings(group_size=-1), 512, "int4"),
-        (gptq_settings(group_size=-1, checkpoint_format="gptq_v2"), 40, "int4"),
-        (gptq_settings(sym=False), 96, ""),
-        (gptq_settings(bits=8, sym=False, checkpoint_format="gptq_v2"), 96, ""),
-        (gptq_settings(desc_act=True), 96, ""),
-        (gptq_settings(sym=False, desc_act=True, checkpoint_format="gptq_v2"), 96, ""),
+        (gptq_settings(), 96, "fp16", "int4"),
+        (gptq_settings(bits=8, group_size=64), 128, "bf16", "int8"),
+        (gptq_settings(group_size=128), 320, "bf16", "int4"),  # whose last group is short
+        (gptq_settings(group_size=-1), 512, "fp16", "int4"),
+        (gptq_settings(group_size=-1, checkpoint_format="gptq_v2"), 40, "bf16", "int4"),
+        (gptq_settings(sym=False), 96, "fp16", ""),
+        (gptq_settings(bits=8, sym=False, checkpoint_format="gptq_v2"), 96, "bf16", ""),
+        (gptq_settings(desc_act=True), 96, "fp16", ""),
+        (gptq_settings(sym=False, desc_act=True, checkpoint_format="gptq_v2"), 96, "bf16", ""),
     ],
 )
-@pytest.mark.parametrize("scales", ["fp16", "bf16"])
-def test_gptq_is_what_gptqmodel_dequantizes_it_to(tmp_path, settings, inputs, kept, scales):
+def test_gptq_is_what_gptqmodel_dequantizes_it_to(tmp_path, settings, inputs, scales, kept):
     tensors = gptq_tensors(NAME, inputs, 24, settings, HALF[scales])
     source = write_model(tmp_path, tensors, settings)
     assert source.shapes == {f"{NAME}.weight": (24, inputs)}
@@ -152,8 +152,7 @@ def awq_dequantized(tensors, name, group_size):
     return ((weight - zeros) * scales).numpy().T
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-@pytest.mark.parametrize("scales", ["fp16", "bf16"])
+@pytest.mark.parametrize(("group_size", "scales"), [(32, "fp16"), (64, "bf16"), (128, "fp16"), (-1, "bf16")])
 def test_awq_is_what_autoawq_dequantizes_it_to(tmp_path, group_size, scales):
     tensors = awq_tensors(NAME, 160, 40, group_size, HALF[scales])
     settings = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm", "zero_point": True}
@@ -250,6 +249,7 @@ def without(end):
         ({"quant_method": "hqq"}, None, "weights quantized by 'hqq' are not read .known: .*gptq.*fp8"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, None, "'marlin-24' is not read"),
         ({"quant_method": ["fp8"]}, None, "are not read"),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, None, "quantization_config .* cannot be used"),
         ("fp8", None, "must be an object"),
     ],
 )
@@ -265,6 +265,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, settings, change, message):
     [
         ("int4", "weight_scale", "weight_scale is missing"),
         ("int4", "weight_shape", "weight_shape is missing"),
+        ("int8", "weight_scale", "weight_scale is missing"),
         ("fp8_block", "weight_scale", "weight_scale is missing|_scale.* is missing"),
         ("nvfp4", "weight_global_scale", "weight_global_scale is missing"),
     ],
@@ -400,6 +401,22 @@ def test_a_plan_has_the_leaves_that_the_files_give(tmp_path):
             ), path
 
 
+def test_a_gptq_models_logits_are_those_of_its_numbers(tmp_path):
+    directory, expected = gptq_model(tmp_path / "model")
+    plain = write_tiny_llama(tmp_path / "plain", hidden_size=64)
+    save_file(
+        load_file(plain / "model.safetensors")
+        | {name: np.ascontiguousarray(value) for name, value in expected.items()},
+        plain / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    ids = np.arange(24)[None]
+    with jax.default_matmul_precision("highest"):
+        found, wanted = (np.asarray(load(str(each), dtype="float32")(ids)) for each in (directory, plain))
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.slow
 def test_lora_is_trained_on_a_gptq_model_whose_codes_stay(tmp_path):
     base, _ = gptq_model(tmp_path / "base")
     rows = write_rows(tmp_path / "rows.jsonl", 8)

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers_training import make_config, prepare, write_rows, write_tiny_llama
+from helpers_training import make_config, prepare, write_rows, write_stopped_run, write_tiny_llama
 
 from tpu_tune.checkpoints import huggingface_write, peft
 from tpu_tune.checkpoints.run_directory import RunDirectory
@@ -97,11 +97,14 @@ def test_a_model_rounded_to_bfloat16_is_within_its_bound_and_a_wrong_one_is_not(
 def test_a_run_says_it_and_one_whose_files_are_wrong_ends_in_an_error_until_they_are_removed(
     base, tmp_path, monkeypatch
 ):
+    """The run has made its one step, and has to write its result."""
     rows = write_rows(tmp_path / "rows.jsonl", 8)
     config = make_config(
         model__path=str(base), output_dir=str(tmp_path / "run"), data__train=str(rows), data__max_length=64, **LORA,
         train__max_steps=1, train__save_steps=1, train__learning_rate=0.1, train__per_device_train_batch_size=2,
+        data__eval_ratio=0.0,
     )  # fmt: skip
+    write_stopped_run(config, {1: 6.0})
     with monkeypatch.context() as patch:
         spoiled(patch, peft, "lora_B", 100)
         with pytest.raises(UserError, match="adapter does not hold what was trained"):

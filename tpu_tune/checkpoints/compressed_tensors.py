@@ -81,17 +81,18 @@ def compressed_matrices(
     for name in sorted(formats | {sparse}):
         if name not in _READ:
             raise UserError(f"{path}: compressed-tensors' {shown(name)} is not read; give the unquantized model")
-    files = _Files(path, stored, read, tuple(group.get("weights") or {} for group in groups))
+    weights = tuple(group["weights"] for group in groups if isinstance(group.get("weights"), Mapping))
+    files = _Files(path, stored, read, weights)
     found = {}
     for name, tensor in stored.items():
         base = name.removesuffix("_packed")
         if base != name:
             found[base] = _words(files, base) if tensor.dtype == "I32" else _fp4(files, base)
-        elif tensor.dtype == "I8" and f"{name}_scale" in stored:
+        elif tensor.dtype == "I8" and name.endswith("weight"):
             found[name] = _bytes(files, name)
         elif tensor.dtype in FLOAT8 and name.endswith("weight"):
-            blocks = files.setting("block_structure") - {None}
-            found[name] = scaled_matrix(path, name, blocks.pop() if len(blocks) == 1 else None, stored, read)
+            blocks = [size for size in files.setting("block_structure") if isinstance(size, tuple) and len(size) == 2]
+            found[name] = scaled_matrix(path, name, blocks[0] if len(blocks) == 1 else None, stored, read)
     return found
 
 
@@ -103,9 +104,10 @@ def _words(files: _Files, name: str) -> Matrix:
         raise UserError(f"{files.path}: {name}_packed has shape {packed}; only matrices are read, one for each expert")
     outputs, inputs = (int(size) for size in files.read(f"{name}_shape"))
     bits = next((bits for bits in (4, 8) if packed == (outputs, -(-inputs * bits // 32))), None)
-    if bits is None or bits not in (files.setting("num_bits") or {bits}):
-        said = ", ".join(sorted(map(shown, files.setting("num_bits"))))
-        raise UserError(f"{files.path}: {name} has {said} bits; only 4 and 8 are read")
+    said = files.setting("num_bits") - {None}
+    if bits is None or (said and bits not in said):
+        many = ", ".join(sorted(map(shown, said))) or "unknown"
+        raise UserError(f"{files.path}: {name}_packed has shape {packed} and num_bits {many}; only 4 and 8 are read")
 
     def codes() -> np.ndarray:
         return unpack_int32(files.read(f"{name}_packed"), bits)[:, :inputs].T
@@ -124,6 +126,7 @@ def _bytes(files: _Files, name: str) -> Matrix:
         return files.read(part).view(np.uint8) ^ np.uint8(128)
 
     shape = files.stored[name].shape
+    files.needed(f"{name}_scale", name)
     if len(shape) != 2:
         raise UserError(f"{files.path}: {name} has shape {shape}; only matrices are read, one for each expert")
     codes, zeros = lambda: as_codes(name).T, lambda: as_codes(f"{name}_zero_point")  # noqa: E731

@@ -86,7 +86,8 @@ def as_unquantized(
             f"{path}: weights quantized by {shown(method)} are not read (known: {known}); give the unquantized model"
         )
     find, called = _FORMATS[method]
-    matrices = find(path, quantization, stored, read)
+    with one_line(f"{path}: its quantization_config or a tensor's shape cannot be used"):
+        matrices = find(path, quantization, stored, read)
     for name in _empty_biases(config, matrices, shapes, read):
         del shapes[name]
     model = _Model(path, called, matrices, shapes, read)

@@ -96,7 +96,7 @@ def _block_sizes(
         return (1, columns) if scales == (rows,) and len(shape) == 2 else None
     if scales[:-2] not in (shape[:-2], ()):
         return None
-    if block is not None and scales[-2:] == tuple(-(-size // part) for size, part in zip(shape[-2:], block)):  # noqa: B905
+    if block is not None and scales[-2:] == (-(-rows // block[0]), -(-columns // block[1])):
         return block[0], block[1]
     if rows % scales[-2] or columns % scales[-1]:
         return None

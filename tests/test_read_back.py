@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_models
 from helpers_training import make_config, prepare, write_rows, write_stopped_run, write_tiny_llama
 
 from tpu_tune.checkpoints import huggingface_write, peft
@@ -91,6 +92,17 @@ def test_a_model_rounded_to_bfloat16_is_within_its_bound_and_a_wrong_one_is_not(
     found = written(base, tmp_path / "run", method="full", model__dtype="float32")()
     assert not found.failed and 0 < found.difference < found.bound and "in bfloat16" in found.words
     spoiled(monkeypatch, huggingface_write, "down_proj", 1.5)
+    assert written(base, tmp_path / "other", method="full", model__dtype="float32")().failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "tensor"), [("t5", "wi"), ("mixtral", "experts"), ("gemma2", "down_proj"), ("gpt2", "c_fc")]
+)
+def test_models_of_other_kinds_are_compared_too(tmp_path, monkeypatch, family, tensor):
+    base = tiny_models.write(tmp_path / "base", tiny_models.CONFIGS[family])
+    assert written(base, tmp_path / "run", method="full")().difference == 0.0
+    spoiled(monkeypatch, huggingface_write, tensor, 1.5)
     assert written(base, tmp_path / "other", method="full", model__dtype="float32")().failed
 
 

@@ -20,7 +20,8 @@ def logit_bound(*dtypes: Any) -> float:
     """Return the largest relative difference that rounding to these dtypes, of weights or activations, explains.
 
     One rounding is half a machine epsilon off. Through the layers such errors add up as their squares do: to a few
-    epsilons of the largest logit in models of any depth, and to eight in none. A wrong scale, a lost or a turned matrix
-    gives tens of percent.
+    epsilons of the largest logit in models of any depth, and to eight in none: SmolLM2's 30 layers give up to 2.6% in
+    bfloat16 and 0.3% in float16, where the bounds are 6.25% and 0.78%. A wrong scale, a lost or a turned matrix gives
+    tens of percent.
     """
     return max(_LEAST, *(8 * float(jnp.finfo(dtype).eps) for dtype in dtypes))

@@ -24,7 +24,7 @@ from tpu_tune.checkpoints.huggingface_write import DTYPES, stored_dtype
 from tpu_tune.checkpoints.params import load_params, open_architecture
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.source import open_source
-from tpu_tune.errors import UserError
+from tpu_tune.errors import UserError, counted
 from tpu_tune.inference.difference import logit_bound, logits_differ
 from tpu_tune.inference.run_result import read_own_adapter
 from tpu_tune.training import distributed
@@ -44,16 +44,19 @@ class ReadBack:
       difference: the largest absolute difference of a logit from the run's, over the largest; None where not compared.
       bound: the largest that rounding explains.
       words: one line for the log and the report.
+      is_other: a tensor is not what was to be written, whatever it does to the logits: a norm may undo a scale.
     """
 
     difference: float | None
     bound: float
     words: str
+    is_other: bool = False
 
     @property
     def failed(self) -> bool:
         """Whether the files do not hold what was trained."""
-        return self.difference is not None and not self.difference <= self.bound  # a NaN is no agreement
+        # A NaN is no agreement.
+        return self.is_other or (self.difference is not None and not self.difference <= self.bound)
 
     def summary(self) -> dict[str, Any]:
         """Return what `summary.json` says of it."""
@@ -103,13 +106,18 @@ def _of_model(config: ConfigDict, model: PreparedModel, trainable: dict[str, Arr
     source = open_source(directory)
     arch, stored = open_architecture(source), stored_dtype(source.config)
     bound = logit_bound(compute_dtype(config), DTYPES[stored])
-    same: list[bool] = []
+    rounded, wrong = False, []
 
     def compare(path: str, leaf: Any) -> None:
-        same.append(path in trainable and _equal({path: leaf}, {path: trainable[path]}))
+        nonlocal rounded
+        own = np.asarray(trainable[path]) if path in trainable else np.zeros(0)
+        if not np.array_equal(leaf, own):
+            rounded = True
+            wrong.extend([path] * (not np.array_equal(leaf, own.astype(DTYPES[stored]).astype(np.float32))))
 
     read = load_params(source, arch, jnp.float32, place=compare)
-    if all(same) and read.keys() == trainable.keys():
+    wrong += sorted(trainable.keys() - read.keys())
+    if not rounded and not wrong:
         return _same(bound)
     logits = _logits(config, dataclasses.replace(model, architecture=arch))
     here = logits(trainable, {})
@@ -120,7 +128,13 @@ def _of_model(config: ConfigDict, model: PreparedModel, trainable: dict[str, Arr
         return put(leaf, model.shardings[path])
 
     there = logits(load_params(source, arch, jnp.float32, place=replace), {})
-    return _measured(here, there, bound, f", its files being in {stored}" if stored != "float32" else "")
+    found = _measured(here, there, bound, f", its files being in {stored}" if stored != "float32" else "")
+    if wrong:
+        words = (
+            f"{counted(len(wrong), 'tensor is', 'tensors are')} not the run's, rounded to {stored} ('{wrong[0]}'), and "
+        )
+        return dataclasses.replace(found, words=words + found.words, is_other=True)
+    return found
 
 
 def _equal(leaves: Mapping[str, Any], own: Mapping[str, Any]) -> bool:

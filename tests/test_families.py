@@ -5,6 +5,7 @@ One case a family (`tiny_models.FAMILY_CASES`); logits and generation are in `te
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from tpu_tune.checkpoints.peft import PREFIX, adapter_tensors, read_adapter, wri
 from tpu_tune.errors import UserError
 from tpu_tune.inference.inspection import inspect_model
 from tpu_tune.models import Execution, architecture
+from tpu_tune.models.activations import ACTIVATIONS
 from tpu_tune.models.architecture import RelativePositions
 from tpu_tune.models.relative import buckets_of
 from tpu_tune.training.objectives import CrossEntropy
@@ -286,3 +288,14 @@ def test_buckets_of_distances_are_t5s(causal, buckets, longest):
     distances = np.arange(-400, 401)
     theirs = T5Attention._relative_position_bucket(torch.tensor(distances), not causal, buckets, longest)
     np.testing.assert_array_equal(jax.jit(lambda d: buckets_of(arch, d))(distances), theirs.numpy())
+
+
+def test_gelus_approximation_keeps_its_digits_far_below_zero():
+    """In float32 1 + tanh(-4) is rounding by a thousandth; a norm behind it makes that the result."""
+    x = np.linspace(-5.5, 5, 200)
+    u, slope = (math.sqrt(2 / math.pi) * part for part in (x + 0.044715 * x**3, 1 + 3 * 0.044715 * x**2))
+    share = 1 / (1 + np.exp(-2 * u))
+    np.testing.assert_allclose(x * share, x * (1 + np.tanh(u)) / 2, rtol=1e-8)  # in float64 both are right
+    values, slopes = jax.vmap(jax.value_and_grad(ACTIVATIONS["gelu_tanh"]))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(values, x * share, rtol=1e-5)
+    np.testing.assert_allclose(slopes, share + 2 * x * share * (1 - share) * slope, rtol=1e-4, atol=1e-9)

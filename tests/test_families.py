@@ -66,7 +66,7 @@ def all_linear_and(case):
     """Return the names of all linear modules of a case, and of its embeddings and head."""
     arch = architecture(tiny_models.CONFIGS[case])
     linear = [m for m in arch.modules() if m.kind == "linear" and not (m.is_head or m.is_router)]
-    unable = {m.path.rsplit(".")[-1] for m in linear if m.no_adapter}
+    unable = {m.path.rsplit(".")[-1] for m in linear if m.no_adapter or m.by_name}
     linear = {m.path.rsplit(".")[-1] for m in linear} - unable
     return sorted(linear) + ENDS.get(arch.family, ["embed_tokens", "lm_head"])
 
@@ -107,7 +107,7 @@ def test_all_linear_is_torchs_and_they_alone_are_quantized(case):
     adapted_ones = find_targets(modules, LoraConfig(target_modules="all-linear"), arch.default_targets).adapted
     stored = quantized_paths(modules, QuantizeConfig("nf4"))
     experts = {module for module in modules if module.experts}
-    able = {module for module in experts if not module.no_adapter}
+    able = {module for module in experts if not module.by_name}
     assert {target.module for target in adapted_ones if target.module.experts} == able
     assert {name for one in adapted_ones if not one.module.experts for name in one.module.names()} == theirs
     delicate = {name for module in modules if module.is_delicate for name in module.names()}
@@ -272,7 +272,7 @@ def test_inspect_says_what_each_module_does(case, tmp_path):
     assert facts["lora"]["trainable"] == sum(
         4 * sum(m.shape) * (len(m.layers) or 1) * (m.experts or 1)
         for m in arch.modules()
-        if m.kind == "linear" and not (m.is_head or m.is_router or m.no_adapter)
+        if m.kind == "linear" and not (m.is_head or m.is_router or m.no_adapter or m.by_name)
     )
 
 

@@ -242,6 +242,7 @@ def without(end):
     ("settings", "change", "message"),
     [
         (gptq_settings() | {"bits": 3}, None, "has bits 3; only 4 and 8"),
+        (gptq_settings(), without("qweight"), "says gptq, and no matrix in its files is quantized so"),
         (gptq_settings(checkpoint_format="marlin"), None, "checkpoint_format 'marlin' is not read"),
         (gptq_settings(), without("scales"), r"q_proj.scales is missing, so .*q_proj.qweight cannot be decoded"),
         (gptq_settings(group_size=64), None, r"has shape \(3, .* groups of 64 ask for \(2, "),

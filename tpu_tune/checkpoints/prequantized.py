@@ -66,7 +66,7 @@ def as_unquantized(
       array; and one that says what is kept and what is dequantized, "" where there is nothing to say.
 
     Raises:
-      UserError: a format that is not read, or a matrix whose parts are missing or misshapen.
+      UserError: a format that is not read, a matrix whose parts are missing or misshapen, or none in the format.
     """
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     quantization = config.get("quantization_config")
@@ -88,6 +88,11 @@ def as_unquantized(
     find, called = _FORMATS[method]
     with one_line(f"{path}: its quantization_config or a tensor's shape cannot be used"):
         matrices = find(path, quantization, stored, read)
+    if not matrices and quantization.get("format") != "dense":
+        raise UserError(
+            f"{path}: config.json's quantization_config says {method}, and no matrix in its files is quantized so; "
+            "take it out if the weights are plain"
+        )
     for name in _empty_biases(config, matrices, shapes, read):
         del shapes[name]
     model = _Model(path, called, matrices, shapes, read)

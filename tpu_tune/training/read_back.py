@@ -2,8 +2,8 @@
 
 The base is shared: of an adapter only the adapter is read, of a fully tuned model one tensor after the other. Where
 every tensor that was read equals the run's bit for bit, under the same settings, the model is the same function of the
-same numbers and so are its logits; nothing is computed. Elsewhere (a model rounded to its files' dtype, an adapter
-written over other weights than it was trained over) both run on one short row, and the difference has a bound.
+same numbers and so are its logits; nothing is computed. Elsewhere both run on one short row: a model rounded to its
+files' dtype may differ within a bound, an adapter, which is written in float32, not at all.
 """
 
 from __future__ import annotations
@@ -94,12 +94,16 @@ def _of_adapter(config: ConfigDict, model: PreparedModel, trainable: Mapping[str
     homes = sharding.shardings(leaves, targets.leaves(arch.leaves()), model.mesh)
     placed = {path: put(leaf, homes[path]) for path, leaf in leaves.items()}
     there = _logits(config, dataclasses.replace(model, method=targets))(placed, model.frozen)
-    return _measured(_logits(config, model)(trainable, model.frozen), there, bound)
+    found = _measured(_logits(config, model)(trainable, model.frozen), there, bound)
+    return dataclasses.replace(found, words=f"its tensors or settings are not the run's; {found.words}", is_other=True)
 
 
 def _meaning(targets: Targets) -> tuple[Any, ...]:
     """Return what a method makes of its leaves."""
-    return targets.adapted, targets.saved, targets.biases, targets.tokens, targets.spec.use_dora
+    adapted = {one.module.path: (one.layers, one.ranks, one.scales) for one in targets.adapted}
+    tokens = {rows.module.path: rows.ids for rows in targets.tokens}
+    saved = {module.path for module in targets.saved}
+    return adapted, saved, set(targets.biases), tokens, targets.spec.use_dora
 
 
 def _of_model(config: ConfigDict, model: PreparedModel, trainable: dict[str, Array], directory: str) -> ReadBack:

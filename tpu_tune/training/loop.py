@@ -181,6 +181,7 @@ def _train(
             state = checkpoints.restore(state, best)[0]
             say(f"taking the weights of step {best}, eval_loss {loop_state.best_loss:.4f}")
         check_ended_finite(loop_state, taken, total)
+        state = steps.averaged(state)
         write_result(config, model, state, result)
         if is_main:
             run.update_summary({"result_step": taken})
@@ -314,7 +315,7 @@ class TrainingLoop:
         """Evaluate on the held-out rows, log and judge the result; under reduce_lr_on_plateau it may lower the rate."""
         self.settle()
         step = int(state.step)
-        metrics = evaluation.evaluate(self.steps, state.trainable, self.session)
+        metrics = evaluation.evaluate(self.steps, self.steps.averaged(state).trainable, self.session)
         loggers.log(self.sinks, {"step": step, "epoch": self.meter.epoch(step), **metrics})
         self.progress.write(f"step {step}: {evaluation.describe(metrics)}")
         self.loop_state.judge(step, metrics["eval_loss"], self.train.early_stopping_threshold)

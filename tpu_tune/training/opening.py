@@ -28,11 +28,11 @@ from tpu_tune.data import Batches, Datasets, PairRows, eval_batches, load_data, 
 from tpu_tune.data.training_sets import mismatch_group
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, check_length
-from tpu_tune.training import arithmetic, distributed
+from tpu_tune.training import arithmetic, distributed, schedule_free
 from tpu_tune.training.head_settings import resolve_head
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.objectives import check_objective
-from tpu_tune.training.optimizers import canonical_name
+from tpu_tune.training.optimizers import is_schedule_free
 from tpu_tune.training.prepare_model import PreparedModel, prepare_model, storage_dtype
 from tpu_tune.training.reference import add_reference
 from tpu_tune.training.schedules import configured_schedule
@@ -152,7 +152,8 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
         there, or settings that exclude each other.
     """
     config = configuration.from_dict(config)
-    canonical_name(config.train.optim)
+    if is_schedule_free(config.train):
+        schedule_free.check(config.train)
     configured_schedule(config.train, max(config.train.max_steps, 1))
     reporters(config.train.report_to)
     check_method(config.method)

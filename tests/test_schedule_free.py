@@ -6,6 +6,7 @@ The update itself is held against its package in `test_optimizers.py`.
 from __future__ import annotations
 
 import pathlib
+import signal
 from typing import Any
 
 import helpers_training as helpers
@@ -90,10 +91,12 @@ def test_the_adapter_is_the_average_of_the_best_step_and_so_is_a_checkpoints(
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny: pathlib.Path, whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    for steps in (4, 6):
-        said: list[str] = []
-        loop.train(settings(tiny, tmp_path / "run", train__max_steps=steps), said.append)
-    assert any("resuming from step 4" in line for line in said)
+    """The first start ends by the clock, after its first step: `train.max_hours` are over at once."""
+    said: list[str] = []
+    first = loop.train(settings(tiny, tmp_path / "run", train__max_hours=1e-9), said.append)
+    assert (first.status, first.step, first.signal, first.result_dir) == ("interrupted", 1, signal.SIGTERM, "")
+    assert loop.train(settings(tiny, tmp_path / "run"), said.append).status == "finished"
+    assert any("resuming from step 1" in line for line in said)
     assert helpers.metric_rows(tmp_path / "run") == helpers.metric_rows(whole)
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "run", 6), saved(whole, 6))
 

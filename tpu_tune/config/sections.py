@@ -171,6 +171,9 @@ class Train:
 
     num_train_epochs: float = key(3.0, "passes over the data", at_least=0)
     max_steps: int = key(-1, "updates; overrides num_train_epochs when positive", at_least=-1)
+    max_hours: float = key(
+        0.0, "save and stop so many hours after the start; started again, it goes on; 0: no limit", at_least=0
+    )
     per_device_train_batch_size: int = key(8, "rows a device and micro-batch", above=0)
     per_device_eval_batch_size: int = key(8, "rows a device and evaluation batch", above=0)
     gradient_accumulation_steps: int = key(1, "micro-batches an update", above=0)

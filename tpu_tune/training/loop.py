@@ -39,7 +39,7 @@ from tpu_tune.training import (
     summary,
     too_little,
 )
-from tpu_tune.training.interrupt import catch_signals
+from tpu_tune.training.interrupt import catch_signals, time_limit
 from tpu_tune.training.meter import LoopState, Meter
 from tpu_tune.training.not_finite import check_ended_finite, check_finite
 from tpu_tune.training.opening import Session, open_session
@@ -244,7 +244,8 @@ class TrainingLoop:
         status, step, last_eval = "finished", first, 0
         make, self.started = self.session.batches.batch, time.monotonic()
         batches = prefetch(lambda number: steps.put_batch(make(number), leading=1), first, total)
-        with self.progress, catch_signals() as interrupted_at, self.row_before_error():
+        is_over = time_limit(train.max_hours, self.session.began)
+        with self.progress, catch_signals(is_over) as interrupted_at, self.row_before_error():
             for step, batch in enumerate(batches, start=first + 1):
                 state, metrics = steps.train(state, frozen, batch)
                 self.settle()

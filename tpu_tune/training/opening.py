@@ -50,6 +50,7 @@ class Session:
       batches: the training batches by step.
       eval_batch_rows: rows of an evaluation batch, over all devices.
       load_seconds: how long loading the model took.
+      began: when opening began, seconds of `time.monotonic`.
     """
 
     config: ConfigDict
@@ -58,6 +59,7 @@ class Session:
     batches: Batches
     eval_batch_rows: int
     load_seconds: float
+    began: float
 
     @property
     def length(self) -> arithmetic.RunLength:
@@ -98,6 +100,8 @@ def open_session(
       UserError: anything the user can mend about settings, data and model.
     """
 
+    began = time.monotonic()
+
     def settings() -> tuple[ConfigDict, ConfigDict, Mesh, list[str]]:
         new = configuration.from_dict(config)
         if evaluate_only:
@@ -137,7 +141,7 @@ def open_session(
         sharding.rows_here(mesh, batch_rows),
         1 if config.data.packing else max(1, mismatch_group(config)),
     )
-    return Session(config, data, model, batches, eval_batch_rows, load_seconds)
+    return Session(config, data, model, batches, eval_batch_rows, load_seconds, began)
 
 
 def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = True) -> ConfigDict:

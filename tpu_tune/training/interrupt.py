@@ -28,10 +28,10 @@ def time_limit(hours: float, began: float, clock: Callable[[], float] = time.mon
 def catch_signals(is_over: Callable[[], bool] = lambda: False) -> Iterator[Callable[[int], int]]:
     """Yield a function that says after a step which signal has come to stop it, SIGTERM or SIGINT; 0 for none.
 
-    It is asked once a step. That `is_over` holds counts as a SIGTERM, which of several processes the first sends itself.
-    Nothing is raised where the signal lands, which may be a callback that would drop it. A second SIGINT ends the program
-    at once; in a notebook it is a KeyboardInterrupt. With several processes one's signal stops all of them after the same
-    step.
+    It is asked once a step. That `is_over` holds counts as a SIGTERM, which of several processes the first one sends
+    itself. Nothing is raised where the signal lands, which may be a callback that would drop it. A second SIGINT ends
+    the program at once; in a notebook it is a KeyboardInterrupt. With several processes one's signal stops all of them
+    after the same step.
     """
     came: list[int] = []
     if jax.process_count() > 1:

@@ -79,7 +79,7 @@ def test_layer_inputs_on_the_host_change_no_number(tiny: pathlib.Path, method: s
         ("lora", "adamw_8bit"),
         ("lora", "adafactor"),
         ("lora", "muon"),
-        ("full", "schedule_free_adamw"),
+        pytest.param("full", "schedule_free_adamw", marks=pytest.mark.slow),
     ],
 )
 def test_optimizer_state_on_the_host_changes_no_number(tiny: pathlib.Path, method: str, optim: str) -> None:

@@ -37,7 +37,10 @@ _KAGGLE = {  # as the notebooks have it
 _SPARSE = {"lora.dropout": 0.0}  # adapters on experts have none
 _OFFLOAD = {"model.remat": "offload", "lora.rank": 32}
 _OVER_EIGHT = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.sequence": 8}
-_KAGGLE_TPU = {"model.remat": "full", "data.max_length": 1024, **_KAGGLE}
+_KAGGLE_TPU = {
+    **_KAGGLE, "model.remat": "full", "data.max_length": 1024,
+    "train.per_device_train_batch_size": 2, "train.per_device_eval_batch_size": 2,
+}  # fmt: skip
 _KAGGLE_GPU = {"model.remat": "full", "data.max_length": 512, "model.dtype": "float16", **_KAGGLE}
 
 

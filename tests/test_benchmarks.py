@@ -182,3 +182,4 @@ def test_a_kaggle_notebook_tells_its_row_of_the_memory_table(memory, kind):
     length, dtype = job.overrides["data.max_length"], job.overrides.get("model.dtype", "bfloat16")
     assert f'DEVICE = device or "{job.device}"' in settings and f"TOKENS = {length} if device" in settings
     assert f'DTYPE = "{dtype}" if device' in settings and f'"{job.model}"' in settings
+    assert f"ROWS = {job.overrides['train.per_device_train_batch_size']}  #" in settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import functools
 import json
 import pathlib
@@ -186,6 +187,26 @@ def test_a_run_is_taken_up_from_what_is_attached(tmp_path, capsys):
     assert notebook.take_up(str(tmp_path / "nothing"), str(tmp_path / "anew")) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" ")[0] for line in said] == ["going", "going", "no"]
+
+
+def test_what_is_installed_is_pinned_within_what_the_project_needs():
+    """Every pin is of a version that setup.cfg allows, and of a package that it, or jax with it, installs."""
+    from packaging.requirements import Requirement
+
+    settings = configparser.ConfigParser()
+    settings.read(PROJECT / "setup.cfg")
+    needed = {
+        Requirement(line.split("#")[0]).name: Requirement(line.split("#")[0])
+        for line in settings["options"]["install_requires"].splitlines()
+        if line.split("#")[0].strip()
+    }
+    lines = (PROJECT / "launch" / "notebook_versions.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {"jax", "flax", "optax", "orbax-checkpoint", "transformers"} <= pins.keys()
+    for name, version in pins.items():
+        assert name in needed or name.startswith(("jax", "libtpu")), name
+        assert name not in needed or version in needed[name].specifier, name
+    assert {pins[name] for name in pins if name.startswith("jax")} == {pins["jax"]}
 
 
 def test_hours_left_are_counted_from_when_the_session_began(monkeypatch):

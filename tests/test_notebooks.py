@@ -112,7 +112,7 @@ def executed(path, folder, monkeypatch, *changes):
     for before, after in changes:
         fill_in(notebook, before, after)
     kernel = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=kernel).execute()
+    nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=kernel).execute()
     return notebook
 
 

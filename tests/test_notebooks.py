@@ -10,6 +10,7 @@ import shutil
 import subprocess
 
 import pytest
+from helpers_training import write_rows, write_tiny_llama
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
@@ -147,29 +148,31 @@ def test_a_notebook_runs_from_top_to_bottom(path, smollm2_gguf, chatterbot_dir, 
     ("kind", "hours", "planned"),
     [("tpu", "9.0", "qwen3-32b (qwen3) on v5e-8: 8 devices"), ("gpu", "12.0", "qwen3-14b (qwen3) on t4 x2: 2 devices")],
 )
-def test_a_kaggle_notebook_stops_in_time_and_goes_on_in_the_next_session(
-    kind, hours, planned, smollm2_gguf, chatterbot_dir, tmp_path, monkeypatch
-):
+def test_a_kaggle_notebook_stops_in_time_and_goes_on_in_the_next_session(kind, hours, planned, tmp_path, monkeypatch):
+    """With a tiny model and rows of its own, which are attached as a user's are."""
+    model = write_tiny_llama(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    rows = write_rows(tmp_path / "rows.jsonl", 200)
+    own = (('MODEL = ""', f"MODEL = {str(model)!r}"), ('DATA = ""', f"DATA = {str(rows)!r}"))
     path = PROJECT / "notebooks" / f"kaggle_{kind}_qlora.ipynb"
     sessions = [tmp_path / "first", tmp_path / "second"]
     for folder in sessions:
         folder.mkdir()
     over = (f"SESSION_HOURS = {hours}", "SESSION_HOURS = 0.0")  # the clock stops it after one step
-    said = texts(executed(path, sessions[0], monkeypatch, over))
+    said = texts(executed(path, sessions[0], monkeypatch, over, *own))
     assert planned in said
     assert "starting anew" in said and f"not done yet: step 1 of {STEPS}" in said
     assert said.count("> What is AI?") == 1  # the model as it was
     assert not (sessions[0] / "output" / f"kaggle-{kind}" / "adapter").exists()
 
     shutil.copytree(sessions[0] / "output", sessions[1] / "input" / "my-notebook" / "output")
-    notebook = executed(path, sessions[1], monkeypatch)
+    notebook = executed(path, sessions[1], monkeypatch, *own)
     said, out = texts(notebook), sessions[1] / "output" / f"kaggle-{kind}"
     assert f"going on from input/my-notebook/output/kaggle-{kind}, step 1" in said
     assert f"finished: {STEPS} of {STEPS} steps" in said and "| What is AI? |" in said
     assert len(images(notebook)) >= 4  # two plans, curves.png, the figure under it
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
-    assert (out / "adapter.zip").stat().st_size > 1e6
+    assert (out / "adapter.zip").is_file()
 
 
 def test_a_run_is_taken_up_from_what_is_attached(tmp_path, capsys):

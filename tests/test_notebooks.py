@@ -37,7 +37,7 @@ def images(notebook):
 
 def fill_in(notebook, before, after):
     """Change one line of one cell, as a user does."""
-    (cell,) = [cell for cell in notebook.cells if f"\n{before}  #" in cell.source]
+    (cell,) = [cell for cell in notebook.cells if f"\n{before}  #" in f"\n{cell.source}"]
     cell.source = cell.source.replace(before, after)
 
 

@@ -30,9 +30,18 @@ _ONE_ROW = {
 }  # fmt: skip
 _QLORA = {"data.max_length": 2048, **_ONE_ROW}
 _CHUNKED = {**_QLORA, "model.token_chunk_size": 512}  # projections and MLP of so many tokens at one time
+_KAGGLE = {  # as the notebooks have it
+    "train.per_device_train_batch_size": 1, "train.per_device_eval_batch_size": 1,
+    "train.gradient_accumulation_steps": 1,
+}  # fmt: skip
 _SPARSE = {"lora.dropout": 0.0}  # adapters on experts have none
 _OFFLOAD = {"model.remat": "offload", "lora.rank": 32}
 _OVER_EIGHT = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "mesh.sequence": 8}
+_KAGGLE_TPU = {
+    **_KAGGLE, "model.remat": "full", "data.max_length": 1024,
+    "train.per_device_train_batch_size": 2, "train.per_device_eval_batch_size": 2,
+}  # fmt: skip
+_KAGGLE_GPU = {"model.remat": "full", "data.max_length": 512, "model.dtype": "float16", **_KAGGLE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +82,15 @@ JOBS = (
     Job("20b-v5e-1", "GPT-NeoX-20B QLoRA", "gpt-neox-20b", "v5e-1", None, _CHUNKED),
     Job("qwen3.5-9b-v5e-1", "Qwen3.5-9B QLoRA", "qwen3.5-9b", "v5e-1", None, _CHUNKED),
     Job("gemma-4-31b-v5e-8", "Gemma-4-31B QLoRA", "gemma-4-31b", "v5e-8", None, _CHUNKED),
+    Job("qwen3-32b-v5e-8", "Qwen3-32B QLoRA, kaggle_tpu_qlora.ipynb", "qwen3-32b", "v5e-8", None, _KAGGLE_TPU),
+    Job(
+        "qwen3-14b-t4x2",
+        "Qwen3-14B QLoRA in float16, kaggle_gpu_qlora.ipynb",
+        "qwen3-14b",
+        "t4 x2",
+        None,
+        _KAGGLE_GPU,
+    ),
     Job("7b-v2-8", "LLaMA-7B QLoRA", "llama-7b", "v2-8", 2.0),
     Job("7b-v3-8", "LLaMA-7B QLoRA", "llama-7b", "v3-8", 2.0),
     Job("33b-rtx3090", "LLaMA-33B QLoRA", "llama-33b", "rtx3090", 21.6, _CHUNKED),

@@ -116,7 +116,7 @@ use_environment() {
 # has_tpu [FOLDER]: whether a Google TPU is plugged in (the PCI ids jax knows; Google's network cards share the vendor).
 has_tpu() {
   local device
-  [ -z "${TPU_NAME:-}" ] || return 0
+  [ -z "${TPU_NAME:-}${ISTPUVM:-}" ] || return 0 # the second is of Kaggle's image
   for device in "${1:-/sys/bus/pci/devices}"/*; do
     [ "$(cat "$device/vendor" 2>/dev/null)" = 0x1ae0 ] || continue
     case "$(cat "$device/device" 2>/dev/null)" in

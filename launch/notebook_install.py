@@ -1,15 +1,17 @@
 """What a notebook installs, run as `%run launch/notebook_install.py`: tpu_tune, with JAX for what the machine has.
 
-Runs in the notebook's own process, so that it can say when a package in use was replaced. A JAX that is there already
-and will do, as Colab's may, is kept.
+Runs in the notebook's own process, so that it can say when a package in use was replaced. JAX and what goes with it are
+of the versions in notebook_versions.txt; everything else that is there already and will do is kept.
 """
 
 import importlib
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 
 def version(package: str) -> str:
@@ -38,7 +40,11 @@ def install(project: pathlib.Path) -> None:
         build = next((name for name in ("cuda13", "cuda12") if version(f"jax-{name}-plugin")), build)
     print(f"installing tpu_tune for {build}; this machine has jax {version('jax') or 'not yet'}", flush=True)
     extras = from_shell(f"extras_of {build}", project)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{project}[{extras}]"], check=True)
+    if not os.access(project, os.W_OK):  # pip builds inside the folder; what is attached on Kaggle is read-only
+        project = pathlib.Path(shutil.copytree(project, tempfile.mkdtemp(), dirs_exist_ok=True))
+    pinned = str(project / "launch" / "notebook_versions.txt")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", pinned, f"{project}[{extras}]"]
+    subprocess.run(command, check=True)
     importlib.invalidate_caches()
     changed = [name for name, before in loaded.items() if version(name) != before]
     if changed:

@@ -12,7 +12,8 @@
 # Options, and the environment variable that says the same:
 #   --name NAME        TPU_NAME          the TPU's name (default tpu-tune)
 #   --zones A,B,...    ZONES             where to look for it, in this order
-#   --type TYPE        ACCELERATOR_TYPE  v2-8, v3-8, v4-8, v5litepod-8, v6e-8, v4-32, ... (default v3-8)
+#   --type TYPE        ACCELERATOR_TYPE  by Google's names or `tpu-tune plan --device`'s: v2-8, v3-8, v4-8, v4-32, v5p-8,
+#                                        v5litepod-8 (v5e-8 is the same), v6e-8, ... (default v3-8)
 #   --version V        RUNTIME_VERSION   the VM's image (default: Google's for the type)
 #   --project ID       PROJECT_ID        (default: gcloud's own setting)
 #   --bucket NAME      BUCKET            runs are kept in gs://NAME/TPU_NAME unless --config.output_dir says otherwise
@@ -94,7 +95,12 @@ done
 [[ "${rounds:-0}$lines${worker/#all/0}" =~ ^[0-9]+$ ]] || die "--rounds, --lines and --worker are whole numbers"
 bucket=${bucket#gs://} && bucket=${bucket%/}
 IFS=, read -r -a zone_list <<<"$zones"
-if [ -z "$version" ]; then
+case "$type" in
+  v5e-*) type=v5litepod-${type#v5e-} ;;
+  tpu7x* | v7x-*) die "Google books $type by GKE (Google Kubernetes Engine) only, not as a TPU VM: make a node pool there, and \
+run tpu-tune train in its containers" ;;
+esac
+if [ -z "$version" ]; then # cloud.google.com/tpu/docs/runtimes
   case "$type" in
     v2-* | v3-* | v4-*) version=tpu-ubuntu2204-base ;;
     v5litepod-*) version=v2-alpha-tpuv5-lite ;;

@@ -21,6 +21,13 @@ import sys
 
 FAKE = pathlib.Path(os.environ["FAKE"])
 WORKERS = 2
+# From cloud.google.com/tpu/docs/runtimes ("TPU software versions"), 2026: generation -> image for JAX.
+IMAGES = {
+    **dict.fromkeys(("v2", "v3", "v4"), "tpu-ubuntu2204-base"),
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
 
 
 def main(words: list[str]) -> int:
@@ -65,6 +72,9 @@ def play(what: str, plain: list[str], options: dict[str, str]) -> int:
     homes = [FAKE / f"home{number}" for number in range(WORKERS)]
     target = queue if kind == "queued-resources" else machine
     if verb == "create":
+        if complaint := refused(options["accelerator-type"], options.get("version") or options["runtime-version"]):
+            print(f"ERROR: (gcloud.compute.tpus) INVALID_ARGUMENT: {complaint}", file=sys.stderr)
+            return 1
         for place in (target, machine):
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text("ACTIVE" if place == queue else "READY")
@@ -91,6 +101,14 @@ def play(what: str, plain: list[str], options: dict[str, str]) -> int:
         codes = [run(home, options["command"]) for home in chosen]
         return max(codes)
     return 0
+
+
+def refused(kind: str, image: str) -> str:
+    """What Google says of a type that it does not book as a TPU VM, or of an image that is not for it, or nothing."""
+    version, _, count = kind.rpartition("-")
+    if version not in IMAGES or not count.isdigit():
+        return f'Invalid accelerator type "{kind}"'
+    return "" if image == IMAGES[version] else f'Invalid runtime version "{image}" for accelerator type "{kind}"'
 
 
 def run(home: pathlib.Path, command: str) -> int:

@@ -168,3 +168,18 @@ def test_the_table_of_the_campaign():
         "| kills | data run | 10 | 9 | 0 | 1 | 0 | 0 | 0 |",
         "| files | 2 kinds | 7 | 3 | 3 | 0 | 0 | 0 | 1 |",
     ]
+
+
+@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+def test_a_kaggle_notebook_tells_its_row_of_the_memory_table(memory, kind):
+    """The memory in its first cell is the compiler's for the notebook's own settings."""
+    (job,) = [job for job in memory.JOBS if f"kaggle_{kind}_qlora" in job.words]
+    row = memory.read(memory.TARGET.read_text())[job.name]
+    text = (BENCHMARKS.parent / "notebooks" / f"kaggle_{kind}_qlora.ipynb").read_text()
+    title, *cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+    assert f"**{row['peak']} GB of" in title and row[""] == "holds"
+    settings = next(cell for cell in cells if cell.startswith("%matplotlib"))
+    length, dtype = job.overrides["data.max_length"], job.overrides.get("model.dtype", "bfloat16")
+    assert f'DEVICE = device or "{job.device}"' in settings and f"TOKENS = {length} if device" in settings
+    assert f'DTYPE = "{dtype}" if device' in settings and f'"{job.model}"' in settings
+    assert f"ROWS = {job.overrides['train.per_device_train_batch_size']}  #" in settings

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tpu_tune import ctrl_c
-from tpu_tune.training.interrupt import catch_signals
+from tpu_tune.training.interrupt import catch_signals, time_limit
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -201,6 +201,17 @@ def test_training_is_asked_and_nothing_is_raised(capsys):
         with pytest.raises(KeyboardInterrupt):  # a notebook's second
             signal.raise_signal(signal.SIGINT)
     assert "SIGINT: saving after this step" in capsys.readouterr().err
+
+
+def test_training_ends_by_the_clock_as_by_a_sigterm(capsys):
+    now = [100.0]
+    is_over = time_limit(8.5, 100.0, clock=lambda: now[0])
+    with catch_signals(is_over) as interrupted_at:
+        for hours, expected in ((0, 0), (8.4, 0), (8.5, signal.SIGTERM), (9, signal.SIGTERM)):
+            now[0] = 100 + hours * 3600
+            assert interrupted_at(1) == expected
+    assert capsys.readouterr().err.count("train.max_hours are over: saving after this step") == 1
+    assert not time_limit(0, 100.0, clock=lambda: 1e9)()
 
 
 @pytest.mark.parametrize("seconds", [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5])

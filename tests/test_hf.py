@@ -757,6 +757,7 @@ def test_optimizers():
         ("sgd", "sgd"),
         ("adafactor", "adafactor"),
         ("adamw_torch_4bit", "adamw_8bit"),
+        ("schedule_free_adamw", "schedule_free_adamw"),
     ):
         assert canonical_name(config_of("--optim", name).train.optim) == ours, name
     assert canonical_name(config_of("--adam8bit").train.optim) == "adamw_8bit"

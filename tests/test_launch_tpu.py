@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tpu_tune.planning import devices
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = (
     "bash", "cat", "chmod", "date", "dirname", "env", "find", "flock", "git", "grep", "gzip", "head", "hostname",
@@ -454,3 +456,19 @@ def test_a_job_whose_machine_went_down_is_killed_not_running(world):
     (world.folder / "job" / "lock").touch()
     (world.folder / "job" / "state").write_text("running\n")
     assert "tpu_tune job: killed" in world.run("job.sh", "state").stdout
+
+
+def test_what_plan_plans_for_is_what_gcloud_books(world):
+    """Every TPU of plan's catalogue, by its name there, is booked by a type and an image that Google has for it."""
+    names = [name for name in devices.NAMES if devices.find_device(name).kind == "tpu"]
+    for name in names:
+        done = world.tpu("create", "--type", name, "--zones", "zone-a", "--name", f"a-{name}")
+        if name.startswith("tpu7x"):
+            one_error(done, f"Google books {name} by GKE (Google Kubernetes Engine) only")
+            continue
+        assert done.returncode == 0, done.stderr
+        booked = next(word for word in world.calls()[-1]["words"] if word.startswith("--accelerator-type="))
+        assert booked == f"--accelerator-type={name.replace('v5e', 'v5litepod')}"
+    assert len(world.calls()) == len(names) - 1
+    done = world.tpu("create", "--type", "v5e-8", "--zones", "zone-a", "--version", "v2-alpha-tpuv6e")
+    one_error(done, 'Invalid runtime version "v2-alpha-tpuv6e" for accelerator type "v5litepod-8"')

@@ -74,7 +74,13 @@ def test_layer_inputs_on_the_host_change_no_number(tiny: pathlib.Path, method: s
 
 @pytest.mark.parametrize(
     ("method", "optim"),
-    [("full", "adamw"), ("lora", "adamw_8bit"), ("lora", "adafactor"), ("lora", "muon")],
+    [
+        ("full", "adamw"),
+        ("lora", "adamw_8bit"),
+        ("lora", "adafactor"),
+        ("lora", "muon"),
+        pytest.param("full", "schedule_free_adamw", marks=pytest.mark.slow),
+    ],
 )
 def test_optimizer_state_on_the_host_changes_no_number(tiny: pathlib.Path, method: str, optim: str) -> None:
     keys = {"method": method, "train__optim": optim, "train__weight_decay": 0.1}

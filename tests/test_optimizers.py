@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from tpu_tune.checkpoints.run_checkpoints import average_of
 from tpu_tune.errors import UserError
 from tpu_tune.models import architecture
 from tpu_tune.tensors import LeafSpec
 from tpu_tune.training import adam8bit, loss_scale
-from tpu_tune.training.optimizers import canonical_name, clip_by_global_norm, dotted, make_optimizer
+from tpu_tune.training.optimizers import canonical_name, clip_by_global_norm, dotted, make_optimizer, set_learning_rate
+from tpu_tune.training.schedules import configured_schedule
 from tpu_tune.transforms import LoraConfig, find_targets
 
 STACK = "model.layers.self_attn.q_proj"
@@ -69,7 +73,7 @@ def run_ours(train, steps, schedule):
     return flat(params)
 
 
-def run_torch(make, steps, schedule):
+def run_torch(make, steps, schedule, at_end=lambda: None):
     """The same run in torch, where every layer is a parameter of its own, as in a torch model."""
     torch = pytest.importorskip("torch")
 
@@ -91,6 +95,7 @@ def run_torch(make, steps, schedule):
         for key, grad in split(random_tree(i + 1)).items():
             params[key].grad = grad
         optimizer.step()
+    at_end()
     result = {}
     for (path, _), value in params.items():
         result.setdefault(path, []).append(value.detach().numpy())
@@ -141,6 +146,82 @@ def test_muon_equals_torch_and_leaves_the_rest_to_adamw(monkeypatch):
         return types.SimpleNamespace(param_groups=[*muon.param_groups, *adamw.param_groups], step=step)
 
     assert_close(run_ours(settings(optim="muon"), 20, lr), run_torch(make, 20, lr), 1e-5)
+
+
+def schedule_free_run(train, steps, schedule, devices):
+    """Twenty clipped steps over a mesh; return what is trained, and what is used."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), "fsdp")
+    homes = jax.tree.map(lambda leaf: NamedSharding(mesh, P(*(None,) * (leaf.ndim - 1), "fsdp")), random_tree(0))
+    optimizer = make_optimizer(train, schedule, SPECS)
+    params = jax.device_put(random_tree(0), homes)
+    state = jax.jit(optimizer.init)(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(clip_by_global_norm(grads, 5.0)[0], state, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(steps):
+        params, state = step(params, state, jax.device_put(random_tree(i + 1), homes))
+    return flat(params), average_of(flat(params), flat(state.z), state.b1)
+
+
+@pytest.mark.parametrize("reference", ["package", "paper"])
+def test_schedule_free_follows_its_package_over_a_mesh(reference):
+    """Warm-up, decay and clipping; what is trained (y) and what is used (x), by the package and by the paper."""
+    rate, warmup = 1e-2, 6
+    train = settings(
+        optim="schedule_free_adamw", learning_rate=rate, lr_scheduler_type="constant", lr_scheduler_kwargs={},
+        warmup_steps=warmup, warmup_ratio=0.0,
+    )  # fmt: skip
+    schedule = configured_schedule(train, 20)
+    y, x = schedule_free_run(train, 20, schedule, 4)
+    if reference == "package":
+        torch, package = pytest.importorskip("torch"), pytest.importorskip("schedulefree")
+        made = []
+
+        def make(groups):
+            options = dict(lr=rate, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, warmup_steps=warmup)
+            optimizer = package.AdamWScheduleFree(groups, **options)
+            optimizer.train()
+            params = [value for group in groups for value in group["params"]]
+
+            def step():
+                torch.nn.utils.clip_grad_norm_(params, 5.0)
+                optimizer.step()
+
+            made.append(optimizer)
+            return types.SimpleNamespace(param_groups=[], step=step)
+
+        assert_close(y, run_torch(make, 20, schedule), 1e-5)
+        assert_close(x, run_torch(make, 20, schedule, lambda: made[1].eval()), 1e-5)
+        return
+    leaves = flat(random_tree(0))
+    wanted_x, z = ({path: leaf.astype(np.float64) for path, leaf in leaves.items()} for _ in "xz")
+    squares, total = dict.fromkeys(leaves, 0.0), 0.0
+    for k in range(20):
+        grads = flat(random_tree(k + 1))
+        clip = min(1, 5.0 / np.sqrt(sum(np.sum(grad.astype(np.float64) ** 2) for grad in grads.values())))
+        lr_now = rate * min(1, (k + 1) / warmup)
+        total += lr_now**2
+        for path, grad in grads.items():
+            at = 0.1 * z[path] + 0.9 * wanted_x[path]
+            squares[path] = 0.99 * squares[path] + 0.01 * (clip * grad.astype(np.float64)) ** 2
+            move = clip * grad / (np.sqrt(squares[path] / (1 - 0.99 ** (k + 1))) + 1e-6)
+            z[path] = z[path] - lr_now * (move + (0.1 * at if SPECS[path].decay else 0))
+            wanted_x[path] = (1 - lr_now**2 / total) * wanted_x[path] + lr_now**2 / total * z[path]
+    assert_close(x, wanted_x, 1e-5)
+    assert_close(y, {path: 0.1 * z[path] + 0.9 * wanted_x[path] for path in z}, 1e-5)
+
+
+def test_schedule_free_takes_a_rate_from_outside_as_lr_find_sets_it():
+    optimizer = make_optimizer(settings(optim="schedule_free_adamw", learning_rate=1.0), None, SPECS)
+    params = jax.tree.map(jnp.asarray, random_tree(0))
+    state = set_learning_rate(optimizer.init(params), 0.25)
+    updates, state = optimizer.update(random_tree(1), state, params)
+    assert float(state.max_rate) == 0.25
+    moved = flat(updates)[f"{STACK}.bias"]  # Adam's first step is the sign; y = x = z after it
+    np.testing.assert_allclose(np.abs(moved), 0.25, rtol=1e-4)
 
 
 def test_lion_equals_its_formula():

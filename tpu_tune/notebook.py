@@ -11,15 +11,18 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
+import psutil
 from IPython.display import Image, Markdown, display
 from ml_collections import ConfigDict
 
 from tpu_tune import planning
+from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.inference import Sampling, load
 from tpu_tune.planning import Device
 
@@ -143,6 +146,81 @@ def on_drive(folder: str) -> str:
     return _mounted() + folder if _on_colab() else folder
 
 
+def show_samples(run: Any) -> None:
+    """Show what the model answered to `train.sample_prompts` before training and, where it has ended, after it."""
+    by_step: dict[int, dict[str, str]] = {}
+    for row in RunDirectory(run.output_dir).samples():
+        by_step.setdefault(row["step"], {})[row["prompt"]] = row["answer"]
+    before = by_step.get(0, {})
+    after = by_step[max(by_step)] if len(by_step) > 1 else None
+    if after is None:
+        show_answers(list(before), list(before.values()))
+    else:
+        show_answers(list(after), [before.get(prompt, "") for prompt in after], list(after.values()))
+
+
+def kaggle_folders() -> tuple[str, str]:
+    """Return where Kaggle keeps what a session writes, and where it puts what is attached; elsewhere "." and "input".
+
+    On Kaggle the secret HF_TOKEN, where there is one (*Add-ons > Secrets*), becomes the hub's token.
+    """
+    if not os.path.isdir("/kaggle/working"):
+        return ".", "input"
+    try:
+        from kaggle_secrets import UserSecretsClient
+
+        os.environ.setdefault("HF_TOKEN", UserSecretsClient().get_secret("HF_TOKEN"))
+    except Exception as error:  # whatever Kaggle raises where the secret is not there or not attached
+        print(f"no HF_TOKEN: {type(error).__name__} (only gated models and uploads need it)")
+    return "/kaggle/working", "/kaggle/input"
+
+
+def hours_left(session_hours: float, spare_hours: float = 0.5) -> float:
+    """Return for how many hours a session may still train: its length, less what has passed and what is to be spare.
+
+    It is counted from when this notebook's Python started, and is above 0, which would be no limit: one step is made.
+    """
+    passed = (time.time() - psutil.Process().create_time()) / 3600
+    left = max(1e-6, session_hours - spare_hours - passed)
+    print(f"{passed:.1f} hours have passed; training stops by itself after {left:.1f} more, if it has not ended")
+    return left
+
+
+def take_up(inputs: str, output_dir: str) -> int:
+    """Copy a run that an earlier session saved, and whose output is attached as an input, to where it goes on.
+
+    Args:
+      inputs: the folder of what is attached, searched for a run directory with the name that `output_dir` ends with; of
+        several the one that has come furthest is taken.
+      output_dir: the run directory of this session. A run that is there already is left as it is.
+
+    Returns:
+      The step of the last checkpoint there, 0 where a run begins anew.
+    """
+    name = os.path.basename(output_dir)
+    steps = _last_step(output_dir)
+    found = [
+        folder
+        for folder, below, files in os.walk(inputs)
+        if os.path.basename(folder) == name and "config.json" in files and "checkpoints" in below
+    ]
+    if not os.path.exists(os.path.join(output_dir, "config.json")) and found:
+        chosen = max(found, key=_last_step)
+        shutil.copytree(chosen, output_dir, dirs_exist_ok=True)
+        steps = _last_step(output_dir)
+        print(f"going on from {chosen}, step {steps}")
+    elif steps:
+        print(f"going on from {output_dir}, step {steps}")
+    else:
+        print(f"no earlier session's {name} under {inputs}: starting anew")
+    return steps
+
+
+def _last_step(folder: str) -> int:
+    saved = RunDirectory(folder).saved_steps() if os.path.isdir(folder) else []
+    return saved[-1] if saved else 0
+
+
 def keep_adapter(run: Any, to_drive: bool = False, to_hub: str = "") -> None:
     """Pack the adapter into a .zip, which Colab downloads, and copy it to Google Drive or to the Hugging Face hub.
 
@@ -161,7 +239,7 @@ def keep_adapter(run: Any, to_drive: bool = False, to_hub: str = "") -> None:
         if to_drive:
             copy = f"{_mounted()}{os.path.basename(run.output_dir)}-adapter"
             print("copied to", shutil.copytree(run.result_dir, copy, dirs_exist_ok=True))
-        token = userdata.get("HF_TOKEN") if to_hub else None
+        token = userdata.get("HF_TOKEN") if to_hub else None  # elsewhere the hub finds it in the environment
     if to_hub:
         import huggingface_hub
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -191,7 +191,8 @@ def read_trainable(directory: str, step: int) -> tuple[dict[str, np.ndarray], di
       step: the checkpoint's step.
 
     Returns:
-      The leaves by path (float32, stacked layers leading), and what the loop remembered, `base_fingerprint` among it.
+      The leaves by path (float32, stacked layers leading; of a schedule-free optimizer their average, which is what is
+      used), and what the loop remembered, `base_fingerprint` among it.
 
     Raises:
       UserError: it cannot be read.
@@ -201,13 +202,19 @@ def read_trainable(directory: str, step: int) -> tuple[dict[str, np.ndarray], di
     quiet.addFilter(_not_from_orbax)  # it warns of metadata that belongs to the directory above
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            held = reader.metadata(os.path.join(path, "state")).item_metadata.tree["trainable"]
+            tree = reader.metadata(os.path.join(path, "state")).item_metadata.tree
+            wanted, optimizer = {"trainable": dict.fromkeys(tree["trainable"], 0)}, tree.get("opt_state")
+            if isinstance(optimizer, dict) and {"z", "b1"} <= optimizer.keys():
+                wanted["opt_state"] = {"z": dict.fromkeys(tree["trainable"], 0), "b1": 0}
             leaves = ocp.args.PyTreeRestore(
-                item={"trainable": dict.fromkeys(held, 0)},
-                restore_args={"trainable": dict.fromkeys(held, ocp.RestoreArgs(restore_type=np.ndarray))},
+                item=wanted,
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
                 partial_restore=True,
             )
-            trainable = reader.restore(os.path.join(path, "state"), args=leaves)["trainable"]
+            restored = reader.restore(os.path.join(path, "state"), args=leaves)
+            trainable, averaging = restored["trainable"], restored.get("opt_state")
+            if averaging:
+                trainable = average_of(trainable, averaging["z"], averaging["b1"])
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             memory = reader.restore(os.path.join(path, "memory"))
     except Exception as error:  # whatever is broken about it
@@ -215,6 +222,11 @@ def read_trainable(directory: str, step: int) -> tuple[dict[str, np.ndarray], di
     finally:
         quiet.removeFilter(_not_from_orbax)
     return trainable, memory
+
+
+def average_of(y: Mapping[str, Any], z: Mapping[str, Any], b1: Any) -> dict[str, Any]:
+    """Return a schedule-free optimizer's average x by path, where y = (1 - b1) z + b1 x is what it trains."""
+    return {path: ((leaf - (1 - b1) * z[path]) / b1).astype(leaf.dtype) for path, leaf in y.items()}
 
 
 def _reason(error: BaseException) -> str:

@@ -171,6 +171,9 @@ class Train:
 
     num_train_epochs: float = key(3.0, "passes over the data", at_least=0)
     max_steps: int = key(-1, "updates; overrides num_train_epochs when positive", at_least=-1)
+    max_hours: float = key(
+        0.0, "save and stop so many hours after the start; started again, it goes on; 0: no limit", at_least=0
+    )
     per_device_train_batch_size: int = key(8, "rows a device and micro-batch", above=0)
     per_device_eval_batch_size: int = key(8, "rows a device and evaluation batch", above=0)
     gradient_accumulation_steps: int = key(1, "micro-batches an update", above=0)
@@ -179,7 +182,7 @@ class Train:
     lr_scheduler_kwargs: Mapping[str, Any] = key({}, 'e.g. {"min_lr_rate": 0.1} for cosine_with_min_lr')
     warmup_steps: int = key(0, "updates in which the learning rate rises; 0: by warmup_ratio", at_least=0)
     warmup_ratio: float = key(0.0, "the same, as a share of all updates", at_least=0, at_most=1)
-    optim: str = key("adamw", "adamw | adamw_8bit | adafactor | sgd | lion | muon, and Hugging Face's spellings")
+    optim: str = key("adamw", "or adamw_8bit, adafactor, sgd, lion, muon, schedule_free_adamw; HF's spellings too")
     adam_beta1: float = key(0.9, "decay of the gradient's mean", at_least=0, below=1)
     adam_beta2: float = key(0.999, "decay of its square's mean", at_least=0, below=1)
     adam_epsilon: float = key(1e-8, "added to the divisor", above=0)

@@ -30,7 +30,8 @@ _SEEDS = ("seed", "data.data_seed")
 _NO_MATTER = (
     "output_dir", "mesh.", "data.num_workers", "data.cache_dir", "train.report_to", "train.logging_", "train.save_",
     "train.sample_prompts", "train.per_device_eval_batch_size", "train.optim_offload", "train.loss_chunk_size",
-    "train.eval_strategy", "train.max_nonfinite_steps", "model.remat", "model.token_chunk_size", "model.attention",
+    "train.eval_strategy", "train.max_nonfinite_steps", "train.max_hours",
+    "model.remat", "model.token_chunk_size", "model.attention",
 )  # fmt: skip
 # What decides which rows are judged, and how: with a difference here two losses are of two things.
 _JUDGED_BY = (

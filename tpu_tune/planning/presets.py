@@ -269,6 +269,8 @@ PRESETS: dict[str, Config] = {
     "qwen2.5-7b": _qwen("qwen2", 3584, 18944, 28, 28, 4) | {"vocab_size": 152064, "max_position_embeddings": 131072},
     "qwen3-0.6b": _qwen("qwen3", 1024, 3072, 28, 16, 8, head_dim=128, tie_word_embeddings=True),
     "qwen3-8b": _qwen("qwen3", 4096, 12288, 36, 32, 8, head_dim=128) | {"max_position_embeddings": 40960},
+    "qwen3-14b": _qwen("qwen3", 5120, 17408, 40, 40, 8, head_dim=128) | {"max_position_embeddings": 40960},
+    "qwen3-32b": _qwen("qwen3", 5120, 25600, 64, 64, 8, head_dim=128) | {"max_position_embeddings": 40960},
     "qwen3.5-4b": _qwen3_5(2560, 9216, 32, 16, 32, tie_word_embeddings=True),
     "qwen3.5-9b": _qwen3_5(4096, 12288, 32, 16, 32),
     "qwen3.5-27b": _qwen3_5(5120, 17408, 64, 24, 48),

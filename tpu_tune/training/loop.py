@@ -40,7 +40,7 @@ from tpu_tune.training import (
     summary,
     too_little,
 )
-from tpu_tune.training.interrupt import catch_signals
+from tpu_tune.training.interrupt import catch_signals, time_limit
 from tpu_tune.training.meter import LoopState, Meter
 from tpu_tune.training.not_finite import check_ended_finite, check_finite
 from tpu_tune.training.opening import Session, open_session
@@ -183,6 +183,7 @@ def _train(
             state = checkpoints.restore(state, best)[0]
             say(f"taking the weights of step {best}, eval_loss {loop_state.best_loss:.4f}")
         check_ended_finite(loop_state, taken, total)
+        state = steps.averaged(state)
         write_result(config, model, state, result)
         if is_main:
             run.update_summary({"result_step": taken})
@@ -250,7 +251,8 @@ class TrainingLoop:
         status, step, last_eval = "finished", first, 0
         make, self.started = self.session.batches.batch, time.monotonic()
         batches = prefetch(lambda number: steps.put_batch(make(number), leading=1), first, total)
-        with self.progress, catch_signals() as interrupted_at, self.row_before_error():
+        is_over = time_limit(train.max_hours, self.session.began)
+        with self.progress, catch_signals(is_over) as interrupted_at, self.row_before_error():
             for step, batch in enumerate(batches, start=first + 1):
                 state, metrics = steps.train(state, frozen, batch)
                 self.settle()
@@ -321,7 +323,7 @@ class TrainingLoop:
         """Evaluate on the held-out rows, log and judge the result; under reduce_lr_on_plateau it may lower the rate."""
         self.settle()
         step = int(state.step)
-        metrics = evaluation.evaluate(self.steps, state.trainable, self.session)
+        metrics = evaluation.evaluate(self.steps, self.steps.averaged(state).trainable, self.session)
         loggers.log(self.sinks, {"step": step, "epoch": self.meter.epoch(step), **metrics})
         self.progress.write(f"step {step}: {evaluation.describe(metrics)}")
         self.loop_state.judge(step, metrics["eval_loss"], self.train.early_stopping_threshold)

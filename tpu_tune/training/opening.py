@@ -28,11 +28,11 @@ from tpu_tune.data import Batches, Datasets, PairRows, eval_batches, load_data, 
 from tpu_tune.data.training_sets import mismatch_group
 from tpu_tune.errors import UserError
 from tpu_tune.models import Architecture, check_length
-from tpu_tune.training import arithmetic, distributed
+from tpu_tune.training import arithmetic, distributed, schedule_free
 from tpu_tune.training.head_settings import resolve_head
 from tpu_tune.training.loggers import reporters
 from tpu_tune.training.objectives import check_objective
-from tpu_tune.training.optimizers import canonical_name
+from tpu_tune.training.optimizers import is_schedule_free
 from tpu_tune.training.prepare_model import PreparedModel, prepare_model, storage_dtype
 from tpu_tune.training.reference import add_reference
 from tpu_tune.training.schedules import configured_schedule
@@ -50,6 +50,7 @@ class Session:
       batches: the training batches by step.
       eval_batch_rows: rows of an evaluation batch, over all devices.
       load_seconds: how long loading the model took.
+      began: when opening began, seconds of `time.monotonic`.
     """
 
     config: ConfigDict
@@ -58,6 +59,7 @@ class Session:
     batches: Batches
     eval_batch_rows: int
     load_seconds: float
+    began: float
 
     @property
     def length(self) -> arithmetic.RunLength:
@@ -98,6 +100,8 @@ def open_session(
       UserError: anything the user can mend about settings, data and model.
     """
 
+    began = time.monotonic()
+
     def settings() -> tuple[ConfigDict, ConfigDict, Mesh, list[str]]:
         new = configuration.from_dict(config)
         if evaluate_only:
@@ -137,7 +141,7 @@ def open_session(
         sharding.rows_here(mesh, batch_rows),
         1 if config.data.packing else max(1, mismatch_group(config)),
     )
-    return Session(config, data, model, batches, eval_batch_rows, load_seconds)
+    return Session(config, data, model, batches, eval_batch_rows, load_seconds, began)
 
 
 def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = True) -> ConfigDict:
@@ -152,7 +156,8 @@ def check_settings(config: Mapping[str, Any] | ConfigDict, with_data: bool = Tru
         there, or settings that exclude each other.
     """
     config = configuration.from_dict(config)
-    canonical_name(config.train.optim)
+    if is_schedule_free(config.train):
+        schedule_free.check(config.train)
     configured_schedule(config.train, max(config.train.max_steps, 1))
     reporters(config.train.report_to)
     check_method(config.method)

@@ -15,6 +15,8 @@ How each relates to torch:
 - lion: bitsandbytes' Lion; its betas are `adam_beta1` and `adam_beta2`, as the Trainer passes them.
 - muon: `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` for matrices, adapters' too, and adamw for embeddings,
   heads, norms and biases; see `muon`.
+- schedule_free_adamw: `schedulefree.AdamWScheduleFree`, whose weights to use are not those it trains; see
+  `schedule_free`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.tensors import LeafSpec
 from tpu_tune.training.adam8bit import scale_by_adam_8bit
 from tpu_tune.training.muon import is_for_muon, scale_by_muon
+from tpu_tune.training.schedule_free import schedule_free
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {  # our name -> Hugging Face's and bitsandbytes' spellings of it
     "adamw": (
@@ -42,6 +45,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {  # our name -> Hugging Face's and bit
     "sgd": (),
     "lion": ("lion_32bit", "paged_lion", "paged_lion_32bit"),
     "muon": (),
+    "schedule_free_adamw": (),
 }  # fmt: skip
 
 
@@ -57,6 +61,11 @@ def canonical_name(name: str) -> str:
     near = difflib.get_close_matches(name, spellings, 1, 0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     raise UserError(f"unknown train.optim '{name}'; {hint}choose {', '.join(OPTIMIZERS)}")
+
+
+def is_schedule_free(train: Any) -> bool:
+    """Whether the `train` part of a configuration names a schedule-free optimizer."""
+    return canonical_name(train.optim).startswith("schedule_free")
 
 
 def dotted(path: tuple[Any, ...]) -> str:
@@ -93,6 +102,8 @@ def make_optimizer(
         steps.append(optax.add_decayed_weights(train.weight_decay, mask))
     if factor is not None:
         steps.append(scale_each(factor))
+    if is_schedule_free(train):
+        return schedule_free(optax.chain(*steps), schedule, train.adam_beta1, float(train.learning_rate))
     if schedule is None:
         return optax.chain(
             *steps, optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=float(train.learning_rate))
@@ -119,6 +130,8 @@ def _direction(name: str, train: Any, specs: Mapping[str, LeafSpec]) -> optax.Gr
     if name == "muon":
         adam, muon = optax.scale_by_adam(b1, b2, eps), scale_by_muon()
         return per_matrix(lambda path: muon if is_for_muon(specs[path].axes) else adam, leading)
+    if name == "schedule_free_adamw":
+        return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
     if name == "lion":
         return optax.scale_by_lion(b1, b2)
     if name == "sgd":

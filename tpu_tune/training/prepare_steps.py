@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from tpu_tune.checkpoints.run_checkpoints import average_of
 from tpu_tune.kernels import gpu
 from tpu_tune.training import offload, plateau
 from tpu_tune.training.execution import execution, loss_chunk
 from tpu_tune.training.head_objectives import HEADS
 from tpu_tune.training.objectives import OBJECTIVES, Objective, Sums
-from tpu_tune.training.optimizers import make_optimizer
+from tpu_tune.training.optimizers import is_schedule_free, make_optimizer
 from tpu_tune.training.preference import LogProbs
 from tpu_tune.training.prepare_model import PreparedModel, abstract_leaf, put
 from tpu_tune.training.schedules import configured_schedule
@@ -46,6 +47,8 @@ class Steps:
       evaluate: (trainable, frozen, batch) -> (sum, weight) of `loss` and of each metric.
       objective: what is minimized.
       initial_state: a fresh state, sharded; shapes only where the model is.
+      averaged: state -> the same with the weights to be evaluated, shown and kept, which a schedule-free optimizer does
+        not train; else the state itself.
       start: trainable leaves -> a fresh state, sharded, in buffers of its own.
       put_batch: NumPy batch -> arrays on the mesh; takes the number of leading axes before (rows, tokens).
     """
@@ -54,6 +57,7 @@ class Steps:
     evaluate: Callable[..., Sums]
     objective: Objective
     initial_state: TrainState
+    averaged: Callable[[TrainState], TrainState]
     start: Callable[[Mapping[str, Any]], TrainState]
     put_batch: Callable[[Mapping[str, np.ndarray], int], dict[str, jax.Array]]
 
@@ -94,9 +98,24 @@ def prepare_steps(config: ConfigDict, model: PreparedModel, total_steps: int | N
         evaluate=evaluation.evaluate,
         objective=evaluation.objective,
         initial_state=state,
+        averaged=_averaging(shardings) if is_schedule_free(config.train) else lambda state: state,
         start=start,
         put_batch=evaluation.put_batch,
     )
+
+
+def _averaging(shardings: TrainState) -> Callable[[TrainState], TrainState]:
+    """Return `Steps.averaged` for a schedule-free optimizer, whose z may wait in host memory."""
+    homes = shardings.trainable
+
+    @functools.partial(jax.jit, out_shardings=homes)
+    def average(y: Mapping[str, Any], z: Mapping[str, Any], b1: Any) -> dict[str, Any]:
+        return average_of(y, {path: jax.device_put(z[path], homes[path]) for path in z}, b1)
+
+    def averaged(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, trainable=average(state.trainable, state.opt_state.z, state.opt_state.b1))
+
+    return averaged
 
 
 def prepare_evaluation(config: ConfigDict, model: PreparedModel) -> Evaluation:

@@ -28,7 +28,7 @@ MAY_CHANGE = (
     "train.logging_", "train.save_", "train.eval_", "train.report_to", "train.per_device_eval_batch_size",
     "model.remat", "model.token_chunk_size", "train.optim_offload", "train.loss_chunk_size",
     "train.early_stopping_", "train.load_best_model_at_end", "train.max_nonfinite_steps",
-    "train.sample_prompts",
+    "train.sample_prompts", "train.max_hours",
 )  # fmt: skip
 _SCHEDULE = ("train.max_steps", "train.num_train_epochs")
 _SEEDS = ("seed", "data.data_seed")

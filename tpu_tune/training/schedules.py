@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from tpu_tune.errors import UserError
 from tpu_tune.training import plateau
+from tpu_tune.training.optimizers import is_schedule_free
 
 Factor = Callable[[jax.Array], jax.Array]  # step (int32) -> multiplier of the learning rate (float32)
 
@@ -80,17 +81,22 @@ def make_schedule(
 def configured_schedule(train: ConfigDict, total_steps: int) -> optax.Schedule:
     """Build the schedule that a configuration's `train` section names, over `total_steps` updates.
 
+    A schedule-free optimizer warms up as its package does, under either name of a constant rate: from the first update
+    on, and not from zero.
+
     Raises:
       UserError: unknown name, unknown or missing setting.
     """
-    return make_schedule(
-        train.lr_scheduler_type,
+    own_warmup = is_schedule_free(train)
+    schedule = make_schedule(
+        "constant_with_warmup" if own_warmup else train.lr_scheduler_type,
         train.learning_rate,
         total_steps,
         train.warmup_steps,
         train.warmup_ratio,
         **train.lr_scheduler_kwargs,
     )
+    return (lambda step: schedule(step + 1)) if own_warmup else schedule
 
 
 def _known() -> str:

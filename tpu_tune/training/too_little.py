@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tpu_tune.errors import counted
 from tpu_tune.models import Architecture
 from tpu_tune.training.arithmetic import AT_THE_END, RunLength, interval
+from tpu_tune.training.optimizers import is_schedule_free
 from tpu_tune.training.schedules import warmup_length
 from tpu_tune.transforms import Method, Targets
 
@@ -51,7 +52,7 @@ def of_warmup(config: ConfigDict, total: int) -> list[str]:
     warmup, setting = warmup_length(total, train.warmup_steps, train.warmup_ratio), f"train.{name}={train[name]:g}"
     if not warmup:
         return []
-    if train.lr_scheduler_type in ("constant", "reduce_lr_on_plateau"):
+    if train.lr_scheduler_type in ("constant", "reduce_lr_on_plateau") and not is_schedule_free(train):
         other = "; constant_with_warmup has one" if train.lr_scheduler_type == "constant" else ""
         return [f"{setting} has no effect: train.lr_scheduler_type={train.lr_scheduler_type} has no warm-up{other}"]
     if warmup < total:

@@ -24,7 +24,7 @@ from tpu_tune.training.objectives import mean
 from tpu_tune.training.opening import Session, open_session
 from tpu_tune.training.optimizers import set_learning_rate
 from tpu_tune.training.prepare_steps import Steps, prepare_steps
-from tpu_tune.training.schedules import make_schedule
+from tpu_tune.training.schedules import configured_schedule
 from tpu_tune.training.step import TrainState
 
 EVAL_BATCHES = 32  # at most, after a short run
@@ -93,16 +93,16 @@ def held_out_loss(trials: Trials, state: TrainState) -> float | None:
     """Return the loss on at most `EVAL_BATCHES` batches of evaluation rows (nats per token); None without such rows."""
     if trials.session.data.eval is None:
         return None
-    return _mean_loss(trials, state.trainable, itertools.islice(trials.session.eval_batches(), EVAL_BATCHES))
+    return _mean_loss(
+        trials, trials.steps.averaged(state).trainable, itertools.islice(trials.session.eval_batches(), EVAL_BATCHES)
+    )
 
 
 def scheduled(trials: Trials, rate: float, steps: int) -> np.ndarray:
     """Return the learning rates of a run of `steps` steps: the whole schedule, compressed, with its peak at `rate`."""
     train = trials.session.config.train
     warmup = math.ceil(train.warmup_steps * min(1, steps / trials.total))
-    schedule = make_schedule(
-        train.lr_scheduler_type, rate, steps, warmup, train.warmup_ratio, **train.lr_scheduler_kwargs
-    )
+    schedule = configured_schedule(ConfigDict({**train, "learning_rate": rate, "warmup_steps": warmup}), steps)
     return np.asarray(jax.vmap(schedule)(np.arange(steps)), float)
 
 

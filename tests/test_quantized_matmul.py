@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import helpers_training as helpers
 import jax
@@ -275,3 +276,19 @@ def test_the_choice_by_device():
     )
     with pytest.raises(UserError, match="quantized_matmul=pallas needs a TPU"):
         kernel.for_device("pallas", mesh)
+
+    def on(kind: str, tensor: int) -> str:
+        device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+        chips = types.SimpleNamespace(devices=np.array([device] * 8), shape={"tensor": tensor}, size=8)
+        return kernel.for_device("auto", chips).implementation
+
+    assert on("TPU v3", 1) == "pieces" and on("TPU v3", 8) == on("TPU v5 lite", 1) == "pallas"
+
+
+@pytest.mark.parametrize("number", [1, 3, 43, 172, 256, 5504])
+def test_a_steps_block_is_the_quotient(number):
+    for most in (1, 172, 2753):
+        steps = jnp.arange(most + 1)
+        quotient, rest = quantized_blocks._divmod(steps, number, most)
+        np.testing.assert_array_equal(quotient, steps // number)
+        np.testing.assert_array_equal(rest, steps % number)

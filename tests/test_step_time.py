@@ -54,6 +54,10 @@ def test_a_kernel_without_bundles_takes_a_stored_share_of_the_peak_and_with_them
     costs, how = taken(TPU, V5E, str(tmp_path))
     assert costs["kernel.1"].seconds == pytest.approx(1e-6) and costs["kernel.1"].evidence == "bundles"
     assert how == "by the compiler with its kernels' bundles"
+    line = next(line for line in TPU.splitlines() if "%kernel.1 =" in line)
+    again = line.replace("kernel.1", "kernel.2")  # the same kernel, which the compiler does not dump once more
+    costs, _ = taken(TPU.replace(line, f"{line}\n{again}"), V5E, str(tmp_path))
+    assert costs["kernel.2"].seconds == costs["kernel.1"].seconds and costs["kernel.2"].evidence == "bundles"
 
 
 def test_a_gather_takes_the_links_bandwidth_unless_compute_hides_it():

@@ -16,9 +16,10 @@ import math
 import os
 import re
 
+from tpu_tune.kernels.splash import gradient_keys
 from tpu_tune.planning import bundles
 from tpu_tune.planning.devices import Device
-from tpu_tune.planning.hlo import Computation, Module, Operation, phase
+from tpu_tune.planning.hlo import Computation, Module, Operation, Shape, phase
 from tpu_tune.planning.program_time import (
     BY_COMPILER,
     BY_KERNELS,
@@ -40,9 +41,10 @@ LINK = {  # bytes a second of one link in one direction, as published less a ten
 # quantized product by tokens at a time, and apart on v2 and v3; of splash attention's causal work on whole columns.
 PRODUCT_SHARE = {2048: 0.91, 512: 0.87}
 PRODUCT_SHARE_V3 = 0.33
-ATTENTION_SHARE = 0.5
+ATTENTION_SHARE = {"forward": 0.42, "backward": 0.56}
 # Columns of a matrix unit: narrower products take as long, and estimated_cycles says up to three times that.
 _NARROW = 128
+_KEYS = 512  # of a block of attention's kernels
 _SLOW = {
     "exponential": 8, "log": 8, "tanh": 8, "divide": 6, "rsqrt": 4, "sqrt": 4, "power": 16, "logistic": 10, "sine": 20,
     "cosine": 20, "erf": 10,
@@ -99,7 +101,8 @@ class _Pricing:
         kind, products = self._kind(one, around, sources)
         if is_kernel and kind != "attention":
             kind = "products"
-        timing = self._run(one.name, _unmasked(one) if is_kernel and kind == "attention" else 1.0)
+        name = self._twin(one, around) if is_kernel and one.name not in self.dumped else one.name
+        timing = self._run(name, _unmasked(one) if is_kernel and kind == "attention" else 1.0)
         if timing:
             return Price(timing.seconds, kind, "bundles", timing.hbm_bytes)
         if is_kernel:
@@ -140,6 +143,16 @@ class _Pricing:
         seconds = max(work / (self.device.flops * part), sum(s.moved for s in one.shapes) / self.bandwidth)
         return Price(seconds, kind, "share")
 
+    def _twin(self, one: Operation, around: Computation) -> str:
+        """Return a dumped kernel of the same shapes: of kernels that are the same the compiler may dump one."""
+        own = _signature(one, around)
+        for computation in self.module.computations.values():
+            for other in computation.values():
+                if "tpu_custom_call" in other.text and other.name in self.dumped:
+                    if _signature(other, computation) == own:
+                        return other.name
+        return one.name
+
     def _run(self, name: str, share: float) -> bundles.Timing | None:
         """Return an operation's time by its bundles; None where none were dumped, or they could not be followed."""
         if name not in self.dumped:
@@ -154,6 +167,12 @@ class _Pricing:
             except ValueError:
                 self._alike[key] = None
         return self._alike[key]
+
+
+def _signature(one: Operation, around: Computation) -> tuple[object, ...]:
+    """Return what a kernel returns and what it reads, as dtypes and sizes."""
+    given = [around[name].shapes for name in one.operands if name in around]
+    return tuple((shape.dtype, shape.dims) for shapes in (one.shapes, *given) for shape in (*shapes, Shape("pred", ())))
 
 
 def _padded(batch: int, m: int, n: int, k: int) -> float:
@@ -179,18 +198,32 @@ def _attention_work(one: Operation) -> tuple[float, float]:
     """Return the causal operations of a splash attention kernel on (rows, heads, tokens, width), and its share."""
     sizes = max((shape.dims for shape in one.shapes), key=math.prod, default=(1, 1, 1))
     width, tokens = sizes[-1], sizes[-2] if len(sizes) > 1 else 1
-    heads = math.prod(sizes[:-2])
-    products = 2 if _is_forward(one) else 4 if "dkv" in one.name else 3
+    heads, forward = math.prod(sizes[:-2]), _is_forward(one)
+    products = 2 if forward else 4 if "dkv" in one.name else 3
+    if _gives_all(one):  # the queries' gradient once for each block of keys
+        products, heads = 5, heads // _key_blocks(one, tokens)
     work = products * 2.0 * heads * max(width, _NARROW) * tokens * (tokens + 1) / 2
-    return work, ATTENTION_SHARE
+    return work, ATTENTION_SHARE["forward" if forward else "backward"]
+
+
+def _gives_all(one: Operation) -> bool:
+    """Whether a kernel of attention returns the gradients of queries, keys and values at once."""
+    return "dkv" in one.name and sum(len(shape.dims) > 2 for shape in one.shapes) > 2
+
+
+def _key_blocks(one: Operation, tokens: int) -> int:
+    """Return in how many blocks a kernel takes the keys."""
+    sizes = max((shape.dims for shape in one.shapes), key=math.prod, default=(1, 1))
+    keys = gradient_keys(tokens, sizes[-1]) if _gives_all(one) and tokens % _NARROW == 0 else 0
+    return max(tokens // (keys or _KEYS), 1)
 
 
 def _is_forward(one: Operation) -> bool:
     return "fwd" in one.name or (phase(one.op_name) != "backward" and not re.search("d(kv|q)", one.name))
 
 
-def _unmasked(one: Operation, block: int = 512) -> float:
+def _unmasked(one: Operation) -> float:
     """Return the share of a kernel's blocks of keys that causal attention does not mask."""
-    tokens = max((shape.dims[-2] for shape in one.shapes if len(shape.dims) > 1), default=block)
-    count = max(tokens // block, 1)
+    tokens = max((shape.dims[-2] for shape in one.shapes if len(shape.dims) > 1), default=_KEYS)
+    count = _key_blocks(one, tokens)
     return (count + 1) / (2 * count)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tpu_steps import JOBS, figures, kinds
 
-NAMES = [name for name in JOBS if name not in ("7b-v3-pieces", "7b-lora-v5e-8", "70b-v5e-16")]
+NAMES = [name for name in JOBS if name not in ("7b-v3-kernel", "smollm2-full-dots", "7b-lora-v5e-8", "70b-v5e-16")]
 
 
 def row(found: dict[str, Any]) -> str:

@@ -67,6 +67,34 @@ def test_a_gather_takes_the_links_bandwidth_unless_compute_hides_it():
     assert gather.seconds == pytest.approx(sent / (2 * tpu_time.LINK["TPU v5 lite"]))
 
 
+def test_a_gather_that_fusions_carry_on_counts_once_and_hides_behind_a_loop():
+    """As libtpu writes it: each fusion has the whole gather in its text, the middle ones beside a product."""
+    gathers, products, loop = TPU.partition("ENTRY ")[0], 32 * 1482000 / 1.5e9, "%start), condition=%cond, body=%body"
+    flags = "(bf16[4096,4096]{1,0}, bf16[512,4096]{1,0}, u32[]{:S(2)})"
+    text = f"""{gathers}
+%gathering (p.5: bf16[512,4096]) -> bf16[4096,4096] {{
+  %p.5 = bf16[512,4096]{{1,0}} parameter(0)
+  ROOT %all-gather.5 = bf16[4096,4096]{{1,0}} all-gather(%p.5), replica_groups=[1,8]<=[8], dimensions={{0}}
+}}
+
+ENTRY %main (p.1: bf16[512,4096], p.2: bf16[2048,4096]) -> bf16[4096,4096] {{
+  %p.1 = bf16[512,4096]{{1,0}} parameter(0)
+  %p.2 = bf16[2048,4096]{{1,0}} parameter(1)
+  %start = (s32[], bf16[2048,4096]{{1,0}}, bf16[32,4096,11008]{{2,1,0}}, bf16[4096,11008]{{1,0}}) tuple(%p.2)
+  %async-collective-start = {flags} fusion(%p.1), kind=kCustom, calls=%gathering
+  %fusion.7 = {flags} fusion(%p.1), kind=kCustom, calls=%gathering
+  %while.1 = (s32[], bf16[2048,4096]{{1,0}}, bf16[32,4096,11008]{{2,1,0}}, bf16[4096,11008]{{1,0}}) while({loop}
+  ROOT %async-collective-done = bf16[4096,4096]{{1,0}} fusion(%p.1), kind=kCustom, calls=%gathering
+}}
+"""
+    found = program_time.summary(*tpu_time.estimate(text, find_device("v5e-8")))["kinds"]
+    assert found["products"] == pytest.approx(products) and "collectives" not in found
+    alone = text.replace(next(line for line in text.splitlines() if loop in line), "")
+    found = program_time.summary(*tpu_time.estimate(alone, find_device("v5e-8")))["kinds"]
+    once = 4096 * 4096 * 2 * 7 / 8 / 90e9
+    assert 0.5 * once < found["collectives"] <= once  # less what the fusions beside it hide
+
+
 def test_where_the_time_goes_adds_up():
     found = step_time.of_program(TPU, V5E)
     assert sum(found["kinds"].values()) == pytest.approx(found["seconds"])

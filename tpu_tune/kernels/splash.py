@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from tpu_tune.kernels.mesh import SEQUENCE, cut_heads, on_each_device
 
+RESULT = "attention"  # name of the kernel's result and of what its backward pass reads, which model.remat=dots keeps
 _LANES = 128  # tokens come in multiples of this
 _BLOCKS = (512, 256, 128)
 _PARTS = 4  # in which the kernel of all gradients leaves the queries', one for each block of keys: they are memory
@@ -64,7 +65,13 @@ def splash(
     )
     blocks = _blocks(length + short, pieces, window, v.shape[-1])
     kernel = splash_attention.make_splash_mha(
-        mask, block_sizes=blocks, head_shards=1, q_seq_shards=pieces, attn_logits_soft_cap=cap, interpret=interpret
+        mask,
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=pieces,
+        residual_checkpoint_name=RESULT,
+        attn_logits_soft_cap=cap,
+        interpret=interpret,
     )
 
     def local(kernel: Any, sinks: Array | None, q: Array, k: Array, v: Array, segments: Array) -> Array:

@@ -53,6 +53,7 @@ _NO_INSTRUCTIONS = {
     "parameter", "constant", "bitcast", "fusion", "broadcast", "tuple", "get-tuple-element", "reshape", "slice",
     "dynamic-slice", "iota", "dynamic-update-slice",
 }  # fmt: skip
+_FLAGS = 2  # the memory of what says that a copy has arrived
 _ASYNC = {"copy-start", "slice-start", "dynamic-slice-start"}
 _LANES = 4096  # numbers that a core's vector unit works on a cycle: four instructions on 1,024 each
 
@@ -93,8 +94,10 @@ class _Pricing:
             return None
         links = 2 * LINK[self.device.device_kind]  # a ring uses both directions
         sent = sum(link_seconds(i, links, self.device.count) for i in collectives(one, self.module.fused(one)))
-        if sent and not self.module.products(one, around):
-            hidden = "-start" in one.opcode or "-start" in one.name
+        hidden = "-start" in one.opcode or "-start" in one.name
+        if sent and _goes_on(one) and not hidden:
+            sent = 0.0
+        if sent and (hidden or not self.module.products(one, around)):
             return Price(0.0 if hidden else sent, "collectives", "link", behind=sent if hidden else 0.0)
         sources = self.module.sources(one)
         is_kernel = "tpu_custom_call" in one.text
@@ -167,6 +170,12 @@ class _Pricing:
             except ValueError:
                 self._alike[key] = None
         return self._alike[key]
+
+
+def _goes_on(one: Operation) -> bool:
+    """Whether a fusion carries on or ends a collective that has begun in another: the text of each has it whole."""
+    has_flags = any(shape.space == _FLAGS and not shape.dims for shape in one.shapes)
+    return one.opcode == "fusion" and (has_flags or one.name.startswith("async-collective-done"))
 
 
 def _signature(one: Operation, around: Computation) -> tuple[object, ...]:

@@ -95,6 +95,18 @@ ENTRY %main (p.1: bf16[512,4096], p.2: bf16[2048,4096]) -> bf16[4096,4096] {{
     assert 0.5 * once < found["collectives"] <= once  # less what the fusions beside it hide
 
 
+def test_arrays_fill_whole_tiles():
+    """Nine heads of 64 numbers: copying them moves 16 of 128."""
+    array = "bf16[8,2048,9,64]{3,2,1,0:T(8,128)(2,1)}"
+    text = f"""ENTRY %main (p.1: {array}) -> {array} {{
+  %p.1 = {array} parameter(0)
+  ROOT %copy.1 = {array} copy(%p.1)
+}}
+"""
+    (copy,) = tpu_time.estimate(text, V5E)[0]
+    assert copy.seconds == pytest.approx(2 * 2 * 8 * 2048 * 16 * 128 / (0.9 * 819e9))
+
+
 def test_where_the_time_goes_adds_up():
     found = step_time.of_program(TPU, V5E)
     assert sum(found["kinds"].values()) == pytest.approx(found["seconds"])

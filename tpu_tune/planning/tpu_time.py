@@ -39,7 +39,7 @@ LINK = {  # bytes a second of one link in one direction, as published less a ten
 }  # fmt: skip
 # Shares of the MXU's peak that Pallas kernels reach where their bundles were not dumped, from bundles on a v5e: of the
 # quantized product by tokens at a time, and apart on v2 and v3; of splash attention's causal work on whole columns.
-PRODUCT_SHARE = {2048: 0.91, 512: 0.87}
+PRODUCT_SHARE = {2048: 0.89, 512: 0.85}
 PRODUCT_SHARE_V3 = 0.33
 ATTENTION_SHARE = {"forward": 0.42, "backward": 0.56}
 # Columns of a matrix unit: narrower products take as long, and estimated_cycles says up to three times that.

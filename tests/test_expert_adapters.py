@@ -23,7 +23,8 @@ from tpu_tune.models import architecture
 from tpu_tune.transforms import LoraConfig, QuantizeConfig, find_targets, merge
 
 IDS = np.asarray(np.random.default_rng(0).integers(0, 32, (2, 9)), np.int32)
-CASES = ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "olmoe", "gemma4_experts"]
+CASES = ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "olmoe", "gemma4_experts", "gpt_oss"]
+BY_NAME = {"target_modules": ["gate_up_proj", "down_proj", "q_proj"]}  # all-linear leaves gpt-oss' experts out
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +66,11 @@ def in_peft(directory, adapter):
         return model(torch.tensor(IDS, dtype=torch.long)).logits.numpy()
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "granitemoe"])
+@pytest.mark.parametrize("case", ["qwen3_moe", "granitemoe", "gpt_oss"])
 def test_logits_and_gradients_are_those_of_merged_experts(case, models):
     """Of a full weight W + s A B, from whose gradient those of A and B follow."""
     _, arch, params = models(case)
-    targets, adapters = adapted(arch, params)
+    targets, adapters = adapted(arch, params, **(BY_NAME if case == "gpt_oss" else {}))
     trainable, frozen = targets.split(params, adapters)
 
     def loss(tree):
@@ -92,7 +93,7 @@ def test_logits_and_gradients_are_those_of_merged_experts(case, models):
 @pytest.mark.parametrize("case", CASES)
 def test_peft_computes_with_what_is_written_here(case, models, tmp_path):
     directory, arch, params = models(case)
-    settings = {}
+    settings = BY_NAME if case == "gpt_oss" else {}
     if case == "qwen2_moe":  # its experts beside the MLP that all tokens go through, of the same names
         settings = {"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]}
     targets, adapters = adapted(arch, params, **settings)
@@ -129,7 +130,7 @@ def test_peft_computes_with_parts_of_the_experts(settings, models, tmp_path):
     assert tiny_models.difference(in_peft(directory, str(tmp_path)), expected) < 1e-4
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "granitemoe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "granitemoe", "gpt_oss"])
 @pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"]], ids=["both", "down"])
 def test_what_peft_writes_is_read(case, parameters, models, tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")

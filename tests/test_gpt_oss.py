@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from test_peft import randomized
 from tokenizers import Tokenizer, models
 
+from tpu_tune.checkpoints.expert_adapters import stacked_form
 from tpu_tune.checkpoints.huggingface import open_huggingface
 from tpu_tune.checkpoints.huggingface_write import write_model
 from tpu_tune.checkpoints.params import load_params, open_architecture
@@ -113,7 +114,8 @@ def test_lora_over_blocks_has_the_gradients_of_torch_and_peft(loaded, plain, mod
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     _, arch, params = loaded
-    targets = find_targets(arch.modules(), LoraConfig(rank=4, alpha=12.0, target_modules=ATTENTION))
+    modules = [*ATTENTION, "gate_up_proj", "down_proj"]
+    targets = find_targets(arch.modules(), LoraConfig(rank=4, alpha=12.0, target_modules=modules))
     trainable, frozen = targets.split(params, targets.init(params, jax.random.key(0)))
     trainable = randomized(trainable, arch)
     labels = np.where(np.random.default_rng(0).random(IDS.shape) < 0.7, np.roll(IDS, -1, axis=1), -100)
@@ -138,12 +140,15 @@ def test_lora_over_blocks_has_the_gradients_of_torch_and_peft(loaded, plain, mod
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(labels).flatten())
     expected.backward()
     assert abs(float(loss) / expected.item() - 1) < 1e-4
-    ours, count = adapter_tensors(grads, targets, arch), 0
+    experts = tuple(target for target in targets.adapted if target.module.experts)
+    others = dataclasses.replace(targets, adapted=tuple(one for one in targets.adapted if one not in experts))
+    ours = adapter_tensors(grads, others, arch) | stacked_form(experts, grads, targets, arch, "base_model.model.")[0]
+    count = 0
     for name, weight in adapted.named_parameters():
         if weight.requires_grad:
             count += 1
             assert tiny_models.difference(ours[name.replace(".default", "")], weight.grad.numpy()) < 1e-4, name
-    assert count == len(ours) == 16
+    assert count == len(ours) == 24
 
 
 def exportable(source):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpu_tune.kernels.grouped_matmul import reference
+from tpu_tune.kernels.grouped_matmul import _ragged_matmul, _ragged_outer, reference
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
 from tpu_tune.tensors import grouped_matmul, quantize_tensor
 
@@ -44,6 +44,19 @@ def test_values_and_gradients_are_the_formulas(operands, load):
     with jax.default_matmul_precision("highest"):
         for one, other in zip(product_and_gradients(x, w, sizes, g), expected(x, w, sizes, g), strict=True):
             np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(INNER, OUTER), (OUTER, INNER)], ids=["narrow", "wide"])
+def test_a_tpus_way_gives_the_same(operands, shape):
+    x, w, g = operands
+    if shape[0] > shape[1]:
+        x, w, g = g, jnp.swapaxes(w, 1, 2), x
+    sizes = jnp.asarray(LOADS["uneven"], jnp.int32)
+    with jax.default_matmul_precision("highest"):
+        y, x_gradient, w_gradient = expected(x, w, sizes, g)
+        np.testing.assert_allclose(_ragged_matmul(x, w, sizes, axis=0), y, atol=2e-4)
+        np.testing.assert_allclose(_ragged_matmul(g, w, sizes, axis=1), x_gradient, atol=2e-4)
+        np.testing.assert_allclose(_ragged_outer(x, g, sizes), w_gradient, atol=2e-4)
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4"])

@@ -102,12 +102,14 @@ def _compile_step(job: dict[str, Any]) -> dict[str, Any]:
 def dequantized(text: str, model: PreparedModel) -> list[str]:
     """Return the shapes of floats in a program's text that are as large as a stacked quantized leaf, in any layout.
 
-    Of experts, a stack is also that of one layer.
+    Of experts, a stack is also that of one layer. A gate of one column is left out: to a kernel it is a vector.
     """
     stacks = {
         math.prod(leaf.shape) * count
         for module in model.architecture.modules()
-        if module.layers and isinstance(leaf := model.frozen.get(module.weight), QuantizedTensor)
+        if module.layers
+        and module.shape[-1] > 1
+        and isinstance(leaf := model.frozen.get(module.weight), QuantizedTensor)
         for count in (math.prod(module.stack), module.experts)
         if count
     }

@@ -26,9 +26,10 @@ WIDE = {
     "sliding_window": 64,
     **dict.fromkeys(["hidden_size", "n_embd", "d_model"], WIDTH),
     **dict.fromkeys(["intermediate_size", "shared_intermediate_size", "n_inner", "ffn_dim", "d_ff"], INNER),
-    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], INNER // 2),
+    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size"], 6 * HEAD),
     **dict.fromkeys(["head_dim", "d_kv"], HEAD),
     "global_head_dim": 2 * HEAD,
+    "hidden_size_per_layer_input": 2 * HEAD,
     **dict.fromkeys(["num_attention_heads", "n_head", "num_heads"], WIDTH // HEAD),
     "linear_key_head_dim": HEAD,
     "linear_value_head_dim": HEAD,
@@ -43,7 +44,7 @@ def wide(case, layers=LAYERS):
     tiny = CONFIGS[case]
     if tiny.get("num_kv_shared_layers"):  # there must be layers to share with
         layers = max(layers, tiny["num_hidden_layers"])
-    found = {key: WIDE.get(key, value) for key, value in tiny.items()}
+    found = {key: value and WIDE.get(key, value) for key, value in tiny.items()}  # what is not there stays away
     for key in {"num_hidden_layers", "n_layer", "num_layers"} & set(tiny):
         found[key] = layers
     if "num_key_value_heads" in tiny:
@@ -116,11 +117,16 @@ def check(case, found) -> None:
     """Hold what the compiler said against what a step has to keep."""
     assert not found["dequantized"], "stacks of dequantized weights in the compiled step"
     arch = architecture(wide(case))
-    matrices = [module.shape for module in arch.modules() if module.layers and module.kind == "linear"]
-    layer = 2 * sum(map(math.prod, matrices))  # one layer's weights (of each stack) in bfloat16
+    matrices = [module for module in arch.modules() if module.layers and module.kind == "linear"]
+    # one layer's weights (of each stack) in bfloat16
+    layer = 2 * sum(math.prod(module.shape) * (module.experts or 1) for module in matrices)
+    # XLA turns the experts' biases, a layer's few rows of them padded to eight
+    biases = 4 * LAYERS * sum(module.shape[1] * -(-module.experts // 8) * 8 for module in matrices if module.bias)
     embedding = 2 * VOCABULARY * WIDTH
     residuals = LAYERS * (TOKENS + bool(arch.encoder) * ENCODER_TOKENS) * WIDTH * 2  # each layer's input, bfloat16
+    # each layer's own input (Gemma 4's): the projection, its norm, their sum and a gradient, in float32
+    inputs = 16 * LAYERS * TOKENS * arch.layer_input_size
     # What belongs to the adapters: their gradients in float32, their copies in bfloat16, and half as much again.
-    allowed = residuals + 2 * found["trained"] + layer + 2 * embedding
+    allowed = residuals + 2 * found["trained"] + layer + 2 * embedding + biases + inputs
     assert LAYERS * layer > 5 * allowed  # else the next line would say little
     assert found["temp"] <= allowed, f"{found['temp'] / 1e6:.1f} MB of scratch; {allowed / 1e6:.1f} are accounted for"

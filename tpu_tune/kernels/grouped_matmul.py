@@ -4,10 +4,15 @@
 zeros. Every group may have any number of rows, none included. On TPUs arrays go to `jax.lax.ragged_dot`. Elsewhere XLA
 would turn that into one product of all rows with every group's matrix, so that a loop goes over the groups instead; it
 is also what stored formats use everywhere, since it needs one group's matrix at a time. `reference` is the formula.
+
+`ragged_dot` takes its operands row by row, and a TPU keeps a row of fewer than 128 numbers in 128. Of an adapter's A,
+with its few columns, XLA would keep all layers that way: 16 times the memory at rank 8. So A gets its empty columns
+layer by layer, by a product with the unit matrix, and its gradient is made transposed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+_LANES = 128  # of a TPU's row
 _ROWS = 128  # rows of a group that are multiplied at one time
 _OUTER = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+# x with the matrices' first or second axis, groups aside
+_AXES = [jax.lax.RaggedDotDimensionNumbers((((1,), (1 + axis,)), ((), ())), [0], [0]) for axis in (0, 1)]
 
 
 def grouped_matmul(
@@ -32,18 +39,10 @@ def grouped_matmul(
       axis: axis of the matrices that is contracted.
     """
 
-    def ragged(x: Array, w: Array, sizes: Array) -> Array:
-        numbers = _TRANSPOSED if axis else None
-        if numbers is None:
-            y = jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, preferred_element_type=jnp.float32)
-        else:
-            y = jax.lax.ragged_dot_general(x, w.astype(x.dtype), sizes, numbers, preferred_element_type=jnp.float32)
-        return _without_rest(y.astype(x.dtype), sizes)
-
     def loop(x: Array, w: Array, sizes: Array) -> Array:
         return matmul_each(x, lambda group: w[group].astype(x.dtype), w.shape[2 - axis], sizes, axis)
 
-    return jax.lax.platform_dependent(x, w, sizes, tpu=ragged, default=loop)
+    return jax.lax.platform_dependent(x, w, sizes, tpu=functools.partial(_ragged_matmul, axis=axis), default=loop)
 
 
 def matmul_each(
@@ -85,10 +84,22 @@ def grouped_outer(
 ) -> Float[Array, "groups k n"]:
     """Return x.T @ y of each group's rows, in float32: the gradient of the groups' matrices."""
 
-    def ragged(x: Array, y: Array, sizes: Array) -> Array:
-        return jax.lax.ragged_dot_general(x, y, sizes, _OUTER, preferred_element_type=jnp.float32)
+    return jax.lax.platform_dependent(x, y, sizes, tpu=_ragged_outer, default=_outer_each)
 
-    return jax.lax.platform_dependent(x, y, sizes, tpu=ragged, default=_outer_each)
+
+def _ragged_matmul(x: Array, w: Array, sizes: Array, axis: int) -> Array:
+    w, width = w.astype(x.dtype), w.shape[2 - axis]
+    if axis == 0 and width < _LANES:
+        w = jnp.einsum("gkn,nm->gkm", w, jnp.eye(width, _LANES, dtype=w.dtype), precision="highest")
+    y = jax.lax.ragged_dot_general(x, w, sizes, _AXES[axis], preferred_element_type=jnp.float32)
+    return _without_rest(y[:, :width].astype(x.dtype), sizes)
+
+
+def _ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
+    narrow = y.shape[1] < x.shape[1]
+    pair = (y, x) if narrow else (x, y)
+    outer = jax.lax.ragged_dot_general(*pair, sizes, _OUTER, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(outer, 1, 2) if narrow else outer
 
 
 def _outer_each(x: Array, y: Array, sizes: Array) -> Array:

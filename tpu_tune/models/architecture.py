@@ -373,7 +373,6 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
     for name in (names.experts_norm, names.experts_out_norm, names.dense_out_norm):
         if name:
             modules.append(Module(name, "norm", (width,), (None,), arch.has_norm_bias))
-    unable = "adapters on experts whose gate and up alternate are not implemented yet"
     of_experts = {
         "experts": experts.count,
         "experts_per_token": experts.per_token,
@@ -381,7 +380,8 @@ def _sparse_modules(arch: Architecture, names: LayerNames, experts: Experts) -> 
         "bias": experts.bias,
         "is_parameter": experts.in_parameters or experts.alternating,
         "fan_in_fan_out": experts.alternating,
-        "no_adapter": unable if experts.alternating else "",
+        # of gpt-oss, as PEFT has it: one chip takes the model with adapters on its attention, not on its experts
+        "by_name": experts.alternating,
     }
 
     def linear(name: str, shape: tuple[int, int], axes: tuple[str, str | None], **facts: Any) -> None:

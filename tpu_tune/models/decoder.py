@@ -26,7 +26,7 @@ from tpu_tune.models.branch import Branch, linear, norm
 from tpu_tune.models.layers import LayerContext
 from tpu_tune.models.relative import relative_bias
 from tpu_tune.models.scan import Execution, Pasts, empty_pasts, run_layers
-from tpu_tune.tensors import embed, matmul, unembed
+from tpu_tune.tensors import embed, map_base, matmul, stack_of_one, unembed
 
 Params = Mapping[str, Any]  # path -> leaf
 
@@ -109,8 +109,13 @@ class Decoder(nnx.Module):
         own = architecture.names.layers
         stacked = [module.path for module in modules if module.layers and module.layers_path == own]
         single = [module.path for module in modules if not module.layers]
+        linears = {module.weight for module in modules if module.kind == "linear" and not module.layers}
         self.layers = nnx.Param({path: leaf for path, leaf in params.items() if path.rpartition(".")[0] in stacked})
-        self.outside = Branch({path: leaf for path, leaf in params.items() if path.rpartition(".")[0] in single})
+        outside = {path: leaf for path, leaf in params.items() if path.rpartition(".")[0] in single}
+        if self.execution.mesh is None:
+            view = functools.partial(stack_of_one, plan=self.execution.plan)
+            outside = {path: map_base(view, leaf) if path in linears else leaf for path, leaf in outside.items()}
+        self.outside = Branch(outside)
 
     def __call__(
         self,

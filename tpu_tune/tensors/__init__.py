@@ -1,7 +1,7 @@
 """Weight leaves, what they do in a product, and the number formats: see docs/design.md, "Kinds of leaves"."""
 
 from tpu_tune.tensors.formats import FORMATS, Format
-from tpu_tune.tensors.layer_view import LayerView, outside_scan
+from tpu_tune.tensors.layer_view import LayerView, outside_scan, stack_of_one
 from tpu_tune.tensors.leaf import Leaf, dense, embed, grouped_matmul, map_base, matmul, unembed
 from tpu_tune.tensors.lora import LoraTensor
 from tpu_tune.tensors.modules import LeafSpec, Module
@@ -31,5 +31,6 @@ __all__ = [
     "outside_scan",
     "pack_block",
     "quantize_tensor",
+    "stack_of_one",
     "unembed",
 ]

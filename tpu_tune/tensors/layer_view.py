@@ -134,6 +134,16 @@ class LayerView:
         return weight.contract(x, axis)
 
 
+def stack_of_one(leaf: Any, plan: MatmulPlan) -> Any:
+    """Return a view of a quantized matrix that stands alone, so that its products are computed as `plan` says.
+
+    Any other leaf comes back as it is.
+    """
+    if not hasattr(leaf, "layer_view"):
+        return leaf
+    return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), plan)
+
+
 def outside_scan(leaves: Any, plan: MatmulPlan) -> tuple[Any, Callable[[Any, Array], Any]]:
     """Split stacked leaves into what `jax.lax.scan` is to slice and what stays outside: parts that have a `layer_view`.
 

@@ -74,6 +74,7 @@ class Module:
       experts_path: the part of its name inside the layer after which an expert's index follows in Hugging Face's names;
         "" where a file holds all experts of a layer in one tensor, (experts, out, in).
       is_router: whether it decides which experts a token goes to: adapters and quantization take it only by name.
+      by_name: whether `all-linear` leaves it without an adapter though it could carry one.
       is_parameter: whether its tensor has the module's name, without `.weight` behind it.
       no_adapter: why neither an adapter nor a trained copy can stand on it; "" where one can.
     """
@@ -97,6 +98,7 @@ class Module:
     experts_per_token: int = 0
     experts_path: str = ""
     is_router: bool = False
+    by_name: bool = False
     is_parameter: bool = False
     no_adapter: str = ""
 

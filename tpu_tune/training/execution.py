@@ -16,7 +16,7 @@ from tpu_tune.errors import UserError
 from tpu_tune.kernels import quantized_matmul
 from tpu_tune.kernels.attention import for_device
 from tpu_tune.models import Architecture, Execution
-from tpu_tune.tensors import map_base
+from tpu_tune.tensors import map_base, stack_of_one
 from tpu_tune.transforms import sharding
 
 LOGITS_BYTES = 256 * 2**20  # float32 logits that exist at one time, where train.loss_chunk_size is left to us
@@ -106,8 +106,7 @@ def execution(
             leaf = leaf.astype(plain.dtype)  # gather what is used, not float32 storage
         leaf = jax.tree.map(jax.lax.with_sharding_constraint, leaf, gathered[path])
         if hasattr(leaf, "layer_view") and plan.implementation != "xla":
-            own = dataclasses.replace(plan, cut=tuple(gathered[path].codes.spec[-2:]))
-            return jax.tree.map(lambda part: part[None], leaf).layer_view(jnp.int32(0), own)
+            return stack_of_one(leaf, dataclasses.replace(plan, cut=tuple(gathered[path].codes.spec[-2:])))
         return leaf
 
     def gather(leaves: dict[str, Any]) -> dict[str, Any]:

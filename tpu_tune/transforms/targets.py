@@ -29,7 +29,7 @@ def find_targets(modules: Sequence[Module], config: LoraConfig, default_targets:
     pattern = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     is_all = pattern in (ALL_LINEAR, [ALL_LINEAR])
     chosen = targeted(
-        [module for module in modules if not module.no_adapter] if is_all else modules,
+        [module for module in modules if not (module.no_adapter or module.by_name)] if is_all else modules,
         pattern or list(default_targets),
         exclude=config.exclude_modules,
         also_exclude=list(config.modules_to_save),

@@ -54,6 +54,7 @@ _NO_INSTRUCTIONS = {
     "dynamic-slice", "iota", "dynamic-update-slice",
 }  # fmt: skip
 _FLAGS = 2  # the memory of what says that a copy has arrived
+_DONE = "async-collective-done"  # a fusion that ends what others have begun
 _ASYNC = {"copy-start", "slice-start", "dynamic-slice-start"}
 _LANES = 4096  # numbers that a core's vector unit works on a cycle: four instructions on 1,024 each
 
@@ -90,7 +91,7 @@ class _Pricing:
         if one.opcode in _ASYNC:
             sizes = [shape.bytes for shape in one.shapes if shape.dims]
             return Price(0.0, "copies", "bytes", min(sizes, default=0.0))
-        if one.opcode.endswith(("-done", "-update")):
+        if one.opcode.endswith(("-done", "-update")) or one.name.startswith(_DONE):
             return None
         links = 2 * LINK[self.device.device_kind]  # a ring uses both directions
         sent = sum(link_seconds(i, links, self.device.count) for i in collectives(one, self.module.fused(one)))
@@ -173,9 +174,8 @@ class _Pricing:
 
 
 def _goes_on(one: Operation) -> bool:
-    """Whether a fusion carries on or ends a collective that has begun in another: the text of each has it whole."""
-    has_flags = any(shape.space == _FLAGS and not shape.dims for shape in one.shapes)
-    return one.opcode == "fusion" and (has_flags or one.name.startswith("async-collective-done"))
+    """Whether a fusion carries on a collective that has begun in another: the text of each has it whole."""
+    return one.opcode == "fusion" and any(shape.space == _FLAGS and not shape.dims for shape in one.shapes)
 
 
 def _signature(one: Operation, around: Computation) -> tuple[object, ...]:

@@ -10,8 +10,8 @@ Nothing is run on a TPU: libtpu compiles for a device that is not there and writ
 `tpu-tune plan --kernels` does. MFU counts what the mathematics asks for, nothing twice.
 
 A product is one layer of a stack's, double quantized. `peak` is the share of the matrix units' peak (2 x in x out x
-tokens operations at the device's rate), `backward` the gradient of x. Two cores behind one device (v4, v5p) are taken
-to share the work evenly.
+tokens operations at the device's rate), `backward` the gradient of x. Of two cores behind one device
+(v4, v5p) the dump is one's, which does half of the work.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def compiled_products(home: Any, plan: MatmulPlan, format: str, shape: tuple[int
 
 
 def kernel_seconds(text: str, dump: str, core: Core) -> float:
-    """Return the time of a program's Pallas kernels, one core after the other where a device has two.
+    """Return the time of a program's Pallas kernels.
 
     Raises:
       RuntimeError: it has none.
@@ -91,7 +91,7 @@ def kernels(device: str, cases: Iterable[tuple[str, str, int]], dump: str) -> No
         rows, columns = (int(size) for size in shape.split("x"))
         for direction, text in compiled_products(home, plan, format, (rows, columns), tokens).items():
             try:
-                seconds = kernel_seconds(text, dump, core) / plan.core.count
+                seconds = kernel_seconds(text, dump, core)
                 share = 2 * rows * columns * tokens / target.flops / seconds
                 found = f"{seconds * 1e6:,.0f} | {seconds * core.hertz:,.0f} | {share:.1%}"
             except RuntimeError as error:

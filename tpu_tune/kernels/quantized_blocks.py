@@ -22,6 +22,7 @@ BLOCK = 256  # rows of a four-bit matrix that are packed together
 _TOKENS = 2048  # at most so many share one decoding
 _DECODED = 2**19  # weights that a step decodes at most: the kernel's code grows with them
 _SCALE_ROWS = 32  # a tile of bytes
+_COMPILER = 3 * 2**20  # bytes of fast memory that the compiler wants at least for itself
 _STEP = 400  # cycles that a step costs beside its products: copies, jumps, filling the MXU
 
 
@@ -127,6 +128,7 @@ def best_tiles(tokens: int, shape: tuple[int, int], kernel: Kernel, x: Any) -> T
         rows, columns = kernel.matrix(deep, wide)
         held = size * wide * (4 + 2 * out) + size * deep * 2 * given + deep * wide * (2 * codes + used)
         held += size * deep * used if used != given else 0
+        held += max(size * deep * given - _COMPILER, 0)  # it lays the tokens out anew
         whole = rows % BLOCK == 0 and contracted % deep == 0 and wide <= outputs
         return whole and deep * wide <= _DECODED and held <= core.vmem
 
@@ -232,7 +234,7 @@ def multiply(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=kernel.core.vmem + 3 * 2**20,
+            vmem_limit_bytes=kernel.core.vmem + _COMPILER,
         ),
         interpret=interpret,
     )(jnp.reshape(layer, 1).astype(jnp.int32), x, codes, *scales)

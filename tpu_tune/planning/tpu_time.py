@@ -96,8 +96,8 @@ class _Pricing:
         links = 2 * LINK[self.device.device_kind]  # a ring uses both directions
         sent = sum(link_seconds(i, links, self.device.count) for i in collectives(one, self.module.fused(one)))
         hidden = "-start" in one.opcode or "-start" in one.name
-        if sent and _goes_on(one) and not hidden:
-            sent = 0.0
+        goes_on = sent and _goes_on(one) and not hidden
+        sent = 0.0 if goes_on else sent
         if sent and (hidden or not self.module.products(one, around)):
             return Price(0.0 if hidden else sent, "collectives", "link", behind=sent if hidden else 0.0)
         sources = self.module.sources(one)
@@ -116,6 +116,8 @@ class _Pricing:
         if products:
             cycles = one.number("estimated_cycles") / self.core.hertz
             least = sum(_padded(*sizes) for sizes in products) / self.device.flops
+            if goes_on:  # its cycles, results and operands are the collective's too
+                return Price(least, kind, "FLOPs")
             if cycles and min(min(sizes[1:]) for sizes in products) >= _NARROW:
                 least = cycles
             return Price(max(least, memory), kind, "estimate" if cycles else "FLOPs", moved, behind=sent)

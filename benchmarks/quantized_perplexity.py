@@ -11,7 +11,9 @@ follows the scored one. Models and text come through `launch/fetch.py`, once a m
 
 Both files' weights are four-bit already (GGUF Q4_1 and Q4_K_M): the rows below the first measure what a second
 rounding, on another grid, adds. Against a model's original weights the losses of the four-bit formats are smaller than
-they look here.
+they look here. `--rotate` (of a Llama) measures a first rounding: the hidden states are turned by a random orthogonal
+matrix, which every matrix of the model takes in (QuaRot, arXiv:2404.00456, section 3.2). The logits stay what they are,
+and no weight is on the file's grid any more.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -94,8 +97,6 @@ def file_bits(path: str) -> tuple[int, float]:
 
 def calibrated_source(source: Any, arch: Any, quantization: Any, windows: tuple[Any, Any], note: Any) -> Any:
     """Return the source with its matrices rounded against the windows."""
-    import tempfile
-
     import numpy as np
 
     from tpu_tune.checkpoints.calibrated import with_calibrated
@@ -107,6 +108,50 @@ def calibrated_source(source: Any, arch: Any, quantization: Any, windows: tuple[
     folder = tempfile.mkdtemp(prefix="calibrated-")
     Calibration(source, arch, quantization, "float32", folder, "benchmark", "").run((ids, places, real), note)
     return with_calibrated(source, arch, folder, "benchmark")
+
+
+def rotated(source: Any, folder: str) -> Any:
+    """Return a Llama's source as one of the same logits, its hidden states turned; files are written to the folder."""
+    import jax.numpy as jnp
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from tpu_tune.checkpoints.params import load_params
+    from tpu_tune.checkpoints.source import open_source
+    from tpu_tune.models import architecture
+    from tpu_tune.transforms import QuantizeConfig
+
+    arch = architecture(source.config)
+    params = load_params(source, arch, jnp.float32, QuantizeConfig(format="none"))
+    weights = {path: np.asarray(leaf, np.float64) for path, leaf in params.items()}
+    size = arch.hidden_size
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((size, size)))[0]
+    norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+    embedding = weights["model.embed_tokens.weight"]
+    tensors = {
+        "model.embed_tokens.weight": embedding @ turn,
+        "lm_head.weight": embedding * weights["model.norm.weight"] @ turn,
+        "model.norm.weight": np.ones(size),
+    }
+    for module in arch.modules():
+        for layer in module.layers:
+            part = weights[module.weight][layer]
+            if module.kind == "norm":
+                part = np.ones(size)
+            elif module.shape[1] == size and module.path.endswith(("o_proj", "down_proj")):
+                part = turn.T @ part.T
+            else:
+                norm = norms[module.path.split(".")[2]]
+                part = (turn.T @ (weights[f"model.layers.{norm}.weight"][layer][:, None] * part)).T
+            tensors[f"{module.name(layer)}.weight"] = part
+    save_file(
+        {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()},
+        os.path.join(folder, "model.safetensors"),
+    )
+    config = {**source.config, "tie_word_embeddings": False, "torch_dtype": "float32"}
+    pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+    source.load_tokenizer().save_pretrained(folder)
+    return open_source(folder)
 
 
 def measure(
@@ -185,6 +230,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="windows at a time")
     parser.add_argument("--calibration", type=int, default=64, help="windows of further text to calibrate on")
     parser.add_argument("--only", default="", help="the rows whose name matches this regular expression")
+    parser.add_argument("--rotate", action="store_true", help="of a Llama: leave the file's grid, as said above")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args()
 
@@ -199,6 +245,8 @@ def main() -> int:
     more = options.characters + 8 * options.window * options.calibration
     text, rest = brown_text(brown, options.characters), brown_text(brown, more)[options.characters :]
     source = open_source(model)
+    if options.rotate:
+        source = rotated(source, tempfile.mkdtemp(prefix="rotated-"))
     ids, targets = encode(source, text, options.window)
     calibration = tuple(part[: options.calibration] for part in encode(source, rest, options.window))
     size = len(text.encode())
@@ -209,7 +257,7 @@ def main() -> int:
     for name, variant in chosen.items():
         begun = time.monotonic()
         found = measure(source, ids, targets, variant, options.batch, calibration)
-        if variant == VARIANTS["file's own, as float32"] and model.endswith(".gguf"):
+        if variant == VARIANTS["file's own, as float32"] and model.endswith(".gguf") and not options.rotate:
             found["bytes"], found["bits"] = file_bits(model)
         mean = found["loss"] / found["tokens"]
         rows.append(

@@ -1,12 +1,17 @@
-"""How fast quantized products are on a TPU by the compiler's own output, as a Markdown table. Nothing is run on a TPU.
+"""How fast training steps and quantized products are on a TPU by the compiler's own output, as Markdown tables.
 
+    python benchmarks/tpu_speed.py                               # whole steps: minutes each on two cores
+    python benchmarks/tpu_speed.py --step 7b 7b-dots --keep DIR  # some; programs and bundles stay in DIR
     python benchmarks/tpu_speed.py --kernel                      # the table of LLaMA-7B's and Llama-3-8B's products
     python benchmarks/tpu_speed.py --kernel --shape 4096x11008 --format nf4 --tokens 2048
 
-libtpu compiles the product with one layer of a stack, double quantized, and writes down the kernel's instructions;
-`tpu_tune.planning.bundles` executes them. `peak` is the share of the matrix units' peak (2 x in x out x tokens
-operations at the device's rate), `backward` the gradient of x. Two cores behind one device (v4, v5p) are taken to share
-the work evenly.
+Nothing is run on a TPU: libtpu compiles for a device that is not there and writes down the kernels' instructions, which
+`tpu_tune.planning.bundles` executes. Of a step `tpu_tune.planning.tpu_time` says what its other operations take, as
+`tpu-tune plan --kernels` does. MFU counts what the mathematics asks for, nothing twice.
+
+A product is one layer of a stack's, double quantized. `peak` is the share of the matrix units' peak (2 x in x out x
+tokens operations at the device's rate), `backward` the gradient of x. Of two cores behind one device
+(v4, v5p) the dump is one's, which does half of the work.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import pathlib
 import re
 import tempfile
 import time
@@ -26,6 +32,7 @@ from absent_devices import devices_of, find_device  # first: it sets what jax re
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
+from tpu_steps import JOBS, figures, kinds
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan, for_device
 from tpu_tune.planning.bundles import Core, core_of, dump_flags, dumped, run_bundles
@@ -60,7 +67,7 @@ def compiled_products(home: Any, plan: MatmulPlan, format: str, shape: tuple[int
 
 
 def kernel_seconds(text: str, dump: str, core: Core) -> float:
-    """Return the time of a program's Pallas kernels, one core after the other where a device has two.
+    """Return the time of a program's Pallas kernels.
 
     Raises:
       RuntimeError: it has none.
@@ -84,7 +91,7 @@ def kernels(device: str, cases: Iterable[tuple[str, str, int]], dump: str) -> No
         rows, columns = (int(size) for size in shape.split("x"))
         for direction, text in compiled_products(home, plan, format, (rows, columns), tokens).items():
             try:
-                seconds = kernel_seconds(text, dump, core) / plan.core.count
+                seconds = kernel_seconds(text, dump, core)
                 share = 2 * rows * columns * tokens / target.flops / seconds
                 found = f"{seconds * 1e6:,.0f} | {seconds * core.hertz:,.0f} | {share:.1%}"
             except RuntimeError as error:
@@ -92,20 +99,37 @@ def kernels(device: str, cases: Iterable[tuple[str, str, int]], dump: str) -> No
             print(f"| {device} | {format} | {shape} | {tokens:,} | {direction} | {found} |", flush=True)
 
 
+def steps(names: Iterable[str], keep: pathlib.Path | None) -> None:
+    """Print the table of training steps."""
+    print("| step | device | ms | tokens/s a device | MFU | peak GB | where the time goes, ms |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="tpu_speed_") as directory:
+            found = figures(name, keep or pathlib.Path(directory))
+        full, count = found["full"], find_device(found["device"]).count
+        rates = f"{1e3 * full['seconds']:,.0f} | {full['tokens_per_second'] / count:,.0f} | {full['mfu']:.1%}"
+        print(f"| {name} | {found['device']} | {rates} | {found['peak'] / 1e9:.2f} | {kinds(full)} |", flush=True)
+
+
 def main() -> None:
     """Print what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", action="store_true", help="single products (seconds each)", required=True)
+    parser.add_argument("--kernel", action="store_true", help="single products (seconds each)")
+    parser.add_argument("--step", nargs="+", choices=list(JOBS), default=list(JOBS), help="which steps")
+    parser.add_argument("--keep", type=pathlib.Path, help="a directory for the steps' programs and bundles")
     parser.add_argument("--device", default="v5e-1", help="a TPU of `tpu-tune plan --device list`")
     parser.add_argument("--format", default="nf4", help="formats, with commas")
     parser.add_argument("--shape", default=",".join(SHAPES), help="INxOUT, with commas")
     parser.add_argument("--tokens", default="2048,512", help="token counts, with commas")
     options = parser.parse_args()
     start = time.time()
-    cases = itertools.product(options.format.split(","), options.shape.split(","), map(int, options.tokens.split(",")))
-    with tempfile.TemporaryDirectory(prefix="tpu_speed_") as dump:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_flags(dump)}"
-        kernels(options.device, cases, dump)
+    if options.kernel:
+        formats, shapes, tokens = (given.split(",") for given in (options.format, options.shape, options.tokens))
+        with tempfile.TemporaryDirectory(prefix="tpu_speed_") as dump:
+            os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_flags(dump)}"
+            kernels(options.device, itertools.product(formats, shapes, map(int, tokens)), dump)
+    else:
+        steps(options.step, options.keep)
     print(f"\n{time.time() - start:.0f} s; by the compiler, nothing was run on a device.")
 
 

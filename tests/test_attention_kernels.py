@@ -20,6 +20,7 @@ from tpu_tune.kernels.blockwise import blockwise
 from tpu_tune.kernels.layout import TokenLayout
 from tpu_tune.kernels.sequence import ring
 from tpu_tune.kernels.splash import fits, splash
+from tpu_tune.models.scan import REMAT_POLICIES
 from tpu_tune.transforms.sharding import make_mesh
 
 SCALE = 0.3
@@ -148,6 +149,20 @@ def test_splash_takes_rows_that_are_cut_over_devices(mesh, window, cap):
     )
     assert_near(found, results(lambda *qkv: reference(*qkv, where, window, SCALE, cap), states, weights))
     assert fits(length, mesh_of(mesh)) and not fits(length - 128, mesh_of(mesh)) and fits(length - 56, None)
+
+
+def test_dots_keeps_what_splash_gives_for_the_backward_pass(capsys):
+    states, _ = inputs(128, 4, 2, 64)
+    segments = layout(128, (100,)).query_segments
+
+    def kept(remat: str) -> str:
+        attend = functools.partial(splash, interpret=True)
+        layer = jax.checkpoint(lambda *qkv: attend(*qkv, segments, None, SCALE, None), policy=REMAT_POLICIES[remat])
+        jax.ad_checkpoint.print_saved_residuals(layer, *states)
+        return capsys.readouterr().out
+
+    for array in ("f32[2,4,128,64] output", "f32[2,4,128] output"):  # the result, and the scores' log-sum-exp
+        assert array in kept("dots") and array not in kept("full")
 
 
 @functools.cache

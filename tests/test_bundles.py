@@ -94,6 +94,20 @@ def test_a_region_under_a_known_predicate_runs_where_it_holds_and_of_unknown_one
     assert (whole.bundles, none.bundles, whole.guessed, none.guessed) == (57, 7, 1, 1)
 
 
+def test_a_division_by_a_number_is_known_where_the_compiler_makes_a_product_of_it(tmp_path):
+    """6 / 2 as the upper half of 6 x 2^31, which is 3: the region behind is left out."""
+    lines = [
+        " { %s1_s3 = smov 2147483648 }",
+        " { %s2_s4 = smulhi.u32 6, %s1_s3 }",
+        " { %p1_p0 = scmp.eq.s32.totalorder %s2_s4, 3 }",
+        " { %20 = sbr.rel (%p1_p0) target = $region7 }",
+        *[" { %1 = vadd }"] * 30,
+        " { %2 = vadd } /* Start region 7 */",
+    ]
+    timing = run(tmp_path, lines)
+    assert (timing.bundles, timing.guessed) == (9, 0)
+
+
 def test_a_v3_copies_in_larger_granules(tmp_path):
     v3 = bundles.core_of(find_device("v3-8"))
     lines = [" { %30 = dma.hbm_to_vmem [thread:$0]  %s1_s2, 64, %s3_s4, [#allocation2] }"]

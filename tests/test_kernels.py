@@ -17,7 +17,7 @@ from tpu_tune.kernels.attention import attention, reference, rematerialised
 from tpu_tune.kernels.blockwise import blockwise
 from tpu_tune.kernels.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs, token_losses
 from tpu_tune.kernels.layout import TokenLayout
-from tpu_tune.kernels.splash import splash
+from tpu_tune.kernels.splash import gradient_keys, splash
 from tpu_tune.models import apply_head as apply_head_of
 from tpu_tune.models import architecture
 from tpu_tune.tensors import LoraTensor, quantize_tensor
@@ -87,14 +87,17 @@ def test_blockwise_equals_reference_with_gradients(window, block, cap, causal, g
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("window", "cap", "groups"), [(None, None, 2), (50, None, 4), (None, 3.0, 1), (130, 5.0, 2)])
-def test_splash_equals_reference_with_gradients(window, cap, groups):
-    """In Pallas' interpreter: two documents and padding, a length that is no multiple of 128."""
+@pytest.mark.parametrize(
+    ("length", "window", "cap", "groups"),
+    [(200, None, None, 2), (200, 50, None, 4), (300, None, 3.0, 1), (200, 130, 5.0, 2)],
+)
+def test_splash_equals_reference_with_gradients(length, window, cap, groups):
+    """In Pallas' interpreter: two documents and padding, a length that is no multiple of 128; 300 are three blocks."""
     random = np.random.default_rng(0)
-    shapes = [(2, 200, 4, 64), (2, 200, groups, 64), (2, 200, groups, 64)]
+    shapes = [(2, length, 4, 64), (2, length, groups, 64), (2, length, groups, 64)]
     inputs = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
-    segments = jnp.asarray(np.repeat([[1] * 90 + [2] * 80 + [0] * 30], 2, axis=0), jnp.int32)
-    index = jnp.broadcast_to(jnp.arange(200), (2, 200))
+    segments = jnp.asarray(np.repeat([[1] * 90 + [2] * (length - 120) + [0] * 30], 2, axis=0), jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(length), (2, length))
     where = TokenLayout(index, index, segments, segments)
     weights = jnp.asarray(random.standard_normal(shapes[0]), jnp.float32)
 
@@ -109,6 +112,12 @@ def test_splash_equals_reference_with_gradients(window, cap, groups):
     ours = run(lambda q, k, v: splash(q, k, v, segments, window, 0.125, cap, interpret=True))
     for found, expected in zip(ours, run(lambda q, k, v: reference(q, k, v, where, window, 0.125, cap)), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_the_kernel_of_all_gradients_leaves_at_most_four_of_the_queries():
+    sizes = {length: gradient_keys(length, 64) for length in (384, 512, 1664, 2048, 4096, 8192, 16384)}
+    assert sizes == {384: 128, 512: 512, 1664: 0, 2048: 512, 4096: 1024, 8192: 2048, 16384: 0}
+    assert gradient_keys(8192, 256) == 0 and gradient_keys(4096, 256) == 1024  # the chip's own memory
 
 
 def test_blocks_with_a_bias_equal_reference():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import helpers_training as helpers
 import jax
@@ -275,3 +276,32 @@ def test_the_choice_by_device():
     )
     with pytest.raises(UserError, match="quantized_matmul=pallas needs a TPU"):
         kernel.for_device("pallas", mesh)
+
+    def on(kind: str, tensor: int) -> str:
+        device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+        chips = types.SimpleNamespace(devices=np.array([device] * 8), shape={"tensor": tensor}, size=8)
+        return kernel.for_device("auto", chips).implementation
+
+    assert on("TPU v3", 1) == "pieces" and on("TPU v3", 8) == on("TPU v5 lite", 1) == "pallas"
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096)])
+def test_blocks_leave_the_compiler_room_for_another_copy_of_the_tokens(kind, transposed, shape):
+    """Of 16 MiB: libtpu refused blocks of 1,024 x 256 on a v4 and a v5p."""
+    core = quantized_blocks.core_of(types.SimpleNamespace(device_kind=kind))
+    cut = quantized_blocks.Kernel(abs, abs, True, 64, transposed, jnp.bfloat16, core)
+    tiles = quantized_blocks.best_tiles(2048, shape, cut, jax.ShapeDtypeStruct((), jnp.bfloat16))
+    deep, wide = cut.matrix(tiles.rows, tiles.columns)
+    held = 2048 * (wide * (4 + 2 * 2) + deep * 2 * 2) + deep * wide * (1 + 2)  # sums, results, tokens; codes, weights
+    assert held + 2048 * deep * 2 <= 2**24
+
+
+@pytest.mark.parametrize("number", [1, 3, 43, 172, 256, 5504])
+def test_a_steps_block_is_the_quotient(number):
+    for most in (1, 172, 2753):
+        steps = jnp.arange(most + 1)
+        quotient, rest = quantized_blocks._divmod(steps, number, most)
+        np.testing.assert_array_equal(quotient, steps // number)
+        np.testing.assert_array_equal(rest, steps % number)

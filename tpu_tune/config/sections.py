@@ -51,10 +51,10 @@ class Model:
     dtype: Dtype = key("bfloat16", "of activations; float16 brings dynamic loss scaling")
     param_dtype: Literal["auto", Dtype] = key("auto", "of base weights: float32 under full, else model.dtype")
     attention: Attention = key("auto", "splash: TPU v4 and later; cudnn, pallas: GPUs of compute capability 8.0")
-    # xla dequantizes whole matrices, pieces parts of them, pallas (TPUs) inside the matmul.
+    # xla dequantizes whole matrices, pieces parts of them, pallas (TPUs) inside the matmul; auto on a v3: pieces.
     quantized_matmul: Literal["auto", "xla", "pieces", "pallas"] = key("auto", "how quantized weights are multiplied")
-    # full keeps each layer's input, offload keeps it on the host, dots the results of linear layers, none all;
-    # auto: `tpu-tune train` takes the fastest that fits the device and records it; where it cannot tell, full.
+    # full keeps each layer's input, offload keeps it on the host, dots what linear layers and splash attention give,
+    # none all; auto: `tpu-tune train` takes the fastest that fits the device and records it, else full.
     remat: Literal["auto", "none", "full", "dots", "offload"] = key("auto", "what the backward pass computes again")
     # Where remat=auto chooses, 0 is as many as fit.
     token_chunk_size: int = key(0, "a device's tokens in a layer at a time; 0: all to 8,192, then 4,096", at_least=0)

@@ -22,6 +22,7 @@ BLOCK = 256  # rows of a four-bit matrix that are packed together
 _TOKENS = 2048  # at most so many share one decoding
 _DECODED = 2**19  # weights that a step decodes at most: the kernel's code grows with them
 _SCALE_ROWS = 32  # a tile of bytes
+_COMPILER = 3 * 2**20  # bytes of fast memory that the compiler wants at least for itself
 _STEP = 400  # cycles that a step costs beside its products: copies, jumps, filling the MXU
 
 
@@ -35,6 +36,7 @@ class Core:
       vmem: bytes of its fast memory for the kernel's arrays; the compiler wants some more for itself.
       count: cores behind one JAX device, which share the outputs.
       old: whether the MXU takes float32 operands alone and lanes cannot be looked up (v2, v3).
+      slow: whether products of pieces that XLA dequantizes take less time than the kernel (v3; of v2 not known).
     """
 
     macs: int = 65536
@@ -42,11 +44,12 @@ class Core:
     vmem: int = 13 * 2**20
     count: int = 1
     old: bool = False
+    slow: bool = False
 
 
 _CORES = (  # by the start of the device's name
     ("TPU v2", Core(macs=16384, bandwidth=450, old=True)),
-    ("TPU v3", Core(macs=32768, bandwidth=430, old=True)),
+    ("TPU v3", Core(macs=32768, bandwidth=430, old=True, slow=True)),
     ("TPU v4", Core(bandwidth=520, count=2)),
     ("TPU v5 lite", Core()),
     ("TPU v5", Core(bandwidth=710, count=2)),
@@ -125,6 +128,7 @@ def best_tiles(tokens: int, shape: tuple[int, int], kernel: Kernel, x: Any) -> T
         rows, columns = kernel.matrix(deep, wide)
         held = size * wide * (4 + 2 * out) + size * deep * 2 * given + deep * wide * (2 * codes + used)
         held += size * deep * used if used != given else 0
+        held += max(size * deep * given - _COMPILER, 0)  # it lays the tokens out anew
         whole = rows % BLOCK == 0 and contracted % deep == 0 and wide <= outputs
         return whole and deep * wide <= _DECODED and held <= core.vmem
 
@@ -166,8 +170,9 @@ def multiply(
 
     def place(core: Array, step: Array) -> tuple[Array, Array, Array]:
         """Return which block of tokens, of outputs, and of the contracted side."""
-        row, rest = _divide(step, share * depth), _remainder(step, share * depth)
-        return row, jnp.minimum(core * share + _divide(rest, depth), blocks - 1), _remainder(rest, depth)
+        row, rest = _divmod(step, share * depth, steps)
+        output, inner = _divmod(rest, depth, share * depth)
+        return row, jnp.minimum(core * share + output, blocks - 1), inner
 
     def multiplied(core: Array, step: Array) -> tuple[Array, Array, Array]:
         return place(core, jnp.maximum(step - 1, 0))
@@ -181,7 +186,7 @@ def multiply(
 
     def scales_at(core: Array, step: Array, layer: Any) -> tuple[Array, Array, Array]:
         row, column = decoded(core, step)
-        return layer[0], _divide(row * groups, height), column
+        return layer[0], _divide(row * groups, height, rows), column
 
     codes_block = (1, tiles.rows // (2 if kernel.packed else 1), tiles.columns)
     specs = [
@@ -198,7 +203,7 @@ def multiply(
 
         def decode() -> None:
             row, _ = decoded(core, step)
-            first = 0 if height == groups else _remainder(row * groups, height)
+            first = 0 if height == groups else _divmod(row * groups, height, rows)[1]
             group_scales[:height, :] = kernel.group_scales(*[leaf[0] for leaf in scales])
             _decode_block(kernel, codes, group_scales, first, w)
 
@@ -208,7 +213,7 @@ def multiply(
         def _() -> None:
             dims = (((1,), (1 if kernel.transposed else 0,)), ((), ()))
             found = jax.lax.dot_general(x[...].astype(operands), w[...], dims, preferred_element_type=jnp.float32)
-            found += jnp.where(_remainder(step - 1, depth) == 0, 0.0, sums[...])
+            found += jnp.where(_divmod(step - 1, depth, steps)[1] == 0, 0.0, sums[...])
             sums[...] = found
             out[...] = found.astype(out.dtype)  # the block leaves the chip when the next one begins
             decode()
@@ -229,7 +234,7 @@ def multiply(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=kernel.core.vmem + 3 * 2**20,
+            vmem_limit_bytes=kernel.core.vmem + _COMPILER,
         ),
         interpret=interpret,
     )(jnp.reshape(layer, 1).astype(jnp.int32), x, codes, *scales)
@@ -264,9 +269,15 @@ def _look_up(table: Array, codes: Array) -> Array:
     return jnp.concatenate([jnp.take_along_axis(rows, part, axis=1) for part in lanes], axis=1)
 
 
-def _divide(a: Array, b: int) -> Array:
-    return jax.lax.div(a, jnp.int32(b))  # of numbers that are not negative: `//` asks for their signs
+def _divide(a: Array, b: int, most: int) -> Array:
+    """Return a // b for 0 <= a <= most: by a product and a shift, where a division goes through the vector unit."""
+    shift = (b * (most + 1) - 1).bit_length()
+    factor = (1 << shift) // b + 1  # above 2^shift / b by less than 1 / (most + 1) of the result's unit
+    if factor * most >= 2**31:
+        return jax.lax.div(a, jnp.int32(b))
+    return jax.lax.shift_right_logical(a * jnp.int32(factor), jnp.int32(shift))
 
 
-def _remainder(a: Array, b: int) -> Array:
-    return jax.lax.rem(a, jnp.int32(b))
+def _divmod(a: Array, b: int, most: int) -> tuple[Array, Array]:
+    quotient = _divide(a, b, most)
+    return quotient, a - quotient * b

@@ -58,7 +58,8 @@ def for_device(implementation: str, mesh: Mesh) -> MatmulPlan:
             f"model.quantized_matmul=pallas needs a TPU, and this is {device.device_kind}; leave it at auto"
         )
     if implementation == "auto":
-        implementation = "pallas" if on_tpu else ("xla" if device.platform == "cpu" else "pieces")
+        slow = core_of(device).slow and mesh.shape["tensor"] == 1  # cut over `tensor`, pieces would be whole matrices
+        implementation = "xla" if device.platform == "cpu" else ("pallas" if on_tpu and not slow else "pieces")
     if mesh.shape["tensor"] > 1 and implementation == "pieces":
         implementation = "xla"  # which cuts codes and products over the axis by itself
     return MatmulPlan(implementation, core_of(device), mesh if mesh.size > 1 else None)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan
+from tpu_tune.kernels.splash import RESULT
 from tpu_tune.models.architecture import Architecture, LayerKind
 from tpu_tune.models.branch import PROJECTION
 from tpu_tune.models.groups import LayerGroup
@@ -33,7 +34,7 @@ Kept = dict[int, KeysValues]  # of layers whose keys and values others use, by t
 _LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION, RESULT),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_LAYER_INPUT],

@@ -207,6 +207,7 @@ _OPERATIONS: dict[str, Callable[..., int]] = {
     "pneg": lambda a: not a, "pand": lambda a, b: a & b, "pnand": lambda a, b: not a & b,
     "por": lambda a, b: a | b, "pnor": lambda a, b: not a | b, "pxor": lambda a, b: a ^ b,
     "sadd": lambda a, b: a + b, "ssub": lambda a, b: a - b, "smul": lambda a, b: a * b,
+    "smulhi": lambda a, b: (a & MASK) * (b & MASK) >> 32,
     "sand": lambda a, b: a & b, "sor": lambda a, b: a | b, "sxor": lambda a, b: a ^ b,
     "sshll": lambda a, b: a << min(b, 32), "sshrl": lambda a, b: (a & MASK) >> min(b, 32),
     "sshra": lambda a, b: _signed(a) >> min(b, 32),

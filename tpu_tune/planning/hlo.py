@@ -26,11 +26,15 @@ _SAME = ("bitcast", "convert", "reshape", "copy", "transpose")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array: its element type, dimensions, and the number of the memory it lies in (0: the device's own)."""
+    """An array: its element type, dimensions, and the number of the memory it lies in (0: the device's own).
+
+    A TPU stores tiles: `stored` is how many elements lie there, 0 where that is the array's size.
+    """
 
     dtype: str
     dims: tuple[int, ...]
     space: int = 0
+    stored: int = 0
 
     @property
     def size(self) -> int:
@@ -39,7 +43,7 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        return self.size * _BYTES[self.dtype]
+        return (self.stored or self.size) * _BYTES[self.dtype]
 
     @property
     def moved(self) -> float:
@@ -255,8 +259,19 @@ def _shapes(text: str) -> tuple[Shape, ...]:
         if dtype in _BYTES:
             space = re.search(r"S\((\d+)\)", layout)
             sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
-            found.append(Shape(dtype, sizes, int(space[1]) if space else 0))
+            found.append(Shape(dtype, sizes, int(space[1]) if space else 0, _stored(sizes, layout)))
     return tuple(found)
+
+
+def _stored(sizes: tuple[int, ...], layout: str) -> int:
+    """Return how many elements tiles hold: the last two dimensions of a layout as `2,1,0:T(8,128)` fill whole ones."""
+    tile = re.match(r"([\d,]+):T\((\d+),(\d+)\)", layout)
+    if not tile or len(sizes) < 2:
+        return 0
+    padded = list(sizes)
+    for dimension, unit in zip(map(int, tile[1].split(",")), (int(tile[3]), int(tile[2])), strict=False):
+        padded[dimension] = -(-padded[dimension] // unit) * unit
+    return math.prod(padded)
 
 
 def _written(one: Operation, inside: Computation) -> Iterator[float]:

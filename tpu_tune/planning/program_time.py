@@ -74,7 +74,7 @@ def costs(module: Module, price: Pricing, bandwidth: float) -> list[Cost]:
 
     A loop's body counts as often as it runs (where only the data say it, half as often as the loop around, as causal
     blocks do), of a conditional the dearest branch. What a body moves asynchronously takes no time as long as
-    its other operations do; the rest is a cost of its own.
+    its other operations do; the rest is a cost of its own. Collectives also pass behind the loops in a body.
 
     Args:
       module: the program.
@@ -85,11 +85,12 @@ def costs(module: Module, price: Pricing, bandwidth: float) -> list[Cost]:
     def walk(name: str, runs: float, around: int) -> list[Cost]:
         computation = module.computations.get(name, {})
         found: list[Cost] = []
-        seconds = moved = behind = 0.0
+        seconds = moved = behind = inner = 0.0
         for one in computation.values():
             if one.opcode == "while":
                 turns = module.turns(one)
-                found += walk(one.called("body"), runs * (turns or (around + 1) / 2), turns or 1)
+                loop = walk(one.called("body"), runs * (turns or (around + 1) / 2), turns or 1)
+                found, inner = found + loop, inner + total(loop) / runs
             elif one.opcode == "conditional":
                 found += max((walk(branch, runs, around) for branch in module.branches(one)), key=total, default=[])
             elif one.opcode == "call":
@@ -100,7 +101,7 @@ def costs(module: Module, price: Pricing, bandwidth: float) -> list[Cost]:
                 seconds, moved, behind = seconds + cost.seconds, moved + cost.bytes, behind + cost.behind
                 if cost.seconds:
                     found.append(Cost(cost.seconds * runs, cost.kind, one.name, runs, cost.evidence))
-        for kind, wait in (("copies", moved / bandwidth - seconds), ("collectives", behind - seconds)):
+        for kind, wait in (("copies", moved / bandwidth - seconds), ("collectives", behind - seconds - inner)):
             if wait > 0:
                 found.append(Cost(wait * runs, kind, f"{name}: not hidden", runs, "bytes"))
         return found

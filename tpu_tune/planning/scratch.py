@@ -77,7 +77,7 @@ def scratch_bytes(
     logits = chunk * (arch.num_labels or arch.vocab_size) * _FLOAT32 * (2 if training else 1)
     if not training:
         return max(work + scores, logits) + tokens * hidden * size * 2
-    kept = {"full": hidden, "offload": 0, "dots": hidden + projected}.get(remat(config))
+    kept = {"full": hidden, "offload": 0, "dots": hidden + projected + q // tensor}.get(remat(config))
     if kept is None:  # everything that the backward pass reads, including scores
         return layers * (tokens * size * (2 * projected + 4 * hidden) + scores * 2 // 3) + max(work, logits)
     return layers * tokens * kept * size + max(2 * work + scores, logits) + tokens * hidden * size * 2

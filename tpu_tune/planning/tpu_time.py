@@ -16,9 +16,10 @@ import math
 import os
 import re
 
+from tpu_tune.kernels.splash import gradient_keys
 from tpu_tune.planning import bundles
 from tpu_tune.planning.devices import Device
-from tpu_tune.planning.hlo import Computation, Module, Operation, phase
+from tpu_tune.planning.hlo import Computation, Module, Operation, Shape, phase
 from tpu_tune.planning.program_time import (
     BY_COMPILER,
     BY_KERNELS,
@@ -38,11 +39,12 @@ LINK = {  # bytes a second of one link in one direction, as published less a ten
 }  # fmt: skip
 # Shares of the MXU's peak that Pallas kernels reach where their bundles were not dumped, from bundles on a v5e: of the
 # quantized product by tokens at a time, and apart on v2 and v3; of splash attention's causal work on whole columns.
-PRODUCT_SHARE = {2048: 0.91, 512: 0.87}
+PRODUCT_SHARE = {2048: 0.89, 512: 0.85}
 PRODUCT_SHARE_V3 = 0.33
-ATTENTION_SHARE = 0.5
+ATTENTION_SHARE = {"forward": 0.42, "backward": 0.56}
 # Columns of a matrix unit: narrower products take as long, and estimated_cycles says up to three times that.
 _NARROW = 128
+_KEYS = 512  # of a block of attention's kernels
 _SLOW = {
     "exponential": 8, "log": 8, "tanh": 8, "divide": 6, "rsqrt": 4, "sqrt": 4, "power": 16, "logistic": 10, "sine": 20,
     "cosine": 20, "erf": 10,
@@ -51,6 +53,8 @@ _NO_INSTRUCTIONS = {
     "parameter", "constant", "bitcast", "fusion", "broadcast", "tuple", "get-tuple-element", "reshape", "slice",
     "dynamic-slice", "iota", "dynamic-update-slice",
 }  # fmt: skip
+_FLAGS = 2  # the memory of what says that a copy has arrived
+_DONE = "async-collective-done"  # a fusion that ends what others have begun
 _ASYNC = {"copy-start", "slice-start", "dynamic-slice-start"}
 _LANES = 4096  # numbers that a core's vector unit works on a cycle: four instructions on 1,024 each
 
@@ -87,19 +91,22 @@ class _Pricing:
         if one.opcode in _ASYNC:
             sizes = [shape.bytes for shape in one.shapes if shape.dims]
             return Price(0.0, "copies", "bytes", min(sizes, default=0.0))
-        if one.opcode.endswith(("-done", "-update")):
+        if one.opcode.endswith(("-done", "-update")) or one.name.startswith(_DONE):
             return None
         links = 2 * LINK[self.device.device_kind]  # a ring uses both directions
         sent = sum(link_seconds(i, links, self.device.count) for i in collectives(one, self.module.fused(one)))
-        if sent and not self.module.products(one, around):
-            hidden = "-start" in one.opcode or "-start" in one.name
+        hidden = "-start" in one.opcode or "-start" in one.name
+        goes_on = sent and _goes_on(one) and not hidden
+        sent = 0.0 if goes_on else sent
+        if sent and (hidden or not self.module.products(one, around)):
             return Price(0.0 if hidden else sent, "collectives", "link", behind=sent if hidden else 0.0)
         sources = self.module.sources(one)
         is_kernel = "tpu_custom_call" in one.text
         kind, products = self._kind(one, around, sources)
         if is_kernel and kind != "attention":
             kind = "products"
-        timing = self._run(one.name, _unmasked(one) if is_kernel and kind == "attention" else 1.0)
+        name = self._twin(one, around) if is_kernel and one.name not in self.dumped else one.name
+        timing = self._run(name, _unmasked(one) if is_kernel and kind == "attention" else 1.0)
         if timing:
             return Price(timing.seconds, kind, "bundles", timing.hbm_bytes)
         if is_kernel:
@@ -109,6 +116,8 @@ class _Pricing:
         if products:
             cycles = one.number("estimated_cycles") / self.core.hertz
             least = sum(_padded(*sizes) for sizes in products) / self.device.flops
+            if goes_on:  # its cycles, results and operands are the collective's too
+                return Price(least, kind, "FLOPs")
             if cycles and min(min(sizes[1:]) for sizes in products) >= _NARROW:
                 least = cycles
             return Price(max(least, memory), kind, "estimate" if cycles else "FLOPs", moved, behind=sent)
@@ -140,6 +149,16 @@ class _Pricing:
         seconds = max(work / (self.device.flops * part), sum(s.moved for s in one.shapes) / self.bandwidth)
         return Price(seconds, kind, "share")
 
+    def _twin(self, one: Operation, around: Computation) -> str:
+        """Return a dumped kernel of the same shapes: of kernels that are the same the compiler may dump one."""
+        own = _signature(one, around)
+        for computation in self.module.computations.values():
+            for other in computation.values():
+                if "tpu_custom_call" in other.text and other.name in self.dumped:
+                    if _signature(other, computation) == own:
+                        return other.name
+        return one.name
+
     def _run(self, name: str, share: float) -> bundles.Timing | None:
         """Return an operation's time by its bundles; None where none were dumped, or they could not be followed."""
         if name not in self.dumped:
@@ -154,6 +173,17 @@ class _Pricing:
             except ValueError:
                 self._alike[key] = None
         return self._alike[key]
+
+
+def _goes_on(one: Operation) -> bool:
+    """Whether a fusion carries on a collective that has begun in another: the text of each has it whole."""
+    return one.opcode == "fusion" and any(shape.space == _FLAGS and not shape.dims for shape in one.shapes)
+
+
+def _signature(one: Operation, around: Computation) -> tuple[object, ...]:
+    """Return what a kernel returns and what it reads, as dtypes and sizes."""
+    given = [around[name].shapes for name in one.operands if name in around]
+    return tuple((shape.dtype, shape.dims) for shapes in (one.shapes, *given) for shape in (*shapes, Shape("pred", ())))
 
 
 def _padded(batch: int, m: int, n: int, k: int) -> float:
@@ -179,18 +209,32 @@ def _attention_work(one: Operation) -> tuple[float, float]:
     """Return the causal operations of a splash attention kernel on (rows, heads, tokens, width), and its share."""
     sizes = max((shape.dims for shape in one.shapes), key=math.prod, default=(1, 1, 1))
     width, tokens = sizes[-1], sizes[-2] if len(sizes) > 1 else 1
-    heads = math.prod(sizes[:-2])
-    products = 2 if _is_forward(one) else 4 if "dkv" in one.name else 3
+    heads, forward = math.prod(sizes[:-2]), _is_forward(one)
+    products = 2 if forward else 4 if "dkv" in one.name else 3
+    if _gives_all(one):  # the queries' gradient once for each block of keys
+        products, heads = 5, heads // _key_blocks(one, tokens)
     work = products * 2.0 * heads * max(width, _NARROW) * tokens * (tokens + 1) / 2
-    return work, ATTENTION_SHARE
+    return work, ATTENTION_SHARE["forward" if forward else "backward"]
+
+
+def _gives_all(one: Operation) -> bool:
+    """Whether a kernel of attention returns the gradients of queries, keys and values at once."""
+    return "dkv" in one.name and sum(len(shape.dims) > 2 for shape in one.shapes) > 2
+
+
+def _key_blocks(one: Operation, tokens: int) -> int:
+    """Return in how many blocks a kernel takes the keys."""
+    sizes = max((shape.dims for shape in one.shapes), key=math.prod, default=(1, 1))
+    keys = gradient_keys(tokens, sizes[-1]) if _gives_all(one) and tokens % _NARROW == 0 else 0
+    return max(tokens // (keys or _KEYS), 1)
 
 
 def _is_forward(one: Operation) -> bool:
     return "fwd" in one.name or (phase(one.op_name) != "backward" and not re.search("d(kv|q)", one.name))
 
 
-def _unmasked(one: Operation, block: int = 512) -> float:
+def _unmasked(one: Operation) -> float:
     """Return the share of a kernel's blocks of keys that causal attention does not mask."""
-    tokens = max((shape.dims[-2] for shape in one.shapes if len(shape.dims) > 1), default=block)
-    count = max(tokens // block, 1)
+    tokens = max((shape.dims[-2] for shape in one.shapes if len(shape.dims) > 1), default=_KEYS)
+    count = _key_blocks(one, tokens)
     return (count + 1) / (2 * count)

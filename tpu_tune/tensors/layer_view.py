@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tpu_tune.tensors.quantized import QuantizedTensor
 
 PIECE = 2**24  # weights that exist dequantized at one time, where products are computed in pieces
-SMALL_PIECE = 2**21  # on TPU v2 and v3, where each takes seven bytes on the way
+SMALL_PIECE = 2**22  # on TPU v2 and v3, where each takes seven bytes on the way
 # Ways of GPUs, see `_piece`, and the weights that exist dequantized at one time.
 GPU_PIECES = {"gpu_pieces": 2**24, "gpu_large_pieces": 2**26}
 

@@ -1,7 +1,9 @@
 """The decoder against torch transformers: every family, both config styles, real weights, and generation."""
 
 import functools
+import io
 import json
+import lzma
 import pathlib
 
 import jax
@@ -24,7 +26,7 @@ VARIANTS = [case for case in tiny_models.SELDOM if case not in tiny_models.FAMIL
 
 @pytest.fixture(scope="module")
 def goldens():
-    return np.load(tiny_models.GOLDENS / "tiny_models.npz")
+    return np.load(io.BytesIO(lzma.decompress((tiny_models.GOLDENS / "tiny_models.npz.xz").read_bytes())))
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def served(engine: Engine, door: Door = OPEN) -> Iterator[str]:
 
 def client(address: str, key: str = "none", **options: Any) -> Any:
     """Return an `openai` client that asks once."""
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, **{"max_retries": 0, "timeout": 120} | options)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, **{"max_retries": 0, "timeout": 900} | options)
 
 
 __all__ = ["Door", "Engine", "Limits", "client", "openai", "served"]

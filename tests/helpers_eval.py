@@ -18,7 +18,7 @@ from tpu_tune.transforms import sharding
 WIDTH = 192
 
 
-def write_run(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+def write_run(model: pathlib.Path, folder: pathlib.Path, scale: float = 0.3) -> pathlib.Path:
     """Write a QLoRA run directory: config.json, and an adapter whose random weights change what the model says."""
     rows = write_rows(folder / "rows.jsonl", count=20)
     config = make_config(
@@ -39,7 +39,7 @@ def write_run(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     (run / "config.json").write_text(json.dumps(configuration.to_dict(config)))
     ready = prepare_model(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     random = np.random.RandomState(7)
-    trained = {path: (0.3 * random.randn(*leaf.shape)).astype(np.float32) for path, leaf in ready.trainable.items()}
+    trained = {path: (scale * random.randn(*leaf.shape)).astype(np.float32) for path, leaf in ready.trainable.items()}
     peft.write_adapter(
         str(run / "adapter"), trained, ready.method, ready.architecture, str(model), ready.frozen, ready.source
     )

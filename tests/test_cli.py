@@ -14,7 +14,7 @@ from helpers_training import write_rows, write_tiny_llama
 import tpu_tune
 from tpu_tune.cli import main
 
-COMMANDS = ("train", "plan", "lr-find", "curves", "generate", "chat", "eval", "export", "push", "inspect")
+COMMANDS = ("train", "plan", "lr-find", "curves", "generate", "chat", "serve", "eval", "export", "push", "inspect")
 
 
 @pytest.fixture(scope="module")

@@ -29,14 +29,19 @@ def add(commands: Commands) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the model to ask, and how it is loaded and asked."""
+    """Add the options that name the model to ask, its adapter, and how it is loaded and asked."""
+    add_loading(parser)
+    parser.add_argument(
+        "--adapter", help="PEFT adapter directory, or a run with one, local or gs://; of a run, in place of its own"
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `add_model` but the adapter."""
     parser.add_argument(
         "--model",
         required=True,
         help="Hugging Face id, model directory (a merged one too), .gguf file, or run directory, local or gs://",
-    )
-    parser.add_argument(
-        "--adapter", help="PEFT adapter directory, or a run with one, local or gs://; of a run, in place of its own"
     )
     add_step(parser)
     parser.add_argument(

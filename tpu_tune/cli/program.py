@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from tpu_tune import __version__
 from tpu_tune import config as configuration
 from tpu_tune.checkpoints import storage
-from tpu_tune.cli import chat, curves, data, eval, export, generate, inspect, lr_find, plan, push, train
+from tpu_tune.cli import chat, curves, data, eval, export, generate, inspect, lr_find, plan, push, serve, train
 from tpu_tune.cli.common import Commands, Parser
 from tpu_tune.cli.hf import command as hf
 from tpu_tune.errors import UserError
@@ -29,6 +29,7 @@ COMMANDS = (
     data,
     generate,
     chat,
+    serve,
     eval,
     export,
     push,

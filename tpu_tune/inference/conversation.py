@@ -9,6 +9,7 @@ from tpu_tune.checkpoints.prompts import CHAT
 from tpu_tune.errors import UserError
 from tpu_tune.inference.generation import Sampling, encode_chat, stream_ids
 from tpu_tune.inference.model import Model
+from tpu_tune.inference.pieces import Pieces
 
 _EVERY = 4  # tokens between two pieces: seldom enough for the device, often enough for the eye
 
@@ -58,9 +59,8 @@ class Conversation:
 
     @property
     def remembers(self) -> bool:
-        """Whether the model is shown what was said before: in a chat it is, in plain text it is not."""
-        through_template = self.model.taught in ("", CHAT) if self.chat is None else self.chat
-        return through_template and self.model.architecture.encoder is None
+        """Whether the model is shown what was said before."""
+        return remembers(self.model, self.chat)
 
     def _encoded(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if not self.remembers:
@@ -72,15 +72,17 @@ class Conversation:
         self.messages = [*asked, {"role": "assistant", "content": said.strip()}]
 
 
+def remembers(model: Model, chat: bool | None) -> bool:
+    """Whether a model is asked through its chat template, which shows it what was said before; see `Model.generate`."""
+    through_template = model.taught in ("", CHAT) if chat is None else chat
+    return through_template and model.architecture.encoder is None
+
+
 def stream(model: Model, ids: list[int], sampling: Sampling) -> Iterator[str]:
     """Yield the text that follows a prompt's ids in pieces, whose sum is what `Model.generate` returns."""
-    shown = ""
-    answer: list[int] = []
+    pieces = Pieces(model.tokenizer)
     for (answer,) in stream_ids(
         model.architecture, model.params, [ids], sampling, model.ends, model.dtype, min(_EVERY, sampling.max_new_tokens)
     ):
-        text = model.tokenizer.decode(answer, skip_special_tokens=True)
-        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # no half of a character
-            yield text[len(shown) :]
-            shown = text
-    yield model.tokenizer.decode(answer, skip_special_tokens=True)[len(shown) :]
+        yield pieces.add(answer[len(pieces.ids) :])
+    yield pieces.rest()

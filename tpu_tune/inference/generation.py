@@ -2,7 +2,7 @@
 
 Prompts are padded on the left to a common length, so that all rows write their next token at one position; padding is
 segment 0, which no token sees, and positions count from each prompt's first token. An encoder-decoder reads its
-prompts in the encoder and answers from its start token. `_start` reads the prompts and `_go_on` is the loop over
+prompts in the encoder and answers from its start token. `start` reads the prompts and `_go_on` is the loop over
 tokens, one jitted function each; the loop stops when every row has ended, or for `stream_ids` after every few tokens.
 """
 
@@ -205,21 +205,22 @@ def stream_ids(
         raise UserError("a prompt is empty; generation needs at least one token to go on from")
     encoder, starts = None, prompts
     if arch.encoder:
-        encoder, starts = _padded(prompts), [[arch.start_token]] * len(prompts)
+        encoder, starts = padded(prompts), [[arch.start_token]] * len(prompts)
     check_length(arch, max(map(len, starts)) + sampling.max_new_tokens)
     steps = -(-sampling.max_new_tokens // _ROUND) * _ROUND
     choice = _Choice(
         jnp.float32(sampling.temperature),
+        jnp.int32(sampling.top_k),
         jnp.float32(sampling.top_p),
         jax.random.key(sampling.seed),
         jnp.asarray(list(ends) or [-1], jnp.int32),
     )
-    ids, real = _padded(starts)
-    state = _start(arch, jnp.dtype(dtype), steps, params, ids, real, encoder)
+    ids, real = padded(starts)
+    state = start(arch, jnp.dtype(dtype), steps, params, ids, real, encoder)
     last = np.sum(real, axis=1, dtype=np.int32) - 1
     for written in range(every, sampling.max_new_tokens + every, every):
         limit = jnp.int32(min(written, sampling.max_new_tokens))
-        state = _go_on(arch, jnp.dtype(dtype), sampling.top_k, params, state, last, limit, choice)
+        state = _go_on(arch, jnp.dtype(dtype), params, state, last, limit, choice)
         yield [_answer(row, ends) for row in np.asarray(state.written)[:, : int(limit)]]
         if np.all(state.ended):
             return
@@ -231,9 +232,9 @@ def _answer(row: np.ndarray, ends: Sequence[int]) -> list[int]:
     return row[: ended[0] if len(ended) else None].tolist()
 
 
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (rows, width) ids, padded on the left, and 1 where a token is real."""
-    width = -(-max(len(prompt) for prompt in prompts) // _ROUND) * _ROUND
+def padded(prompts: Sequence[Sequence[int]], width: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (rows, width) ids, padded on the left, and 1 where a token is real; by default of a rounded width."""
+    width = width or -(-max(len(prompt) for prompt in prompts) // _ROUND) * _ROUND
     ids = np.zeros((len(prompts), width), np.int32)
     real = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -246,12 +247,13 @@ class _Choice(NamedTuple):
     """How tokens are chosen, as arrays: another value compiles nothing anew."""
 
     temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     key: Array
     ends: Int[Array, " E"]
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """An answer so far: how many tokens, the next one's logits, the cache, the tokens, which rows have ended."""
 
     number: Int[Array, ""]
@@ -262,7 +264,7 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(
+def start(
     arch: Architecture,
     dtype: Any,
     steps: int,
@@ -270,7 +272,7 @@ def _start(
     ids: Int[Array, "B T"],
     real: Int[Array, "B T"],
     encoder: tuple[Int[Array, "B M"], Int[Array, "B M"]] | None,
-) -> _State:
+) -> State:
     """Read the prompts; there is room for `steps` tokens behind them."""
     model = Decoder(arch, params, Execution(dtype))
     encoder_output = encode(arch, params, Execution(dtype), *encoder) if encoder else None
@@ -278,48 +280,60 @@ def _start(
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     hidden, cache = model.hidden(ids, positions, real, empty_cache(arch, batch, width + steps, dtype), encoder_output)
     logits = model.logits(hidden[:, -1]).astype(jnp.float32)
-    return _State(jnp.int32(0), logits, cache, jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool))
+    return State(jnp.int32(0), logits, cache, jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _go_on(
     arch: Architecture,
     dtype: Any,
-    top_k: int,
     params: dict[str, Any],
-    state: _State,
+    state: State,
     last: Int[Array, " B"],
     limit: Int[Array, ""],
     choice: _Choice,
-) -> _State:
+) -> State:
     """Write tokens until there are `limit` of them or all rows have ended; `last`: position of each prompt's end."""
     model = Decoder(arch, params, Execution(dtype))
 
-    def going(state: _State) -> Bool[Array, ""]:
+    def going(state: State) -> Bool[Array, ""]:
         return (state.number < limit) & ~jnp.all(state.ended)
 
-    def one(state: _State) -> _State:
+    def one(state: State) -> State:
         number, logits, cache, written, ended = state
-        token = choose(logits, choice.temperature, top_k, choice.top_p, jax.random.fold_in(choice.key, number))
+        token = choose(logits, *choice[:3], jax.random.fold_in(choice.key, number))
         written = written.at[:, number].set(token)
         ended |= jnp.any(token[:, None] == choice.ends, axis=1)
         position = last[:, None] + 1 + number
         hidden, cache = model.hidden(token[:, None], position, jnp.ones_like(position), cache)
-        return _State(number + 1, model.logits(hidden[:, -1]).astype(jnp.float32), cache, written, ended)
+        return State(number + 1, model.logits(hidden[:, -1]).astype(jnp.float32), cache, written, ended)
 
     return jax.lax.while_loop(going, one, state)
 
 
-def choose(logits: Float[Array, "B V"], temperature: Array, top_k: int, top_p: Array, key: Array) -> Int[Array, " B"]:
-    """Choose one token a row: the likeliest at temperature 0, else a draw among those that top-k and top-p leave."""
+def choose(logits: Float[Array, "B V"], temperature: Array, top_k: Array, top_p: Array, key: Array) -> Int[Array, " B"]:
+    """Choose one token a row: the likeliest at temperature 0, else a draw among those that top-k and top-p leave.
+
+    Args:
+      logits: of each row's next token, float32.
+      temperature, top_k, top_p: see `Sampling`; one number each for all rows, or one a row (B,).
+      key: one for all rows, or one a row: a row with its own draws what it would draw if it were alone.
+    """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    if top_k:
-        smallest = jax.lax.top_k(scaled, min(top_k, scaled.shape[-1]))[0][:, -1:]
-        scaled = jnp.where(scaled < smallest, -jnp.inf, scaled)
-    ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the first token that reaches top_p stays
-    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    drawn = jax.random.categorical(key, jnp.where(scaled < least, -jnp.inf, scaled), axis=-1).astype(jnp.int32)
-    return jnp.where(temperature > 0, drawn, greedy)
+    temperature, top_k, top_p = (jnp.reshape(of_rows, (-1, 1)) for of_rows in (temperature, top_k, top_p))
+
+    def drawn() -> Int[Array, " B"]:
+        scaled = logits / jnp.maximum(temperature, 1e-6)
+        ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
+        place = jnp.broadcast_to(jnp.clip(top_k, 1, logits.shape[-1]) - 1, (len(logits), 1))
+        smallest = jnp.where(top_k > 0, jnp.take_along_axis(ordered, place, axis=-1), -jnp.inf)
+        ordered = jnp.where(ordered < smallest, -jnp.inf, ordered)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the first token that reaches top_p stays
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        left = jnp.where(scaled < jnp.maximum(least, smallest), -jnp.inf, scaled)
+        draw = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
+        return draw(key, left).astype(jnp.int32)
+
+    warm = temperature[:, 0] > 0
+    return jnp.where(warm, jax.lax.cond(jnp.any(warm), drawn, lambda: greedy), greedy)  # sorting takes time

@@ -170,7 +170,13 @@ class Model:
         return ids if self.architecture.encoder is None or end is None or ids[-1:] == [end] else [*ids, end]
 
 
-def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter: str | None = None) -> Model:
+def load(
+    path: str,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    adapter: str | None = None,
+    over: Model | None = None,
+) -> Model:
     """Load a model for use.
 
     Args:
@@ -180,6 +186,8 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
         four bits).
       adapter: a PEFT adapter directory; special tokens that its run added are added here too, and the chat template
         beside it is used.
+      over: a model without an adapter, whose weights are used where the same ones are read, so that they stand in
+        memory once.
 
     Raises:
       UserError: nothing usable at `path`, an unknown dtype or format, an adapter that does not fit.
@@ -191,7 +199,7 @@ def load(path: str, dtype: str = "float32", quantize: str | None = None, adapter
     source = open_source(path)
     if adapter:
         source = base_of_adapter(with_template_of(with_tokens_of(source, adapter), adapter), adapter)
-    return load_source(source, dtype, QuantizeConfig(quantize or "none"), adapter)
+    return load_source(source, dtype, QuantizeConfig(quantize or "none"), adapter, over=over)
 
 
 def load_source(
@@ -200,6 +208,7 @@ def load_source(
     quantization: QuantizeConfig,
     adapter: str | None = None,
     read_adapter: Callable[[str, Architecture], tuple[LoraConfig, dict[str, Any]]] | None = None,
+    over: Model | None = None,
 ) -> Model:
     """Load an opened model: see `load`; `quantization` says in full what is quantized and how.
 
@@ -209,13 +218,25 @@ def load_source(
     # The adapter first: what is wrong with it is reported before the weights are read.
     read_adapter = read_adapter or functools.partial(peft.read_adapter, over_its_base=source.base_of == adapter)
     spec, trained = read_adapter(adapter, arch) if adapter else (None, None)
-    params = load_params(source, arch, jnp.dtype(dtype), quantization)
+    place = functools.partial(_placed, over.params) if over else None
+    params = load_params(source, arch, jnp.dtype(dtype), quantization, place)
     targets = None
     if spec is not None:
         targets = find_targets(arch.modules(), spec, arch.default_targets)
         params = targets.combine(*targets.split(params, trained))
     taught = "" if adapter else recorded(source.config)  # an adapter may have been taught in another form than its base
     return Model(arch, params, jnp.dtype(dtype), source, targets, taught=taught)
+
+
+def _placed(there: Mapping[str, Any], path: str, leaf: Any) -> Any:
+    """Return a leaf on the device: the one that is there already, where it is the same."""
+    old = there.get(path)
+    if jax.tree.structure(old) == jax.tree.structure(leaf) and all(
+        one.dtype == other.dtype and np.array_equal(one, other)
+        for one, other in zip(jax.tree.leaves(old), jax.tree.leaves(leaf), strict=True)
+    ):
+        return old
+    return jax.tree.map(jnp.asarray, leaf)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

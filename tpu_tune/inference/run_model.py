@@ -27,6 +27,7 @@ def load_any(
     adapter: str | None = None,
     before: bool = False,
     step: Step = None,
+    over: Model | None = None,
 ) -> Model:
     """Load a model, or a run's model; each may be in a bucket.
 
@@ -39,11 +40,11 @@ def load_any(
       step: a checkpoint of the run (of `adapter`'s, where only that is one): its step, `last` or `best`. By default
         what the run ended with; of one that has not ended its last checkpoint, or its best under
         `train.load_best_model_at_end`, which is said aloud.
+      over: a model without an adapter whose weights are used where they are the same, see `load`.
 
     Raises:
       UserError: nothing usable there, a run without result or checkpoint, or `before` or `step` of what is no run.
     """
-    run = RunDirectory(path)
     run = RunDirectory(path)
     is_run = run.exists()
     taught_by = run_of(adapter or path) or (run if is_run else None)
@@ -56,9 +57,9 @@ def load_any(
         raise UserError(f"step {step} is a checkpoint of the run, which {'--base' if before else '--adapter'} replaces")
     if is_run:
         config = run.config()
-        model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before, step)
+        model = _load_run(run, config, dtype or config.model.dtype, quantize, adapter, before, step, over)
     else:
-        model = load(path, dtype or "float32", quantize, adapter)
+        model = load(path, dtype or "float32", quantize, adapter, over)
     return dataclasses.replace(model, **prompts_of(taught_by)) if taught_by else model
 
 
@@ -70,10 +71,11 @@ def _load_run(
     adapter: str | None,
     before: bool,
     step: Step,
+    over: Model | None,
 ) -> Model:
     """Load a run's model: see `load_any`."""
     if config.method != "lora" and not before:
-        return load(result_of(run, config, step), dtype, quantize, adapter)
+        return load(result_of(run, config, step), dtype, quantize, adapter, over)
     quantization = QuantizeConfig(**config.quantize) if quantize is None else QuantizeConfig(quantize)
     trained = None if before or adapter else result_of(run, config, step)
     source = open_base(run, config)
@@ -84,7 +86,7 @@ def _load_run(
         source = base_of_adapter(with_template_of(source, adapter), adapter)
     chosen = adapter or trained or config.model.adapter or None
     read = functools.partial(read_own_adapter, run, config) if trained and as_in_training else None
-    return load_source(source, dtype, quantization, chosen, read)
+    return load_source(source, dtype, quantization, chosen, read, over)
 
 
 def _adapter_of(run: RunDirectory, step: Step) -> str:

@@ -1,6 +1,7 @@
 """One decoder for every family; an Architecture says how families differ."""
 
 from tpu_tune.models.architecture import Architecture, LayerKind
+from tpu_tune.models.cache_rows import grown, moved, put_row
 from tpu_tune.models.classifiers import SCORE, classifier_config, is_classifier, label_names
 from tpu_tune.models.decoder import Cache, Decoder, EncoderOutput, apply_head, check_length, empty_cache, encode
 from tpu_tune.models.families import FAMILIES, architecture
@@ -28,8 +29,11 @@ __all__ = [
     "classifier_config",
     "empty_cache",
     "encode",
+    "grown",
     "is_classifier",
     "label_names",
+    "moved",
+    "put_row",
     "text_config",
     "with_keys",
 ]

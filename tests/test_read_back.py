@@ -52,13 +52,14 @@ def spoiled(monkeypatch, module, name, factor):
     monkeypatch.setattr(module, "save_file", save_other)
 
 
-def test_a_merged_model_whose_files_are_wrong_is_refused(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [-3.0, 1.01])
+def test_a_merged_model_whose_files_are_wrong_is_refused(base, tmp_path, monkeypatch, factor):
     written(base, tmp_path / "run", quantize__format="int4", **LORA)
     RunDirectory(str(tmp_path / "run")).write_config(make_config(
         model__path=str(base), output_dir=str(tmp_path / "run"), data__train="none", quantize__format="int4", **LORA
     ))  # fmt: skip
-    spoiled(monkeypatch, huggingface_write, "o_proj", -3.0)
-    with pytest.raises(UserError, match="wrong does not hold the merged model: .*rounding to bfloat16 explains 25.00%"):
+    spoiled(monkeypatch, huggingface_write, "o_proj", factor)
+    with pytest.raises(UserError, match="wrong does not hold the merged model: .*o_proj.weight .*rounded to bfloat16"):
         export_merged(str(tmp_path / "run"), str(tmp_path / "wrong"), dtype="bfloat16")
 
 

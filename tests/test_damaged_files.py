@@ -23,6 +23,7 @@ from tpu_tune.checkpoints.gguf import open_gguf
 from tpu_tune.checkpoints.huggingface import load_tokenizer, open_huggingface, read_config, read_header
 from tpu_tune.checkpoints.params import check_names, open_architecture
 from tpu_tune.checkpoints.peft import read_spec
+from tpu_tune.checkpoints.prequantized import as_unquantized
 from tpu_tune.checkpoints.run_directory import RunDirectory
 from tpu_tune.checkpoints.stored_tensor import read_tensor
 from tpu_tune.checkpoints.vocabulary import RECORD, read_record
@@ -199,7 +200,7 @@ def test_an_odd_state_of_a_quantized_matrix(change):
     with pytest.raises(UserError, match="m: "):
         bitsandbytes.as_quantized("m", config, shapes, arrays.__getitem__)
     with pytest.raises(UserError, match="must be an object"):
-        bitsandbytes.as_quantized("m", [1], shapes, arrays.__getitem__)
+        as_unquantized("m", {"quantization_config": [1]}, {}, arrays.__getitem__)
 
 
 @pytest.mark.parametrize("part", [".absmax", ".quant_map", ""])

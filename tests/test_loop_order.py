@@ -42,8 +42,11 @@ class Toy:
             batches=types.SimpleNamespace(batch=self.batch, steps_per_epoch=5),
             data=types.SimpleNamespace(eval=True if evaluates else None),
             model=types.SimpleNamespace(frozen={}),
+            began=0.0,
         )
-        steps = types.SimpleNamespace(train=self.train, put_batch=lambda batch, leading: batch)
+        steps = types.SimpleNamespace(
+            train=self.train, put_batch=lambda batch, leading: batch, averaged=lambda state: state
+        )
         saves = types.SimpleNamespace(save=lambda step, state, counts: self.events.append(f"save {step}"))
         sink = loggers.Sink("test", lambda row: self.events.append(f"row {row['step']}"))
         self.loop = loop.TrainingLoop(session, steps, saves, LoopState(), 0, [sink], lambda line: None, None)

@@ -31,7 +31,7 @@ from tpu_tune.training import distributed
 from tpu_tune.training.execution import compute_dtype, execution
 from tpu_tune.training.prepare_model import PreparedModel, put
 from tpu_tune.training.step import ModelLoss, TrainState
-from tpu_tune.transforms import Targets, find_targets, sharding
+from tpu_tune.transforms import FullTuning, Targets, find_targets, sharding
 
 _TOKENS = 32  # of the row, for each part that the mesh cuts rows into
 
@@ -74,6 +74,8 @@ def read_back(config: ConfigDict, model: PreparedModel, state: TrainState, direc
     """
     if isinstance(model.method, Targets):
         return _of_adapter(config, model, state.trainable, directory)
+    if not isinstance(model.method, FullTuning):  # of another package, whose result is a merged model
+        return ReadBack(None, 0.0, f"not compared with the run: what method={config.method} trains is merged in it")
     if jax.process_count() > 1:
         return ReadBack(None, 0.0, "not compared with the run: the weights are spread over several processes")
     return _of_model(config, model, dict(state.trainable), directory)

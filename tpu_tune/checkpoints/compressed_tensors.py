@@ -18,20 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints.quantized_matrix import Integers, Matrix, kind_of, not_packed, unpack_int32
+from tpu_tune.checkpoints.quantized_matrix import Integers, Matrix, Read, kind_of, not_packed, unpack_int32
 from tpu_tune.checkpoints.scaled_floats import FLOAT8, scaled_matrix
 from tpu_tune.checkpoints.stored_tensor import StoredTensor
 from tpu_tune.errors import UserError
 from tpu_tune.models.values import shown
 from tpu_tune.tensors import QuantizedTensor
-
-Read = Callable[[str], np.ndarray]
+from tpu_tune.tensors.formats import FORMATS
 
 _READ = (
     "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision",
     "mxfp4-pack-quantized", "nvfp4-pack-quantized",
 )  # fmt: skip
-_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +199,8 @@ def _fp4(files: _Files, name: str) -> Matrix:
         if exponents:
             return np.asarray(packed().dequantize()).T
         scales = scales.astype(np.float32) / files.read(overall[0]).astype(np.float32).reshape(-1)[0]
-        return (_FP4[codes()].reshape(outputs, -1, group) * scales[..., None]).reshape(outputs, inputs)
+        numbers = np.asarray(FORMATS["mxfp4"].decode(codes())) / 2  # of which a format of ours has the double
+        return (numbers.reshape(outputs, -1, group) * scales[..., None]).reshape(outputs, inputs)
 
     kind = (lambda: "mxfp4") if exponents else str
     parts = (f"{name}_packed", f"{name}_scale", *overall)

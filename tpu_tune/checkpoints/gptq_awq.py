@@ -19,12 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints.quantized_matrix import Integers, Matrix, kind_of, unpack_int32
+from tpu_tune.checkpoints.quantized_matrix import Integers, Matrix, Read, kind_of, unpack_int32
 from tpu_tune.checkpoints.stored_tensor import StoredTensor
 from tpu_tune.errors import UserError
 from tpu_tune.models.values import shown
-
-Read = Callable[[str], np.ndarray]
 
 _QWEIGHT = ".qweight"
 _AWQ_PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each column of eight in its word

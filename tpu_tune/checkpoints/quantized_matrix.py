@@ -14,6 +14,8 @@ import numpy as np
 
 from tpu_tune.tensors import QuantizedTensor
 
+Read = Callable[[str], np.ndarray]  # name -> a stored tensor
+
 _ROWS = 1024  # decoded at one time
 _KERNEL_GROUP = 128  # rows: the largest group that the TPU kernel takes
 

@@ -9,17 +9,15 @@ last blocks of rows and columns perhaps short; float32, bfloat16, or a byte s fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tpu_tune.checkpoints.quantized_matrix import Matrix, not_packed
+from tpu_tune.checkpoints.quantized_matrix import Matrix, Read, not_packed
 from tpu_tune.checkpoints.stored_tensor import StoredTensor
 from tpu_tune.errors import UserError
 from tpu_tune.models.values import shown
-
-Read = Callable[[str], np.ndarray]
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")

@@ -38,14 +38,18 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> device, config, 
     "7b-lora-v5e-8": ("v5e-8", LORA, {**_ONE_ROW, "model.path": "llama-7b"}),
     "70b-v5e-16": ("v5e-16", QLORA, {**_ONE_ROW, "model.path": "llama-2-70b"}),
 }
-PEERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> the job that does the same work, what `tunix_step.py` takes
-    f"tunix-{format}-{remat}{'-donated' * donate}": (
-        "7b-no-dropout",
-        {"layers": 32, "format": format, "remat": remat.upper(), "donate": donate},
-    )
+_LAYERS = 32  # of LLaMA-7B
+# name -> the job that does the same work, what `tunix_step.py` takes. Its layers are a loop of Python's, so the bundles
+# of all 32 would be hours of compiling: they are dumped of two layers, to see how far the figure without them is off.
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"tunix-{format}-{remat}{suffix}": ("7b-no-dropout", {"format": format, "remat": remat.upper(), **how})
     for format in ("int4", "nf4")
     for remat in ("none", "block", "decoder")
-    for donate in (False, True)
+    for suffix, how in {
+        "": {"layers": _LAYERS, "donate": False},
+        "-donated": {"layers": _LAYERS, "donate": True},
+        "-2-layers": {"layers": 2, "donate": False},
+    }.items()
 }
 
 
@@ -59,7 +63,7 @@ def figures(name: str, keep: pathlib.Path, python: str = sys.executable) -> dict
 
     Returns:
       `name`, `device` and `compiler` (names), `peak` (bytes a device), and `plan` and `full`: `rates` of a step's time
-      without the kernels' bundles and with them.
+      without the kernels' bundles and with them (the same where none were dumped).
 
     Raises:
       SystemExit: it cannot be compiled.
@@ -73,7 +77,7 @@ def figures(name: str, keep: pathlib.Path, python: str = sys.executable) -> dict
     same = PEERS[name][0] if name in PEERS else name
     found, device = json.loads((place / "compiled.json").read_text()), find_device(JOBS[same][0])
     program, tokens, adapters = (place / "program.txt").read_text(), found.pop("tokens"), found.pop("adapters", 0)
-    flops = found.pop("flops") if "flops" in found else _flops(same, tokens, adapters)
+    flops = found.pop("flops") if "flops" in found else _flops(name, tokens, adapters)
     for key, dump in (("plan", ""), ("full", str(place))):
         found[key] = step_time.rates(step_time.of_program(program, device, dump), tokens, flops, device)
     return {"name": name, "device": device.name, **found}
@@ -92,6 +96,8 @@ def _compile_in_a_process(name: str, place: pathlib.Path, python: str) -> None:
     flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_flags(place)}".strip()
     command = [sys.executable, __file__, name, str(place)]
     if name in PEERS:
+        if PEERS[name][1]["layers"] == _LAYERS:
+            flags = os.environ.get("LIBTPU_INIT_ARGS", "")
         command = [python, str(PROJECT / "benchmarks" / "tunix_step.py"), json.dumps(PEERS[name][1]), str(place)]
     variables = {**environment("tpu"), "LIBTPU_INIT_ARGS": flags}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
@@ -111,13 +117,15 @@ def _config(name: str) -> Any:
 
 
 def _flops(name: str, tokens: int, adapters: int) -> float:
-    """Return the model's FLOPs of one row of a job's model, whoever trains it."""
+    """Return the model's FLOPs of one row of a peer's: those of the job that does the same work."""
     from tpu_tune.models import architecture
     from tpu_tune.planning.flops import step_work
     from tpu_tune.planning.model_config import model_config
 
-    config = _config(name)
-    return step_work(architecture(model_config(config)), config, 1, tokens, 0, adapters).model
+    same, given = PEERS[name]
+    config = _config(same)
+    sizes = {**model_config(config), "num_hidden_layers": given["layers"]}
+    return step_work(architecture(sizes), config, 1, tokens, 0, adapters).model
 
 
 def _compile(name: str, place: pathlib.Path) -> None:

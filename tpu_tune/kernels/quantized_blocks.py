@@ -23,7 +23,7 @@ _TOKENS = 2048  # at most so many share one decoding
 _DECODED = 2**19  # weights that a step decodes at most: the kernel's code grows with them
 _SCALE_ROWS = 32  # a tile of bytes
 _COMPILER = 3 * 2**20  # bytes of fast memory that the compiler wants at least for itself
-_STEP = 400  # cycles that a step costs beside its products: copies, jumps, filling the MXU
+_STEP = 400  # cycles that a step costs beside its products: copies, jumps, filling the MXU (as a v5e's bundles say)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Core:
       macs: bfloat16 multiplications a cycle.
       bandwidth: bytes from HBM a cycle, of what can be had.
       vmem: bytes of its fast memory for the kernel's arrays; the compiler wants some more for itself.
+      decoding: cycles to decode one weight, beside the MXU's work; fitted to times of many tiles by the bundles.
       count: cores behind one JAX device, which share the outputs.
       old: whether the MXU takes float32 operands alone and lanes cannot be looked up (v2, v3).
       slow: whether products of pieces that XLA dequantizes take less time than the kernel (v3; of v2 not known).
@@ -42,15 +43,16 @@ class Core:
     macs: int = 65536
     bandwidth: int = 490
     vmem: int = 13 * 2**20
+    decoding: float = 0.006
     count: int = 1
     old: bool = False
     slow: bool = False
 
 
 _CORES = (  # by the start of the device's name
-    ("TPU v2", Core(macs=16384, bandwidth=450, old=True)),
-    ("TPU v3", Core(macs=32768, bandwidth=430, old=True, slow=True)),
-    ("TPU v4", Core(bandwidth=520, count=2)),
+    ("TPU v2", Core(macs=16384, bandwidth=450, decoding=0.05, old=True)),
+    ("TPU v3", Core(macs=32768, bandwidth=430, decoding=0.05, old=True, slow=True)),
+    ("TPU v4", Core(bandwidth=520, decoding=0.022, count=2)),
     ("TPU v5 lite", Core()),
     ("TPU v5", Core(bandwidth=710, count=2)),
     ("TPU v6", Core(macs=262144, bandwidth=840, vmem=26 * 2**20)),
@@ -114,17 +116,18 @@ def best_tiles(tokens: int, shape: tuple[int, int], kernel: Kernel, x: Any) -> T
     """
     core = kernel.core
     contracted, outputs = shape[::-1] if kernel.transposed else shape
-    count = -(-tokens // _TOKENS)
-    size = -(-tokens // (16 * count)) * 16
     given, used, out = x.dtype.itemsize, kernel.operands(x).itemsize, jnp.dtype(kernel.out).itemsize
     codes = 0.5 if kernel.packed else 1.0
 
-    def cycles(deep: int, wide: int) -> float:
-        steps = count * -(-outputs // wide) * (contracted // deep)
-        moved = size * deep * given + deep * wide * codes
-        return steps * (max(size * deep * wide / core.macs, moved / core.bandwidth) + _STEP)
+    def cycles(size: int, deep: int, wide: int) -> float:
+        steps = -(-tokens // size) * -(-outputs // wide) * (contracted // deep)
+        loading, storing = size * deep * given + deep * wide * codes, size * wide * out
+        moved = loading + storing * deep / contracted
+        decoding = deep * wide * core.decoding
+        each = max(size * deep * wide / core.macs, moved / core.bandwidth, decoding) + _STEP
+        return steps * each + (loading + storing) / core.bandwidth + decoding  # what nothing hides, first and last
 
-    def fits(deep: int, wide: int) -> bool:
+    def fits(size: int, deep: int, wide: int) -> bool:
         rows, columns = kernel.matrix(deep, wide)
         held = size * wide * (4 + 2 * out) + size * deep * 2 * given + deep * wide * (2 * codes + used)
         held += size * deep * used if used != given else 0
@@ -132,10 +135,13 @@ def best_tiles(tokens: int, shape: tuple[int, int], kernel: Kernel, x: Any) -> T
         whole = rows % BLOCK == 0 and contracted % deep == 0 and wide <= outputs
         return whole and deep * wide <= _DECODED and held <= core.vmem
 
+    fewest = -(-tokens // _TOKENS)
+    counts = [-(-tokens // (16 * fewest * times)) * 16 for times in (1, 2, 3)]  # more decoding, but larger blocks
     sizes = (1024, 512, 256, 128)
-    pairs = [pair for pair in itertools.product(sizes, (2048, *sizes)) if fits(*pair)]
-    smallest = (128, BLOCK) if kernel.transposed else (BLOCK, 128)
-    return Tiles(size, *kernel.matrix(*min(pairs, key=lambda pair: (cycles(*pair), pair), default=smallest)))
+    cuts = [cut for cut in itertools.product(counts, sizes, (2048, *sizes)) if fits(*cut)]
+    smallest = (counts[0], *((128, BLOCK) if kernel.transposed else (BLOCK, 128)))
+    size, deep, wide = min(cuts, key=lambda cut: (cycles(*cut), cut), default=smallest)
+    return Tiles(size, *kernel.matrix(deep, wide))
 
 
 def multiply(

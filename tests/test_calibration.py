@@ -24,6 +24,7 @@ from tpu_tune.tensors import QuantizedTensor
 from tpu_tune.training import calibration
 from tpu_tune.training.loop import train
 from tpu_tune.transforms import QuantizeConfig
+from tpu_tune.transforms.moments import add_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # One of each way that a layer is put together.
@@ -83,7 +84,9 @@ def test_moments_are_of_real_tokens_alone():
             arch, Execution(), 0, leaves, x, tokens, ("self_attn.q_proj.weight", "self_attn.v_proj.weight")
         )[2]
         assert list(moments) == [("self_attn.q_proj.weight", "self_attn.v_proj.weight")]
-        found.append((np.asarray(list(moments.values())[0]), np.asarray(x)))
+        moments = {paths: add_rows(None, *inputs) for paths, inputs in moments.items()}
+        assert moments["self_attn.q_proj.weight", "self_attn.v_proj.weight"].rows == length
+        found.append((np.asarray(list(moments.values())[0].sums), np.asarray(x)))
     from tpu_tune.models.branch import Branch, norm
 
     weights = Branch({path: leaf for path, leaf in leaves.items() if "input_layernorm" in path})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,7 +33,8 @@ def write_layer(folder: str, layer: int, matrices: Mapping[str, QuantizedTensor]
     Args:
       folder: a run's `calibrated`; made if needed.
       layer: its number.
-      matrices: Hugging Face name of a tensor -> what stands for it, columns in the file's order.
+      matrices: Hugging Face name of a tensor -> what stands for it, columns in the file's order; where the tensor has
+        all of a layer's experts, on a leading axis.
       mark: what the matrices belong to: `run_checkpoints.base_fingerprint`.
       rows: a hash of the rows that they were rounded for.
 
@@ -87,13 +87,13 @@ def with_calibrated(source: WeightSource, architecture: Architecture, folder: st
                 "base; the run's train command makes them"
             )
         found |= {names[name]: (layer, name) for name in matrices}
-    keep = functools.lru_cache(maxsize=1)(functools.partial(read_layer, folder, mark=mark))
 
     def read(name: str) -> np.ndarray | QuantizedTensor:
         if name not in found:
             return source.read(name)
         layer, own = found[name]
-        return keep(layer)[own]
+        with _opened(folder, layer, mark) as stored:
+            return _matrix(stored, own)
 
     return dataclasses.replace(source, read=read)
 
@@ -129,6 +129,6 @@ def _matrix(stored: Any, name: str) -> QuantizedTensor:
     codes, scales, largest = (
         stored.get_tensor(f"{name}.{part}") if f"{name}.{part}" in keys else None for part in _PARTS
     )
-    rows = codes.shape[0] * (2 if FORMATS[format].bits == 4 else 1)
-    shape = (rows, codes.shape[1])
+    rows = codes.shape[-2] * (2 if FORMATS[format].bits == 4 else 1)
+    shape = (rows, codes.shape[-1])
     return QuantizedTensor(codes, scales, largest, format, shape, int(facts["group_size"]), pack_block(rows, format))

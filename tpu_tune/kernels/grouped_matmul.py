@@ -84,7 +84,35 @@ def grouped_outer(
 ) -> Float[Array, "groups k n"]:
     """Return x.T @ y of each group's rows, in float32: the gradient of the groups' matrices."""
 
-    return jax.lax.platform_dependent(x, y, sizes, tpu=_ragged_outer, default=_outer_each)
+    def each(x: Array, y: Array, sizes: Array) -> Array:
+        return add_grouped_outer(jnp.zeros((len(sizes), x.shape[1], y.shape[1]), jnp.float32), x, y, sizes)
+
+    return jax.lax.platform_dependent(x, y, sizes, tpu=_ragged_outer, default=each)
+
+
+def add_grouped_outer(
+    total: Float[Array, "groups k n"],
+    x: Float[Array, "rows k"],
+    y: Float[Array, "rows n"],
+    sizes: Int[Array, " groups"],
+) -> Float[Array, "groups k n"]:
+    """Return total + x.T @ y of each group's rows, float32, without a second array of that size if total is donated."""
+    step = _step(len(x))
+    x, y = (jnp.pad(part, [(0, step), (0, 0)]) for part in (x, y))
+
+    def one_group(group: Array, start: Array, count: Array, out: Array) -> Array:
+        def one_piece(piece: Array, total: Array) -> Array:
+            left, right = (jax.lax.dynamic_slice_in_dim(part, start + piece * step, step) for part in (x, y))
+            own = (piece * step + jnp.arange(step) < count)[:, None]
+            left = jnp.where(own, left, 0)
+            return total + jax.lax.dot_general(
+                left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+
+        own = jax.lax.fori_loop(0, (count + step - 1) // step, one_piece, out[group])
+        return jax.lax.dynamic_update_index_in_dim(out, own, group, 0)
+
+    return _over_groups(one_group, sizes, total)
 
 
 def _ragged_matmul(x: Array, w: Array, sizes: Array, axis: int) -> Array:
@@ -100,26 +128,6 @@ def _ragged_outer(x: Array, y: Array, sizes: Array) -> Array:
     pair = (y, x) if narrow else (x, y)
     outer = jax.lax.ragged_dot_general(*pair, sizes, _OUTER, preferred_element_type=jnp.float32)
     return jnp.swapaxes(outer, 1, 2) if narrow else outer
-
-
-def _outer_each(x: Array, y: Array, sizes: Array) -> Array:
-    step = _step(len(x))
-    x, y = (jnp.pad(part, [(0, step), (0, 0)]) for part in (x, y))
-
-    def one_group(group: Array, start: Array, count: Array, out: Array) -> Array:
-        def one_piece(piece: Array, total: Array) -> Array:
-            left, right = (jax.lax.dynamic_slice_in_dim(part, start + piece * step, step) for part in (x, y))
-            own = (piece * step + jnp.arange(step) < count)[:, None]
-            left = jnp.where(own, left, 0)
-            return total + jax.lax.dot_general(
-                left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-            )
-
-        zeros = jnp.zeros(out.shape[1:], jnp.float32)
-        total = jax.lax.fori_loop(0, (count + step - 1) // step, one_piece, zeros)
-        return jax.lax.dynamic_update_index_in_dim(out, total, group, 0)
-
-    return _over_groups(one_group, sizes, jnp.zeros((len(sizes), x.shape[1], y.shape[1]), jnp.float32))
 
 
 def _over_groups(one_group: Callable[..., Any], sizes: Array, out: Array) -> Array:

@@ -22,6 +22,10 @@ from tpu_tune.models.scan import Execution
 from tpu_tune.models.self_attention import KeysValues
 from tpu_tune.tensors.observed import Observed
 
+# Paths of matrices that share their inputs -> these, (rows, in), and the number that counts: of a matrix of its own ()
+# int32, and rows of padding are 0; of experts (experts,), and the rows lie sorted by expert, padding behind the last.
+Inputs = dict[tuple[str, ...], tuple[Float[Array, "rows in"], Int[Array, "*experts"]]]
+
 
 @functools.partial(jax.jit, static_argnames=("arch", "execution"))
 def layer_inputs(
@@ -47,7 +51,7 @@ def run_layer(
     x: Float[Array, "B T D"],
     tokens: tuple[Int[Array, "B T"], Int[Array, "B T"], Mapping[int, KeysValues], Array | None],
     observed: Sequence[str] = (),
-) -> tuple[Float[Array, "B T D"], KeysValues | None, dict[tuple[str, ...], Float[Array, "in in"]]]:
+) -> tuple[Float[Array, "B T D"], KeysValues | None, Inputs]:
     """Run one layer without a cache.
 
     Args:
@@ -61,8 +65,7 @@ def run_layer(
       observed: relative paths of matrices whose inputs are wanted.
 
     Returns:
-      New hidden states, the layer's keys and values, and paths -> sum of x x^T over the real tokens' inputs x of these
-      matrices, which share them.
+      New hidden states, the layer's keys and values, and the observed matrices' inputs.
     """
     positions, segments, kept, own_input = tokens
     kind, seen = arch.layer_kinds[layer], {}
@@ -75,7 +78,7 @@ def run_layer(
     )
     inside = {path: Observed(leaf, path, seen) if path in observed else leaf for path, leaf in leaves.items()}
     x, past = Layer(arch, (kind,), 0, inside, context, own_input, keep=True)(x, Past())
-    return x, past.own, _moments(seen, segments > 0)
+    return x, past.own, _inputs(seen, segments > 0)
 
 
 def first_of_kind(arch: Architecture, layer: int) -> int:
@@ -83,13 +86,14 @@ def first_of_kind(arch: Architecture, layer: int) -> int:
     return arch.layer_kinds.index(arch.layer_kinds[layer])
 
 
-def _moments(seen: Mapping[str, Array], real: Array) -> dict[tuple[str, ...], Array]:
+def _inputs(seen: Mapping[str, tuple[Array, Array | None]], real: Array) -> Inputs:
     sharing: dict[int, list[str]] = {}
-    for path, x in seen.items():
+    for path, (x, _) in seen.items():
         sharing.setdefault(id(x), []).append(path)
 
-    def moment(x: Array) -> Array:
-        wide = jnp.where(real[..., None], x, 0).astype(jnp.float32).reshape(-1, x.shape[-1])
-        return jnp.dot(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+    def rows(x: Array, sizes: Array | None) -> tuple[Array, Array]:
+        if sizes is not None:
+            return x, sizes
+        return jnp.where(real[..., None], x, 0).reshape(-1, x.shape[-1]), jnp.sum(real, dtype=jnp.int32)
 
-    return {tuple(paths): moment(seen[paths[0]]) for paths in sharing.values()}
+    return {tuple(paths): rows(*seen[paths[0]]) for paths in sharing.values()}

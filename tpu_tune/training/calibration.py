@@ -1,8 +1,9 @@
 """`calibrate`: the base's matrices rounded against the activations of the run's own rows, layer by layer.
 
 A layer's inputs come from the layers before it as they are stored, so that each layer is fitted to what it will get.
-One layer's weights and its inputs' moments are on the device at a time; the hidden states of all rows wait in host
-memory. A layer is written when it is done, and a start that was killed goes on behind the last one.
+One layer's weights and its inputs' moments (of experts, each one's own) are on the device at a time; the hidden states
+of all rows wait in host memory. A layer is written when it is done, and a start that was killed goes on behind the
+last one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from tpu_tune.models.one_layer import first_of_kind, layer_inputs, run_layer
 from tpu_tune.tensors import Module, QuantizedTensor
 from tpu_tune.training.execution import compute_dtype
 from tpu_tune.transforms import QuantizeConfig, quantize_weight, quantized_paths
-from tpu_tune.transforms.gptq import round_against
+from tpu_tune.transforms.gptq import round_against, round_experts
+from tpu_tune.transforms.moments import Moments, add_rows
 
 Rows = PackedRows | PairRows | MixedRows
 Say = Callable[[str], None]
@@ -116,7 +118,7 @@ class Calibration:
         """Return the modules whose matrices are rounded against activations, and the others that are quantized."""
         paths = quantized_paths(self.arch.modules(), self.quantization)
         named = [module for module in self.arch.modules() if module.weight in paths]
-        fitted = [one for one in named if one.layers and not one.experts and one.kind == "linear"]
+        fitted = [one for one in named if one.layers and one.kind == "linear"]
         return fitted, [module for module in named if module not in fitted]
 
     def left_plain(self) -> list[str]:
@@ -150,9 +152,9 @@ class Calibration:
 
             leaves, found = self._leaves(layer), calibrated.read_layer(self.folder, layer, self.mark, self.stamp)
             if found is None:
-                found = self._rounded(layer, leaves, [state[0] for state in states], tokens)
+                found, unseen = self._rounded(layer, leaves, [state[0] for state in states], tokens)
                 calibrated.write_layer(self.folder, layer, found, self.mark, self.stamp)
-                say(f"calibration: layer {layer + 1} of {arch.num_layers}")
+                say(f"calibration: layer {layer + 1} of {arch.num_layers}{_said_of(unseen)}")
             leaves = self._stored(layer, leaves, found)
             for row, (x, inputs) in enumerate(states):
                 new, own, _ = run_layer(arch, self.execution, first_of_kind(arch, layer), leaves, x, tokens(row))
@@ -162,22 +164,35 @@ class Calibration:
 
     def _rounded(
         self, layer: int, leaves: Mapping[str, Any], states: list[np.ndarray], tokens: Callable[[int], Any]
-    ) -> dict[str, QuantizedTensor]:
-        """Return Hugging Face name -> matrix of one layer, rounded against its inputs over all rows."""
+    ) -> tuple[dict[str, QuantizedTensor], int]:
+        """Return Hugging Face name -> matrix of one layer, rounded against its inputs over all rows.
+
+        And how many experts had no input.
+        """
         own = {self._relative(module): module for module in self.modules()[0] if layer in module.layers}
         wanted = tuple(path for path in own if not isinstance(leaves[path], QuantizedTensor))
-        sums: dict[tuple[str, ...], Array] = {}
+        moments: dict[tuple[str, ...], Moments] = {}
         for row, x in enumerate(states):
             stands_for = first_of_kind(self.arch, layer)
-            moments = run_layer(self.arch, self.execution, stands_for, leaves, x, tokens(row), wanted)[2]
-            sums = jax.tree.map(jnp.add, sums, moments) if sums else moments
-        matrices = {}
-        for paths, moment in sums.items():
+            inputs = run_layer(self.arch, self.execution, stands_for, leaves, x, tokens(row), wanted)[2]
+            for paths, seen in inputs.items():
+                moments[paths] = add_rows(moments.get(paths), *seen)
+        matrices: dict[str, QuantizedTensor] = {}
+        unseen = 0
+        for paths in list(moments):
+            of_paths = moments.pop(paths)
+            unseen = max(unseen, int(jnp.sum(of_paths.rows == 0)))
             for path in paths:
-                name = own[path].tensor_name(own[path].name(layer), "weight")
-                matrix = round_against(leaves[path], moment, self.quantization)
-                matrices[name] = jax.tree.map(lambda part, path=path: own[path].deinterleave(np.asarray(part)), matrix)
-        return matrices
+                matrix = self._matrix(layer, path, leaves[path], of_paths)
+                matrices |= _in_file(own[path], layer, jax.tree.map(np.asarray, matrix))
+        return matrices, unseen
+
+    def _matrix(self, layer: int, path: str, weight: Array, moments: Moments) -> QuantizedTensor:
+        """Return a leaf of one layer, rounded."""
+        if not moments.rows.ndim:
+            return round_against(weight, moments.sums, self.quantization)
+        inner = path == f"{self.arch.layer_kinds[layer].names.expert_down}.weight"
+        return round_experts(weight, moments, not inner, self.quantization)
 
     def _leaves(self, layer: int) -> dict[str, Any]:
         """Return a layer's leaves, unquantized, on the device, by their paths relative to the layer."""
@@ -188,11 +203,13 @@ class Calibration:
         """Return a layer's leaves as the run will have them."""
         new = dict(leaves)
         for module in [module for part in self.modules() for module in part if layer in module.layers]:
-            path, matrix = self._relative(module), found.get(module.tensor_name(module.name(layer), "weight"))
-            if matrix is None:
+            path, names = self._relative(module), _names(module, layer)
+            if names[0] not in found:
                 new[path] = quantize_weight(new[path], self.quantization)
-            else:
-                new[path] = jax.tree.map(lambda part, m=module: jnp.asarray(m.interleave(part)), matrix)
+                continue
+            matrices = [found[name] for name in names]
+            matrix = jax.tree.map(lambda *each: np.stack(each), *matrices) if module.experts_path else matrices[0]
+            new[path] = jax.tree.map(lambda part, m=module: jnp.asarray(m.interleave(part)), matrix)
         return new
 
     def _outside(self) -> dict[str, Any]:
@@ -204,6 +221,23 @@ class Calibration:
 
     def _cut(self, path: str) -> str:
         return path[len(self.arch.names.layers) :].partition(".")[2]
+
+
+def _names(module: Module, layer: int) -> list[str]:
+    """Return the Hugging Face names of the tensors that a layer's leaf is made of: one, or one for each expert."""
+    return [module.tensor_name(name, "weight") for name in module.names_of(layer)]
+
+
+def _in_file(module: Module, layer: int, matrix: QuantizedTensor) -> dict[str, QuantizedTensor]:
+    """Return Hugging Face name -> what stands for it of one layer's leaf, columns in the file's order."""
+    matrix, names = jax.tree.map(module.deinterleave, matrix), _names(module, layer)
+    if not module.experts_path:
+        return {names[0]: matrix}
+    return {name: jax.tree.map(lambda part, at=at: part[at], matrix) for at, name in enumerate(names)}
+
+
+def _said_of(unseen: int) -> str:
+    return f"; {counted(unseen, 'expert gets', 'experts get')} no token, and plain rounding" if unseen else ""
 
 
 def _on_host(tree: Any) -> Any:

@@ -16,9 +16,11 @@ from jaxtyping import Array, Float
 from tpu_tune.config import QuantizeConfig
 from tpu_tune.tensors import FORMATS, QuantizedTensor, double_quantize
 from tpu_tune.tensors.quantized import group_scale, inverse_scale
+from tpu_tune.transforms.moments import Moments, of_all_rows, steadied
 from tpu_tune.transforms.quantize import group_size, has_small_scales
 
 DAMPING = 0.01  # of the moments' mean diagonal, added to it; the paper's
+EXPERTS_BYTES = 2**28  # of the moments of as many experts as are rounded at one time; it takes some six times that
 
 
 def round_against(
@@ -33,6 +35,38 @@ def round_against(
     """
     tensor = _rounded(weight, moments, config.format, group_size(config), config.symmetric)
     return double_quantize(tensor) if has_small_scales(config) else tensor
+
+
+def round_experts(
+    weight: Float[Array, "experts in out"], moments: Moments, same_inputs: bool, config: QuantizeConfig
+) -> QuantizedTensor:
+    """Quantize the matrices of experts, each against its own inputs; one that had none is rounded plainly.
+
+    Args:
+      weight: the matrices, (experts, in, out).
+      moments: of each expert's inputs.
+      same_inputs: whether all experts read the same hidden states, see `moments.steadied`.
+      config: as for `round_against`.
+    """
+    tensor = _experts_rounded(weight, moments, same_inputs, config.format, group_size(config), config.symmetric)
+    return double_quantize(tensor) if has_small_scales(config) else tensor
+
+
+@functools.partial(jax.jit, static_argnames=("same_inputs", "format", "group", "symmetric"))
+def _experts_rounded(
+    weight: Array, moments: Moments, same_inputs: bool, format: str, group: int, symmetric: bool
+) -> QuantizedTensor:
+    all_rows = of_all_rows(moments) if same_inputs else None
+
+    def one(expert: tuple[Array, Moments]) -> QuantizedTensor:
+        matrix, own = expert
+        return _rounded(matrix, steadied(own.sums, own.rows, all_rows), format, group, symmetric)
+
+    count, width = weight.shape[:2]
+    most = max(1, EXPERTS_BYTES // (4 * width * width))
+    # A divisor, because the rest that `map` would cut off is a copy.
+    at_once = next(number for number in range(min(most, count), 0, -1) if count % number == 0)
+    return jax.lax.map(one, (weight, moments), batch_size=at_once)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "group", "symmetric"))

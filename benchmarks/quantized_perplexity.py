@@ -13,7 +13,7 @@ Both files' weights are four-bit already (GGUF Q4_1 and Q4_K_M): the rows below 
 rounding, on another grid, adds. Against a model's original weights the losses of the four-bit formats are smaller than
 they look here. `--rotate` (of a Llama) measures a first rounding: the hidden states are turned by a random orthogonal
 matrix, which every matrix of the model takes in (QuaRot, arXiv:2404.00456, section 3.2). The logits stay what they are,
-and no weight is on the file's grid any more.
+and no weight is on the file's grid any more. `--rotate DIR` keeps that model, to train it.
 """
 
 from __future__ import annotations
@@ -230,7 +230,13 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="windows at a time")
     parser.add_argument("--calibration", type=int, default=64, help="windows of further text to calibrate on")
     parser.add_argument("--only", default="", help="the rows whose name matches this regular expression")
-    parser.add_argument("--rotate", action="store_true", help="of a Llama: leave the file's grid, as said above")
+    parser.add_argument(
+        "--rotate",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="of a Llama: leave the file's grid, as said above; kept in DIR",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args()
 
@@ -245,8 +251,9 @@ def main() -> int:
     more = options.characters + 8 * options.window * options.calibration
     text, rest = brown_text(brown, options.characters), brown_text(brown, more)[options.characters :]
     source = open_source(model)
-    if options.rotate:
-        source = rotated(source, tempfile.mkdtemp(prefix="rotated-"))
+    if options.rotate is not None:
+        os.makedirs(options.rotate or ".", exist_ok=True)
+        source = rotated(source, options.rotate or tempfile.mkdtemp(prefix="rotated-"))
     ids, targets = encode(source, text, options.window)
     calibration = tuple(part[: options.calibration] for part in encode(source, rest, options.window))
     size = len(text.encode())
@@ -257,7 +264,7 @@ def main() -> int:
     for name, variant in chosen.items():
         begun = time.monotonic()
         found = measure(source, ids, targets, variant, options.batch, calibration)
-        if variant == VARIANTS["file's own, as float32"] and model.endswith(".gguf") and not options.rotate:
+        if variant == VARIANTS["file's own, as float32"] and model.endswith(".gguf") and options.rotate is None:
             found["bytes"], found["bits"] = file_bits(model)
         mean = found["loss"] / found["tokens"]
         rows.append(

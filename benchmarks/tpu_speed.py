@@ -2,6 +2,7 @@
 
     python benchmarks/tpu_speed.py                               # whole steps: minutes each on two cores
     python benchmarks/tpu_speed.py --step 7b 7b-dots --keep DIR  # some; programs and bundles stay in DIR
+    python benchmarks/tpu_speed.py --step tunix-int4-block --python TUNIX/bin/python  # a peer's: see tunix_step.py
     python benchmarks/tpu_speed.py --kernel                      # the table of LLaMA-7B's and Llama-3-8B's products
     python benchmarks/tpu_speed.py --kernel --shape 4096x11008 --format nf4 --tokens 2048
 
@@ -21,6 +22,7 @@ import itertools
 import os
 import pathlib
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -32,7 +34,7 @@ from absent_devices import devices_of, find_device  # first: it sets what jax re
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from tpu_steps import JOBS, figures, kinds
+from tpu_steps import JOBS, PEERS, figures, kinds
 
 from tpu_tune.kernels.quantized_matmul import MatmulPlan, for_device
 from tpu_tune.planning.bundles import Core, core_of, dump_flags, dumped, run_bundles
@@ -99,15 +101,17 @@ def kernels(device: str, cases: Iterable[tuple[str, str, int]], dump: str) -> No
             print(f"| {device} | {format} | {shape} | {tokens:,} | {direction} | {found} |", flush=True)
 
 
-def steps(names: Iterable[str], keep: pathlib.Path | None) -> None:
+def steps(names: Iterable[str], keep: pathlib.Path | None, python: str) -> None:
     """Print the table of training steps."""
-    print("| step | device | ms | tokens/s a device | MFU | peak GB | where the time goes, ms |")
-    print("|---|---|---|---|---|---|---|")
+    print("| step | device | ms | without bundles | tokens/s a device | MFU | peak GB | where the time goes, ms |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in names:
         with tempfile.TemporaryDirectory(prefix="tpu_speed_") as directory:
-            found = figures(name, keep or pathlib.Path(directory))
-        full, count = found["full"], find_device(found["device"]).count
-        rates = f"{1e3 * full['seconds']:,.0f} | {full['tokens_per_second'] / count:,.0f} | {full['mfu']:.1%}"
+            found = figures(name, keep or pathlib.Path(directory), python)
+        full, plan, count = found["full"], found["plan"], find_device(found["device"]).count
+        by_bundles = "" if full["how"] == plan["how"] else f"{1e3 * full['seconds']:,.0f}"  # none were dumped
+        times = f"{by_bundles} | {1e3 * plan['seconds']:,.0f}"
+        rates = f"{times} | {full['tokens_per_second'] / count:,.0f} | {full['mfu']:.1%}"
         print(f"| {name} | {found['device']} | {rates} | {found['peak'] / 1e9:.2f} | {kinds(full)} |", flush=True)
 
 
@@ -115,7 +119,10 @@ def main() -> None:
     """Print what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", action="store_true", help="single products (seconds each)")
-    parser.add_argument("--step", nargs="+", choices=list(JOBS), default=list(JOBS), help="which steps")
+    parser.add_argument("--step", nargs="+", choices=[*JOBS, *PEERS], default=list(JOBS), help="which steps")
+    parser.add_argument(
+        "--python", default=sys.executable, help="the interpreter that has Tunix and qwix, for its steps"
+    )
     parser.add_argument("--keep", type=pathlib.Path, help="a directory for the steps' programs and bundles")
     parser.add_argument("--device", default="v5e-1", help="a TPU of `tpu-tune plan --device list`")
     parser.add_argument("--format", default="nf4", help="formats, with commas")
@@ -129,7 +136,7 @@ def main() -> None:
             os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_flags(dump)}"
             kernels(options.device, itertools.product(formats, shapes, map(int, tokens)), dump)
     else:
-        steps(options.step, options.keep)
+        steps(options.step, options.keep, options.python)
     print(f"\n{time.time() - start:.0f} s; by the compiler, nothing was run on a device.")
 
 

@@ -38,14 +38,32 @@ JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> device, config, 
     "7b-lora-v5e-8": ("v5e-8", LORA, {**_ONE_ROW, "model.path": "llama-7b"}),
     "70b-v5e-16": ("v5e-16", QLORA, {**_ONE_ROW, "model.path": "llama-2-70b"}),
 }
+_LAYERS = 32  # of LLaMA-7B
+# name -> the job that does the same work, what `tunix_step.py` takes. Its layers are a loop of Python's, so the bundles
+# of all 32 would be hours of compiling: they are dumped of two layers, to see how far the figure without them is off.
+PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"tunix-{format}-{remat}{suffix}": ("7b-no-dropout", {"format": format, "remat": remat.upper(), **how})
+    for format in ("int4", "nf4")
+    for remat in ("none", "block", "decoder")
+    for suffix, how in {
+        "": {"layers": _LAYERS, "donate": False},
+        "-donated": {"layers": _LAYERS, "donate": True},
+        "-2-layers": {"layers": 2, "donate": False},
+    }.items()
+}
 
 
-def figures(name: str, keep: pathlib.Path) -> dict[str, Any]:
+def figures(name: str, keep: pathlib.Path, python: str = sys.executable) -> dict[str, Any]:
     """Return a job's figures; it is compiled where `keep` does not hold its program and bundles yet.
+
+    Args:
+      name: of a job, or of a peer's.
+      keep: a directory for programs and bundles.
+      python: the interpreter that has a peer's packages.
 
     Returns:
       `name`, `device` and `compiler` (names), `peak` (bytes a device), and `plan` and `full`: `rates` of a step's time
-      without the kernels' bundles and with them.
+      without the kernels' bundles and with them (the same where none were dumped).
 
     Raises:
       SystemExit: it cannot be compiled.
@@ -55,9 +73,11 @@ def figures(name: str, keep: pathlib.Path) -> dict[str, Any]:
 
     place = keep / name
     if not (place / "compiled.json").exists():
-        _compile_in_a_process(name, place)
-    found, device = json.loads((place / "compiled.json").read_text()), find_device(JOBS[name][0])
-    program, tokens, flops = (place / "program.txt").read_text(), found.pop("tokens"), found.pop("flops")
+        _compile_in_a_process(name, place, python)
+    same = PEERS[name][0] if name in PEERS else name
+    found, device = json.loads((place / "compiled.json").read_text()), find_device(JOBS[same][0])
+    program, tokens, adapters = (place / "program.txt").read_text(), found.pop("tokens"), found.pop("adapters", 0)
+    flops = found.pop("flops") if "flops" in found else _flops(name, tokens, adapters)
     for key, dump in (("plan", ""), ("full", str(place))):
         found[key] = step_time.rates(step_time.of_program(program, device, dump), tokens, flops, device)
     return {"name": name, "device": device.name, **found}
@@ -68,24 +88,50 @@ def kinds(time: dict[str, Any]) -> str:
     return ", ".join(f"{kind} {1e3 * seconds:,.0f}" for kind, seconds in time["kinds"].items())
 
 
-def _compile_in_a_process(name: str, place: pathlib.Path) -> None:
+def _compile_in_a_process(name: str, place: pathlib.Path, python: str) -> None:
     from tpu_tune.planning.bundles import dump_flags
     from tpu_tune.planning.compile_process import environment
 
     place.mkdir(parents=True, exist_ok=True)
     flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump_flags(place)}".strip()
     command = [sys.executable, __file__, name, str(place)]
+    if name in PEERS:
+        if PEERS[name][1]["layers"] == _LAYERS:
+            flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+        command = [python, str(PROJECT / "benchmarks" / "tunix_step.py"), json.dumps(PEERS[name][1]), str(place)]
     variables = {**environment("tpu"), "LIBTPU_INIT_ARGS": flags}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
 
 
+def _config(name: str) -> Any:
+    """Return a job's whole configuration."""
+    from tpu_tune import config as configuration
+
+    _, file, overrides = JOBS[name]
+    config = configuration.from_file(str(PROJECT / file))
+    for key, value in overrides.items():
+        configuration.assign(config, key, value)
+    return configuration.check(config)
+
+
+def _flops(name: str, tokens: int, adapters: int) -> float:
+    """Return the model's FLOPs of one row of a peer's: those of the job that does the same work."""
+    from tpu_tune.models import architecture
+    from tpu_tune.planning.flops import step_work
+    from tpu_tune.planning.model_config import model_config
+
+    same, given = PEERS[name]
+    config = _config(same)
+    sizes = {**model_config(config), "num_hidden_layers": given["layers"]}
+    return step_work(architecture(sizes), config, 1, tokens, 0, adapters).model
+
+
 def _compile(name: str, place: pathlib.Path) -> None:
     """Compile a job's step in this process; write its program, and what else `figures` needs, beside its bundles."""
     import jax
 
-    from tpu_tune import config as configuration
     from tpu_tune.planning import compile_step
     from tpu_tune.planning.devices import find_device
     from tpu_tune.planning.flops import step_work
@@ -95,11 +141,7 @@ def _compile(name: str, place: pathlib.Path) -> None:
     from tpu_tune.training.prepare_steps import prepare_steps
     from tpu_tune.transforms import sharding
 
-    device_name, file, overrides = JOBS[name]
-    device, config = find_device(device_name), configuration.from_file(str(PROJECT / file))
-    for key, value in overrides.items():
-        configuration.assign(config, key, value)
-    config = configuration.check(config)
+    device, config = find_device(JOBS[name][0]), _config(name)
     jax.config.update("jax_num_cpu_devices", device.count)
     job = {"topology": device.topology, "count": device.count, "compile": True}
     devices, compiler, why = compile_step.find_devices(job)

@@ -20,6 +20,7 @@ from tpu_tune.kernels.blockwise import blockwise
 from tpu_tune.kernels.layout import TokenLayout
 from tpu_tune.kernels.sequence import ring
 from tpu_tune.kernels.splash import fits, splash
+from tpu_tune.kernels.strips import strips
 from tpu_tune.models.scan import REMAT_POLICIES
 from tpu_tune.transforms.sharding import make_mesh
 
@@ -76,6 +77,18 @@ def test_pallas_equals_reference_with_gradients(length, heads, groups, size, hop
     kernel = functools.partial(gpu.pallas, segments=where.query_segments, scale=SCALE, hopper=hopper, interpret=True)
     found = results(kernel, states, weights)
     assert_near(found, results(lambda *qkv: reference(*qkv, where, None, SCALE), states, weights))
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "cap", "groups", "size"),
+    [(200, None, None, 2, 64), (200, 70, 2.0, 4, 64), (300, 1, None, 1, 128), (100, None, 1.5, 2, 256)],
+)
+def test_strips_equal_reference_with_gradients(length, window, cap, groups, size):
+    """Documents that end inside a strip, a last strip of fewer tokens, windows over two strips, a row that is one."""
+    states, weights = inputs(length, 4, groups, 16)
+    where = layout(length, (length // 3, length - 20))
+    found = results(lambda *qkv: strips(*qkv, where, window, SCALE, cap, size=size), states, weights)
+    assert_near(found, results(lambda *qkv: reference(*qkv, where, window, SCALE, cap), states, weights))
 
 
 @pytest.mark.parametrize(("window", "groups"), [(None, 2), (7, 1), (1, 4)])
@@ -151,17 +164,23 @@ def test_splash_takes_rows_that_are_cut_over_devices(mesh, window, cap):
     assert fits(length, mesh_of(mesh)) and not fits(length - 128, mesh_of(mesh)) and fits(length - 56, None)
 
 
-def test_dots_keeps_what_splash_gives_for_the_backward_pass(capsys):
+@pytest.mark.parametrize("name", ["splash", "strips"])
+def test_dots_keeps_what_attention_gives_for_the_backward_pass(name, capsys):
     states, _ = inputs(128, 4, 2, 64)
-    segments = layout(128, (100,)).query_segments
+    where = layout(128, (100,))
 
     def kept(remat: str) -> str:
-        attend = functools.partial(splash, interpret=True)
-        layer = jax.checkpoint(lambda *qkv: attend(*qkv, segments, None, SCALE, None), policy=REMAT_POLICIES[remat])
+        attend = {
+            "splash": lambda *qkv: splash(*qkv, where.query_segments, None, SCALE, None, interpret=True),
+            "strips": lambda *qkv: strips(*qkv, where, None, SCALE),
+        }[name]
+        layer = jax.checkpoint(attend, policy=REMAT_POLICIES[remat])
         jax.ad_checkpoint.print_saved_residuals(layer, *states)
         return capsys.readouterr().out
 
-    for array in ("f32[2,4,128,64] output", "f32[2,4,128] output"):  # the result, and the scores' log-sum-exp
+    arrays = {"splash": ("f32[2,4,128,64]", "f32[2,4,128]"), "strips": ("f32[2,128,2,2,64]", "f32[2,2,2,128]")}[name]
+    for array in arrays:  # the result, and the scores' log-sum-exp
+        array += " output" if name == "splash" else " named 'attention'"
         assert array in kept("dots") and array not in kept("full")
 
 
@@ -189,6 +208,7 @@ def sunk(name: str, where: TokenLayout, window: int | None) -> Any:
     return {
         "reference": lambda q, k, v, sinks: reference(q, k, v, where, window, SCALE, sinks=sinks),
         "blockwise": lambda q, k, v, sinks: blockwise(q, k, v, where, window, SCALE, 16, sinks=sinks),
+        "strips": lambda q, k, v, sinks: strips(q, k, v, where, window, SCALE, sinks=sinks, size=16),
         "with a bias": lambda q, k, v, sinks: choosing.rematerialised(
             q, k, v, where, window, SCALE, lambda *index: jnp.zeros((2, 4, 16, 48)), block=16, sinks=sinks
         ),
@@ -208,6 +228,7 @@ def sunk(name: str, where: TokenLayout, window: int | None) -> Any:
         ("reference", 48, 9),
         ("blockwise", 48, 9),
         ("blockwise", 48, None),
+        ("strips", 48, 9),
         ("with a bias", 48, 9),
         ("ring", 48, None),
         ("ring", 48, 9),
@@ -250,14 +271,14 @@ def test_each_device_gets_the_attention_that_it_has():
             assert for_device("auto", card, dtype) == kernel
             assert for_device("auto", card, dtype, packed=False) == "cudnn"
             assert for_device("pallas", card, dtype, packed=False) == kernel
-        assert for_device("auto", card, jnp.float32, packed=False) == "auto"
+        assert for_device("auto", card, jnp.float32, packed=False) == "strips"
         with pytest.raises(UserError, match="model.attention=cudnn takes no packed rows; set data.packing=false"):
             for_device("cudnn", card)
         for name in ("cudnn", "pallas"):
             with pytest.raises(UserError, match=f"model.attention={name} takes bfloat16 or float16, .* is float32"):
                 for_device(name, card, jnp.float32, packed=False)
     for other in (V2, V3, T4, AMD, CPU):
-        assert for_device("auto", other, packed=False) == "auto"
+        assert for_device("auto", other, packed=False) == ("strips" if other is T4 else "auto")
         for name in ("cudnn", "pallas"):
             with pytest.raises(
                 UserError, match=f"model.attention={name} needs an NVIDIA GPU of compute capability 8.0"
@@ -275,6 +296,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
         (choosing.gpu, "cudnn"),
         (choosing.gpu, "pallas"),
         (choosing.tpu, "splash"),
+        (choosing.strips, "strips"),
         (choosing, "ring"),
         (choosing, "blockwise"),
         (choosing, "reference"),
@@ -308,6 +330,15 @@ def test_a_kernel_runs_where_it_can_and_else_the_next_best(ran):
         assert ran(name, causal=False, packed=False) == "blockwise"
         assert ran(name, bias=lambda *index: 0.0) == "rematerialised"
     assert ran("reference", packed=False) == "reference"
+
+
+def test_strips_are_for_rows_of_middle_length_seen_from_their_beginning(ran):
+    for facts in ({}, {"cap": 5.0}, {"window": 20, "dtype": jnp.float32}, {"sinks": jnp.zeros(2)}, {"length": 2048}):
+        assert ran("strips", **facts) == "strips"
+    assert ran("strips", length=512) == "reference" and ran("strips", length=4096) == "blockwise"
+    assert ran("strips", keys=2048) == ran("strips", causal=False) == "blockwise"
+    assert ran("strips", bias=lambda *index: 0.0) == "rematerialised"
+    assert ran("strips", mesh=mesh_of("all three")) == "ring"
 
 
 def test_rows_cut_over_devices_go_round_the_ring(ran):

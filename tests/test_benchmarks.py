@@ -184,3 +184,10 @@ def test_a_kaggle_notebook_tells_its_row_of_the_memory_table(memory, kind):
     assert f'DEVICE = device or "{job.device}"' in settings and f"TOKENS = {length} if device" in settings
     assert f'DTYPE = "{dtype}" if device' in settings and f'"{job.model}"' in settings
     assert f"ROWS = {job.overrides['train.per_device_train_batch_size']}  #" in settings
+
+
+def test_a_peer_that_is_not_installed_is_one_line_that_says_what_to_install():
+    command = [sys.executable, "-S", str(BENCHMARKS / "tunix_step.py"), "{}", "nowhere"]  # -S: no packages
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "has no jax: pip install google-tunix qwix" in done.stderr and "--python PATH" in done.stderr

@@ -1,8 +1,9 @@
 """Attention with grouped heads, segments and sliding windows: which implementation runs, and the plain one.
 
 `reference` holds all scores at once. `blockwise.py` holds those of two blocks, on any device; `splash.py` is the kernel
-for newer TPUs, `gpu.py` has those for newer GPUs. `sequence.py` is blockwise attention over rows that are cut over
-devices. Scores with a learned bias go through `rematerialised`, which lets JAX derive the bias's gradient.
+for newer TPUs, `gpu.py` has those for newer GPUs, and `strips.py` is faster than blocks on the other GPUs.
+`sequence.py` is blockwise attention over rows that are cut over devices. Scores with a learned bias go through
+`rematerialised`, which lets JAX derive the bias's gradient.
 
 A sink is one more logit of each head in the softmax, whose weight goes to no value (gpt-oss). Kernels that do not know
 it give the scores' log-sum-exp, from which `with_sinks` corrects their result; the GPU's give none that has a gradient,
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from tpu_tune.errors import UserError
-from tpu_tune.kernels import gpu
+from tpu_tune.kernels import gpu, strips
 from tpu_tune.kernels import splash as tpu
 from tpu_tune.kernels.blockwise import BLOCK, blockwise
 from tpu_tune.kernels.layout import Bias, TokenLayout, soft_cap
@@ -30,7 +31,8 @@ from tpu_tune.kernels.sequence import ring
 
 IMPLEMENTATIONS = ("auto", "reference", "blockwise", "splash", "cudnn", "pallas")
 _HOPPER = "pallas_hopper"  # pallas, with blocks for compute capability 9.0: `for_device` says it, no user
-_KERNELS = ("splash", "cudnn", "pallas", _HOPPER)  # the devices' own; what they cannot do goes to auto
+_STRIPS = "strips"  # likewise: what auto is on a GPU that has no kernel, or none for the dtype
+_KERNELS = ("splash", "cudnn", "pallas", _HOPPER, _STRIPS)  # the devices' own; what they cannot do goes to auto
 _OLDEST_GPU = (8, 0)  # compute capability of Ampere; older cards have neither cuDNN's kernel nor bfloat16
 
 
@@ -68,7 +70,7 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window = None if window is not None and window >= k.shape[1] else window
-    if implementation not in (*IMPLEMENTATIONS, _HOPPER):
+    if implementation not in (*IMPLEMENTATIONS, _HOPPER, _STRIPS):
         raise UserError(f"model.attention is '{implementation}'; it must be one of {', '.join(IMPLEMENTATIONS)}")
     row = bias is None and q.shape[1] == k.shape[1]  # queries and keys are the same tokens
     pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
@@ -104,7 +106,12 @@ def _kernel(
         return (
             tpu.splash(q, k, v, segments, window, scale, cap, mesh, sinks=sinks) if tpu.fits(q.shape[1], mesh) else None
         )
-    if cap is not None or sinks is not None or (mesh is not None and mesh.shape[SEQUENCE] > 1):
+    if mesh is not None and mesh.shape[SEQUENCE] > 1:
+        return None
+    if implementation == _STRIPS:
+        in_strips = strips.fits(q.shape[1]) and chosen("auto", q.shape[1], k.shape[1]) == "blockwise"
+        return strips.strips(q, k, v, layout, window, scale, cap, sinks) if in_strips else None
+    if cap is not None or sinks is not None:
         return None
     if implementation == "cudnn" and not layout.packed and gpu.cudnn_takes(q):
         return gpu.cudnn(q, k, v, window, scale, mesh)
@@ -133,6 +140,8 @@ def for_device(implementation: str, device: Any, dtype: Any = jnp.bfloat16, pack
         if has_splash:
             return "splash"
         implementation = ("pallas" if packed else "cudnn") if new_gpu and half else "auto"
+        if implementation == "auto" and _capability(device) > (0, 0):
+            return _STRIPS
     setting = f"model.attention={implementation}"
     if implementation == "splash" and not has_splash:
         raise UserError(f"{setting} needs a TPU v4 or later, and this is {kind}; leave it at auto")

@@ -83,6 +83,14 @@ def _let_go() -> None:
         pass
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _jax_has_begun() -> None:
+    """Start JAX, so that no test is the first to: `plan` counts bytes on as many devices as its job has, until then."""
+    import jax
+
+    jax.devices()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _bounded_memory() -> Iterator[None]:
     """Let go of compiled functions after a file whose end finds many of them: else a worker grows to 7 GB."""

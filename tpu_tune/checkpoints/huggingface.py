@@ -22,7 +22,7 @@ from tpu_tune.checkpoints.params import with_stored_head
 from tpu_tune.checkpoints.prequantized import as_unquantized
 from tpu_tune.checkpoints.stacked_experts import with_experts_apart
 from tpu_tune.checkpoints.stored_tensor import StoredTensor, read_tensor
-from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
+from tpu_tune.checkpoints.tokenizer_errors import by_transformers, check_tokenizer, tokenizer_errors
 from tpu_tune.checkpoints.torch_file import read_torch_header
 from tpu_tune.checkpoints.weight_source import WeightSource
 from tpu_tune.errors import UserError
@@ -73,10 +73,8 @@ def load_tokenizer(directory: str) -> Any:
     Raises:
       UserError: there is none, or transformers cannot read it.
     """
-    from transformers import AutoTokenizer
-
     with tokenizer_errors(f"{directory}: no usable tokenizer (tokenizer.json and the like) in it"):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = by_transformers(directory, local_files_only=True)
     return check_tokenizer(directory, tokenizer)
 
 

@@ -1,8 +1,9 @@
-"""Whatever a damaged tokenizer file makes transformers and tokenizers raise becomes one line."""
+"""A tokenizer by transformers; whatever a damaged file makes it and tokenizers raise becomes one line."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,25 @@ def tokenizer_errors(what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{what}: {reason}") from error
+
+
+def by_transformers(path: str, **keys: Any) -> Any:
+    """Return transformers' tokenizer of a directory or a hub id, without its warnings about the model's config.json.
+
+    It reads that to find the tokenizer's class; whether the two fit together is for whoever uses both to say.
+    """
+    from transformers import AutoTokenizer
+
+    said = logging.getLogger("transformers.configuration_utils")
+    said.addFilter(_at_fault)
+    try:
+        return AutoTokenizer.from_pretrained(path, **keys)
+    finally:
+        said.removeFilter(_at_fault)
+
+
+def _at_fault(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def check_tokenizer(path: str, tokenizer: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tpu_tune.checkpoints.gguf_file import open_gguf_file
 from tpu_tune.checkpoints.gguf_tokenizer import build_tokenizer
 from tpu_tune.checkpoints.huggingface import load_tokenizer
-from tpu_tune.checkpoints.tokenizer_errors import check_tokenizer, tokenizer_errors
+from tpu_tune.checkpoints.tokenizer_errors import by_transformers, check_tokenizer, tokenizer_errors
 from tpu_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,10 +43,8 @@ def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return load_tokenizer(os.path.dirname(local) or ".") if _has_config(local) else _from_file(local)
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         raise UserError(f"{path}: there is no such file or directory")
-    from transformers import AutoTokenizer
-
     with tokenizer_errors(f"{path}: not a local directory, and the Hugging Face hub did not give its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = by_transformers(path)
     return check_tokenizer(path, tokenizer)
 
 

@@ -20,7 +20,7 @@ from tpu_tune.transforms.moments import Moments, of_all_rows, steadied
 from tpu_tune.transforms.quantize import group_size, has_small_scales
 
 DAMPING = 0.01  # of the moments' mean diagonal, added to it; the paper's
-EXPERTS_BYTES = 2**28  # of the moments of as many experts as are rounded at one time; it takes some six times that
+EXPERTS_BYTES = 2**28  # of the moments of as many experts as are rounded at one time; it takes some seven times that
 
 
 def round_against(

@@ -20,7 +20,7 @@ _ONE_ROW = {
 }  # fmt: skip
 _PLAIN = {**_ONE_ROW, "lora.dropout": 0.0}
 _DOTS = {**_ONE_ROW, "model.remat": "dots"}
-_EIGHT_ROWS = {**_ONE_ROW, "train.per_device_train_batch_size": 8}
+_EIGHT_ROWS = {**_ONE_ROW, "train.per_device_train_batch_size": 8, "model.token_chunk_size": 8 * 2048}  # not cut
 QLORA, LORA, FULL = "configs/qlora.py", "configs/lora.py", "configs/full.py"
 JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> device, config, overrides
     "7b": ("v5e-1", QLORA, {**_ONE_ROW, "model.path": "llama-7b"}),

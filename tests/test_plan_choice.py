@@ -51,6 +51,9 @@ def test_the_ways_go_from_the_fastest_to_the_smallest_and_leave_alone_what_is_se
     assert keys == [("none", 0), ("dots", 0), ("full", 0), ("full", 512)]
     assert choice.ways(settings(model__remat="dots")) == [{"model.remat": "dots", "model.token_chunk_size": 0}]
     assert [way["model.token_chunk_size"] for way in choice.ways(settings(model__token_chunk_size=64))] == [64] * 3
+    full = [tuple(way.values()) for way in choice.ways(settings(model__remat="full"))]
+    assert full == [("full", 0), ("full", 512)]
+    assert len(choice.ways(settings(model__remat="full", model__token_chunk_size=512))) == 1
     many = [tuple(way.values()) for way in choice.ways(settings(data__max_length=8192))]
     assert many[2:] == [("full", 16384), ("full", 4096), ("full", 512)]  # 0 would stand for 4,096 there
 
@@ -67,6 +70,8 @@ def test_the_fastest_way_that_fits_is_taken_and_said():
     assert (least["chosen"]["model.remat"], least["chosen"]["model.token_chunk_size"]) == ("full", 512)
     assert "model.remat=dots: the fastest that fits, by an estimate of its bytes" in planning.table(tight)
     assert within(3 * GB, model__remat="none")["chosen"] is None
+    chunks = within(3 * GB, model__remat="full")["chosen"]  # of what is set, only the tokens are left open
+    assert chunks["model.token_chunk_size"] == 512 and "model.remat" not in chunks
 
 
 def test_the_compiler_has_the_last_word(monkeypatch):

@@ -56,7 +56,7 @@ class Model:
     # full keeps each layer's input, offload keeps it on the host, dots what linear layers and splash attention give,
     # none all; auto: `tpu-tune train` takes the fastest that fits the device and records it, else full.
     remat: Literal["auto", "none", "full", "dots", "offload"] = key("auto", "what the backward pass computes again")
-    # Where remat=auto chooses, 0 is as many as fit.
+    # Where remat=auto chooses, and with remat=full, 0 is as many as fit.
     token_chunk_size: int = key(0, "a device's tokens in a layer at a time; 0: all to 8,192, then 4,096", at_least=0)
     adapter: str = key("", "start from this PEFT adapter directory instead of a fresh one")
     add_special_tokens: Sequence[str] = key([], 'e.g. ["<|im_start|>"]; new rows are the mean of the old ones')

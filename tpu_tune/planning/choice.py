@@ -1,6 +1,6 @@
 """Which of the ways to run a step is taken where the configuration leaves it open: the fastest that fits.
 
-What `model.remat=auto` leaves open, with `model.token_chunk_size=0` beside it, changes no result, only time and memory.
+What `model.remat=auto` and `model.token_chunk_size=0` leave open changes no result, only time and memory.
 Each way is a set of config overrides; what a device needs for it is estimated (`scratch`), and asked of the compiler
 where there is one.
 """
@@ -24,13 +24,12 @@ _FASTEST_FIRST = ("none", "dots", REMAT)  # by what they compute again
 def ways(config: ConfigDict) -> list[dict[str, Any]]:
     """Return the ways to run a step, as overrides of `KEYS`, from the fastest and largest to the slowest and smallest.
 
-    Without `model.remat=auto` the configuration is the only one, and what it sets of the tokens stays as it is.
+    What the configuration sets stays as it is; with both keys set it is the only one. Tokens are left open by 0 where
+    all of a layer is computed again: with less there is nothing to win by cutting them.
     """
-    if config.model.remat != "auto":
-        return [{key: configuration.config_get(config, key) for key in KEYS}]
     tokens = config.train.per_device_train_batch_size * config.data.max_length
     found = []
-    for kept in _FASTEST_FIRST:
+    for kept in _FASTEST_FIRST if config.model.remat == "auto" else (config.model.remat,):
         chunks = [config.model.token_chunk_size]
         if not chunks[0] and kept == REMAT:
             # Where there are so many that 0 stands for chunks, the number of all of them says that they are not cut.

@@ -37,11 +37,17 @@ LINK = {  # bytes a second of one link in one direction, as published less a ten
     "TPU v2": 56e9, "TPU v3": 74e9, "TPU v4": 45e9, "TPU v5 lite": 45e9, "TPU v5": 90e9, "TPU v6 lite": 90e9,
     "TPU7x": 90e9,
 }  # fmt: skip
-# Shares of the MXU's peak that Pallas kernels reach where their bundles were not dumped, from bundles on a v5e: of the
-# quantized product by tokens at a time, and apart on v2 and v3; of splash attention's causal work on whole columns.
-PRODUCT_SHARE = {2048: 0.89, 512: 0.85}
-PRODUCT_SHARE_V3 = 0.33
+# Shares of the MXU's peak that Pallas kernels reach where their bundles were not dumped, from the bundles of others: of
+# the quantized product by tokens at a time, and of splash attention's causal work on whole columns.
+PRODUCT_SHARE = {2048: 0.89, 512: 0.85}  # a v5e's and a v5p's
 ATTENTION_SHARE = {"forward": 0.42, "backward": 0.56}
+_OLD = {2048: 0.33, 512: 0.33}
+_WIDE = {2048: 0.78, 512: 0.35}  # four times the matrix units beside the same vector unit, which decodes
+_PRODUCT_SHARES = {
+    "TPU v2": _OLD, "TPU v3": _OLD, "TPU v4": {2048: 0.75, 512: 0.46}, "TPU v6 lite": _WIDE, "TPU7x": _WIDE,
+}  # fmt: skip
+_WIDE_ATTENTION = {"forward": 0.14, "backward": 0.2}
+_ATTENTION_SHARES = {"TPU v6 lite": _WIDE_ATTENTION, "TPU7x": _WIDE_ATTENTION}
 # Columns of a matrix unit: narrower products take as long, and estimated_cycles says up to three times that.
 _NARROW = 128
 _KEYS = 512  # of a block of attention's kernels
@@ -145,7 +151,8 @@ class _Pricing:
         """Return the price of a Pallas kernel by its work at a share of the peak, which its memory is hidden behind."""
         self.by_share = True
         attention = kind == "attention"
-        work, part = _attention_work(one) if attention else _product_work(one, around, self.device.device_kind)
+        device = self.device.device_kind
+        work, part = _attention_work(one, device) if attention else _product_work(one, around, device)
         seconds = max(work / (self.device.flops * part), sum(s.moved for s in one.shapes) / self.bandwidth)
         return Price(seconds, kind, "share")
 
@@ -199,13 +206,11 @@ def _product_work(one: Operation, around: Computation, device_kind: str) -> tupl
     left, result = max(floats, key=lambda side: side.size, default=one.shapes[0]), one.shapes[0]
     tokens = result.size // max(result.dims[-1], 1)
     work = 2.0 * result.size * (left.dims[-1] if left.dims else 1)
-    if device_kind in ("TPU v2", "TPU v3"):
-        return work, PRODUCT_SHARE_V3
-    near = min(PRODUCT_SHARE, key=lambda size: abs(math.log(size / max(tokens, 1))))
-    return work, PRODUCT_SHARE[near]
+    shares = _PRODUCT_SHARES.get(device_kind, PRODUCT_SHARE)
+    return work, shares[min(shares, key=lambda size: abs(math.log(size / max(tokens, 1))))]
 
 
-def _attention_work(one: Operation) -> tuple[float, float]:
+def _attention_work(one: Operation, device_kind: str) -> tuple[float, float]:
     """Return the causal operations of a splash attention kernel on (rows, heads, tokens, width), and its share."""
     sizes = max((shape.dims for shape in one.shapes), key=math.prod, default=(1, 1, 1))
     width, tokens = sizes[-1], sizes[-2] if len(sizes) > 1 else 1
@@ -214,7 +219,7 @@ def _attention_work(one: Operation) -> tuple[float, float]:
     if _gives_all(one):  # the queries' gradient once for each block of keys
         products, heads = 5, heads // _key_blocks(one, tokens)
     work = products * 2.0 * heads * max(width, _NARROW) * tokens * (tokens + 1) / 2
-    return work, ATTENTION_SHARE["forward" if forward else "backward"]
+    return work, _ATTENTION_SHARES.get(device_kind, ATTENTION_SHARE)["forward" if forward else "backward"]
 
 
 def _gives_all(one: Operation) -> bool:

@@ -1,9 +1,9 @@
 """Attention with grouped heads, segments and sliding windows: which implementation runs, and the plain one.
 
 `reference` holds all scores at once. `blockwise.py` holds those of two blocks, on any device; `splash.py` is the kernel
-for newer TPUs, `gpu.py` has those for newer GPUs, and `strips.py` is faster than blocks on the other GPUs.
-`sequence.py` is blockwise attention over rows that are cut over devices. Scores with a learned bias go through
-`rematerialised`, which lets JAX derive the bias's gradient.
+for newer TPUs, `gpu.py` has those for newer GPUs, and `strips.py` is faster than blocks on the other GPUs and for what
+those kernels cannot do. `sequence.py` is blockwise attention over rows that are cut over devices. Scores with a learned
+bias go through `rematerialised`, which lets JAX derive the bias's gradient.
 
 A sink is one more logit of each head in the softmax, whose weight goes to no value (gpt-oss). Kernels that do not know
 it give the scores' log-sum-exp, from which `with_sinks` corrects their result; the GPU's give none that has a gradient,
@@ -31,7 +31,7 @@ from tpu_tune.kernels.sequence import ring
 
 IMPLEMENTATIONS = ("auto", "reference", "blockwise", "splash", "cudnn", "pallas")
 _HOPPER = "pallas_hopper"  # pallas, with blocks for compute capability 9.0: `for_device` says it, no user
-_STRIPS = "strips"  # likewise: what auto is on a GPU that has no kernel, or none for the dtype
+_STRIPS = "strips"  # likewise: where a GPU has no kernel; what its kernels cannot do goes there too
 _KERNELS = ("splash", "cudnn", "pallas", _HOPPER, _STRIPS)  # the devices' own; what they cannot do goes to auto
 _OLDEST_GPU = (8, 0)  # compute capability of Ampere; older cards have neither cuDNN's kernel nor bfloat16
 
@@ -108,16 +108,13 @@ def _kernel(
         )
     if mesh is not None and mesh.shape[SEQUENCE] > 1:
         return None
-    if implementation == _STRIPS:
-        in_strips = strips.fits(q.shape[1]) and chosen("auto", q.shape[1], k.shape[1]) == "blockwise"
-        return strips.strips(q, k, v, layout, window, scale, cap, sinks) if in_strips else None
-    if cap is not None or sinks is not None:
-        return None
-    if implementation == "cudnn" and not layout.packed and gpu.cudnn_takes(q):
+    plain = cap is None and sinks is None
+    if plain and implementation == "cudnn" and not layout.packed and gpu.cudnn_takes(q):
         return gpu.cudnn(q, k, v, window, scale, mesh)
-    if window is None and gpu.pallas_takes(q):
+    if plain and implementation in ("cudnn", "pallas", _HOPPER) and window is None and gpu.pallas_takes(q):
         return gpu.pallas(q, k, v, segments, scale, mesh, implementation == _HOPPER)
-    return None
+    in_strips = strips.fits(q.shape[1]) and chosen("auto", q.shape[1], k.shape[1]) == "blockwise"
+    return strips.strips(q, k, v, layout, window, scale, cap, sinks) if in_strips else None
 
 
 def for_device(implementation: str, device: Any, dtype: Any = jnp.bfloat16, packed: bool = True) -> str:

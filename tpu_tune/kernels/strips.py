@@ -1,4 +1,4 @@
-"""Causal self-attention of short rows in plain JAX, written out strip by strip: for GPUs that no kernel is for.
+"""Causal self-attention of short rows in plain JAX, written out strip by strip: for what no kernel of a GPU can do.
 
 A strip is some queries with all keys that they see (the backward pass: some keys with all queries that see them). Its
 softmax is complete, so that no result is carried from block to block in float32, rescaled and added to, as `blockwise`

@@ -4,7 +4,7 @@ Tunix and qwix live in an environment of their own, with the jax and libtpu of t
 
     python -m venv tunix-env
     tunix-env/bin/pip install google-tunix==0.1.7 qwix==0.1.8 "jax[tpu]==0.10.2" libtpu==0.0.42.1
-    python benchmarks/tpu_speed.py --python tunix-env/bin/python --step tunix-int4-block tunix-nf4-block
+    python benchmarks/tpu_speed.py --python tunix-env/bin/python --step tunix-int4-block tunix-int4-decoder
 
 The second line runs this file with that interpreter; nothing of tpu_tune is imported here. The step is Tunix's own:
 `PeftTrainer`'s train step and default loss, jitted as the trainer does (it donates the optimizer's state and not the

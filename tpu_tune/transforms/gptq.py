@@ -66,7 +66,8 @@ def _experts_rounded(
     most = max(1, EXPERTS_BYTES // (4 * width * width))
     # A divisor, because the rest that `map` would cut off is a copy.
     at_once = next(number for number in range(min(most, count), 0, -1) if count % number == 0)
-    return jax.lax.map(one, (weight, moments), batch_size=at_once)
+    # A batch of one would still copy all moments.
+    return jax.lax.map(one, (weight, moments), batch_size=at_once if at_once > 1 else None)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "group", "symmetric"))

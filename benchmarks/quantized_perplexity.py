@@ -252,8 +252,9 @@ def main() -> int:
     text, rest = brown_text(brown, options.characters), brown_text(brown, more)[options.characters :]
     source = open_source(model)
     if options.rotate is not None:
-        os.makedirs(options.rotate or ".", exist_ok=True)
-        source = rotated(source, options.rotate or tempfile.mkdtemp(prefix="rotated-"))
+        folder = options.rotate or tempfile.mkdtemp(prefix="rotated-")
+        os.makedirs(folder, exist_ok=True)
+        source = rotated(source, folder)
     ids, targets = encode(source, text, options.window)
     calibration = tuple(part[: options.calibration] for part in encode(source, rest, options.window))
     size = len(text.encode())

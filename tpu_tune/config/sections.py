@@ -53,7 +53,7 @@ class Model:
     attention: Attention = key("auto", "splash: TPU v4 and later; cudnn, pallas: GPUs of compute capability 8.0")
     # xla dequantizes whole matrices, pieces parts of them, pallas (TPUs) inside the matmul; auto on a v3: pieces.
     quantized_matmul: Literal["auto", "xla", "pieces", "pallas"] = key("auto", "how quantized weights are multiplied")
-    # full keeps each layer's input, offload keeps it on the host, dots what linear layers and splash attention give,
+    # full keeps each layer's input, offload keeps it on the host, dots what linear layers, splash and strips give,
     # none all; auto: `tpu-tune train` takes the fastest that fits the device and records it, else full.
     remat: Literal["auto", "none", "full", "dots", "offload"] = key("auto", "what the backward pass computes again")
     # Where remat=auto chooses, and with remat=full, 0 is as many as fit.

@@ -206,7 +206,7 @@ def delta_of(out: Array, g: Array, g_normaliser: Array) -> Array:
     It is the product of its result and the result's gradient, minus the gradient of its log-sum-exp, whose derivative
     by a score is the softmax's weight.
     """
-    return jnp.einsum("nbtkgd,nbtkgd->nbkgt", out.astype(jnp.float32), g.astype(jnp.float32)) - g_normaliser
+    return jnp.einsum("...tkgd,...tkgd->...kgt", out.astype(jnp.float32), g.astype(jnp.float32)) - g_normaliser
 
 
 def no_gradient(where: tuple[Array, ...]) -> tuple[np.ndarray, ...]:

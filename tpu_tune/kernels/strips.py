@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from tpu_tune.kernels.blockwise import no_gradient
+from tpu_tune.kernels.blockwise import delta_of, no_gradient
 from tpu_tune.kernels.layout import TokenLayout, soft_cap, with_sinks
 from tpu_tune.kernels.splash import RESULT
 
 STRIP = 256  # tokens
 LONGEST = 2048  # tokens of a row, whose strips hold twice the scores of a pair of blocks of `blockwise`
-_NEVER = -1e30  # finite: a query that sees no key must give zeros, not NaN
+_NEVER = -1e30  # of a score; every query sees itself, beside which this has no weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +119,7 @@ def _forward(facts: _Strips, q: Array, k: Array, v: Array, where: tuple[Array, A
 def _backward(facts: _Strips, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
     q, k, v, where, out, normaliser = residuals
     g, g_normaliser = gradients
-    # See `blockwise.delta_of`.
-    delta = jnp.einsum("btkgd,btkgd->bkgt", out.astype(jnp.float32), g.astype(jnp.float32)) - g_normaliser
+    delta = delta_of(out, g, g_normaliser)
     to_q: list[list[Array]] = [[] for _ in facts.starts()]  # of each strip of queries, the parts that its keys give
     to_k, to_v = [], []
     for start in facts.starts():

@@ -27,10 +27,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag in (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=200",
 ):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + flag).strip()
+# XLA sizes its pool by this, or has a thread a device. A collective holds a thread until all devices have come, and XLA
+# starts those that do not depend on one another in any order: with ring attention's permutes beside an all-to-all, each
+# of eight threads waits for one that finds no thread. It was seen on every otherwise idle machine.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")

@@ -119,7 +119,10 @@ def main() -> None:
     """Print what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", action="store_true", help="single products (seconds each)")
-    parser.add_argument("--step", nargs="+", choices=[*JOBS, *PEERS], default=list(JOBS), help="which steps")
+    parser.add_argument(
+        "--step", nargs="+", choices=[*JOBS, *PEERS], default=list(JOBS), metavar="STEP",
+        help=f"which steps: {', '.join(JOBS)} (all of these by default); of a peer's {', '.join(PEERS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--python", default=sys.executable, help="the interpreter that has Tunix and qwix, for its steps"
     )

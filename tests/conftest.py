@@ -33,7 +33,7 @@ for flag in (
         os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + flag).strip()
 # XLA sizes its pool by this, or has a thread a device. A collective holds a thread until all devices have come, and XLA
 # starts those that do not depend on one another in any order: with ring attention's permutes beside an all-to-all, each
-# of eight threads waits for one that finds no thread. It was seen on every otherwise idle machine.
+# of eight threads waits for one that finds no thread. On an idle machine tests/test_mesh.py hung so each time.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
